@@ -1,0 +1,118 @@
+"""Noise paths x_t = alpha(t) x0 + sigma(t) eps, and network outputs that speak every parameterisation."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Kind = Literal["x0", "eps", "velocity", "v"]
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...] with the rank of `like`, in float32 or better."""
+    values = values.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+class NoisePath(Protocol):
+    """x_t = alpha(t) x0 + sigma(t) eps; t in [0, 1], 1 = noise."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is told, in its own unit (0..1000)."""
+
+
+def add_noise(path: NoisePath, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t of samples x0 with noise eps, each [B, *latent], at times t [B]."""
+    return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * eps
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The straight path of flow matching: alpha = 1 - t, sigma = t (SD3, FLUX, SiT)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+
+@dataclass(frozen=True, eq=False)
+class VariancePreserving:
+    """The DDPM path: alpha^2 + sigma^2 = 1 on a table of 1000 cumulative alphas (SDXL, SD1.5).
+
+    t snaps to index clamp(round(1000 t), 0, 999); exactly t = 0 is clean data, so that a sampler ends there.
+
+    Attributes:
+        alphas_cumprod: [1000] float64, decreasing.
+    """
+
+    alphas_cumprod: Tensor
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return (1000 * t).round().clamp(0, len(self.alphas_cumprod) - 1).long()
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        table = self.alphas_cumprod.to(t.device, torch.float64)
+        return torch.where(t == 0, torch.ones((), dtype=table.dtype, device=t.device), table[self.timestep(t)])
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha_bar(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._alpha_bar(t)).sqrt()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network output that answers in any parameterisation, in float32 or better.
+
+    Every kind is linear, value = a x0 + b eps: x0 (1, 0), eps (0, 1), velocity (-1, 1) of rectified flow, and
+    v (-sigma, alpha) of progressive distillation (Salimans & Ho 2022, arXiv 2202.00512, appendix D). Together
+    with x_t = alpha x0 + sigma eps it is solved for x0 and eps.
+
+    Attributes:
+        value: The raw output, [B, *latent].
+        kind: What the output means.
+        x_t, t: The network's input [B, *latent] and time [B].
+        path: Noise path of x_t.
+    """
+
+    value: Tensor
+    kind: Kind
+    x_t: Tensor
+    t: Tensor
+    path: NoisePath
+
+    def _coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        alpha, sigma = expand(self.path.alpha(self.t), self.x_t), expand(self.path.sigma(self.t), self.x_t)
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        a, b = {"x0": (one, zero), "eps": (zero, one), "velocity": (-one, one), "v": (-sigma, alpha)}[self.kind]
+        return alpha, sigma, a, b
+
+    @property
+    def x0(self) -> Tensor:
+        """Clean sample, [B, *latent]."""
+        if self.kind == "x0":
+            return self.value.to(torch.promote_types(self.x_t.dtype, torch.float32))
+        alpha, sigma, a, b = self._coefficients()
+        return (b * self.x_t - sigma * self.value) / (alpha * b - sigma * a)
+
+    @property
+    def eps(self) -> Tensor:
+        """Unit noise, [B, *latent]; sigma(t) must not be 0 for kind x0."""
+        alpha, sigma, a, b = self._coefficients()
+        return (alpha * self.value - a * self.x_t) / (alpha * b - sigma * a)
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What `value` should have been for x_t made of this x0 and eps: the native regression target."""
+        _, _, a, b = self._coefficients()
+        return a * x0 + b * eps

@@ -1,0 +1,223 @@
+"""The contract between the core and its plugins, on one page.
+
+A plugin implements one of these protocols (no base class needed), and registers it under an entry-point group:
+`dmdr.objectives`, `dmdr.rewards`, `dmdr.matchings`, `dmdr.backends` or `dmdr.models`.
+Objectives, rewards and matchings are dataclasses; their fields are their command-line flags.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dmdr.paths import NoisePath, Prediction
+from dmdr.randomness import Random
+from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
+
+Role = Literal["student", "fake_score", "reference"]
+
+
+class Denoiser(Protocol):
+    """`backend.student`, `backend.fake_score`, `backend.reference`: noisy latents, times and condition in."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+
+
+class GuidedDenoiser(Protocol):
+    """`backend.teacher`. `guidance` 1 is the conditional prediction, 0 the unconditional, w is u + w (c - u).
+
+    `fake_mix` is the share of the fake score's adapter that is mixed in (DynaDG): 0 pure teacher, 1 the fake score.
+    """
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
+    ) -> Prediction: ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One model family: three roles on one network, an encoder of prompts, a decoder of latents."""
+
+    path: NoisePath
+    latent_shape: tuple[int, ...]
+    grid_shift: float  # the family's own timestep shift; 1 where it has none
+
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
+        """Load weights onto the device and create the trainable roles; the only expensive call."""
+
+    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition: ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> latents [B, *latent]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> [B, 3, H, W] float32 in [0, 1]; differentiable, the clamp passes gradients straight through."""
+
+    def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+
+    def fake_score(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+
+    def reference(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+
+    def teacher(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
+    ) -> Prediction: ...
+
+    def parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """Named parameters of a role, stable in name and order; empty for a role that was not prepared."""
+
+    def export(self, directory: Path, sampler: "Sampler") -> Mapping[str, Any]:
+        """Write the student as its family's stock pipeline loads it; return that pipeline's call arguments."""
+
+    def load_export(self, directory: Path) -> None:
+        """Load what `export` wrote into the student."""
+
+
+class Sampler(Protocol):
+    """The few-step sampler (`dmdr.sampling.FewStepSampler`)."""
+
+    path: NoisePath
+    t: Tensor
+    eta: float
+
+    def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor: ...
+
+    def log_prob(self, i: int, prediction: Prediction, x_next: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A score of images; higher is better. Construction is cheap; `prepare` loads the weights, frozen."""
+
+    differentiable: bool
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None: ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        """[B, 3, H, W] float32 in [0, 1] -> [B] float32; differentiable in `images` where `differentiable` says so."""
+
+
+@runtime_checkable
+class FeatureReward(Reward, Protocol):
+    """A reward whose score is linear in a separable text feature."""
+
+    def image_features(self, images: Tensor) -> Tensor: ...
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective requires; checked before step 0.
+
+    Attributes:
+        group_size: Least number of images per prompt.
+        reward_grad: The rewards must be differentiable.
+        text_features: The rewards must have separable text features.
+        log_prob: The rollout must store the log-probabilities of its transitions.
+        roles: Further roles, e.g. ("reference",).
+        steps: Student steps it acts on: "any", "last", "stochastic" (all but the last), or explicit indices.
+        updates_per_rollout: How often one rollout is used.
+    """
+
+    group_size: int = 1
+    reward_grad: bool = False
+    text_features: bool = False
+    log_prob: bool = False
+    roles: tuple[Role, ...] = ()
+    steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
+    updates_per_rollout: int = 1
+
+
+class Context(Protocol):
+    """What a matching, a weight or an objective may ask of the running step."""
+
+    backend: Backend
+    sampler: Sampler
+    rewards: Any  # dmdr.rewards.Rewards | None
+    random: Random
+    step: int  # student updates so far, in this stage
+    renoise: tuple[float, float]  # Beta parameters of the renoise time (DynaRS)
+    guidance: tuple[float, float]  # range of the teacher's guidance
+    fake_mix: float  # DynaDG
+
+    def scores(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Raw reward of the finished images by name, each [B] float32; decoded and scored once per rollout."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The same tensor of all processes, concatenated in the order of the global batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward through the loss scaler."""
+
+
+class Matching(Protocol):
+    """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default."""
+
+    def anchor(self, prediction: Prediction, draw: Draw) -> Tensor: ...
+
+    def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]: ...
+
+    def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term: ...
+
+    def direction(self, draw: Draw, teacher: GuidedDenoiser, fake: Denoiser, ctx: Context) -> Direction: ...
+
+
+class SampleWeight(Protocol):
+    """A weight of each sample's direction, [B] float32, of mean one over the global batch; it may read the direction."""
+
+    def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor: ...
+
+
+@runtime_checkable
+class RewardObjective(Protocol):
+    """The one thing an RL plugin writes: a dataclass whose fields are its flags.
+
+    Optional methods: `setup(ctx)`, `after_update(ctx)`, `state_dict()` and `load_state_dict(state)`.
+    """
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def __call__(self, draw: Draw, ctx: Context) -> Term: ...
+
+
+class Judge(Protocol):
+    """An independent eye for evaluation, never a reward: trained on real images only."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D] features of the Frechet distance."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, M] space of the k-NN precision and recall."""
+
+    def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B] float32, 1 where the image shows what its prompt asks for."""
+
+    def reference(self) -> Tensor:
+        """Real images, [N, 3, H, W] in [0, 1]."""
+
+
+@runtime_checkable
+class NamedModel(Protocol):
+    """A model with a name of its own (`--model digits`): builds or finds a pipeline folder, and brings what it needs.
+
+    Attributes:
+        recipe: Defaults of configuration fields, by name.
+    """
+
+    recipe: Mapping[str, Any]
+
+    def folder(self) -> Path:
+        """The pipeline folder, built on first use with a progress bar and cached."""
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Rows with a `prompt` and any further columns."""
+
+    def reward_checkpoint(self, reward: str) -> Path | None:
+        """A checkpoint for this reward in its published layout, built on first use; None for the published one."""
+
+    def judge(self) -> Judge | None: ...

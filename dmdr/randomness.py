@@ -1,0 +1,51 @@
+"""Keyed random numbers: every number of a sample comes from (seed, step, phase, purpose, global sample index).
+
+One process with 2B samples therefore draws what two with B draw, and a resumed run what an uninterrupted one would,
+on any device. Nothing here reads or moves a global generator.
+"""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Random:
+    """The random numbers of one phase of one step.
+
+    Attributes:
+        seed: The run's seed.
+        step: Student update of the whole run.
+        phase: What goes on, e.g. "rollout/2".
+    """
+
+    seed: int
+    step: int
+    phase: str
+
+    def _generator(self, purpose: str, key: int) -> np.random.Generator:
+        digest = blake2b(f"{self.seed}/{self.step}/{self.phase}/{purpose}/{key}".encode(), digest_size=16).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+    def normal(self, purpose: str, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Unit Gaussian, [B, *shape] float32, one independent draw per key in `samples` [B]."""
+        draws = [self._generator(purpose, key).standard_normal(shape, np.float32) for key in samples.tolist()]
+        return torch.from_numpy(np.stack(draws)).to(samples.device)
+
+    def uniform(self, purpose: str, samples: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform in [low, high), [B] float64."""
+        draws = [self._generator(purpose, key).uniform(low, high) for key in samples.tolist()]
+        return torch.tensor(draws, dtype=torch.float64, device=samples.device)
+
+    def integers(self, purpose: str, samples: Tensor, high: int) -> Tensor:
+        """Uniform integers in [0, high), [B] int64."""
+        draws = [int(self._generator(purpose, key).integers(high)) for key in samples.tolist()]
+        return torch.tensor(draws, dtype=torch.int64, device=samples.device)
+
+    def beta(self, purpose: str, samples: Tensor, a: float, b: float) -> Tensor:
+        """Beta(a, b), [B] float64 in [0, 1]."""
+        draws = [self._generator(purpose, key).beta(a, b) for key in samples.tolist()]
+        return torch.tensor(draws, dtype=torch.float64, device=samples.device)

@@ -1,0 +1,102 @@
+"""Lazy lookup of plugins over entry points. Nothing is imported until it is named."""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+GROUPS = ("objectives", "rewards", "matchings", "backends", "models")
+
+
+class PluginError(ValueError):
+    """A plugin that is unknown, broken or unfit; the message says which, from where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One registered name.
+
+    Attributes:
+        group: One of GROUPS.
+        name: What users type.
+        target: `module:attribute`.
+        distribution, version: The installed package that it comes from.
+        extras: Extras of that package that it needs, as its entry point declares them: `"module:Class [extra]"`.
+    """
+
+    group: str
+    name: str
+    target: str
+    distribution: str
+    version: str
+    extras: tuple[str, ...] = ()
+
+
+def plugins(group: str) -> dict[str, Plugin]:
+    """The plugins of a group by name, sorted; imports none of them.
+
+    Raises:
+        PluginError: If two distributions offer the same name.
+    """
+    found: dict[str, Plugin] = {}
+    for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
+        dist = point.dist
+        target = f"{point.module}:{point.attr}"
+        origin = (dist.name, dist.version) if dist else ("?", "?")
+        plugin = Plugin(group, point.name, target, *origin, tuple(point.extras))
+        clash = found.get(point.name)
+        if clash and clash != plugin:
+            raise PluginError(
+                f"{group[:-1]} '{point.name}' is offered by both {clash.distribution} and {plugin.distribution}; "
+                "uninstall one of them"
+            )
+        found[point.name] = plugin
+    return dict(sorted(found.items()))
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """' (did you mean ...?)' or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def find(group: str, name: str) -> Plugin:
+    """The plugin of this name.
+
+    Raises:
+        PluginError: If there is none; names the known ones.
+    """
+    known = plugins(group)
+    if name not in known:
+        raise PluginError(
+            f"unknown {group[:-1]} '{name}'{suggest(name, list(known))}; known: {', '.join(known) or 'none'} "
+            f"(a package adds one under the entry-point group 'dmdr.{group}')"
+        )
+    return known[name]
+
+
+def load(group: str, name: str) -> Any:
+    """Import and return the plugin's class or factory.
+
+    Raises:
+        PluginError: If it is unknown, cannot be imported, or is not what its group promises.
+    """
+    plugin = find(group, name)
+    where = f"{group[:-1]} '{name}' of {plugin.distribution} {plugin.version} ({plugin.target})"
+    module, _, attribute = plugin.target.partition(":")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        wanted = f"{plugin.distribution}[{','.join(plugin.extras)}]" if plugin.extras else error.name
+        raise PluginError(f"{where} needs the package '{error.name}': pip install '{wanted}'") from error
+    except Exception as error:
+        raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    if not inspect.isclass(target):
+        raise PluginError(f"{where} is no class")
+    if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):
+        raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
+    return target
+

@@ -1,0 +1,195 @@
+"""The tensors that flow through one training step, named and frozen.
+
+Legend of shapes: B samples, K student steps, `*latent` the latent's own dimensions (C, H, W for images).
+Times are in [0, 1]; t = 1 is noise, t = 0 is data.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the images shall show: prompts, their other columns, and the backend's encoding of them.
+
+    Attributes:
+        prompts: B strings.
+        tensors: The backend's own encodings, each [B, ...]; the core only slices them.
+        columns: Further columns of the prompt rows (labels, reference answers), each of length B.
+    """
+
+    prompts: Sequence[str]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, part: slice) -> "Condition":
+        return Condition(
+            self.prompts[part],
+            {name: tensor[part] for name, tensor in self.tensors.items()},
+            {name: column[part] for name, column in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One complete trajectory per sample, made without gradient.
+
+    Attributes:
+        cond: Condition of the B samples.
+        t: The student's grid, [K + 1] float64; t[K] = 0. t[0] is what the student is *told* at the first step.
+        x_t: The states, [K + 1, B, *latent] float32. x_t[0] is unit Gaussian whatever t[0] says; x_t[K] = x0[K - 1].
+        x0: The student's prediction at each step, [K, B, *latent] float32.
+        sample: Index of each sample in the global batch, [B] int64; the key of its random numbers.
+        group: Index of each sample's group (same prompt) in the global batch, [B] int64.
+        log_prob: Log-probability of each stochastic transition, [K - 1, B] float32, or None where nobody asked.
+    """
+
+    cond: Condition
+    t: Tensor
+    x_t: Tensor
+    x0: Tensor
+    sample: Tensor
+    group: Tensor
+    log_prob: Tensor | None = None
+
+    @property
+    def final(self) -> Tensor:
+        """The finished latents, [B, *latent]."""
+        return self.x0[-1]
+
+    def pick(self, index: Tensor) -> "Draw":
+        """One stored state of each sample's own trajectory, and the prediction that was made there.
+
+        Args:
+            index: Student step of each sample, [B] int64 in [0, K).
+        """
+        rows = torch.arange(len(self.cond), device=self.x_t.device)
+        index = index.to(self.x_t.device)
+        return Draw(
+            x_t=self.x_t[index, rows],
+            t=self.t.to(self.x_t.device)[index],
+            index=index,
+            x0=self.x0[index, rows],
+            cond=self.cond,
+            sample=self.sample,
+            group=self.group,
+            mask=torch.ones(len(self.cond), dtype=torch.bool, device=self.x_t.device),
+            rollout=self,
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The student step that each sample is trained on.
+
+    Attributes:
+        x_t, t: Stored state [B, *latent] and its time [B]: the student's input.
+        index: Student step, [B] int64.
+        x0: The student's answer there, [B, *latent], detached.
+        cond, sample, group: As in Rollout.
+        mask: Samples whose step the objective declared, [B] bool.
+        rollout: The whole trajectories (of these samples) that the states came from.
+        leaf: x0 as a leaf that takes the objective's gradient; None outside of the objective's call.
+        direction: Gradient of the distribution-matching loss at x0 times numel, [B, *latent]; None before it is known.
+        iteration: How often this rollout has been used before, 0 at first.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    index: Tensor
+    x0: Tensor
+    cond: Condition
+    sample: Tensor
+    group: Tensor
+    mask: Tensor
+    rollout: Rollout
+    leaf: Tensor | None = None
+    direction: Tensor | None = None
+    iteration: int = 0
+
+    def __len__(self) -> int:
+        return len(self.cond)
+
+    def __getitem__(self, part: slice) -> "Draw":
+        whole = self.rollout
+        return replace(
+            self,
+            x_t=self.x_t[part],
+            t=self.t[part],
+            index=self.index[part],
+            x0=self.x0[part],
+            cond=self.cond[part],
+            sample=self.sample[part],
+            group=self.group[part],
+            mask=self.mask[part],
+            leaf=None if self.leaf is None else self.leaf[part],
+            direction=None if self.direction is None else self.direction[part],
+            rollout=Rollout(
+                whole.cond[part],
+                whole.t,
+                whole.x_t[:, part],
+                whole.x0[:, part],
+                whole.sample[part],
+                whole.group[part],
+                None if whole.log_prob is None else whole.log_prob[:, part],
+            ),
+        )
+
+    def split(self, size: int) -> Iterator["Draw"]:
+        """The samples in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """A noisy version of the student's answer, where teacher and fake score are compared.
+
+    Attributes:
+        x_t, t: Noisy state [B, *latent] and its time [B].
+        x0, eps: The pair that made it, each [B, *latent]: what the fake score regresses on.
+        weight: Loss weight of the fake score, [B].
+    """
+
+    x_t: Tensor
+    t: Tensor
+    x0: Tensor
+    eps: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where distribution matching wants the anchor to move from: `total`, and the parts that it is the sum of.
+
+    Attributes:
+        total: [B, *latent] float32, normalised per sample.
+        parts: Named summands of `total`, e.g. `dm` (distribution matching) and `ca` (guidance augmentation).
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One additive loss.
+
+    Attributes:
+        loss: Per-sample loss, [B] float32, with a graph into `draw.leaf` and/or the student's parameters.
+        valid: Samples that count, [B] bool; None means all. A sample that is not valid has no gradient.
+        grad: d loss_b / d leaf_b where the objective has taken it itself, [B, *latent]; `loss` is then a monitor.
+        metrics: Values to log, each a number, a scalar or [B] (averaged over the valid samples).
+    """
+
+    loss: Tensor
+    valid: Tensor | None = None
+    grad: Tensor | None = None
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
