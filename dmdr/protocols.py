@@ -37,13 +37,46 @@ class GuidedDenoiser(Protocol):
     ) -> Prediction: ...
 
 
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a backend sets up its roles; the fields are the flags of the same names.
+
+    Attributes:
+        lora_rank, lora_alpha: Of the student's adapter.
+        fake_lora_rank, fake_lora_alpha: Of the fake score's adapter.
+        lora_target_modules: Modules that get an adapter; empty for the family's own choice.
+        full_finetune: Train a full copy of the network as the student.
+        gradient_checkpointing: Recompute activations in backward.
+        resolution: Image size in pixels; None for the model's own.
+        shift: Timestep shift of the student's grid; None for the model's own.
+        max_sequence_length: Tokens of the longest text encoder; None for the model's own.
+        seed: Seed of the adapters' initial values.
+    """
+
+    lora_rank: int = 64
+    lora_alpha: float = 128
+    fake_lora_rank: int = 32
+    fake_lora_alpha: float = 64
+    lora_target_modules: tuple[str, ...] = ()
+    full_finetune: bool = False
+    gradient_checkpointing: bool = False
+    resolution: int | None = None
+    shift: float | None = None
+    max_sequence_length: int | None = None
+    seed: int = 0
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """One model family: three roles on one network, an encoder of prompts, a decoder of latents."""
+    """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
+
+    Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
+    (`ConfigError`).
+    """
 
     path: NoisePath
     latent_shape: tuple[int, ...]
-    grid_shift: float  # the family's own timestep shift; 1 where it has none
+    shift: float  # timestep shift of the student's grid; 1 where the family has none
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
         """Load weights onto the device and create the trainable roles; the only expensive call."""
@@ -69,8 +102,14 @@ class Backend(Protocol):
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters of a role, stable in name and order; empty for a role that was not prepared."""
 
+    def snapshot(self) -> None:
+        """Make the reference what the student is now."""
+
     def export(self, directory: Path, sampler: "Sampler") -> Mapping[str, Any]:
         """Write the student as its family's stock pipeline loads it; return that pipeline's call arguments."""
+
+    def snippet(self, base: str, prompt: str) -> str:
+        """Python that samples the export with the stock pipeline, for the model card."""
 
     def load_export(self, directory: Path) -> None:
         """Load what `export` wrote into the student."""
@@ -152,6 +191,9 @@ class Context(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the loss scaler."""
+
+    def log(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add values to this step's log line."""
 
 
 class Matching(Protocol):

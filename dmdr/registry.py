@@ -8,10 +8,12 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from dmdr.errors import ConfigError
+
 GROUPS = ("objectives", "rewards", "matchings", "backends", "models")
 
 
-class PluginError(ValueError):
+class PluginError(ConfigError):
     """A plugin that is unknown, broken or unfit; the message says which, from where, and what to do."""
 
 

@@ -1,0 +1,145 @@
+"""From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from dmdr import registry
+from dmdr.config import Config, Settings
+from dmdr.errors import ConfigError
+from dmdr.prompts import Row, read_prompts
+from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
+from dmdr.rewards import Rewards
+from dmdr.train import WeightedObjective
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of; no weights are loaded yet.
+
+    Attributes:
+        settings: The resolved settings.
+        folder: Pipeline folder or hub id of the teacher.
+        model: The named model that it came from, if any.
+    """
+
+    settings: Settings
+    folder: str
+    model: NamedModel | None
+    backend: Backend
+    matching: Matching
+    objectives: tuple[WeightedObjective, ...]
+    rewards: Rewards | None
+    rows: list[Row]
+
+    @property
+    def config(self) -> Config:
+        return self.settings.config
+
+
+def assemble(settings: Settings) -> Job:
+    """Build all parts of a run.
+
+    Raises:
+        ConfigError: If a part is unknown, unfit for another, or its input is missing.
+    """
+    config = settings.config
+    objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
+    check_needs(config, objectives, settings)
+    matching = settings.of("matchings")[0].build()
+    model = registry.load("models", config.model)() if config.model in registry.plugins("models") else None
+    if config.prompts is None and model is None:
+        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
+    rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]
+    if not model:
+        pipeline_class(config.model)  # refuse a wrong folder before a named model would be built
+    folder = str(model.folder()) if model else config.model
+    backend = open_backend(folder, config)
+    rewards = build_rewards(settings, model)
+    return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
+
+
+def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:
+    """Refuse objectives whose declared needs the run does not meet."""
+    last = len(config.sigmas or range(config.num_inference_steps)) - 1
+    for term in objectives:
+        needs, who = term.objective.needs, f"--rl {term.name}"
+        if not settings.of("rewards"):
+            raise ConfigError(f"{who} climbs a reward: name one with --reward")
+        for reward in settings.of("rewards"):
+            if needs.reward_grad and not reward.cls.differentiable:
+                raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")
+            if needs.text_features and not hasattr(reward.cls, "text_features"):
+                raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
+        if config.num_generations < needs.group_size:
+            raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
+        if needs.steps == "stochastic" and (last == 0 or config.eta == 0):
+            raise ConfigError(f"{who} acts on stochastic steps: it needs --num_inference_steps of 2 and --eta above 0")
+        if isinstance(needs.steps, tuple) and not all(0 <= step <= last for step in needs.steps):
+            raise ConfigError(f"{who} acts on step {max(needs.steps)}, but the student's last step is {last}")
+
+
+def build_rewards(settings: Settings, model: NamedModel | None) -> Rewards | None:
+    """The weighted sum of the named rewards; a named model supplies their checkpoints unless a flag does."""
+    parts: dict[str, tuple[float, Any]] = {}
+    for plugin in settings.of("rewards"):
+        own: dict[str, Any] = {}
+        if model is not None and plugin.options.get("checkpoint", "") is None:
+            path = model.reward_checkpoint(plugin.name)
+            own = {"checkpoint": str(path)} if path else {}
+        parts[plugin.name] = (plugin.weight, plugin.build(**own))
+    return Rewards(parts) if parts else None
+
+
+def pipeline_class(folder: str) -> str:
+    """Class name of the pipeline in a folder or of a hub id.
+
+    Raises:
+        ConfigError: If it is no diffusers pipeline.
+    """
+    path = Path(folder)
+    if path.exists() or folder.count("/") != 1:
+        index = path / "model_index.json"
+        if not index.is_file():
+            known = ", ".join(registry.plugins("models"))
+            raise ConfigError(
+                f"--model {folder} is neither a diffusers pipeline folder (no model_index.json), nor a hub id, nor a "
+                f"registered model{registry.suggest(folder, list(registry.plugins('models')))}; registered: {known}"
+            )
+        try:
+            return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
+    try:
+        return str(DiffusionPipeline.load_config(folder)["_class_name"])
+    except Exception as error:  # every hub and network failure; the first line says which
+        raise ConfigError(f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}") from error
+
+
+def open_backend(folder: str, config: Config) -> Backend:
+    """The backend of the folder's pipeline class."""
+    name = pipeline_class(folder)
+    if name not in registry.plugins("backends"):
+        known = ", ".join(registry.plugins("backends"))
+        raise ConfigError(
+            f"--model {folder} is a {name}, which no backend trains; there are backends for {known} "
+            "(a package adds one under the entry-point group 'dmdr.backends')"
+        )
+    options = BackendOptions(
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        fake_lora_rank=config.fake_lora_rank,
+        fake_lora_alpha=config.fake_lora_alpha,
+        lora_target_modules=tuple(config.lora_target_modules or ()),
+        full_finetune=config.full_finetune,
+        gradient_checkpointing=config.gradient_checkpointing,
+        resolution=config.resolution,
+        shift=config.shift,
+        max_sequence_length=config.max_sequence_length,
+        seed=config.seed,
+    )
+    backend: Backend = registry.load("backends", name)(folder, options)
+    return backend

@@ -1,0 +1,175 @@
+"""Roles as LoRA adapters of one frozen network: teacher (adapters off), fake score, student, reference.
+
+PEFT's own `set_adapter` flips `requires_grad` of every adapter, so that switching the role between a forward and its
+backward loses gradients without a word. Here every adapter keeps its `requires_grad` for good, and a role is only the
+choice of adapter and scale that the LoRA layers apply. With gradient checkpointing the recomputation happens during
+backward, when another role may be active; the checkpoint function therefore re-enters the role of its forward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dmdr.errors import ConfigError
+from dmdr.protocols import Role
+
+Active = tuple[str | None, float]  # adapter and strength; None is the bare network
+
+
+class LoRARoles:
+    """One network and its adapters.
+
+    Args:
+        network: The teacher's network; frozen in place.
+        roles: Roles to create; "reference" is a frozen copy of the student, refreshed by `snapshot`.
+        rank, alpha: LoRA rank and alpha per role; the adapter's strength is alpha / rank.
+        target_modules: Module names that get an adapter, as PEFT matches them.
+        full_student: Train a full copy of the network as the student instead of an adapter.
+        seed: Seed of the adapters' initial values.
+
+    Raises:
+        ConfigError: If `target_modules` match nothing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        roles: Sequence[Role],
+        rank: dict[Role, int],
+        alpha: dict[Role, float],
+        target_modules: Sequence[str],
+        full_student: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.copies: dict[Role, nn.Module] = {}
+        self.roles = tuple(roles)
+        self._active: Active = (None, 0.0)
+        if full_student:
+            self.copies = {role: deepcopy(network) for role in roles if role != "fake_score"}
+            self.copies["student"].requires_grad_(True)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for role in roles:
+                if role not in self.copies:
+                    self._inject(role, rank[role], alpha[role], target_modules)
+        self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
+        for role in roles:
+            for parameter in self.parameters(role).values():
+                parameter.data = parameter.data.float()  # adapters and full students train in float32
+                parameter.requires_grad_(role != "reference")
+        self._strength = {role: alpha[role] / rank[role] for role in roles if role not in self.copies}
+        self._switch((None, 0.0))
+
+    def _inject(self, role: Role, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
+        try:
+            inject_adapter_in_model(config, self.network, adapter_name=role)
+        except ValueError as error:
+            raise ConfigError(f"--lora_target_modules {' '.join(target_modules)}: {error}") from error
+
+    def _switch(self, active: Active) -> None:
+        adapter, share = active
+        for layer in self.layers.values():
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+                layer.scaling[adapter] = share * self._strength[adapter]  # type: ignore[index]
+        self._active = active
+
+    @contextmanager
+    def _as(self, active: Active) -> Iterator[None]:
+        before = self._active
+        self._switch(active)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def __call__(self, role: Role | None, *args: Any, share: float = 1.0, **kwargs: Any) -> Any:
+        """Forward pass of a role; None, or share 0, is the teacher. `share` scales the role's adapter."""
+        if role in self.copies:
+            return self.copies[role](*args, **kwargs)
+        with self._as((role, share) if role is not None and share != 0 else (None, 0.0)):
+            return self.network(*args, **kwargs)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The shared network, and the full copies if there are any."""
+        return [self.network, *self.copies.values()]
+
+    def checkpoint_function(self) -> Callable[..., Any]:
+        """A drop-in for the network's gradient-checkpointing function that recomputes under the forward's role."""
+
+        def function(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            active = self._active
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self._as(active):
+                    return module(*args, **kwargs)
+
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        return function
+
+    def parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """Named parameters of a role: an adapter's `<module>.lora_A.weight`, or the full copy's own names."""
+        if role in self.copies:
+            return dict(self.copies[role].named_parameters())
+        return {
+            f"{name}.{part}.weight": getattr(layer, part)[role].weight
+            for name, layer in self.network.named_modules()
+            if isinstance(layer, LoraLayer)
+            for part in ("lora_A", "lora_B")
+            if role in getattr(layer, part)
+        }
+
+    def folded(self, role: Role) -> dict[str, Tensor]:
+        """The adapter with its strength folded into lora_B, so that it acts in full wherever alpha = rank is assumed."""
+        strength = self._strength[role]
+        return {
+            name: (parameter.detach() * (strength if ".lora_B." in name else 1.0)).contiguous()
+            for name, parameter in self.parameters(role).items()
+        }
+
+    @torch.no_grad()
+    def unfold(self, role: Role, tensors: dict[str, Tensor]) -> None:
+        """Load what `folded` gave.
+
+        Raises:
+            ConfigError: If the names or shapes are not this role's; names the first three.
+        """
+        parameters = self.parameters(role)
+        check_names(set(parameters), set(tensors), "LoRA file")
+        for name, parameter in parameters.items():
+            strength = self._strength[role] if ".lora_B." in name else 1.0
+            if tensors[name].shape != parameter.shape:
+                raise ConfigError(
+                    f"LoRA file: {name} is {tuple(tensors[name].shape)}, the run's is {tuple(parameter.shape)}; "
+                    "use the --lora_rank that it was trained with"
+                )
+            parameter.copy_(tensors[name].to(parameter) / strength)
+
+    @torch.no_grad()
+    def snapshot(self) -> None:
+        """Make the reference what the student is now."""
+        student = self.parameters("student")
+        for name, parameter in self.parameters("reference").items():
+            parameter.copy_(student[name])
+
+
+def check_names(wanted: set[str], given: set[str], what: str) -> None:
+    """Refuse a state whose names differ from those wanted; the error names the first three of each kind."""
+    missing, unexpected = sorted(wanted - given)[:3], sorted(given - wanted)[:3]
+    if missing or unexpected:
+        lacks = f" lacks {', '.join(missing)}" if missing else ""
+        extra = f" has the unknown {', '.join(unexpected)}" if unexpected else ""
+        raise ConfigError(f"{what}{lacks}{' and' if lacks and extra else ''}{extra}")

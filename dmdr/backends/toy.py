@@ -1,0 +1,183 @@
+"""A Gaussian mixture with an exact teacher: distribution matching against the truth, on a CPU, in seconds.
+
+The data are points of the plane: prompt "mode k" is N(centre_k, std^2 I), the empty prompt the mixture of all four.
+The teacher is the exact posterior mean; student and fake score are the teacher plus a trained residual that starts at
+zero, as LoRA adapters do. Images show the point as their colour: red is x, green is y.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dmdr.backends.images import to_unit_range
+from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
+from dmdr.protocols import BackendOptions, Role, Sampler
+from dmdr.types import Condition
+
+CENTRES = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]])
+STD = 0.3
+PROMPTS = tuple(f"mode {k}" for k in range(len(CENTRES)))
+
+
+def posterior_mean(x_t: Tensor, t: Tensor, path: NoisePath, mean: Tensor, std: float) -> Tensor:
+    """E[x0 | x_t] for x0 ~ N(mean, std^2 I), [B, D]."""
+    alpha, sigma = expand(path.alpha(t), x_t).to(x_t.dtype), expand(path.sigma(t), x_t).to(x_t.dtype)
+    gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+    return mean + gain * (x_t - alpha * mean)
+
+
+def mixture_mean(x_t: Tensor, t: Tensor, path: NoisePath, centres: Tensor, std: float) -> Tensor:
+    """E[x0 | x_t] for the even mixture of N(centre_k, std^2 I), [B, D]."""
+    alpha, sigma = expand(path.alpha(t), x_t).to(x_t.dtype), expand(path.sigma(t), x_t).to(x_t.dtype)
+    distance = ((x_t[:, None] - alpha[:, None] * centres) ** 2).sum(-1)
+    share = (-distance / (2 * (alpha**2 * std**2 + sigma**2))).softmax(-1)
+    each = torch.stack([posterior_mean(x_t, t, path, centre, std) for centre in centres], 1)
+    return (share[..., None] * each).sum(1)
+
+
+class Residual(nn.Module):
+    """What a trained role adds to the teacher's velocity; zero at first."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2 + 2 + len(CENTRES), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+        )
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        t = t.to(x_t.dtype)[:, None]
+        return self.net(torch.cat([x_t, t, t**2, nn.functional.one_hot(label, len(CENTRES)).to(x_t.dtype)], 1))
+
+
+class ToyBackend:
+    """The mixture as a model family (`protocols.Backend`)."""
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        self.path: NoisePath = RectifiedFlow()
+        self.latent_shape: tuple[int, ...] = (2,)
+        self.shift = options.shift or 1.0
+        self.options = options
+        self.residuals: dict[Role, Residual] = {}
+
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
+        self.device = accelerator.device
+        self.centres = CENTRES.to(self.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.seed)
+            self.residuals = {role: Residual().to(self.device) for role in roles}
+        if "reference" in roles:
+            self.residuals["reference"].requires_grad_(False)
+            self.snapshot()
+
+    def snapshot(self) -> None:
+        self.residuals["reference"].load_state_dict(deepcopy(self.residuals["student"].state_dict()))
+
+    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:
+        labels = [PROMPTS.index(prompt) if prompt in PROMPTS else 0 for prompt in prompts]
+        return Condition(tuple(prompts), {"label": torch.tensor(labels, device=self.device)}, columns)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        colour = torch.cat([latents / 4, torch.zeros_like(latents[:, :1])], 1)
+        return to_unit_range(colour)[:, :, None, None].expand(-1, -1, 4, 4)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return (images.mean((2, 3))[:, :2] * 2 - 1) * 4
+
+    def _exact(self, x_t: Tensor, t: Tensor, cond: Condition, guidance: float) -> Tensor:
+        """The guided teacher's velocity."""
+        c = posterior_mean(x_t, t, self.path, self.centres.to(x_t.dtype)[cond.tensors["label"]], STD)
+        if guidance != 1:
+            u = mixture_mean(x_t, t, self.path, self.centres.to(x_t.dtype), STD)
+            c = u + guidance * (c - u)
+        return (x_t - c) / expand(t, x_t).to(x_t.dtype)
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition, role: Role, share: float = 1.0) -> Prediction:
+        velocity = self._exact(x_t, t, cond, 1.0) + share * self.residuals[role](x_t, t, cond.tensors["label"])
+        return Prediction(velocity, "velocity", x_t, t, self.path)
+
+    def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        return self._predict(x_t, t, cond, "student")
+
+    def fake_score(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        return self._predict(x_t, t, cond, "fake_score")
+
+    def reference(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        return self._predict(x_t, t, cond, "reference")
+
+    @torch.no_grad()
+    def teacher(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
+    ) -> Prediction:
+        velocity = self._exact(x_t, t, cond, guidance)
+        if fake_mix:
+            velocity = velocity + fake_mix * self.residuals["fake_score"](x_t, t, cond.tensors["label"])
+        return Prediction(velocity, "velocity", x_t, t, self.path)
+
+    def parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        return dict(self.residuals[role].named_parameters()) if role in self.residuals else {}
+
+    def export(self, directory: Path, sampler: Sampler) -> Mapping[str, Any]:
+        save_file(self.residuals["student"].state_dict(), directory / "student.safetensors")
+        return {"sigmas": sampler.t[:-1].tolist()}
+
+    def snippet(self, base: str, prompt: str) -> str:
+        return "# the toy has no stock pipeline: dmdr-sample draws from it"
+
+    def load_export(self, directory: Path) -> None:
+        self.residuals["student"].load_state_dict(load_file(directory / "student.safetensors"))
+
+
+class Toy:
+    """`--model toy` (`protocols.NamedModel`)."""
+
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "stage1_steps": 100,
+        "stage2_steps": 50,
+        "learning_rate": 1e-3,
+        "stage2_learning_rate": 1e-3,
+        "fake_learning_rate": 2e-3,
+        "per_device_train_batch_size": 64,
+        "reward": "toy",
+        "sample_images": 16,
+        "num_eval_samples": 0,
+    }
+
+    def folder(self) -> Path:
+        folder = Path(os.environ.get("DMDR_CACHE", Path.home() / ".cache" / "dmdr")) / "toy"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
+        return folder
+
+    def prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": prompt} for prompt in PROMPTS]
+
+    def reward_checkpoint(self, reward: str) -> Path | None:
+        return None
+
+    def judge(self) -> None:
+        return None
+
+
+@dataclass
+class Redness:
+    """`--reward toy`: how red the image is, that is, how far to the right the point lies; in [0, 1]."""
+
+    differentiable: ClassVar[bool] = True
+    calls: int = field(default=0, init=False, repr=False)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        self.calls += 1
+        return images[:, 0].float().mean((1, 2))

@@ -1,0 +1,148 @@
+"""Checkpoints: complete or absent, and enough to continue to the same bits."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dmdr.backends.lora import check_names
+from dmdr.errors import ConfigError
+from dmdr.protocols import Backend, Role
+
+PATTERN = re.compile(r"step-(\d{6,})")
+ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: 1 or 2.
+        step: Student updates done in this stage; `total` in the whole run.
+        prompts_consumed: Batches read from the prompt stream.
+    """
+
+    stage: int
+    step: int
+    total: int
+    prompts_consumed: int
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    backend: Backend,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    extra: Mapping[str, Any],
+    *,
+    stage_end: bool = False,
+) -> Path:
+    """Write `folder/step-<total>`, under another name until it is complete.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        optimizers: By role; their moments are kept, their settings come from the configuration on resuming.
+        extra: Further state of plain containers and tensors (objectives, loss scaler).
+        stage_end: Keep it whatever `prune` is asked to.
+    """
+    final = folder / f"step-{progress.total:06d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for role in ROLES:
+        parameters = backend.parameters(role)
+        if parameters:
+            state = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+            save_file(state, partial / f"{role}.safetensors")
+    moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
+    torch.save({"moments": moments, "extra": dict(extra)}, partial / "training.pt")
+    (partial / "progress.json").write_text(json.dumps(asdict(progress)))
+    if stage_end:
+        (partial / "stage_end").touch()
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood.
+
+    Raises:
+        ConfigError: If this is no checkpoint.
+    """
+    try:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{checkpoint} is no checkpoint of a run: {error}") from error
+
+
+def load_parameters(checkpoint: Path, role: Role, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy a role's weights from a checkpoint.
+
+    Raises:
+        ConfigError: If names or shapes differ; says which.
+    """
+    file = checkpoint / f"{role}.safetensors"
+    if not file.is_file():
+        raise ConfigError(f"{checkpoint} holds no {role}")
+    state = load_file(file)
+    check_names(set(parameters), set(state), str(file))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if state[name].shape != parameter.shape:
+                raise ConfigError(
+                    f"{file}: {name} is {tuple(state[name].shape)}, the run's is {tuple(parameter.shape)}; "
+                    "use the rank that it was trained with"
+                )
+            parameter.copy_(state[name])
+
+
+def load_training(checkpoint: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> Mapping[str, Any]:
+    """Give the optimizers their moments back; returns the further state that was saved."""
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    for role, optimizer in optimizers.items():
+        own = optimizer.state_dict()
+        optimizer.load_state_dict({"state": state["moments"][role], "param_groups": own["param_groups"]})
+    extra: Mapping[str, Any] = state["extra"]
+    return extra
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if PATTERN.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def prune(folder: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; those that end a stage stay."""
+    if limit is not None:
+        ordinary = [path for path in checkpoints(folder) if not (path / "stage_end").exists()]
+        for path in ordinary[:-limit]:
+            shutil.rmtree(path)
+
+
+def find_initial(path: str) -> Path:
+    """What `--init_student` means: a checkpoint, an export, or the last checkpoint of a run folder's stage 1.
+
+    Raises:
+        ConfigError: If the path is none of them.
+    """
+    folder = Path(path)
+    if (folder / "progress.json").is_file() or (folder / "sampling.json").is_file():
+        return folder
+    first_stage = [found for found in checkpoints(folder) if read_progress(found).stage == 1]
+    if not first_stage:
+        raise ConfigError(f"--init_student {path} is no checkpoint, no export, and no run folder with a stage 1")
+    return first_stage[-1]

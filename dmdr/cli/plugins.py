@@ -1,0 +1,23 @@
+"""`dmdr-plugins`: what is installed, and where it comes from."""
+
+import argparse
+import sys
+
+from dmdr import registry
+from dmdr.cli.common import command
+
+
+def run(arguments: list[str]) -> None:
+    argparse.ArgumentParser(prog="dmdr-plugins", description=run.__doc__ or __doc__).parse_args(arguments)
+    rows = [plugin for group in registry.GROUPS for plugin in registry.plugins(group).values()]
+    widths = [max(len(cell) for cell in column) for column in zip(*map(cells, rows), strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells(row), widths, strict=True)).rstrip())
+
+
+def cells(plugin: registry.Plugin) -> tuple[str, str, str, str]:
+    return plugin.group[:-1], plugin.name, f"{plugin.distribution} {plugin.version}", plugin.target
+
+
+def main() -> None:
+    sys.exit(command(run))

@@ -1,0 +1,22 @@
+"""`dmdr-train`: distil and align in one run."""
+
+import sys
+
+from dmdr.cli.common import command
+from dmdr.config import parse
+
+
+def run(arguments: list[str]) -> None:
+    settings = parse(arguments)
+    from dmdr.run import run  # torch is imported only after the settings have been found good
+
+    folder = run(settings)
+    print(f"done: {folder}/report.html")
+
+
+def main() -> None:
+    sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Settings: one dataclass with Hugging Face's names; flags over YAML over the model's recipe over the defaults."""
+
+import argparse
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from dmdr import registry
+from dmdr.errors import ConfigError
+from dmdr.expression import parse_sum
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; each field is the flag `--<name>` and the YAML key `<name>`."""
+
+    # What is trained, on what, towards what
+    model: str = flag("digits", "registered name, local pipeline folder, or hub id")
+    prompts: str | None = flag(None, "text file with one prompt a line; a named model brings its own")
+    rl: str = flag("none", "sum of objectives, e.g. 'grpo+0.1*refl'; 'none' for distillation only")
+    reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
+    matching: str = flag("dmd", "how student and teacher are compared")
+    dmd_weight: float = flag(1.0, "weight of the matching loss; 0 is RL only")
+    rl_weight: float = flag(0.3, "lambda of L = L_DMD + lambda L_RL in stage 2")
+    stage1_steps: int = flag(2000, "student updates of stage 1 (RT-DM, DynaDG, DynaRS); 0 skips it")
+    stage2_steps: int = flag(1000, "student updates of stage 2 (joint DMD and RL); 0 skips it")
+    init_student: str | None = flag(
+        None, "start from this student: a run folder (its stage 1), a checkpoint or an export; implies no stage 1"
+    )
+    # Distillation
+    num_inference_steps: int = flag(4, "steps of the student")
+    sigmas: list[float] | None = flag(None, "the student's grid itself, decreasing from 1; overrides steps and shift")
+    shift: float | None = flag(None, "timestep shift of the student's grid; the model's own by default")
+    eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them a coefficients-preserving SDE")
+    sample_eta: float | None = flag(None, "sampler of grids, evaluation and export, 0 or 1; nearest to eta by default")
+    guidance_scale: float = flag(7.0, "the teacher's guidance; 1 is none")
+    guidance_jitter: float = flag(0.5, "guidance is drawn per sample from guidance_scale +- this (if above 1)")
+    fake_updates: int = flag(5, "fake-score updates per student update")
+    dyna_steps: int | None = flag(None, "student updates over which DynaDG and DynaRS are annealed; stage1_steps at most")
+    dyna_guidance: float = flag(0.25, "DynaDG: share of the fake score's adapter in the teacher at first; 0 is off")
+    dyna_renoise: list[float] = flag([4.0, 1.5], "DynaRS: Beta parameters of the renoise time at first; 1 1 is uniform")
+    reward_tilt: float = flag(1.5, "RT-DM in stage 1: temperature in standard deviations of the reward; 0 is off")
+    # Student and fake score
+    full_finetune: bool = flag(False, "train a full copy of the network as the student instead of a LoRA")
+    lora_rank: int = flag(64, "rank of the student's LoRA")
+    lora_alpha: float = flag(128.0, "alpha of the student's LoRA; its strength is alpha / rank")
+    fake_lora_rank: int = flag(32, "rank of the fake score's LoRA")
+    fake_lora_alpha: float = flag(64.0, "alpha of the fake score's LoRA")
+    lora_target_modules: list[str] | None = flag(None, "modules that get a LoRA; the family's own choice by default")
+    # Optimisation
+    learning_rate: float = flag(1e-5, "of the student in stage 1")
+    stage2_learning_rate: float | None = flag(None, "of the student in stage 2; learning_rate / 2 by default")
+    fake_learning_rate: float = flag(2e-5, "of the fake score")
+    stage2_fake_learning_rate: float | None = flag(None, "of the fake score in stage 2; fake_learning_rate by default")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("constant", "schedule of the student, per stage")
+    warmup_steps: int = flag(0, "of the student, per stage")
+    adam_beta1: float = flag(0.9, "of both optimizers")
+    adam_beta2: float = flag(0.999, "of both optimizers")
+    adam_epsilon: float = flag(1e-8, "of both optimizers")
+    weight_decay: float = flag(0.01, "of the student; the fake score has none")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    per_device_train_batch_size: int = flag(4, "images per process and micro-batch; divisible by num_generations")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per update")
+    num_generations: int = flag(1, "images per prompt")
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
+    resolution: int | None = flag(None, "image size in pixels; the model's own by default")
+    max_sequence_length: int | None = flag(None, "tokens of the longest text encoder; the model's own by default")
+    seed: int = flag(0, "of everything")
+    # What is written
+    output_dir: str | None = flag(None, "run folder; runs/<model>-<rl>, numbered, by default")
+    overwrite_output_dir: bool = flag(False, "delete the run that the folder holds")
+    resume_from_checkpoint: str | None = flag(None, "'latest' or a checkpoint folder")
+    save_steps: int = flag(500, "a checkpoint every so many updates; stages always end with one; 0 is only then")
+    save_total_limit: int | None = flag(2, "checkpoints kept beside those that end a stage")
+    logging_steps: int = flag(10, "a log line every so many updates")
+    report_to: str = flag("tensorboard", "accelerate's tracker, or 'none'")
+    sample_steps: int = flag(100, "a sample grid every so many updates; 0 is only at the end of a stage")
+    sample_images: int = flag(8, "images of a sample grid")
+    num_eval_samples: int = flag(0, "samples of the final evaluation; 0 is none")
+    teacher_steps: int = flag(28, "steps of the teacher in grids and evaluation")
+
+    def validate(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: Names the flag, its value and what it may be.
+        """
+        check_types(self)
+        for name in ("num_inference_steps", "fake_updates", "lora_rank", "fake_lora_rank", "num_generations",
+                     "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "teacher_steps",
+                     "sample_images"):  # fmt: skip
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "save_steps", "sample_steps", "num_eval_samples",
+                     "dmd_weight", "rl_weight", "guidance_scale", "guidance_jitter", "reward_tilt", "weight_decay",
+                     "seed"):  # fmt: skip
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("learning_rate", "stage2_learning_rate", "fake_learning_rate", "stage2_fake_learning_rate",
+                     "max_grad_norm", "lora_alpha", "fake_lora_alpha", "shift", "resolution", "adam_epsilon",
+                     "max_sequence_length"):  # fmt: skip
+            self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
+        for name in ("eta", "dyna_guidance"):
+            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        self._require(self.sample_eta in (None, 0, 1), "sample_eta", "0 or 1: stock pipelines know no other")
+        self._require(
+            len(self.dyna_renoise) == 2 and min(self.dyna_renoise) >= 1, "dyna_renoise", "two numbers of at least 1"
+        )
+        self._require(
+            self.dyna_steps is None or 0 <= self.dyna_steps <= self.stage1_steps,
+            "dyna_steps",
+            f"between 0 and stage1_steps, {self.stage1_steps}",
+        )
+        self._require(
+            self.per_device_train_batch_size % self.num_generations == 0,
+            "per_device_train_batch_size",
+            f"divisible by num_generations, {self.num_generations}",
+        )
+        self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
+        if self.sigmas is not None:
+            falling = all(a > b > 0 for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
+            self._require(bool(self.sigmas) and self.sigmas[0] <= 1 and falling, "sigmas", "decreasing within (0, 1]")
+        if self.stage1_steps + self.stage2_steps == 0:
+            raise ConfigError("--stage1_steps and --stage2_steps are both 0: nothing to train")
+        if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
+            raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
+        if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
+            raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
+
+    def _require(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise ConfigError(f"--{name} must be {what}, not {getattr(self, name)}")
+
+
+def check_types(config: Any) -> None:
+    """Values from YAML or Python keep the types that flags would have.
+
+    Raises:
+        ConfigError: For a value of another type, or a number that is not finite.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("NoneType", "none")
+            raise ConfigError(f"--{name} must be {wanted}, not {value!r}")
+        if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
+            setattr(config, name, float(value))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+# --- Plugins and their flags ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plugin that the run names: `weight * name`, its class, and the values of its own flags."""
+
+    group: str
+    name: str
+    weight: float
+    cls: type
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **defaults: Any) -> Any:
+        """The plugin, from its flags; `defaults` fill those left unset (None)."""
+        unset = {key: value for key, value in defaults.items() if self.options.get(key) is None}
+        return self.cls(**(self.options | unset))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved run: the core's settings and the plugins that it names."""
+
+    config: Config
+    plugins: tuple[Chosen, ...]
+
+    def of(self, group: str) -> list[Chosen]:
+        return [plugin for plugin in self.plugins if plugin.group == group]
+
+    def as_yaml(self) -> str:
+        """What `--config` reads to repeat the run, wherever it is written to."""
+        values = dataclasses.asdict(self.config)
+        for name in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+            del values[name]
+        for plugin in self.plugins:
+            values |= {_key(plugin.name, name): value for name, value in plugin.options.items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def _key(plugin: str, name: str) -> str:
+    return f"{re.sub(r'[^0-9a-zA-Z]', '_', plugin)}_{name}"
+
+
+def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
+    if expression == "none":
+        return []
+    try:
+        return [(group, weight, name) for weight, name in parse_sum(expression, what=group[:-1])]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _help_of(cls: type) -> dict[str, str]:
+    """Field descriptions from the `Attributes:` section of a class docstring."""
+    _, _, section = (cls.__doc__ or "").partition("Attributes:")
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in entries}
+
+
+def _plugin_options(chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
+    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous."""
+    taken = {f.name for f in dataclasses.fields(Config)}
+    count: dict[str, int] = {}
+    for plugin in chosen:
+        for f in dataclasses.fields(plugin.cls):
+            if f.init:
+                count[f.name] = count.get(f.name, 0) + 1
+    fields, short = [], {}
+    for plugin in chosen:
+        hints, help_texts = typing.get_type_hints(plugin.cls), _help_of(plugin.cls)
+        for f in dataclasses.fields(plugin.cls):
+            if not f.init:
+                continue
+            key = _key(plugin.name, f.name)
+            metadata = {"help": help_texts.get(f.name, "")}
+            if count[f.name] == 1 and f.name not in taken:
+                short[f.name] = key
+                metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
+            copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)  # type: ignore[call-overload]
+            fields.append((key, hints[f.name], copy))
+    options = dataclasses.make_dataclass("PluginOptions", fields)
+    options._argument_group_name = "flags of the chosen plugins"  # type: ignore[attr-defined]
+    return options, short
+
+
+class Parser(TrlParser):
+    """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
+
+    def __init__(self, *types: type, description: str, epilog: str = "") -> None:
+        super().__init__(list(types), description=description, epilog=epilog, allow_abbrev=False, prog="dmdr-train")
+        self.add_argument_group("settings").add_argument("--config", metavar="YAML", help="settings; flags override them")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A mapping of settings.
+
+    Raises:
+        ConfigError: If the file is missing or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config: {path} must hold a mapping of settings")
+    return values
+
+
+def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Settings:
+    """Settings of a run from flags, over those given as a mapping, over `--config`, over the model's recipe.
+
+    Args:
+        arguments: Command-line flags.
+        settings: Settings by name, as Python calls give them.
+
+    Raises:
+        ConfigError: For anything unknown, malformed or contradictory.
+        SystemExit: After printing `--help`.
+    """
+    first, _ = _first_look().parse_known_args(list(arguments))
+    given = (read_yaml(first.config) if first.config else {}) | dict(settings or {})
+    names = {f.name: f.default for f in dataclasses.fields(Config)}
+    look = {key: getattr(first, key) or given.get(key) for key in ("model", "rl", "reward", "matching")}
+    if first.help and not any(look.values()):
+        Parser(Config, description=DESCRIPTION, epilog=installed()).parse_args(["--help"])
+
+    recipe = dict(model_recipe(str(look["model"] or names["model"])))
+    per_objective = recipe.pop("objectives", {})
+    rl = str(look["rl"] or recipe.get("rl", names["rl"]))
+    reward = str(look["reward"] or recipe.get("reward", names["reward"]))
+    matching = str(look["matching"] or names["matching"])
+    parts = [*_named("objectives", rl), *_named("rewards", reward), ("matchings", 1.0, matching)]
+    chosen = [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
+    options, short = _plugin_options(chosen)
+
+    for plugin in chosen:
+        if plugin.group == "objectives":
+            recipe |= per_objective.get(plugin.name, {})
+    given = {short.get(key, key): value for key, value in given.items()}
+    parser = Parser(Config, options, description=DESCRIPTION, epilog=installed())
+    known = [*names, *(f.name for f in dataclasses.fields(options)), *short]  # type: ignore[arg-type]
+    parser.set_defaults_with_config(**recipe)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown setting '{key}'{registry.suggest(key, known)}")
+    parser.set_defaults_with_config(**given)
+    config, values, _, unknown = parser.parse_args_into_dataclasses(
+        list(arguments), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        hint = registry.suggest(unknown[0].lstrip("-").split("=")[0], known) if unknown[0].startswith("-") else ""
+        raise ConfigError(f"unknown argument {unknown[0]}{hint}")
+    check_types(values)
+    config.validate()
+    plugins = tuple(
+        dataclasses.replace(
+            plugin,
+            options={
+                f.name: getattr(values, _key(plugin.name, f.name)) for f in dataclasses.fields(plugin.cls) if f.init
+            },
+        )
+        for plugin in chosen
+    )
+    return Settings(config, plugins)
+
+
+def model_recipe(name: str) -> Mapping[str, Any]:
+    """The recipe of a registered model; empty for folders and hub ids."""
+    return registry.load("models", name).recipe if name in registry.plugins("models") else {}
+
+
+DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
+
+
+def installed() -> str:
+    """A line of the installed names by group; imports no plugin."""
+    names = "; ".join(f"{group}: {', '.join(registry.plugins(group))}" for group in registry.GROUPS)
+    return f"installed {names}. --rl NAME --help adds the flags of NAME."
+
+
+def _first_look() -> argparse.ArgumentParser:
+    """The few flags that decide which others there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    for name in ("config", "model", "rl", "reward", "matching"):
+        parser.add_argument(f"--{name}")
+    return parser

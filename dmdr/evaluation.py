@@ -1,0 +1,187 @@
+"""How good a student's images are: distances between sets of features, accuracy, and mean rewards.
+
+A reward alone does not measure quality: a student that has collapsed to one clean image per prompt scores higher than
+the teacher. Only the Frechet distance and the recall see it, so that all are reported together.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dmdr.protocols import Judge
+
+NEIGHBOURS = 3  # k of the precision and recall that papers report
+
+
+class Scorer(Protocol):
+    """What `evaluate` asks of the run's rewards (`dmdr.rewards.Rewards`)."""
+
+    def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
+        """Raw reward by name, each [B]."""
+
+    def total(self, scores: dict[str, Tensor]) -> Tensor:
+        """The weighted sum, [B]."""
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance of the Gaussians with the means m and covariances C of two sets.
+
+        d = |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2))
+
+    The trace of the root is the sum of the roots of the eigenvalues of C1 C2. With C = R^T R (R from a QR decomposition
+    of the centred features) these roots are the singular values of R1 R2^T. Taking them there never squares a small
+    number, so that features that do not vary, or fewer samples than dimensions, cost no precision.
+
+    Args:
+        real, fake: Features [N, D] and [M, D], any float dtype; N and M are 2 or more. Computed in float64 on the CPU.
+
+    Returns: 0 or more; NaN where a feature is not finite.
+
+    Raises:
+        ValueError: The shapes do not fit, or a set has fewer than two samples.
+
+    Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6; covariances are unbiased (N - 1), as in their code.
+    """
+    _check(real, fake, least=2)
+    real, fake = real.detach().cpu().double(), fake.detach().cpu().double()
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        return math.nan
+    root_real, root_fake = _root(real), _root(fake)
+    shift = (real.mean(0) - fake.mean(0)).square().sum()
+    spread = root_real.square().sum() + root_fake.square().sum()  # Tr(R^T R)
+    overlap = torch.linalg.svdvals(root_real @ root_fake.T).sum()
+    return max(0.0, float(shift + spread - 2 * overlap))  # rounding can leave -1e-14
+
+
+def _root(features: Tensor) -> Tensor:
+    """R with R^T R the unbiased covariance of features [N, D]; [min(N, D), D]."""
+    return torch.linalg.qr(features - features.mean(0), mode="r").R / math.sqrt(len(features) - 1)
+
+
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = NEIGHBOURS, *, max_distances: int = 2**24
+) -> tuple[float, float]:
+    """Precision: share of the fakes that look real. Recall: share of the reals that the fakes cover.
+
+    The manifold of a set is the union of balls around its points; a ball's radius is the distance to the k-th nearest
+    other point of the set.
+
+        precision = mean_f [ |f - r| <= radius(r) for any real r ]        recall: the same with the sets exchanged
+
+    A point that is not finite lies in no ball and has none. The result does not depend on `max_distances`.
+
+    Args:
+        real, fake: Embeddings [N, M] and [N', M], any float dtype; more than k points each.
+        k: Neighbours, 1 or more.
+        max_distances: Distances held at a time, which bounds the memory (at least one row of them is held).
+
+    Returns: (precision, recall), each in [0, 1].
+
+    Raises:
+        ValueError: The shapes do not fit, or a set has k points or fewer.
+
+    Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991), eq. 1 and 2.
+    """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, not {k}")
+    _check(real, fake, least=k + 1)
+    real, fake = real.detach().float(), fake.detach().float()
+    return _covered(fake, real, k, max_distances), _covered(real, fake, k, max_distances)
+
+
+def _covered(points: Tensor, manifold: Tensor, k: int, max_distances: int) -> float:
+    """Share of `points` inside the k-NN manifold of another set."""
+    rows = max(1, max_distances // len(manifold))
+    # The k + 1st smallest: each point's distance to itself, 0, comes first.
+    radius = torch.cat([_distances(part, manifold).kthvalue(k + 1, dim=1).values for part in manifold.split(rows)])
+    inside = [(_distances(part, manifold) <= radius).any(dim=1) for part in points.split(rows)]
+    return torch.cat(inside).float().mean().item()
+
+
+def _distances(rows: Tensor, columns: Tensor) -> Tensor:
+    # By matrix products a distance depends on the chunk it is computed in, and that of a point to itself is not 0.
+    return torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _check(real: Tensor, fake: Tensor, least: int) -> None:
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise ValueError(f"expected two sets [N, D] of the same D, not {list(real.shape)} and {list(fake.shape)}")
+    if min(len(real), len(fake)) < least:
+        raise ValueError(f"each set needs {least} samples or more; there are {len(real)} real and {len(fake)} fake")
+
+
+@torch.no_grad()
+def evaluate(
+    images: Tensor,
+    prompts: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    judge: Judge | None,
+    rewards: Scorer | None,
+    *,
+    chunk: int = 128,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """All metrics of one set of images: a column of the metric table.
+
+    With a judge: `accuracy` in [0, 1], `frechet_distance` of `judge.features`, `precision` and `recall` of
+    `judge.embed`, each against all of `judge.reference()`; the last three are left out of an evaluation of k = 3 images
+    or fewer, where they mean nothing. With rewards: `reward/<name>` and `reward/total`, means over the images whose
+    reward is finite (NaN where none is).
+
+    Args:
+        images: [B, 3, H, W] float32 in [0, 1], B >= 1.
+        prompts: What each image shall show, B strings.
+        columns: Further columns of the prompt rows, each of length B.
+        judge: The model's independent eye, or None.
+        rewards: The run's rewards, or None.
+        chunk: Images that the judge and the rewards see at a time.
+        device: Where they are seen; where `images` lie by default.
+
+    Raises:
+        ValueError: There is no image, or the lengths differ.
+    """
+    lengths = {"prompts": len(prompts)} | {name: len(column) for name, column in columns.items()}
+    wrong = [f"{length} {name}" for name, length in lengths.items() if length != len(images)]
+    if len(images) == 0 or wrong:
+        raise ValueError(f"{len(images)} images to evaluate" + "".join(f", {text}" for text in wrong))
+    device = images.device if device is None else device
+    starts = range(0, len(images), chunk)
+    metrics: dict[str, float] = {}
+
+    if judge is not None:
+        correct = [
+            judge.correct(images[i : i + chunk].to(device), prompts[i : i + chunk]).float().cpu() for i in starts
+        ]
+        metrics["accuracy"] = torch.cat(correct).mean().item()
+        real = judge.reference()
+        if min(len(images), len(real)) > NEIGHBOURS:
+            features, points = (
+                [_map(function, part, chunk, device) for part in (real, images)]
+                for function in (judge.features, judge.embed)
+            )
+            metrics["frechet_distance"] = frechet_distance(features[0], features[1])
+            metrics["precision"], metrics["recall"] = precision_recall(points[0], points[1])
+
+    if rewards is not None:
+        parts = []
+        for i in starts:
+            row = {name: column[i : i + chunk] for name, column in columns.items()}
+            parts.append(rewards.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
+        # The total is taken of all images at once, in case it depends on the statistics of its batch.
+        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        metrics |= {f"reward/{name}": _finite_mean(values) for name, values in scores.items()}
+        metrics["reward/total"] = _finite_mean(rewards.total(scores))
+    return metrics
+
+
+def _map(function: Callable[[Tensor], Tensor], images: Tensor, chunk: int, device: torch.device) -> Tensor:
+    """`function` of all images, chunk by chunk on `device`; the result on the CPU."""
+    return torch.cat([function(part.to(device)).float().cpu() for part in images.split(chunk)])
+
+
+def _finite_mean(values: Tensor) -> float:
+    values = values.cpu().double()
+    return values[values.isfinite()].mean().item()

@@ -1,0 +1,78 @@
+"""Sums of names as users write them: `--reward "0.3*hps+0.3*clip"`, `--rl "grpo+0.1*refl"`."""
+
+import math
+import re
+from collections.abc import Iterator
+
+from dmdr.errors import ConfigError
+
+_QUOTED = r"""'[^']*'|"[^"]*\""""
+_NAME = re.compile(r"\w[\w.-]*")
+_WEIGHT = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)", re.IGNORECASE)
+_TERM = re.compile(rf"(?:(?P<weight>[^'\"*]*)\*)?\s*(?P<name>{_QUOTED}|[^'\"*]*)")
+# A + inside quotes or in the exponent of a weight (1e+2*hps) does not end a term.
+_PIECE = re.compile(rf"{_QUOTED}|(?<![\w.])[0-9.]+[eE]\+[0-9]+(?=\s*\*)|.", re.DOTALL)
+
+
+def parse_sum(text: str, what: str = "reward") -> list[tuple[float, str]]:
+    """The terms of a weighted sum of names.
+
+        sum = term {"+" term};  term = [weight "*"] name
+
+    A name that holds one of `/ : + *` is quoted with ' or ". Spaces around weights and names do not count.
+
+    Args:
+        text: E.g. `0.3*hps+clip` or `0.5*'my_file.py:score'+1e-3*hps`.
+        what: What the names are, for messages: "reward" or "objective".
+
+    Returns:
+        (weight, name) in the order written. A weight is positive and finite, 1 where none is written; names are
+        unquoted and distinct.
+
+    Raises:
+        ConfigError: A ValueError of one line, with the problem and its place (characters count from 1).
+    """
+    if not text.strip():
+        raise ConfigError(f"the {what} expression is empty; write a name, or a sum such as 0.5*first+second")
+    terms: dict[str, float] = {}
+    for at, term in _split(text):
+        try:
+            weight, name = _parse(term, what)
+            if name in terms:
+                raise ValueError(f"{name!r} is named twice; write it once, with the sum of the weights")
+        except ValueError as error:
+            raise ConfigError(f"{what} expression {text!r}: {error} (at character {at + 1})") from None
+        terms[name] = weight
+    return [(weight, name) for name, weight in terms.items()]
+
+
+def _split(text: str) -> Iterator[tuple[int, str]]:
+    """Each term, stripped, after its place in the text."""
+    cuts = [piece.start() for piece in _PIECE.finditer(text) if piece[0] == "+"]
+    for start, end in zip([0, *(cut + 1 for cut in cuts)], [*cuts, len(text)], strict=True):
+        term = text[start:end]
+        yield start + len(term) - len(term.lstrip()), term.strip()
+
+
+def _parse(term: str, what: str) -> tuple[float, str]:
+    """(weight, name) of one term; a ValueError says what is wrong with it."""
+    if re.search("['\"]", re.sub(_QUOTED, "", term)):
+        raise ValueError("unbalanced quote")
+    match = _TERM.fullmatch(term)
+    if match is None:
+        raise ValueError(f"{term!r} cannot be read; a term is a name or weight*name")
+    written, name = match["weight"], match["name"].strip()
+    quoted = name[:1] in ("'", '"')
+    name = name[1:-1].strip() if quoted else name
+    if not name:
+        raise ValueError("empty term" if written is None else f"no {what} after the weight")
+    if not quoted and not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name; quote one that holds other characters than letters, digits, _ . -")
+    if written is None:
+        return 1.0, name
+    if not _WEIGHT.fullmatch(written.strip()):
+        raise ValueError(f"{written.strip()!r} is no weight; a number comes first, as in 0.5*name")
+    weight = float(written)
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"the weight {written.strip()} of {name!r} is not a positive, finite number")
+    return weight, name

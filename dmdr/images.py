@@ -1,0 +1,106 @@
+"""Image tensors to files: the same rounding as diffusers, grids to look at, files that are complete or absent."""
+
+import base64
+import math
+import os
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+CELL = 48  # px; smaller images are enlarged to at least this
+GAP = 2  # px of white between two cells
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8 on the CPU; NaN is black, so that a broken student can be shown."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [B, 3, H, W], not {list(images.shape)}")
+    pixels = images.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images as PIL images of mode RGB, by the rounding of a stock pipeline.
+
+    Args:
+        images: [B, 3, H, W], any float dtype, in [0, 1]; values outside are clamped.
+
+    Raises:
+        ValueError: `images` has another shape.
+
+    Source: `VaeImageProcessor.numpy_to_pil` of diffusers: float32, times 255, round half to even, uint8.
+    """
+    return [Image.fromarray(pixels.numpy()) for pixels in _bytes(images)]
+
+
+def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
+    """One picture of many, row by row, with thin white gaps; an incomplete last row is filled with white.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1], B >= 1.
+        columns: Images per row; by default as square as possible.
+        scale: Whole factor of enlargement (nearest neighbour, so that pixels stay visible); by default the least that
+            makes the shorter side 48 px or more, hence 1 for anything that large already.
+
+    Raises:
+        ValueError: No image, another shape, or a factor or a number of columns below 1.
+    """
+    pixels = _bytes(images)
+    count, height, width, _ = pixels.shape
+    if pixels.numel() == 0:
+        raise ValueError(f"a grid needs at least one image, not a tensor of {list(images.shape)}")
+    columns = min(math.ceil(math.sqrt(count)) if columns is None else columns, count)
+    scale = math.ceil(CELL / min(height, width)) if scale is None else scale
+    if columns < 1 or scale < 1:
+        raise ValueError(f"columns and scale must be 1 or more, not {columns} and {scale}")
+    rows = math.ceil(count / columns)
+    cell_height, cell_width = height * scale, width * scale
+    size = (columns * (cell_width + GAP) - GAP, rows * (cell_height + GAP) - GAP)
+    picture = Image.new("RGB", size, "white")
+    for i, cell in enumerate(pixels):
+        enlarged = Image.fromarray(cell.numpy()).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+        picture.paste(enlarged, (i % columns * (cell_width + GAP), i // columns * (cell_height + GAP)))
+    return picture
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write an image, atomically; the suffix of `path` names the format, its folder is made."""
+    buffer = BytesIO()
+    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, whatever interrupts; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system; opened plainly, because `tempfile`
+    # would give a mode that nobody else can read.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def embed(path: Path, max_width: int = 1600) -> tuple[str, int, int]:
+    """An image file as a data URI, with the embedded width and height in pixels.
+
+    A picture wider than `max_width` is made smaller and a JPEG: a grid of 1024 px images is 30 MB as it is.
+
+    Raises:
+        OSError: There is no such file, or it is not a complete image.
+    """
+    data, kind = path.read_bytes(), path.suffix.lower().removeprefix(".")
+    with Image.open(BytesIO(data)) as image:
+        image.load()
+        width, height = image.size
+        if width > max_width:
+            height, width = max(1, round(height * max_width / width)), max_width
+            buffer = BytesIO()
+            image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
+            data, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height

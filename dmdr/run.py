@@ -1,0 +1,467 @@
+"""A run: two stages of training around `Trainer.train_step`, and everything that a user finds in the run folder."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from dmdr import images
+from dmdr.assemble import Job, assemble
+from dmdr.checkpoint import (
+    Progress,
+    checkpoints,
+    find_initial,
+    load_parameters,
+    load_training,
+    prune,
+    read_progress,
+    save_checkpoint,
+)
+from dmdr.config import Config, Settings, parse
+from dmdr.errors import ConfigError
+from dmdr.evaluation import evaluate
+from dmdr.export import export
+from dmdr.prompts import PromptStream, Row
+from dmdr.protocols import Denoiser, Role
+from dmdr.randomness import Random
+from dmdr.report import write_report
+from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
+from dmdr.tilt import RewardTilt
+from dmdr.train import Learner, Trainer, combined_needs
+
+logger = logging.getLogger("dmdr")
+
+
+def train(**settings: Any) -> Path:
+    """The same as `dmdr-train`, from Python: `train(model=..., rl="grpo", reward="hps+clip", output_dir=...)`.
+
+    Args:
+        settings: Any flag of the core or of the chosen plugins, by name.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: For bad input; nothing was written.
+        TrainingError: For a failure in the run; what could be saved was.
+        KeyboardInterrupt: After a checkpoint was saved.
+    """
+    return run(parse(settings=settings))
+
+
+def run(settings: Settings) -> Path:
+    """Train, sample, evaluate, export and report.
+
+    Returns:
+        The run folder.
+    """
+    config = settings.config
+    output, resume = choose_folder(config)
+    initial = find_initial(config.init_student) if config.init_student else None
+    job = assemble(settings)
+    if config.overwrite_output_dir and not resume:
+        shutil.rmtree(output, ignore_errors=True)
+    return Run(job, output, resume, initial)()
+
+
+def choose_folder(config: Config) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to resume from; writes nothing.
+
+    Raises:
+        ConfigError: If the folder holds another run, or there is nothing to resume from.
+    """
+    resume = config.resume_from_checkpoint
+    if config.output_dir is None and resume not in (None, "latest"):
+        output = Path(str(resume)).resolve().parent.parent
+    elif config.output_dir is None:
+        output = _free_folder(Path("runs") / f"{Path(config.model).name}-{config.rl}".replace("*", "x"), bool(resume))
+    else:
+        output = Path(config.output_dir)
+    if resume is None:
+        if output.exists() and not output.is_dir():
+            raise ConfigError(f"--output_dir {output} is no folder")
+        if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
+            raise ConfigError(
+                f"--output_dir {output} is not empty; resume it with --resume_from_checkpoint latest, or delete what it "
+                "holds with --overwrite_output_dir"
+            )
+        if config.overwrite_output_dir and output.is_dir() and any(output.iterdir()):
+            if not (output / "config.yaml").is_file():
+                raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
+        return output, None
+    if resume == "latest":
+        found = checkpoints(output)
+        if not found:
+            raise ConfigError(f"--resume_from_checkpoint latest: {output} holds no checkpoint")
+        return output, found[-1]
+    read_progress(Path(resume))
+    return output, Path(resume)
+
+
+def _free_folder(base: Path, existing: bool) -> Path:
+    """The newest numbered folder that exists, or the first that does not."""
+    number, newest, folder = 1, base, base
+    while folder.exists():
+        number, newest = number + 1, folder
+        folder = base.with_name(f"{base.name}-{number}")
+    return newest if existing else folder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the two stages.
+
+    Attributes:
+        number: 1 (RT-DM, DynaDG, DynaRS) or 2 (joint DMD and RL).
+        steps: Student updates.
+        first_step: Student updates of the run before it.
+        learning_rate, fake_learning_rate: Of student and fake score.
+    """
+
+    number: int
+    steps: int
+    first_step: int
+    learning_rate: float
+    fake_learning_rate: float
+
+
+def stages(config: Config) -> list[Stage]:
+    """The stages that a run goes through; a given student needs no stage 1."""
+    rate, fake_rate = config.learning_rate, config.fake_learning_rate
+    first = 0 if config.init_student else config.stage1_steps
+    second = Stage(
+        2, config.stage2_steps, first, config.stage2_learning_rate or rate / 2, config.stage2_fake_learning_rate or fake_rate
+    )
+    return [stage for stage in (Stage(1, first, 0, rate, fake_rate), second) if stage.steps]
+
+
+class Run:
+    """One job in one folder."""
+
+    def __init__(self, job: Job, output: Path, resume: Path | None, initial: Path | None) -> None:
+        self.job, self.output, self.resume, self.initial = job, output, resume, initial
+        self.config = config = job.config
+        set_seed(config.seed)
+        trackers = None if config.report_to == "none" else config.report_to
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output)
+        )
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        backend = job.backend
+        grid = (
+            torch.tensor([*config.sigmas, 0.0], dtype=torch.float64)
+            if config.sigmas
+            else time_grid(config.num_inference_steps, backend.shift)
+        )
+        self.sampler = FewStepSampler(backend.path, grid, config.eta)
+        sample_eta = round(config.eta) if config.sample_eta is None else config.sample_eta
+        self.user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
+        self.stopped: int | None = None  # the signal that asked for an end
+
+    # --- The course of a run ---------------------------------------------------------------------------------------
+
+    def __call__(self) -> Path:
+        config, accelerator, backend = self.config, self.accelerator, self.job.backend
+        objectives = self.job.objectives
+        roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(objectives).roles)
+        backend.prepare(accelerator, roles=roles)
+        if self.job.rewards:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
+            self.job.rewards.prepare(accelerator.device, dtype)
+        progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0)
+        self._load_initial()
+        if accelerator.is_main_process:
+            self._open_folder(progress)
+        if config.report_to != "none":
+            accelerator.init_trackers("tensorboard" if config.report_to == "tensorboard" else "dmdr")
+
+        plan = stages(config)
+        total = plan[-1].first_step + plan[-1].steps
+        with tqdm(total=total, initial=progress.total, desc="train", disable=not accelerator.is_main_process) as bar:
+            for stage in plan:
+                if stage.number >= progress.stage:
+                    resumed = progress if stage.number == progress.stage else None
+                    self._train(stage, resumed, progress.prompts_consumed, bar)
+                    progress = self.progress
+                    if self.stopped is not None:
+                        self._leave()
+        self._finish()
+        return self.output
+
+    def _load_initial(self) -> None:
+        if self.initial is None or self.resume:
+            return
+        backend = self.job.backend
+        if (self.initial / "progress.json").is_file():
+            for role in ("student", "fake_score"):
+                load_parameters(self.initial, role, backend.parameters(role))
+        else:
+            backend.load_export(self.initial)
+
+    def _open_folder(self, progress: Progress) -> None:
+        """Settings in, and no log line beyond the checkpoint that the run resumes from."""
+        (self.output / "samples").mkdir(parents=True, exist_ok=True)
+        (self.output / "config.yaml").write_text(self.job.settings.as_yaml())
+        log = self.output / "metrics.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= progress.total]
+            log.write_text("".join(f"{line}\n" for line in lines))
+
+    def _train(self, stage: Stage, resumed: Progress | None, prompts_consumed: int, bar: "tqdm[Any]") -> None:
+        config = self.config
+        trainer = self.trainer(stage, resumed)
+        trainer.prompts.skip_to(prompts_consumed)
+        self.progress = resumed or Progress(stage.number, 0, stage.first_step, prompts_consumed)
+        if resumed is None and any("reference" in t.objective.needs.roles for t in trainer.objectives):
+            self.job.backend.snapshot()
+        if resumed is None and stage.first_step == 0:
+            self._grid(0)
+        with self._signals():
+            try:
+                while trainer.step < stage.steps and self.stopped is None:
+                    started = time.perf_counter()
+                    line = trainer.train_step()
+                    self.progress = Progress(
+                        stage.number, trainer.step, stage.first_step + trainer.step, trainer.prompts.consumed
+                    )
+                    self._log(trainer, line, time.perf_counter() - started, bar)
+                    if config.sample_steps and self.progress.total % config.sample_steps == 0:
+                        self._grid(self.progress.total)
+                    if config.save_steps and self.progress.total % config.save_steps == 0 and trainer.step < stage.steps:
+                        self._save(trainer)
+            except Exception:
+                self._save(trainer)
+                raise
+        self._save(trainer, stage_end=trainer.step == stage.steps)
+        if self.stopped is None:
+            self._grid(self.progress.total)
+            self._evaluate_student(stage)
+
+    def _finish(self) -> None:
+        """Teacher's share of the evaluation, export and report."""
+        if self.accelerator.is_main_process:
+            self._evaluate_teacher()
+            objectives = "" if not self.job.objectives else self.config.rl
+            export(
+                self.output / "student",
+                self.job.backend,
+                self.user_sampler,
+                base=self.job.folder,
+                prompt=self.job.rows[0]["prompt"],
+                objectives=objectives,
+                rewards=self.config.reward if self.job.rewards else "",
+            )
+            write_report(self.output)
+        self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+
+    def _leave(self) -> None:
+        """End early, after the checkpoint: Ctrl-C exits with 130, SIGTERM with 143."""
+        self.accelerator.end_training()
+        logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+        if self.stopped == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run after the current step; a second one at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopped = number
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- Parts -----------------------------------------------------------------------------------------------------
+
+    def trainer(self, stage: Stage, resumed: Progress | None) -> Trainer:
+        """The trainer of a stage, as new or as a checkpoint left it."""
+        config, job, accelerator = self.config, self.job, self.accelerator
+        first = stage.number == 1
+        step = resumed.step if resumed else 0
+        state = self.resume if resumed else None
+        dyna = config.dyna_steps if config.dyna_steps is not None else config.stage1_steps
+        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
+        trainer = Trainer(
+            backend=job.backend,
+            sampler=self.sampler,
+            prompts=PromptStream(
+                job.rows,
+                local * accelerator.num_processes,
+                group_size=config.num_generations,
+                seed=config.seed,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            ),
+            student=self.learner("student", stage.learning_rate, stage, step, state),
+            fake_score=self.learner("fake_score", stage.fake_learning_rate, stage, step, state),
+            matching=job.matching,
+            accelerator=accelerator,
+            scaler=self.scaler,
+            seed=config.seed,
+            micro_batch_size=config.per_device_train_batch_size,
+            fake_updates=config.fake_updates,
+            fake_mix=DynaDG(config.dyna_guidance if first else 0.0, dyna),
+            renoise=DynaRS(*config.dyna_renoise, dyna) if first else DynaRS(1.0, 1.0, 0),
+            guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
+            dmd_weight=config.dmd_weight,
+            rl_weight=0.0 if first else config.rl_weight,
+            objectives=() if first else job.objectives,
+            rewards=job.rewards,
+            sample_weight=RewardTilt(config.reward_tilt) if first and config.reward_tilt and job.rewards else None,
+            first_step=stage.first_step,
+            step=step,
+        )
+        if state:
+            optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
+            extra = load_training(state, optimizers)
+            self.scaler.load_state_dict(extra["scaler"])
+            for term in trainer.objectives:
+                if term.name in extra["objectives"]:
+                    term.objective.load_state_dict(extra["objectives"][term.name])  # type: ignore[attr-defined]
+            if job.backend.parameters("reference"):
+                load_parameters(state, "reference", job.backend.parameters("reference"))
+        return trainer
+
+    def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
+        """A role with AdamW and its schedule, `step` updates into the stage."""
+        config = self.config
+        parameters = self.job.backend.parameters(role)
+        if state:
+            load_parameters(state, role, parameters)
+        optimizer = torch.optim.AdamW(
+            parameters.values(),
+            lr=rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay if role == "student" else 0.0,
+        )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = rate
+        name, warmup = (config.lr_scheduler_type, config.warmup_steps) if role == "student" else ("constant", 0)
+        factor = partial(_factor, name=name, steps=stage.steps, warmup_steps=warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
+        return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm)
+
+    def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        stateful = {t.name: t.objective for t in trainer.objectives if hasattr(t.objective, "state_dict")}
+        extra = {
+            "scaler": self.scaler.state_dict(),
+            "objectives": {name: objective.state_dict() for name, objective in stateful.items()},
+        }
+        optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
+        folder = save_checkpoint(
+            self.output / "checkpoints", self.progress, self.job.backend, optimizers, extra, stage_end=stage_end
+        )
+        logger.debug("saved %s", folder)
+        prune(self.output, self.config.save_total_limit)
+
+    def _log(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
+        step = self.progress.total
+        bar.update()
+        if trainer.step % self.config.logging_steps and trainer.step > 1:
+            return
+        rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.active_objectives else {}
+        values = {**line, **rewards, "seconds": seconds}
+        short = {"stage": self.progress.stage} | {
+            key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
+            for key, value in values.items()
+            if key.startswith("loss/") or key == "reward/total"
+        }
+        bar.set_postfix(short)
+        if self.config.report_to != "none":
+            self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with (self.output / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "stage": self.progress.stage} | values) + "\n")
+
+    # --- Looking at it ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self, denoiser: Denoiser, sampler: FewStepSampler, rows: list[Row], purpose: str, title: str | None = None
+    ) -> Tensor:
+        """Images of prompt rows on the CPU, [N, 3, H, W] in [0, 1], the same for the same seed and purpose."""
+        backend, random = self.job.backend, Random(self.config.seed, 0, purpose)
+        size = self.config.per_device_train_batch_size
+        found = []
+        for start in tqdm(range(0, len(rows), size), desc=title, disable=title is None, leave=False):
+            part = rows[start : start + size]
+            sample = torch.arange(start, start + len(part), device=self.accelerator.device)
+            shape = (sampler.num_inference_steps, *backend.latent_shape)
+            noise = random.normal("noise", sample, shape).transpose(0, 1)
+            cond = backend.encode([row["prompt"] for row in part])
+            found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final).cpu())
+        return torch.cat(found)
+
+    def _rows(self, count: int) -> list[Row]:
+        return [self.job.rows[i % len(self.job.rows)] for i in range(count)]
+
+    def teacher_sampler(self) -> tuple[Denoiser, FewStepSampler]:
+        """The teacher as its users run it: guided, many ODE steps."""
+        denoiser = partial(self.job.backend.teacher, guidance=self.config.guidance_scale)
+        backend = self.job.backend
+        return denoiser, FewStepSampler(backend.path, time_grid(self.config.teacher_steps, backend.shift), 0.0)
+
+    def _grid(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        rows = self._rows(self.config.sample_images)
+        folder = self.output / "samples"
+        if not (folder / "teacher.png").exists():
+            images.save(images.grid(self.generate(*self.teacher_sampler(), rows, "grid")), folder / "teacher.png")
+        student = self.generate(self.job.backend.student, self.user_sampler, rows, "grid")
+        images.save(images.grid(student), folder / f"step-{step:06d}.png")
+
+    def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
+        """Add a column to `evaluation.json`."""
+        rows = self._rows(self.config.num_eval_samples)
+        file = self.output / "evaluation.json"
+        found = json.loads(file.read_text()) if file.exists() else {"samples": len(rows), "columns": {}}
+        judge = self.job.model.judge() if self.job.model else None
+        pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        found["columns"][title] = evaluate(pictures, [r["prompt"] for r in rows], columns, judge, self.job.rewards)
+        temporary = file.with_suffix(".partial")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        os.replace(temporary, file)
+
+    def _evaluate_student(self, stage: Stage) -> None:
+        if self.config.num_eval_samples and self.accelerator.is_main_process:
+            self._evaluate(f"stage {stage.number}", self.job.backend.student, self.user_sampler)
+
+    def _evaluate_teacher(self) -> None:
+        if self.config.num_eval_samples:
+            denoiser, sampler = self.teacher_sampler()
+            self._evaluate(f"teacher, {sampler.num_inference_steps} steps", denoiser, sampler)
+            few = self.user_sampler.num_inference_steps
+            self._evaluate(f"teacher, {few} step{'s' if few > 1 else ''}", denoiser, self.user_sampler)
+
+
+def _factor(step: int, *, name: str, steps: int, warmup_steps: int) -> float:
+    return learning_rate_factor(name, step, steps, warmup_steps)

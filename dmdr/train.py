@@ -1,0 +1,396 @@
+"""The training step. Read `Trainer.train_step` first: it is the algorithm."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dmdr.errors import TrainingError
+from dmdr.prompts import PromptStream
+from dmdr.protocols import Backend, Context, Matching, Needs, RewardObjective, SampleWeight
+from dmdr.randomness import Random
+from dmdr.rewards import Rewards
+from dmdr.sampling import FewStepSampler
+from dmdr.types import Direction, Draw, Rollout
+
+
+class Learner:
+    """One trained role: its parameters, optimizer and learning-rate schedule.
+
+    Gradients are averaged over the processes here, once per update, so that no wrapper has to know which role is active.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        accelerator: Accelerator,
+        scaler: torch.amp.GradScaler,
+        max_grad_norm: float,
+    ) -> None:
+        self.name, self.parameters, self.optimizer, self.scheduler = name, dict(parameters), optimizer, scheduler
+        self.accelerator, self.scaler, self.max_grad_norm = accelerator, scaler, max_grad_norm
+
+    def update(self) -> float:
+        """Average, unscale and clip the gradients, then step.
+
+        Returns:
+            The gradient norm before clipping.
+
+        Raises:
+            TrainingError: If it is not finite; the parameters have not moved. Under a loss scaler such a step is
+                skipped instead, as usual.
+        """
+        parameters = list(self.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
+            flat = self.accelerator.reduce(flat, "mean")
+            for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = grad.view_as(parameter)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+        if not self.scaler.is_enabled() and norm - norm != 0:
+            raise TrainingError(f"the gradient norm of the {self.name} is {norm}; nothing was updated")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+@dataclass(frozen=True)
+class WeightedObjective:
+    """One summand of `--rl "grpo+0.1*refl"`."""
+
+    name: str
+    weight: float
+    objective: RewardObjective
+
+    def declared(self, draw: Draw, last: int) -> Tensor:
+        """Samples whose student step the objective acts on, [B] bool."""
+        steps = self.objective.needs.steps
+        if steps == "any":
+            return torch.ones_like(draw.mask)
+        if steps == "last":
+            return draw.index == last
+        if steps == "stochastic":
+            return draw.index < last
+        return torch.isin(draw.index, torch.tensor(steps, device=draw.index.device))
+
+
+@dataclass
+class Step:
+    """The running step, as plugins see it (`protocols.Context`)."""
+
+    backend: Backend
+    sampler: FewStepSampler
+    rewards: Rewards | None
+    random: Random
+    step: int
+    renoise: tuple[float, float]
+    guidance: tuple[float, float]
+    fake_mix: float
+    trainer: "Trainer"
+    rollout: Rollout | None = None
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    _scores: dict[str, Tensor] | None = None
+
+    def scores(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Raw rewards of the rollout's finished images, by name, each [B]; scored once, sliced afterwards."""
+        if self.rewards is None or self.rollout is None:
+            raise TrainingError("a reward was asked for, but the run has none; pass --reward")
+        if self._scores is None:
+            self._scores = self.trainer.score(self.rollout)
+        rows = rollout.sample - self.rollout.sample[0]
+        return {name: score[rows] for name, score in self._scores.items()}
+
+    def gather(self, values: Tensor) -> Tensor:
+        return self.trainer.accelerator.gather(values)
+
+    def backward(self, loss: Tensor) -> None:
+        self.trainer.scaler.scale(loss).backward()
+
+    def log(self, metrics: Mapping[str, Tensor | float]) -> None:
+        self.metrics.update(metrics)
+
+
+@dataclass
+class Trainer:
+    """Joint distribution matching and reinforcement learning of a few-step student.
+
+    Attributes:
+        backend: Prepared model family.
+        sampler: The student's sampler in training.
+        prompts: Stream of prompt rows, this process's share.
+        student, fake_score: The two learners.
+        matching: How the distributions are compared.
+        micro_batch_size: Samples per forward and backward pass.
+        fake_updates: Fake-score updates per student update.
+        dmd_weight: Weight of the matching loss; 0 switches matching and the fake score off (RL only).
+        rl_weight: lambda of L = L_DMD + lambda L_RL.
+        objectives: The RL half; empty in stage 1.
+        sample_weight: Weight of each sample's direction (RT-DM), or None.
+        fake_mix, renoise: DynaDG and DynaRS, functions of the step.
+        guidance: Range of the teacher's guidance, drawn per sample.
+        step: Student updates so far in this stage; `first_step` those before it.
+    """
+
+    backend: Backend
+    sampler: FewStepSampler
+    prompts: PromptStream
+    student: Learner
+    fake_score: Learner
+    matching: Matching
+    accelerator: Accelerator
+    scaler: torch.amp.GradScaler
+    seed: int
+    micro_batch_size: int
+    fake_updates: int
+    fake_mix: Callable[[int], float]
+    renoise: Callable[[int], tuple[float, float]]
+    guidance: tuple[float, float] = (1.0, 1.0)
+    dmd_weight: float = 1.0
+    rl_weight: float = 0.0
+    objectives: Sequence[WeightedObjective] = ()
+    rewards: Rewards | None = None
+    sample_weight: SampleWeight | None = None
+    first_step: int = 0
+    step: int = 0
+
+    @property
+    def fake_updates_due(self) -> int:
+        return self.fake_updates if self.dmd_weight else 0
+
+    @property
+    def active_objectives(self) -> Sequence[WeightedObjective]:
+        return self.objectives if self.rl_weight else ()
+
+    def train_step(self) -> dict[str, float]:
+        """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3)."""
+        backend, matching = self.backend, self.matching
+
+        for k in range(max(self.fake_updates_due, 1)):  # 1. the fake score catches up with the student
+            ctx = self.context(k)
+            rollout = self.rollout(ctx)  #    all steps, no gradient
+            draw = self.pick(rollout, ctx)  #    one stored state of each trajectory, and the answer given there
+            if self.fake_updates_due:
+                self.learn_fake_score(draw, ctx)
+
+        for iteration in range(self.updates_per_rollout):  # 2. where should the student's answer move?
+            if iteration:
+                draw = self.answer_again(draw, iteration)
+            direction = self.direction(draw, ctx)  #    match the distribution ...
+            draw = replace(draw, direction=direction)
+            reward_grad = self.climb(draw, ctx)  #    ... and climb the reward; its graphs are freed here
+
+            for part, g, r in self.parts(draw, direction, reward_grad):  # 3. the only student graph alive
+                prediction = backend.student(part.x_t, part.t, part.cond)
+                matched = (matching.anchor(prediction, part) * g).sum() / direction.numel()
+                ctx.backward(self.dmd_weight * matched + (prediction.x0 * r).sum())
+            ctx.log({"grad_norm/student": self.student.update()})
+            for term in self.active_objectives:
+                if hasattr(term.objective, "after_update"):
+                    term.objective.after_update(ctx)
+
+        self.step += 1
+        return self.logged(ctx)
+
+    # --- The verbs of the step -------------------------------------------------------------------------------------
+
+    def context(self, k: int) -> Step:
+        """Fresh context of the k-th rollout of this step."""
+        random = Random(self.seed, self.first_step + self.step, f"rollout/{k}")
+        return Step(
+            self.backend,
+            self.sampler,
+            self.rewards,
+            random,
+            self.step,
+            self.renoise(self.step),
+            self.guidance,
+            self.fake_mix(self.step),
+            trainer=self,
+        )
+
+    def rollout(self, ctx: Step) -> Rollout:
+        """Complete trajectories of the next prompts, made without gradient by the student as it is."""
+        rows = next(self.prompts)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        cond = self.backend.encode([row["prompt"] for row in rows], **columns)
+        sample = self.accelerator.process_index * len(rows) + torch.arange(len(rows), device=self.accelerator.device)
+        steps = self.sampler.num_inference_steps
+        log_prob = any(term.objective.needs.log_prob for term in self.active_objectives)
+        chunks = []
+        for start in range(0, len(rows), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            noise = ctx.random.normal("noise", sample[part], (steps, *self.backend.latent_shape)).transpose(0, 1)
+            chunks.append(
+                self.sampler.rollout(
+                    self.backend.student,
+                    noise,
+                    cond[part],
+                    sample=sample[part],
+                    group=sample[part] // self.prompts.group_size,
+                    log_prob=log_prob,
+                )
+            )
+        ctx.rollout = Rollout(
+            cond=cond,
+            t=self.sampler.t,
+            x_t=torch.cat([chunk.x_t for chunk in chunks], 1),
+            x0=torch.cat([chunk.x0 for chunk in chunks], 1),
+            sample=sample,
+            group=sample // self.prompts.group_size,
+            log_prob=torch.cat([chunk.log_prob for chunk in chunks], 1) if log_prob else None,  # type: ignore[misc]
+        )
+        return ctx.rollout
+
+    def pick(self, rollout: Rollout, ctx: Step) -> Draw:
+        """A uniformly drawn student step for each sample."""
+        return rollout.pick(ctx.random.integers("index", rollout.sample, self.sampler.num_inference_steps))
+
+    def learn_fake_score(self, draw: Draw, ctx: Step) -> None:
+        """One update of the fake score on the student's answers."""
+        total = 0.0
+        for part in draw.split(self.micro_batch_size):
+            loss = self.matching.fake_loss(part, self.backend.fake_score, ctx).loss.sum() / len(draw)
+            ctx.backward(loss)
+            total += loss.item()
+        ctx.log({"loss/fake": total, "grad_norm/fake_score": self.fake_score.update()})
+
+    @torch.no_grad()
+    def answer_again(self, draw: Draw, iteration: int) -> Draw:
+        """The same states, answered by the student as it is now."""
+        answers = [self.backend.student(p.x_t, p.t, p.cond).x0 for p in draw.split(self.micro_batch_size)]
+        return replace(draw, x0=torch.cat(answers), iteration=iteration)
+
+    @torch.no_grad()
+    def direction(self, draw: Draw, ctx: Step) -> Tensor:
+        """The weighted direction of distribution matching at x0, [B, *latent] float32."""
+        if not self.dmd_weight:
+            return torch.zeros_like(draw.x0)
+        found = [
+            self.matching.direction(part, self.backend.teacher, self.backend.fake_score, ctx)
+            for part in draw.split(self.micro_batch_size)
+        ]
+        names = found[0].parts
+        direction = Direction(
+            torch.cat([d.total for d in found]), {name: torch.cat([d.parts[name] for d in found]) for name in names}
+        )
+        # The value of 0.5 mean((x0 - sg(x0 - g))^2): a monitor; after normalisation it does not tell convergence.
+        ctx.log({"loss/dmd": 0.5 * (direction.total**2).mean()})
+        if self.sample_weight is None:
+            return direction.total
+        weight = self.sample_weight(draw, direction, ctx)
+        return weight.view(-1, *[1] * (direction.total.ndim - 1)).to(direction.total.dtype) * direction.total
+
+    def climb(self, draw: Draw, ctx: Step) -> Tensor:
+        """Gradient of rl_weight L_RL at x0, [B, *latent]; what reaches the student's parameters is accumulated there.
+
+        L_RL is the mean over the global batch's samples that are both declared by the objective and valid.
+        """
+        total = torch.zeros_like(draw.x0)
+        for term in self.active_objectives:
+            chosen = replace(draw, mask=term.declared(draw, self.sampler.num_inference_steps - 1))
+            declared = ctx.gather(chosen.mask).sum().clamp_min(1)
+            scale = self.accelerator.num_processes * self.rl_weight * term.weight / declared
+            grads, losses, valids = [], [], []
+            for part in chosen.split(self.micro_batch_size):
+                leaf = part.x0.detach().requires_grad_()
+                answer = term.objective(replace(part, leaf=leaf), ctx)
+                valid = part.mask if answer.valid is None else part.mask & answer.valid
+                loss = torch.where(valid, answer.loss, 0.0)
+                if answer.grad is not None:
+                    grad: Tensor | None = scale * answer.grad
+                elif loss.requires_grad:
+                    ctx.backward(scale * loss.sum())
+                    grad = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
+                else:
+                    grad = None
+                mask = valid.view(-1, *[1] * (leaf.ndim - 1))
+                grads.append(torch.zeros_like(leaf) if grad is None else torch.where(mask, grad, 0.0))
+                losses.append(loss.detach())
+                valids.append(valid)
+                ctx.log({f"{term.name}/{key}": value for key, value in masked_means(answer.metrics, valid).items()})
+            counted = ctx.gather(torch.cat(valids)).sum()
+            total += torch.cat(grads) * (declared / counted.clamp_min(1))
+            samples = self.accelerator.num_processes * len(draw)
+            ctx.log(
+                {
+                    f"loss/{term.name}": ctx.gather(torch.cat(losses)).sum() / counted.clamp_min(1),
+                    f"{term.name}/coverage": counted / samples,
+                    f"{term.name}/invalid": declared - counted,
+                    f"{term.name}/weight": self.rl_weight * term.weight,
+                }
+            )
+        return total
+
+    def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Micro-batches of a draw and of tensors that go with it."""
+        return zip(draw.split(self.micro_batch_size), *(t.split(self.micro_batch_size) for t in tensors), strict=True)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Raw rewards of the finished images, by name, each [B] float32."""
+        assert self.rewards is not None
+        scores: dict[str, list[Tensor]] = {name: [] for name in self.rewards.parts}
+        for start in range(0, len(rollout.cond), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            images, cond = self.backend.decode(rollout.final[part]), rollout.cond[part]
+            for name, score in self.rewards.each(images, cond.prompts, **cond.columns).items():
+                scores[name].append(score)
+        found = {name: torch.cat(score) for name, score in scores.items()}
+        self.rewards.require_finite({name: self.accelerator.gather(score) for name, score in found.items()})
+        return found
+
+    # --- What the run asks of it -----------------------------------------------------------------------------------
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return max((term.objective.needs.updates_per_rollout for term in self.active_objectives), default=1)
+
+    def logged(self, ctx: Step) -> dict[str, float]:
+        """This step's log line, as plain numbers."""
+        line = {"learning_rate/student": self.student.scheduler.get_last_lr()[0]}
+        if self.sample_weight is None and self.dmd_weight:
+            line |= {"dyna/fake_mix": ctx.fake_mix}
+        self.last_context = ctx
+        return {key: float(value) for key, value in (ctx.metrics | line).items()}
+
+    def reward_metrics(self) -> dict[str, float]:
+        """Mean rewards of the last step's finished images, raw by name and as the weighted total, over all processes."""
+        if self.rewards is None or self.last_context.rollout is None:
+            return {}
+        scores = {name: self.accelerator.gather(s) for name, s in self.last_context.scores(self.last_context.rollout).items()}
+        line = {f"reward/{name}": score.nanmean().item() for name, score in scores.items()}
+        line |= {f"reward_weighted/{name}": self.rewards.parts[name][0] * line[f"reward/{name}"] for name in scores}
+        return line | {"reward/total": self.rewards.total(scores).nanmean().item()}
+
+
+def masked_means(metrics: Mapping[str, Tensor | float], valid: Tensor) -> dict[str, Tensor | float]:
+    """Per-sample metrics as means over the valid samples; others as they are."""
+    return {
+        name: value[valid].float().mean() if isinstance(value, Tensor) and value.ndim else value
+        for name, value in metrics.items()
+    }
+
+
+def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
+    """What a sum of objectives requires: the union of their needs."""
+    needs = [term.objective.needs for term in objectives]
+    return Needs(
+        group_size=max((n.group_size for n in needs), default=1),
+        reward_grad=any(n.reward_grad for n in needs),
+        text_features=any(n.text_features for n in needs),
+        log_prob=any(n.log_prob for n in needs),
+        roles=tuple(dict.fromkeys(role for n in needs for role in n.roles)),
+        updates_per_rollout=max((n.updates_per_rollout for n in needs), default=1),
+    )

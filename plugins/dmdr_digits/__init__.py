@@ -1,0 +1,62 @@
+"""`--model digits`: the embedded default, a small StableDiffusion3Pipeline of real handwritten digits.
+
+Nothing is downloaded: the pipeline, its judge and its reward checkpoints are trained on the 8x8 scans of scikit-learn
+on first use, in a few minutes on one CPU core, and kept in `~/.cache/dmdr` (or `DMDR_CACHE`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmdr_digits.judge import DigitJudge
+
+__all__ = ["Digits"]
+
+
+class Digits:
+    """The `NamedModel` of the digits."""
+
+    recipe: Mapping[str, Any] = {
+        "per_device_train_batch_size": 64,
+        "num_inference_steps": 4,
+        "stage1_steps": 120,
+        "stage2_steps": 60,
+        "learning_rate": 2e-4,
+        "stage2_learning_rate": 1e-4,
+        "fake_learning_rate": 1e-3,
+        "fake_updates": 5,
+        "guidance_scale": 1.0,
+        "rl": "refl",
+        "rl_weight": 0.3,
+        "reward": "0.3*hps+0.3*clip",
+    }
+
+    def folder(self) -> Path:
+        """The pipeline, trained on first use."""
+        from dmdr_digits.cache import cached
+        from dmdr_digits.pipeline import build_pipeline
+
+        return cached("pipeline", build_pipeline)
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Ten rows: `prompt`, and the digit as `label`."""
+        from dmdr_digits.data import PROMPTS
+
+        return [{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]
+
+    def reward_checkpoint(self, reward: str) -> Path | None:
+        """A folder in the layout of the published checkpoint, trained on first use; None for a reward not known."""
+        if reward not in ("hps", "clip", "dinov2"):
+            return None
+        from dmdr_digits.cache import cached
+        from dmdr_digits.rewards import BUILDERS
+
+        return cached(f"reward-{reward}", BUILDERS[reward])
+
+    def judge(self) -> "DigitJudge":
+        """A classifier of real scans, trained on first use."""
+        from dmdr_digits.cache import cached
+        from dmdr_digits.judge import DigitJudge, build_judge
+
+        return DigitJudge(cached("judge", build_judge))

@@ -1,0 +1,60 @@
+"""Artefacts that are built once: each in a folder of its own, complete or absent."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+VERSION = 1  # raise it whenever what a build writes changes
+
+
+def budget() -> float:
+    """Share of the full training length, `DMDR_DIGITS_BUDGET`; 1 by default."""
+    return float(os.environ.get("DMDR_DIGITS_BUDGET", "1"))
+
+
+def root() -> Path:
+    """The folder of all artefacts of this version and budget, under `DMDR_CACHE` or ~/.cache/dmdr."""
+    base = Path(os.environ.get("DMDR_CACHE") or Path.home() / ".cache" / "dmdr")
+    return base.expanduser() / f"digits-v{VERSION}-b{budget():g}"
+
+
+def cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder of an artefact, built by `build(folder)` on first use.
+
+    The build works beside its final place and is renamed when it is complete; one process builds, others wait for it.
+    """
+    target = root() / name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{name}.lock")):
+        if not target.exists():
+            partial = target.with_name(f"{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: nobody else holds the lock
+            partial.mkdir()
+            with isolated():
+                build(partial)
+            partial.rename(target)
+    return target
+
+
+@contextmanager
+def isolated(seed: int = 0) -> Iterator[None]:
+    """Seed the CPU generator, use one thread and enable gradients; the caller's state comes back unchanged.
+
+    One thread makes the result independent of the number of cores, and these models are too small for more.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs, too
+            yield
+    finally:
+        torch.set_num_threads(threads)

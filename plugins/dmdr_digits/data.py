@@ -1,0 +1,58 @@
+"""The 1,797 real 8x8 scans of scikit-learn, their split, and their prompts."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
+TRAIN = 1200
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Images [N, 3, 8, 8] float32 in [0, 1], grey in three channels, and their digits [N] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Scans":
+        return Scans(self.images[rows], self.labels[rows])
+
+
+@cache
+def scans() -> Scans:
+    """All scans, in a fixed shuffled order."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return Scans(images, torch.tensor(digits.target))[order]
+
+
+def train_scans() -> Scans:
+    """The 1,200 scans that everything is trained on: VAE, teacher, rewards, judge."""
+    return scans()[:TRAIN]
+
+
+def held_out_scans() -> Scans:
+    """The other 597."""
+    return scans()[TRAIN:]
+
+
+def label_of(prompt: str) -> int:
+    """The digit that a prompt names.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    for word in reversed(prompt.lower().split()):
+        if word in WORDS:
+            return WORDS.index(word)
+    raise ValueError(f"no digit in the prompt {prompt!r}; it must contain one of {', '.join(WORDS)}")

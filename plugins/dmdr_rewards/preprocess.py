@@ -1,0 +1,110 @@
+"""Differentiable image preprocessing: from [B, 3, H, W] in [0, 1] to the input of a network.
+
+Clamps and roundings pass gradients straight through (Bengio et al. 2013, arXiv:1308.3432): `torch.clamp` has none
+beyond its bounds, and in recent releases none at them, so that saturated pixels of an image could never change.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Geometry = Literal["squash", "longest", "shortest"]
+Method = Literal["float", "exact", "unclamped"]
+
+
+def fit(images: Tensor, size: int, geometry: Geometry, method: Method = "float", edge: int | None = None) -> Tensor:
+    """Bring images to a square.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1], any floating dtype.
+        size: Side of the square, in pixels.
+        geometry: "squash" ignores the aspect ratio; "longest" scales the longest edge to `size` and pads with black;
+            "shortest" scales the shortest edge to `edge` and crops the centre.
+        method: How `resize` treats values.
+        edge: Length of the shortest edge before the crop, in pixels, >= size; None for `size`.
+
+    Returns:
+        [B, 3, size, size], at least float32.
+
+    Raises:
+        ValueError: If `images` are no such tensor.
+
+    Source: torchvision's Resize (which truncates the long edge) and CenterCrop; HPSv2's ResizeMaxSize, which
+        open_clip's "longest" equals. Deviates: an image whose longest edge is `size` already is padded too.
+    """
+    images = _checked(images)
+    height, width = images.shape[-2:]
+    if geometry == "squash":
+        return resize(images, size, size, method)
+    if geometry == "longest":
+        scale = size / max(height, width)
+        new_height, new_width = (max(1, round(side * scale)) for side in (height, width))
+        top, left = (size - new_height) // 2, (size - new_width) // 2
+        images = resize(images, new_height, new_width, method)
+        return F.pad(images, (left, size - new_width - left, top, size - new_height - top))
+    edge = edge or size
+    new_height, new_width = (int(edge * side / min(height, width)) for side in (height, width))
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return resize(images, new_height, new_width, method)[..., top : top + size, left : left + size]
+
+
+def resize(images: Tensor, height: int, width: int, method: Method = "float") -> Tensor:
+    """Bicubic, antialiased resize.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1], float32 or float64.
+        height, width: The new size, in pixels.
+        method: "float" is one pass, clamped to [0, 1]. "exact" gives what Pillow gives for the 8-bit image, with the
+            gradient of "float": it rounds to 8 bits before, between and after a horizontal and a vertical pass.
+            "unclamped" is "float" without the clamp: bicubic overshoots at edges.
+
+    Returns:
+        [B, 3, height, width], same dtype.
+
+    Source: Pillow's ImagingResample (src/libImaging/Resample.c).
+    """
+    if method == "exact":
+        images = quantise(_bicubic(quantise(images), images.shape[-2], width))
+        return quantise(_bicubic(images, height, width))
+    images = _bicubic(images, height, width)
+    return clamp(images) if method == "float" else images
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std per channel. [B, 3, H, W]"""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+
+
+def clamp(images: Tensor) -> Tensor:
+    """Clamp to [0, 1], with the gradient of the identity."""
+    return _straight_through(images.clamp(0, 1), images)
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Clamp to [0, 1] and round to multiples of 1/255, with the gradient of the identity."""
+    return _straight_through((images.clamp(0, 1) * 255).round() / 255, images)
+
+
+def _straight_through(value: Tensor, images: Tensor) -> Tensor:
+    return value.detach() + (images - images.detach())  # the bracket is exactly 0, so the value is exactly `value`
+
+
+def _bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def _checked(images: Tensor) -> Tensor:
+    """At least float32: antialiased interpolation knows no half precision on the CPU."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype} {list(images.shape)}; expected floating point [B, 3, H, W] in [0, 1]"
+        )
+    return images.to(torch.promote_types(images.dtype, torch.float32))
