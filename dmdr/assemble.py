@@ -70,7 +70,7 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
         if not settings.of("rewards"):
             raise ConfigError(f"{who} climbs a reward: name one with --reward")
         for reward in settings.of("rewards"):
-            if needs.reward_grad and not reward.cls.differentiable:
+            if needs.reward_grad and not getattr(reward.cls, "differentiable", False):
                 raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")
             if needs.text_features and not hasattr(reward.cls, "text_features"):
                 raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
@@ -116,7 +116,9 @@ def pipeline_class(folder: str) -> str:
     try:
         return str(DiffusionPipeline.load_config(folder)["_class_name"])
     except Exception as error:  # every hub and network failure; the first line says which
-        raise ConfigError(f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def open_backend(folder: str, config: Config) -> Backend:

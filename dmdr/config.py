@@ -51,7 +51,9 @@ class Config:
     guidance_scale: float = flag(7.0, "the teacher's guidance; 1 is none")
     guidance_jitter: float = flag(0.5, "guidance is drawn per sample from guidance_scale +- this (if above 1)")
     fake_updates: int = flag(5, "fake-score updates per student update")
-    dyna_steps: int | None = flag(None, "student updates over which DynaDG and DynaRS are annealed; stage1_steps at most")
+    dyna_steps: int | None = flag(
+        None, "student updates over which DynaDG and DynaRS are annealed; stage1_steps at most"
+    )
     dyna_guidance: float = flag(0.25, "DynaDG: share of the fake score's adapter in the teacher at first; 0 is off")
     dyna_renoise: list[float] = flag([4.0, 1.5], "DynaRS: Beta parameters of the renoise time at first; 1 1 is uniform")
     reward_tilt: float = flag(1.5, "RT-DM in stage 1: temperature in standard deviations of the reward; 0 is off")
@@ -254,7 +256,7 @@ def _plugin_options(chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
             if count[f.name] == 1 and f.name not in taken:
                 short[f.name] = key
                 metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
-            copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)  # type: ignore[call-overload]
+            copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
             fields.append((key, hints[f.name], copy))
     options = dataclasses.make_dataclass("PluginOptions", fields)
     options._argument_group_name = "flags of the chosen plugins"  # type: ignore[attr-defined]
@@ -264,9 +266,11 @@ def _plugin_options(chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
 class Parser(TrlParser):
     """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
 
-    def __init__(self, *types: type, description: str, epilog: str = "") -> None:
-        super().__init__(list(types), description=description, epilog=epilog, allow_abbrev=False, prog="dmdr-train")
-        self.add_argument_group("settings").add_argument("--config", metavar="YAML", help="settings; flags override them")
+    def __init__(self, *types: Any, description: str, epilog: str = "") -> None:
+        super().__init__(types, description=description, epilog=epilog, allow_abbrev=False, prog="dmdr-train")
+        self.add_argument_group("settings").add_argument(
+            "--config", metavar="YAML", help="settings; flags override them"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
@@ -321,7 +325,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
             recipe |= per_objective.get(plugin.name, {})
     given = {short.get(key, key): value for key, value in given.items()}
     parser = Parser(Config, options, description=DESCRIPTION, epilog=installed())
-    known = [*names, *(f.name for f in dataclasses.fields(options)), *short]  # type: ignore[arg-type]
+    known = [*names, *(f.name for f in dataclasses.fields(options)), *short]
     parser.set_defaults_with_config(**recipe)
     for key in given:
         if key not in known:

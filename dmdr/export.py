@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,8 @@ tags: [distillation, dmd, {{ "lora" if lora else "full-finetune" }}]
 # A {{ steps }}-step student of {{ base }}
 
 Distilled{% if objectives %} and aligned ({{ objectives }} on {{ rewards }}){% endif %} with DMDR {{ version }}.
-It inherits the licence of {{ base }}{% if rewards %}; the rewards it was tuned on have licences of their own{% endif %}.
+It inherits the licence of {{ base }}
+{%- if rewards %}; the rewards it was tuned on have licences of their own{% endif %}.
 
 ```python
 {{ snippet }}
@@ -52,6 +54,7 @@ def export(
     partial.mkdir(parents=True)
     call = dict(backend.export(partial, sampler))
     about = {"base_model": base, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
+    about["options"] = asdict(backend.options)
     (partial / "sampling.json").write_text(json.dumps(about, indent=2) + "\n")
     card = jinja2.Template(CARD).render(
         base=base,

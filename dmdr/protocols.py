@@ -74,6 +74,7 @@ class Backend(Protocol):
     (`ConfigError`).
     """
 
+    options: BackendOptions
     path: NoisePath
     latent_shape: tuple[int, ...]
     shift: float  # timestep shift of the student's grid; 1 where the family has none
@@ -118,9 +119,16 @@ class Backend(Protocol):
 class Sampler(Protocol):
     """The few-step sampler (`dmdr.sampling.FewStepSampler`)."""
 
-    path: NoisePath
-    t: Tensor
-    eta: float
+    @property
+    def path(self) -> NoisePath: ...
+
+    @property
+    def t(self) -> Tensor:
+        """Grid, [K + 1] float64 from noise to exactly 0."""
+
+    @property
+    def eta(self) -> float:
+        """Share of fresh noise, in [0, 1]."""
 
     def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor: ...
 
@@ -174,14 +182,34 @@ class Needs:
 class Context(Protocol):
     """What a matching, a weight or an objective may ask of the running step."""
 
-    backend: Backend
-    sampler: Sampler
-    rewards: Any  # dmdr.rewards.Rewards | None
-    random: Random
-    step: int  # student updates so far, in this stage
-    renoise: tuple[float, float]  # Beta parameters of the renoise time (DynaRS)
-    guidance: tuple[float, float]  # range of the teacher's guidance
-    fake_mix: float  # DynaDG
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    @property
+    def rewards(self) -> Any:
+        """`dmdr.rewards.Rewards`, or None where the run has none."""
+
+    @property
+    def random(self) -> Random: ...
+
+    @property
+    def step(self) -> int:
+        """Student updates so far in this stage."""
+
+    @property
+    def renoise(self) -> tuple[float, float]:
+        """Beta parameters of the renoise time (DynaRS)."""
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """Range of the teacher's guidance."""
+
+    @property
+    def fake_mix(self) -> float:
+        """Share of the fake score's adapter in the teacher (DynaDG)."""
 
     def scores(self, rollout: Rollout) -> dict[str, Tensor]:
         """Raw reward of the finished images by name, each [B] float32; decoded and scored once per rollout."""
@@ -209,7 +237,7 @@ class Matching(Protocol):
 
 
 class SampleWeight(Protocol):
-    """A weight of each sample's direction, [B] float32, of mean one over the global batch; it may read the direction."""
+    """A weight of each sample's direction, [B] float32, mean one over the global batch; it may read the direction."""
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor: ...
 

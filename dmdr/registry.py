@@ -101,4 +101,3 @@ def load(group: str, name: str) -> Any:
     if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):
         raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
     return target
-

@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from dmdr.images import embed, write_atomically
 
@@ -214,7 +214,7 @@ def _plot(name: str, steps: np.ndarray, values: np.ndarray, span: Sequence[int],
         axes.minorticks_off()
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True) if span[0] < span[1] else FixedLocator(span))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(length=0, labelsize=8.5, labelcolor=TEXT)
     axes.grid(axis="y", color=TEXT, alpha=0.18, linewidth=0.6)

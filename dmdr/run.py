@@ -98,12 +98,11 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
             raise ConfigError(f"--output_dir {output} is no folder")
         if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
             raise ConfigError(
-                f"--output_dir {output} is not empty; resume it with --resume_from_checkpoint latest, or delete what it "
+                f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
                 "holds with --overwrite_output_dir"
             )
-        if config.overwrite_output_dir and output.is_dir() and any(output.iterdir()):
-            if not (output / "config.yaml").is_file():
-                raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
+        if output.is_dir() and any(output.iterdir()) and not (output / "config.yaml").is_file():
+            raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
         return output, None
     if resume == "latest":
         found = checkpoints(output)
@@ -146,7 +145,11 @@ def stages(config: Config) -> list[Stage]:
     rate, fake_rate = config.learning_rate, config.fake_learning_rate
     first = 0 if config.init_student else config.stage1_steps
     second = Stage(
-        2, config.stage2_steps, first, config.stage2_learning_rate or rate / 2, config.stage2_fake_learning_rate or fake_rate
+        2,
+        config.stage2_steps,
+        first,
+        config.stage2_learning_rate or rate / 2,
+        config.stage2_fake_learning_rate or fake_rate,
     )
     return [stage for stage in (Stage(1, first, 0, rate, fake_rate), second) if stage.steps]
 
@@ -243,7 +246,11 @@ class Run:
                     self._log(trainer, line, time.perf_counter() - started, bar)
                     if config.sample_steps and self.progress.total % config.sample_steps == 0:
                         self._grid(self.progress.total)
-                    if config.save_steps and self.progress.total % config.save_steps == 0 and trainer.step < stage.steps:
+                    if (
+                        config.save_steps
+                        and self.progress.total % config.save_steps == 0
+                        and trainer.step < stage.steps
+                    ):
                         self._save(trainer)
             except Exception:
                 self._save(trainer)
@@ -285,7 +292,7 @@ class Run:
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.stopped = number
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -325,7 +332,7 @@ class Run:
             micro_batch_size=config.per_device_train_batch_size,
             fake_updates=config.fake_updates,
             fake_mix=DynaDG(config.dyna_guidance if first else 0.0, dyna),
-            renoise=DynaRS(*config.dyna_renoise, dyna) if first else DynaRS(1.0, 1.0, 0),
+            renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], dyna if first else 0),
             guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
             dmd_weight=config.dmd_weight,
             rl_weight=0.0 if first else config.rl_weight,
@@ -442,7 +449,9 @@ class Run:
         """Add a column to `evaluation.json`."""
         rows = self._rows(self.config.num_eval_samples)
         file = self.output / "evaluation.json"
-        found = json.loads(file.read_text()) if file.exists() else {"samples": len(rows), "columns": {}}
+        found: dict[str, Any] = {"samples": len(rows), "columns": {}}
+        if file.exists():
+            found = json.loads(file.read_text())
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}

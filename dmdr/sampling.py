@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmdr.paths import NoisePath, Prediction, expand
+from dmdr.paths import NoisePath, Prediction
 from dmdr.protocols import Denoiser
 from dmdr.types import Condition, Rollout
 

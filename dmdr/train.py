@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream
-from dmdr.protocols import Backend, Context, Matching, Needs, RewardObjective, SampleWeight
+from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeight
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
@@ -20,7 +20,7 @@ from dmdr.types import Direction, Draw, Rollout
 class Learner:
     """One trained role: its parameters, optimizer and learning-rate schedule.
 
-    Gradients are averaged over the processes here, once per update, so that no wrapper has to know which role is active.
+    Gradients are averaged over the processes here, once per update: no wrapper has to know which role is active.
     """
 
     def __init__(
@@ -164,6 +164,7 @@ class Trainer:
     sample_weight: SampleWeight | None = None
     first_step: int = 0
     step: int = 0
+    last: Step | None = None  # context of the last step, for its log line
 
     @property
     def fake_updates_due(self) -> int:
@@ -293,45 +294,46 @@ class Trainer:
         return weight.view(-1, *[1] * (direction.total.ndim - 1)).to(direction.total.dtype) * direction.total
 
     def climb(self, draw: Draw, ctx: Step) -> Tensor:
-        """Gradient of rl_weight L_RL at x0, [B, *latent]; what reaches the student's parameters is accumulated there.
-
-        L_RL is the mean over the global batch's samples that are both declared by the objective and valid.
-        """
+        """Gradient of rl_weight L_RL at x0, [B, *latent]; what reaches the student itself is accumulated there."""
         total = torch.zeros_like(draw.x0)
         for term in self.active_objectives:
-            chosen = replace(draw, mask=term.declared(draw, self.sampler.num_inference_steps - 1))
-            declared = ctx.gather(chosen.mask).sum().clamp_min(1)
-            scale = self.accelerator.num_processes * self.rl_weight * term.weight / declared
-            grads, losses, valids = [], [], []
-            for part in chosen.split(self.micro_batch_size):
-                leaf = part.x0.detach().requires_grad_()
-                answer = term.objective(replace(part, leaf=leaf), ctx)
-                valid = part.mask if answer.valid is None else part.mask & answer.valid
-                loss = torch.where(valid, answer.loss, 0.0)
-                if answer.grad is not None:
-                    grad: Tensor | None = scale * answer.grad
-                elif loss.requires_grad:
-                    ctx.backward(scale * loss.sum())
-                    grad = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
-                else:
-                    grad = None
-                mask = valid.view(-1, *[1] * (leaf.ndim - 1))
-                grads.append(torch.zeros_like(leaf) if grad is None else torch.where(mask, grad, 0.0))
-                losses.append(loss.detach())
-                valids.append(valid)
-                ctx.log({f"{term.name}/{key}": value for key, value in masked_means(answer.metrics, valid).items()})
-            counted = ctx.gather(torch.cat(valids)).sum()
-            total += torch.cat(grads) * (declared / counted.clamp_min(1))
-            samples = self.accelerator.num_processes * len(draw)
-            ctx.log(
-                {
-                    f"loss/{term.name}": ctx.gather(torch.cat(losses)).sum() / counted.clamp_min(1),
-                    f"{term.name}/coverage": counted / samples,
-                    f"{term.name}/invalid": declared - counted,
-                    f"{term.name}/weight": self.rl_weight * term.weight,
-                }
-            )
+            mask = term.declared(draw, self.sampler.num_inference_steps - 1)
+            total += self.gradient_of(term, replace(draw, mask=mask), ctx)
         return total
+
+    def gradient_of(self, term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
+        """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch, [B, *latent]."""
+        declared = ctx.gather(draw.mask).sum().clamp_min(1)
+        scale = self.accelerator.num_processes * self.rl_weight * term.weight / declared
+        grads, losses, valids, metrics = [], [], [], []
+        for part in draw.split(self.micro_batch_size):
+            leaf = part.x0.detach().requires_grad_()
+            answer = term.objective(replace(part, leaf=leaf), ctx)
+            valid = part.mask if answer.valid is None else part.mask & answer.valid
+            loss = torch.where(valid, answer.loss, 0.0)
+            grad = None
+            if answer.grad is not None:
+                grad = scale * answer.grad
+            elif loss.requires_grad:
+                ctx.backward(scale * loss.sum())
+                grad = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
+            shape = (-1, *[1] * (leaf.ndim - 1))
+            grads.append(torch.zeros_like(leaf) if grad is None else torch.where(valid.view(shape), grad, 0.0))
+            losses.append(loss.detach())
+            valids.append(valid)
+            metrics.append(masked_means(answer.metrics, valid))
+        counted = ctx.gather(torch.cat(valids)).sum()
+        means = {name: torch.tensor([m[name] for m in metrics]).nanmean() for name in metrics[0]}
+        ctx.log(
+            {
+                f"loss/{term.name}": ctx.gather(torch.cat(losses)).sum() / counted.clamp_min(1),
+                f"{term.name}/coverage": counted / (self.accelerator.num_processes * len(draw)),
+                f"{term.name}/invalid": ctx.gather(draw.mask).sum() - counted,
+                f"{term.name}/weight": self.rl_weight * term.weight,
+                **{f"{term.name}/{name}": value for name, value in means.items()},
+            }
+        )
+        return torch.cat(grads) * (declared / counted.clamp_min(1))
 
     def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""
@@ -358,27 +360,32 @@ class Trainer:
         return max((term.objective.needs.updates_per_rollout for term in self.active_objectives), default=1)
 
     def logged(self, ctx: Step) -> dict[str, float]:
-        """This step's log line, as plain numbers."""
-        line = {"learning_rate/student": self.student.scheduler.get_last_lr()[0]}
-        if self.sample_weight is None and self.dmd_weight:
-            line |= {"dyna/fake_mix": ctx.fake_mix}
-        self.last_context = ctx
-        return {key: float(value) for key, value in (ctx.metrics | line).items()}
+        """This step's log line: plain numbers, averaged over the processes."""
+        values = {key: float(value) for key, value in ctx.metrics.items()}
+        if self.accelerator.num_processes > 1:
+            mean = self.accelerator.reduce(torch.tensor(list(values.values())).to(self.accelerator.device), "mean")
+            values = dict(zip(values, mean.tolist(), strict=True))
+        self.last = ctx
+        return values | {
+            "learning_rate/student": float(self.student.scheduler.get_last_lr()[0]),
+            "dyna/fake_mix": ctx.fake_mix,
+        }
 
     def reward_metrics(self) -> dict[str, float]:
-        """Mean rewards of the last step's finished images, raw by name and as the weighted total, over all processes."""
-        if self.rewards is None or self.last_context.rollout is None:
+        """Mean rewards of the last step's finished images: raw by name, weighted by name, and their total."""
+        if self.rewards is None or self.last is None or self.last.rollout is None:
             return {}
-        scores = {name: self.accelerator.gather(s) for name, s in self.last_context.scores(self.last_context.rollout).items()}
-        line = {f"reward/{name}": score.nanmean().item() for name, score in scores.items()}
-        line |= {f"reward_weighted/{name}": self.rewards.parts[name][0] * line[f"reward/{name}"] for name in scores}
+        scores = {name: self.last.gather(score) for name, score in self.last.scores(self.last.rollout).items()}
+        means = {name: score.nanmean().item() for name, score in scores.items()}
+        line = {f"reward/{name}": mean for name, mean in means.items()}
+        line |= {f"reward_weighted/{name}": self.rewards.parts[name][0] * mean for name, mean in means.items()}
         return line | {"reward/total": self.rewards.total(scores).nanmean().item()}
 
 
-def masked_means(metrics: Mapping[str, Tensor | float], valid: Tensor) -> dict[str, Tensor | float]:
-    """Per-sample metrics as means over the valid samples; others as they are."""
+def masked_means(metrics: Mapping[str, Tensor | float], valid: Tensor) -> dict[str, float]:
+    """Per-sample metrics as means over the valid samples (NaN if there are none); others as they are."""
     return {
-        name: value[valid].float().mean() if isinstance(value, Tensor) and value.ndim else value
+        name: float(value[valid].float().mean() if isinstance(value, Tensor) and value.ndim else value)
         for name, value in metrics.items()
     }
 

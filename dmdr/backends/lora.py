@@ -70,7 +70,13 @@ class LoRARoles:
         self._switch((None, 0.0))
 
     def _inject(self, role: Role, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
+        # PEFT accepts a fractional alpha, though it is annotated as an integer.
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=list(target_modules),
+            init_lora_weights="gaussian",
+        )
         try:
             inject_adapter_in_model(config, self.network, adapter_name=role)
         except ValueError as error:
@@ -133,7 +139,7 @@ class LoRARoles:
         }
 
     def folded(self, role: Role) -> dict[str, Tensor]:
-        """The adapter with its strength folded into lora_B, so that it acts in full wherever alpha = rank is assumed."""
+        """The adapter with its strength folded into lora_B: it acts in full wherever alpha = rank is assumed."""
         strength = self._strength[role]
         return {
             name: (parameter.detach() * (strength if ".lora_B." in name else 1.0)).contiguous()

@@ -48,11 +48,11 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(2 + 2 + len(CENTRES), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
-        )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        last = nn.Linear(width, 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        first = nn.Linear(2 + 2 + len(CENTRES), width)
+        self.net = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
         t = t.to(x_t.dtype)[:, None]

@@ -16,7 +16,6 @@ from dmdr_digits.data import PROMPTS, WORDS, Scans, train_scans
 from dmdr_digits.fit import fit
 
 SIZE = 32
-SCANS = 600
 CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,7 +42,7 @@ def build_hps(folder: Path) -> None:
 
 def build_dinov2(folder: Path) -> None:
     """As facebook/dinov2-large-imagenet1k-1-layer: a classifier of transformers."""
-    train = train_scans()[:SCANS]
+    train = train_scans()
     config = Dinov2Config(
         image_size=SIZE,
         patch_size=8,
@@ -54,12 +53,12 @@ def build_dinov2(folder: Path) -> None:
         label2id={word: i for i, word in enumerate(WORDS)},
     )
     model = Dinov2ForImageClassification(config)
-    images = preprocess(train.images, IMAGENET_NORM)
 
     def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(model(images[rows]).logits, train.labels[rows])
+        images = preprocess(train.images[rows], IMAGENET_NORM)
+        return F.cross_entropy(model(images).logits, train.labels[rows])
 
-    fit(model, loss, "digits: reward dinov2", examples=SCANS, batch=64, steps=500, learning_rate=1e-3, weight_decay=0.1)
+    fit(model, loss, "digits: reward dinov2", examples=len(train), batch=64, steps=1200, learning_rate=2e-3, weight_decay=0.1)
     model.save_pretrained(folder)
     BitImageProcessor(
         size={"shortest_edge": SIZE},
@@ -94,31 +93,32 @@ def preprocess(images: Tensor, norm: tuple[tuple[float, ...], tuple[float, ...]]
 
 def train_contrastive(model: open_clip.CLIP, label: str) -> None:
     """Cross-entropy over the ten prompts, of cosine times a learnt scale."""
-    train = train_scans()[:SCANS]
-    images = preprocess(train.images, CLIP_NORM)
+    train = train_scans()
     tokens = prompt_tokens(model)
 
     def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(similarity(model, images[rows], tokens), train.labels[rows])
+        images = preprocess(train.images[rows], CLIP_NORM)
+        return F.cross_entropy(similarity(model, images, tokens), train.labels[rows])
 
     model.token_embedding.requires_grad_(False)  # 1.6 of the 1.7 M parameters; ten prompts can do without
-    fit(model, loss, label, examples=SCANS, batch=64, steps=600, learning_rate=1e-3, weight_decay=0.1)
+    fit(model, loss, label, examples=len(train), batch=64, steps=800, learning_rate=2e-3, weight_decay=0.1)
 
 
 def train_preferences(model: open_clip.CLIP, label: str) -> None:
-    """Bradley-Terry: a scan is preferred to its degraded copy, and to a scan of another digit."""
-    train = train_scans()[:SCANS]
+    """Bradley-Terry on the scaled cosine: a scan is preferred to its degraded copy and to another digit."""
+    train = train_scans()
     tokens = prompt_tokens(model)
 
     def loss(rows: Tensor) -> Tensor:
-        better, worse = train[rows], degrade(train, rows)
-        logits = similarity(model, preprocess(torch.cat([better.images, worse]), CLIP_NORM), tokens)
-        logits = logits.gather(1, better.labels.repeat(2)[:, None]).flatten()
-        return -F.logsigmoid(logits[: len(rows)] - logits[len(rows) :]).mean()
+        labels = train.labels[rows]
+        pairs = torch.cat([train.images[rows], degrade(train, rows)])
+        better, worse = similarity(model, preprocess(pairs, CLIP_NORM), tokens).chunk(2)
+        margin = (better - worse).gather(1, labels[:, None])
+        return F.cross_entropy(better, labels) - F.logsigmoid(margin).mean()
 
     model.requires_grad_(True)
     model.token_embedding.requires_grad_(False)
-    fit(model, loss, label, examples=SCANS, batch=64, steps=400, learning_rate=5e-4, weight_decay=0.1)
+    fit(model, loss, label, examples=len(train), batch=64, steps=600, learning_rate=1e-3, weight_decay=0.1)
 
 
 def degrade(scans: Scans, rows: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def fit(images: Tensor, size: int, geometry: Geometry, method: Method = "float",
         ValueError: If `images` are no such tensor.
 
     Source: torchvision's Resize (which truncates the long edge) and CenterCrop; HPSv2's ResizeMaxSize, which
-        open_clip's "longest" equals. Deviates: an image whose longest edge is `size` already is padded too.
+        open_clip's "longest" equals but for ties of rounding. Deviates from it: an image whose longest edge is
+        `size` already is padded too.
     """
     images = _checked(images)
     height, width = images.shape[-2:]

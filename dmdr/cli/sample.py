@@ -1,0 +1,80 @@
+"""`dmdr-sample`: few-step images from a run folder or an export."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dmdr.cli.common import command
+from dmdr.errors import ConfigError
+from dmdr.prompts import read_prompts
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__, allow_abbrev=False)
+    parser.add_argument("student", help="run folder, or the student/ folder of one")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    parser.add_argument("--prompts", help="text file with one prompt a line")
+    parser.add_argument("--num_images", type=int, default=1, help="images per prompt (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed, as torch.manual_seed takes it (default: 0)")
+    parser.add_argument("--output_dir", default="samples", help="folder of the PNG files (default: samples)")
+    parser.add_argument("--model", help="folder or hub id of the teacher, if it has moved since the export")
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    parser = arguments()
+    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    args = parser.parse_args(argv)
+    folder = next(
+        (f for f in (Path(args.student), Path(args.student) / "student") if (f / "sampling.json").is_file()), None
+    )
+    if folder is None:
+        raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
+    prompts = args.prompt + ([row["prompt"] for row in read_prompts(args.prompts)] if args.prompts else [])
+    if not prompts or args.num_images < 1:
+        raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
+    prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
+    about = json.loads((folder / "sampling.json").read_text())
+    for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir)):
+        print(path)
+
+
+def draw(
+    folder: Path, about: dict[str, Any], prompts: list[str], seed: int, model: str | None, output: Path
+) -> list[Path]:
+    """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does."""
+    import torch
+    from accelerate import Accelerator
+
+    from dmdr import images, registry
+    from dmdr.assemble import pipeline_class
+    from dmdr.protocols import BackendOptions
+    from dmdr.sampling import FewStepSampler
+
+    base = model or about["base_model"]
+    options = BackendOptions(**about["options"])
+    backend = registry.load("backends", pipeline_class(base))(base, options)
+    accelerator = Accelerator()
+    backend.prepare(accelerator, roles=("student",))
+    backend.load_export(folder)
+    sampler = FewStepSampler(backend.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
+    torch.manual_seed(seed)
+    cond = backend.encode(prompts)
+    shape = (len(prompts), *backend.latent_shape)
+    noise = [torch.randn(shape, device=accelerator.device) for _ in range(sampler.num_inference_steps)]
+    pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final)
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / f"{i:04d}.png" for i in range(len(prompts))]
+    for picture, path in zip(images.to_pil(pictures.cpu()), paths, strict=True):
+        images.save(picture, path)
+    return paths
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
+def main() -> None:
+    sys.exit(command(run))

@@ -1,0 +1,59 @@
+import pytest
+
+from dmdr.expression import parse_sum
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("0.3*hps+0.3*clip", [(0.3, "hps"), (0.3, "clip")]),
+        ("hps+clip", [(1.0, "hps"), (1.0, "clip")]),
+        ("  .5 * hps +\t2.*my-reward_2.1 ", [(0.5, "hps"), (2.0, "my-reward_2.1")]),
+        ("0.5*'my_file.py:score'+hps", [(0.5, "my_file.py:score"), (1.0, "hps")]),
+        ("""'a+0.5*b'+1e+1*"c/d's" """, [(1.0, "a+0.5*b"), (10.0, "c/d's")]),
+        ("1e-3*hps+1e+2*clip", [(0.001, "hps"), (100.0, "clip")]),
+        ("a1e+2*b", [(1.0, "a1e"), (2.0, "b")]),  # the exponent of a weight is not the end of a name
+    ],
+)
+def test_reads_weights_and_names(text: str, terms: list[tuple[float, str]]) -> None:
+    assert parse_sum(text) == terms
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "character"),
+    [
+        ("+hps", "empty term", 1),
+        ("hps + ", "empty term", 7),
+        ("hps++clip", "empty term", 5),
+        ("''", "empty term", 1),
+        ("hps+0.5*", "no reward after the weight", 5),
+        ("hps+ x*clip", "'x' is no weight", 6),
+        ("hps*0.3", "'hps' is no weight", 1),
+        ("1_0*hps", "'1_0' is no weight", 1),
+        ("*hps", "'' is no weight", 1),
+        ("0.5*0.5*hps", "cannot be read", 1),
+        ("-0.5*hps", "-0.5 of 'hps' is not a positive", 1),
+        ("0*hps", "0 of 'hps' is not a positive", 1),
+        ("hps+nan*clip", "nan of 'clip' is not a positive", 5),
+        ("inf*hps", "inf of 'hps' is not a positive", 1),
+        ("1e400*hps", "1e400 of 'hps' is not a positive", 1),
+        ("hps+0.5*'hps'", "'hps' is named twice", 5),
+        ("hps+'clip", "unbalanced quote", 5),
+        ("file.py:score", "'file.py:score' is no name; quote", 1),
+        ("hps clip", "'hps clip' is no name", 1),
+    ],
+)
+def test_says_what_is_wrong_and_where(text: str, problem: str, character: int) -> None:
+    with pytest.raises(ValueError, match="expression") as caught:
+        parse_sum(text)
+    message = str(caught.value)
+    assert problem in message
+    assert message.endswith(f"(at character {character})")
+    assert "\n" not in message
+
+
+def test_names_what_it_reads() -> None:
+    with pytest.raises(ValueError, match="the objective expression is empty"):
+        parse_sum(" ", "objective")
+    with pytest.raises(ValueError, match=r"^objective expression 'grpo\+2\*': no objective after the weight"):
+        parse_sum("grpo+2*", "objective")
