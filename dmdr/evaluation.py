@@ -97,8 +97,8 @@ def _covered(points: Tensor, manifold: Tensor, k: int, max_distances: int) -> fl
     rows = max(1, max_distances // len(manifold))
     # The k + 1st smallest: each point's distance to itself, 0, comes first.
     radius = torch.cat([_distances(part, manifold).kthvalue(k + 1, dim=1).values for part in manifold.split(rows)])
-    inside = [(_distances(part, manifold) <= radius).any(dim=1) for part in points.split(rows)]
-    return torch.cat(inside).float().mean().item()
+    inside = [(_distances(part, manifold) <= radius).any(dim=1).cpu() for part in points.split(rows)]
+    return torch.cat(inside).double().mean().item()
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Tensor:

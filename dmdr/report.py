@@ -196,11 +196,11 @@ def _plot(name: str, steps: np.ndarray, values: np.ndarray, span: Sequence[int],
     axes = figure.add_subplot()
     low, high = np.nanmin(values), np.nanmax(values)
     smooth, log = len(steps) > 60, name.startswith(("loss/", "grad_norm/")) and high > 100 * low > 0
-    for stage in (steps <= boundary, steps > boundary) if boundary is not None else (steps >= 0,):
-        x, y = steps[stage], values[stage]
+    cut = np.searchsorted(steps, np.inf if boundary is None else boundary, side="right")
+    for x, y in ((steps[:cut], values[:cut]), (steps[cut:], values[cut:])):
         marker = "." if len(x) <= 30 else ""
         axes.plot(*_thin(x, y), color=LINE, linewidth=0.7 if smooth else 1.4, alpha=0.5 if smooth else 1, marker=marker)
-        if smooth:
+        if smooth and len(x):
             mean = np.exp(_running_mean(np.log(y))) if log else _running_mean(y)
             axes.plot(*_thin(x, mean), color=LINE, linewidth=1.5)
     if boundary is not None:

@@ -41,10 +41,13 @@ class DINOv2:
         """
         from transformers import Dinov2ForImageClassification
         from transformers.image_processing_base import ImageProcessingMixin
+        from transformers.utils import logging
 
         name = self.checkpoint or "facebook/dinov2-large-imagenet1k-1-layer"
         path = Path(name).expanduser()
         source = str(path) if path.exists() else name
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its table of missing names would bury our line
         try:
             # float32 first: transformers otherwise follows the dtype that the file's configuration names.
             loaded: Any = Dinov2ForImageClassification.from_pretrained(
@@ -55,6 +58,8 @@ class DINOv2:
                 f"checkpoint {name} cannot be loaded as Dinov2ForImageClassification "
                 f"({type(error).__name__}: {first_line(error)}); give a folder or hub id that holds one"
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
         model, report = loaded
         check_names(report["missing_keys"], report["unexpected_keys"], (), f"checkpoint {name}")
         try:

@@ -68,7 +68,9 @@ def resize(images: Tensor, height: int, width: int, method: Method = "float") ->
     Returns:
         [B, 3, height, width], same dtype.
 
-    Source: Pillow's ImagingResample (src/libImaging/Resample.c).
+    Source: Pillow's ImagingResample (src/libImaging/Resample.c), as of every release before 13. Pillow 13 begins with
+        the vertical pass where the height shrinks much more than the width (its pull request 9549), which published
+        scores did not: such images differ from it by about 0.3 of 255 on average.
     """
     if method == "exact":
         images = quantise(_bicubic(quantise(images), images.shape[-2], width))

@@ -229,7 +229,8 @@ def test_grid_places_images_by_row_with_white_gaps() -> None:
 def test_save_is_complete_or_absent_and_embed_bounds_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "samples" / "step-000001.png"
     save(grid(torch.zeros(1, 3, 8, 8)), path)
-    assert Image.open(path).size == (48, 48)
+    with Image.open(path) as image:
+        assert image.size == (48, 48)
     before = path.read_bytes()
 
     def fail(*_: object) -> None:

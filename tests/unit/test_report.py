@@ -222,6 +222,16 @@ def test_long_logs_stay_small_and_keep_their_spikes(run: Path) -> None:
     assert np.isnan(thin_y).any()
 
 
+def test_a_metric_of_one_stage_in_a_long_log(run: Path) -> None:
+    late = [
+        row(step, **({"loss/rl": 0.1, "reward/hps": 0.3} if step > 6 else {"loss/fake": 1.0})) for step in range(1, 101)
+    ]
+    log(run, late)
+    assert check(run)[0].count(STAGE_LINE) == 5
+    log(run, [line | {"stage": 1 if line["step"] <= 94 else 2} for line in late])
+    assert check(run)[0].count(STAGE_LINE) == 5
+
+
 def test_running_mean_skips_what_is_not_finite() -> None:
     values = np.array([1.0, np.nan, 3.0] + [2.0] * 37)  # a window of 3
     mean = _running_mean(values)
