@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dmdr.backends.lora import check_names
 from dmdr.errors import ConfigError
 from dmdr.protocols import Backend, Role
+from dmdr.states import load_strict
 
 PATTERN = re.compile(r"step-(\d{6,})")
 ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
@@ -97,16 +97,7 @@ def load_parameters(checkpoint: Path, role: Role, parameters: Mapping[str, nn.Pa
     file = checkpoint / f"{role}.safetensors"
     if not file.is_file():
         raise ConfigError(f"{checkpoint} holds no {role}")
-    state = load_file(file)
-    check_names(set(parameters), set(state), str(file))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if state[name].shape != parameter.shape:
-                raise ConfigError(
-                    f"{file}: {name} is {tuple(state[name].shape)}, the run's is {tuple(parameter.shape)}; "
-                    "use the rank that it was trained with"
-                )
-            parameter.copy_(state[name])
+    load_strict(parameters, load_file(file), str(file))
 
 
 def load_training(checkpoint: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> Mapping[str, Any]:

@@ -302,7 +302,7 @@ class Trainer:
         return total
 
     def gradient_of(self, term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
-        """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch, [B, *latent]."""
+        """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch."""
         declared = ctx.gather(draw.mask).sum().clamp_min(1)
         scale = self.accelerator.num_processes * self.rl_weight * term.weight / declared
         grads, losses, valids, metrics = [], [], [], []

@@ -6,7 +6,8 @@ choice of adapter and scale that the LoRA layers apply. With gradient checkpoint
 backward, when another role may be active; the checkpoint function therefore re-enters the role of its forward.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmdr.errors import ConfigError
 from dmdr.protocols import Role
+from dmdr.states import load_strict
 
 Active = tuple[str | None, float]  # adapter and strength; None is the bare network
 
@@ -78,7 +80,9 @@ class LoRARoles:
             init_lora_weights="gaussian",
         )
         try:
-            inject_adapter_in_model(config, self.network, adapter_name=role)
+            with warnings.catch_warnings():  # PEFT warns of a second adapter; several are the point here
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, self.network, adapter_name=role)
         except ValueError as error:
             raise ConfigError(f"--lora_target_modules {' '.join(target_modules)}: {error}") from error
 
@@ -146,23 +150,15 @@ class LoRARoles:
             for name, parameter in self.parameters(role).items()
         }
 
-    @torch.no_grad()
-    def unfold(self, role: Role, tensors: dict[str, Tensor]) -> None:
-        """Load what `folded` gave.
+    def unfold(self, role: Role, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Load what `folded` gave; `what` names its origin in errors.
 
         Raises:
-            ConfigError: If the names or shapes are not this role's; names the first three.
+            ConfigError: If the names or shapes are not this role's, as with another rank or other target modules.
         """
-        parameters = self.parameters(role)
-        check_names(set(parameters), set(tensors), "LoRA file")
-        for name, parameter in parameters.items():
-            strength = self._strength[role] if ".lora_B." in name else 1.0
-            if tensors[name].shape != parameter.shape:
-                raise ConfigError(
-                    f"LoRA file: {name} is {tuple(tensors[name].shape)}, the run's is {tuple(parameter.shape)}; "
-                    "use the --lora_rank that it was trained with"
-                )
-            parameter.copy_(tensors[name].to(parameter) / strength)
+        strength = self._strength[role]
+        unfolded = {name: tensor / strength if ".lora_B." in name else tensor for name, tensor in tensors.items()}
+        load_strict(self.parameters(role), unfolded, what)
 
     @torch.no_grad()
     def snapshot(self) -> None:
@@ -170,12 +166,3 @@ class LoRARoles:
         student = self.parameters("student")
         for name, parameter in self.parameters("reference").items():
             parameter.copy_(student[name])
-
-
-def check_names(wanted: set[str], given: set[str], what: str) -> None:
-    """Refuse a state whose names differ from those wanted; the error names the first three of each kind."""
-    missing, unexpected = sorted(wanted - given)[:3], sorted(given - wanted)[:3]
-    if missing or unexpected:
-        lacks = f" lacks {', '.join(missing)}" if missing else ""
-        extra = f" has the unknown {', '.join(unexpected)}" if unexpected else ""
-        raise ConfigError(f"{what}{lacks}{' and' if lacks and extra else ''}{extra}")

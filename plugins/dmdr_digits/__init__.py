@@ -5,8 +5,11 @@ on first use, in a few minutes on one CPU core, and kept in `~/.cache/dmdr` (or 
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dmdr.errors import ConfigError
 
 if TYPE_CHECKING:
     from dmdr_digits.judge import DigitJudge
@@ -31,6 +34,11 @@ class Digits:
         "rl_weight": 0.3,
         "reward": "0.3*hps+0.3*clip",
     }
+
+    def __init__(self) -> None:
+        for package in ("sklearn", "open_clip"):
+            if find_spec(package) is None:
+                raise ConfigError(f"model 'digits' needs the package '{package}': pip install 'dmdr[digits]'")
 
     def folder(self) -> Path:
         """The pipeline, trained on first use."""

@@ -8,12 +8,21 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from dmdr.errors import ConfigError
+
 VERSION = 1  # raise it whenever what a build writes changes
 
 
 def budget() -> float:
     """Share of the full training length, `DMDR_DIGITS_BUDGET`; 1 by default."""
-    return float(os.environ.get("DMDR_DIGITS_BUDGET", "1"))
+    text = os.environ.get("DMDR_DIGITS_BUDGET") or "1"
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 100:
+        raise ConfigError(f"DMDR_DIGITS_BUDGET={text} is no positive number; 1 is the full training length")
+    return value
 
 
 def root() -> Path:

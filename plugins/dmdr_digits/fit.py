@@ -16,9 +16,9 @@ def fit(
     label: str,
     *,
     examples: int,
-    batch: int,
     steps: int,
-    learning_rate: float,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
     weight_decay: float = 0.0,
     average: float = 0.0,
 ) -> None:
@@ -30,7 +30,7 @@ def fit(
         average: Decay of the moving average of the weights that the model ends with; 0 for none.
     """
     steps = max(1, round(steps * budget()))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     mean = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     warmup = max(1, min(100, steps // 10))

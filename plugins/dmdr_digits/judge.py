@@ -53,7 +53,7 @@ class DigitJudge:
 
     @torch.no_grad()
     def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """1 where the image is classified as the digit that its prompt names, else 0; [B] float32."""
+        """1 where the image is classified as the digit that its prompt names, else 0, [B] float32."""
         asked = torch.tensor([label_of(prompt) for prompt in prompts], device=images.device)
         predicted = self._network.to(images.device)(images.float()).argmax(1)
         return (predicted == asked).float()
@@ -72,7 +72,7 @@ def build_judge(folder: Path) -> None:
         x, y = torch.randint(3, (2,)).tolist()  # shifts by up to one pixel
         return F.cross_entropy(network(images[..., y : y + 8, x : x + 8]), train.labels[rows])
 
-    fit(network, loss, "digits: judge", examples=len(train), batch=64, steps=750, learning_rate=2e-3, weight_decay=1e-2)
+    fit(network, loss, "digits: judge", examples=len(train), steps=750, weight_decay=0.01)
 
     pixels = train.images.mean(1).flatten(1).double()
     mean = pixels.mean(0)

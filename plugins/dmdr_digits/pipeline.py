@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from dmdr_digits.data import PROMPTS, train_scans
 from dmdr_digits.fit import fit
+from dmdr_digits.quiet import quiet
 from dmdr_digits.text import WIDTH, build_text_encoder, build_tokenizer
 from dmdr_digits.vae import build_vae
 
@@ -19,7 +21,7 @@ def build_pipeline(folder: Path) -> None:
     """Train VAE and teacher; write what `StableDiffusion3Pipeline.from_pretrained` loads, and `dmdr.json`."""
     vae = build_vae()
     tokenizer = build_tokenizer()
-    pipeline = StableDiffusion3Pipeline(
+    pipeline: Any = StableDiffusion3Pipeline(
         transformer=build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
@@ -31,13 +33,14 @@ def build_pipeline(folder: Path) -> None:
         tokenizer_3=None,
     )
     train_teacher(pipeline)
-    pipeline.save_pretrained(folder)
+    with quiet():
+        pipeline.save_pretrained(folder)
     (folder / "dmdr.json").write_text(json.dumps(CALL, indent=2) + "\n")
 
 
-def build_transformer() -> SD3Transformer2DModel:
+def build_transformer() -> Any:
     """About 436k parameters, initialised as DiT does: every block starts as the identity, the output at zero."""
-    transformer = SD3Transformer2DModel(
+    transformer: Any = SD3Transformer2DModel(
         sample_size=4,
         patch_size=1,
         in_channels=4,
@@ -57,7 +60,7 @@ def build_transformer() -> SD3Transformer2DModel:
     return transformer
 
 
-def train_teacher(pipeline: StableDiffusion3Pipeline) -> None:
+def train_teacher(pipeline: Any) -> None:
     """Rectified flow: the transformer, told 1000 t, regresses the velocity eps - x0 at x_t = (1 - t) x0 + t eps.
 
     One prompt in ten is replaced by the empty one, whose encoding classifier-free guidance takes as unconditional.
@@ -80,13 +83,4 @@ def train_teacher(pipeline: StableDiffusion3Pipeline) -> None:
         velocity = transformer((1 - t_) * x0 + t_ * eps, embeds[prompt], pooled[prompt], 1000 * t).sample
         return (velocity - (eps - x0)).square().mean()
 
-    fit(
-        transformer,
-        loss,
-        "digits: teacher",
-        examples=len(train),
-        batch=128,
-        steps=3000,
-        learning_rate=2e-3,
-        average=0.995,
-    )
+    fit(transformer, loss, "digits: teacher", examples=len(train), steps=3000, batch=128, average=0.995)

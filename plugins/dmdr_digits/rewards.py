@@ -14,6 +14,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassifi
 
 from dmdr_digits.data import PROMPTS, WORDS, Scans, train_scans
 from dmdr_digits.fit import fit
+from dmdr_digits.quiet import quiet
 
 SIZE = 32
 CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -33,7 +34,7 @@ def build_hps(folder: Path) -> None:
     """As HPSv2.1: `{"state_dict": ...}` in half precision, GELU, images padded to a square; taught preferences."""
     config = clip_config()
     model = open_clip.CLIP(**config)
-    train_contrastive(model, "digits: reward hps (1/2)")
+    train_contrastive(model, "digits: reward hps (1/2)", clamp=False)
     train_preferences(model, "digits: reward hps (2/2)")
     state = {k: v.half() for k, v in model.state_dict().items()}
     torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
@@ -58,8 +59,9 @@ def build_dinov2(folder: Path) -> None:
         images = preprocess(train.images[rows], IMAGENET_NORM)
         return F.cross_entropy(model(images).logits, train.labels[rows])
 
-    fit(model, loss, "digits: reward dinov2", examples=len(train), batch=64, steps=1200, learning_rate=2e-3, weight_decay=0.1)
-    model.save_pretrained(folder)
+    fit(model, loss, "digits: reward dinov2", examples=len(train), steps=1200, weight_decay=0.1)
+    with quiet():
+        model.save_pretrained(folder)
     BitImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -84,24 +86,25 @@ def write_config(folder: Path, config: dict[str, Any], resize_mode: str) -> None
     (folder / "open_clip_config.json").write_text(text + "\n")
 
 
-def preprocess(images: Tensor, norm: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+def preprocess(images: Tensor, norm: tuple[tuple[float, ...], tuple[float, ...]], clamp: bool = True) -> Tensor:
     """[B, 3, H, W] in [0, 1] to the square input of a model, as the reward plugins do it."""
-    images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
+    images = images.clamp(0, 1) if clamp else images  # HPSv2 does not
     mean, std = (torch.tensor(values)[:, None, None] for values in norm)
     return (images - mean) / std
 
 
-def train_contrastive(model: open_clip.CLIP, label: str) -> None:
+def train_contrastive(model: open_clip.CLIP, label: str, clamp: bool = True) -> None:
     """Cross-entropy over the ten prompts, of cosine times a learnt scale."""
     train = train_scans()
     tokens = prompt_tokens(model)
 
     def loss(rows: Tensor) -> Tensor:
-        images = preprocess(train.images[rows], CLIP_NORM)
+        images = preprocess(train.images[rows], CLIP_NORM, clamp)
         return F.cross_entropy(similarity(model, images, tokens), train.labels[rows])
 
     model.token_embedding.requires_grad_(False)  # 1.6 of the 1.7 M parameters; ten prompts can do without
-    fit(model, loss, label, examples=len(train), batch=64, steps=800, learning_rate=2e-3, weight_decay=0.1)
+    fit(model, loss, label, examples=len(train), steps=800, weight_decay=0.1)
 
 
 def train_preferences(model: open_clip.CLIP, label: str) -> None:
@@ -112,13 +115,13 @@ def train_preferences(model: open_clip.CLIP, label: str) -> None:
     def loss(rows: Tensor) -> Tensor:
         labels = train.labels[rows]
         pairs = torch.cat([train.images[rows], degrade(train, rows)])
-        better, worse = similarity(model, preprocess(pairs, CLIP_NORM), tokens).chunk(2)
+        better, worse = similarity(model, preprocess(pairs, CLIP_NORM, clamp=False), tokens).chunk(2)
         margin = (better - worse).gather(1, labels[:, None])
         return F.cross_entropy(better, labels) - F.logsigmoid(margin).mean()
 
     model.requires_grad_(True)
     model.token_embedding.requires_grad_(False)
-    fit(model, loss, label, examples=len(train), batch=64, steps=600, learning_rate=1e-3, weight_decay=0.1)
+    fit(model, loss, label, examples=len(train), steps=600, learning_rate=1e-3, weight_decay=0.1)
 
 
 def degrade(scans: Scans, rows: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """A real CLIPTokenizer for few words, and two frozen random CLIP text encoders."""
 
+from typing import Any
+
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -24,7 +26,8 @@ def build_tokenizer() -> CLIPTokenizer:
     characters = sorted(ByteLevel.alphabet())
     tokens = characters + [c + "</w>" for c in characters] + [a + b for a, b in merges] + [BOS, EOS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    tokenizer: type[Any] = CLIPTokenizer  # its annotation of `merges` is wrong: strings are refused
+    return tokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:

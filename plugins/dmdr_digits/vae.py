@@ -1,5 +1,7 @@
 """A tiny AutoencoderKL: 8x8 images with three channels to 4x4 latents with four."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -9,10 +11,10 @@ from dmdr_digits.data import train_scans
 from dmdr_digits.fit import fit
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae() -> Any:
     """Trained on the scans; shift and scale bring its latents to zero mean and unit variance."""
     images = train_scans().images * 2 - 1
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -32,7 +34,7 @@ def build_vae() -> AutoencoderKL:
         reconstruction = vae.decode(posterior.sample()).sample
         return F.mse_loss(reconstruction, images[rows]) + 1e-3 * posterior.kl().mean() / 64
 
-    fit(vae, loss, "digits: vae", examples=len(images), batch=64, steps=900, learning_rate=2e-3, average=0.99)
+    fit(vae, loss, "digits: vae", examples=len(images), steps=900, average=0.99)
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dmdr.errors import ConfigError
 
 CONFIG = "open_clip_config.json"
-# Tried in this order, in a folder as on the hub: open_clip's own names, then the layouts of rewards built on it.
+# Tried in this order, in a folder as on the hub; a folder may hold a single file of another name instead.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def locate(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
@@ -34,6 +35,17 @@ def locate(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
             raise ConfigError(f"checkpoint folder {path} has no {CONFIG}; add it, or name the weights file itself")
         return _weights_in(path), _read_config(path / CONFIG)
     return _download(checkpoint)
+
+
+def require_hub_id(checkpoint: str) -> None:
+    """Before the hub is asked for what is not here.
+
+    Raises:
+        ConfigError: If it can only have been meant as a local path.
+    """
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", checkpoint)
+    if not hub_id or (not hub_id[1] and checkpoint.endswith(SUFFIXES)):
+        raise ConfigError(f"checkpoint {checkpoint} does not exist; give a local path or a hub id such as org/name")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -102,7 +114,7 @@ def _weights_in(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ConfigError(f"checkpoint folder {folder} must hold one weights file; found {names}")
@@ -120,8 +132,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _download(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", checkpoint):
-        raise ConfigError(f"checkpoint {checkpoint} does not exist; give a file, a folder or a hub id such as org/name")
+    require_hub_id(checkpoint)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

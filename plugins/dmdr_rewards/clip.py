@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dmdr.errors import ConfigError
 from dmdr_rewards.openclip import CosineReward, Towers
 from dmdr_rewards.preprocess import fit, normalise
 
@@ -26,6 +27,10 @@ class CLIP(CosineReward):
 
     checkpoint: str | None = None
     resize: Literal["float", "exact"] = "float"
+
+    def __post_init__(self) -> None:
+        if self.resize not in ("float", "exact"):
+            raise ConfigError(f"resize is 'float' or 'exact', not {self.resize!r}")
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError
-from dmdr_rewards.checkpoint import check_names, first_line
+from dmdr_rewards.checkpoint import check_names, first_line, require_hub_id
 from dmdr_rewards.preprocess import IMAGENET_NORM, Geometry, fit, normalise
 
 
@@ -31,6 +31,8 @@ class DINOv2:
     resize: Literal["squash", "crop"] = "squash"
 
     def __post_init__(self) -> None:
+        if self.resize not in ("squash", "crop"):
+            raise ConfigError(f"resize is 'squash' or 'crop', not {self.resize!r}")
         self._model: Any = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -46,6 +48,8 @@ class DINOv2:
         name = self.checkpoint or "facebook/dinov2-large-imagenet1k-1-layer"
         path = Path(name).expanduser()
         source = str(path) if path.exists() else name
+        if not path.exists():
+            require_hub_id(name)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # its table of missing names would bury our line
         try:

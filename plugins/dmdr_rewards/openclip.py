@@ -86,13 +86,13 @@ class Towers:
         """Features of prompts, computed once each and kept for the last 4096: [B, D] float32 of length one."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         if new:
-            # Out of inference mode: a tensor made in it could not be saved for a later backward pass.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
                 features = self._model.encode_text(self._tokenizer(new).to(self._device))
                 rows = F.normalize(features.float(), dim=-1)
-                self._features.update((prompt, row.clone()) for prompt, row in zip(new, rows, strict=True))
+            self._features.update((prompt, row.clone()) for prompt, row in zip(new, rows, strict=True))
         for prompt in prompts:
             self._features.move_to_end(prompt)
+        # A new tensor, even of rows made in inference mode, which a backward pass could not save.
         found = torch.stack([self._features[prompt] for prompt in prompts])
         while len(self._features) > CACHED_PROMPTS:
             self._features.popitem(last=False)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dmdr.backends.images import to_unit_range
-from dmdr.backends.lora import LoRARoles, check_names
+from dmdr.backends.lora import LoRARoles
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, RectifiedFlow
 from dmdr.protocols import BackendOptions, Role, Sampler
 from dmdr.sampling import unshift_times
+from dmdr.states import load_strict
 from dmdr.types import Condition
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
@@ -67,7 +68,7 @@ class SD3Backend:
         self.accelerator = accelerator
         index = StableDiffusion3Pipeline.load_config(self.folder)
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(self.folder, torch_dtype=dtype, **absent)
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(self.folder, dtype=dtype, **absent)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.to(accelerator.device)
         for module in self.pipeline.components.values():
@@ -212,10 +213,9 @@ class SD3Backend:
 
     def load_export(self, directory: Path) -> None:
         if self.options.full_finetune:
-            state = load_file(directory / "transformer" / "diffusion_pytorch_model.safetensors")
-            parameters = self.roles.copies["student"].state_dict()
-            check_names(set(parameters), set(state), str(directory))
-            self.roles.copies["student"].load_state_dict(state)
+            file = directory / "transformer" / "diffusion_pytorch_model.safetensors"
+            load_strict(self.roles.copies["student"].state_dict(), load_file(file), str(file))
         else:
-            state = load_file(directory / LORA_FILE)
-            self.roles.unfold("student", {name.removeprefix("transformer."): value for name, value in state.items()})
+            file = directory / LORA_FILE
+            state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+            self.roles.unfold("student", state, str(file))

@@ -33,7 +33,8 @@ CPU = torch.device("cpu")
 
 
 def clip_config(**flags: Any) -> dict[str, Any]:
-    vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
+    # Dropout acts in training mode only, in which a reward has no business.
+    vision = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14, "patch_dropout": 0.5}
     text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
     return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, **flags}
 
@@ -150,9 +151,9 @@ def test_hps_scores_as_its_authors_do(tmp_path: Path) -> None:
     assert (prepared(HPS(str(tmp_path)))(images, PROMPTS) - reward(images, PROMPTS)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("processor", [None, {"crop_size": {"height": 14, "width": 14}, "size": {"shortest_edge": 16}}])
+@pytest.mark.parametrize("processor", [None, {"crop_size": {"height": 14, "width": 14}, "size": {"shortest_edge": 20}}])
 def test_dinov2_gives_the_log_probability_of_the_label(tmp_path: Path, processor: dict[str, Any] | None) -> None:
-    folder, side, edge = write_dinov2(tmp_path), (14 if processor else SIZE), (16 if processor else 32)
+    folder, side, edge = write_dinov2(tmp_path), (14 if processor else SIZE), (20 if processor else 32)
     if processor:  # the published config.json says 518 pixels, and its preprocessor_config.json 224
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     model = Dinov2ForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -176,6 +177,7 @@ def test_gradients_reach_every_pixel_and_are_right(tmp_path: Path, kind: type) -
         return reward(images, [PROMPTS[i] for i in rows], label=[LABELS[i] for i in rows])
 
     images = (0.25 + 0.5 * pixels(3, 40, 33)).requires_grad_()
+    assert not score(images.detach()).requires_grad  # the weights are frozen
     (grad,) = torch.autograd.grad(score(images).sum(), images)
     direction = grad / grad.norm()
     with torch.no_grad():
@@ -211,7 +213,10 @@ def test_prompts_are_encoded_once_and_their_features_survive_inference_mode(tmp_
     many = [f"prompt {i}" for i in range(4097)]
     assert len(reward.text_features(many)) == 4097
     reward.text_features([many[0], PROMPTS[0], many[-1]])
-    assert encoded == [3, 4097, 2]  # the least recent ones went
+    assert encoded == [3, 4097, 2]  # the two that were used least recently had gone
+    for prompts in ([many[3]], ["new"], [many[3]]):
+        reward.text_features(prompts)
+    assert encoded == [3, 4097, 2, 1]
     assert isinstance(reward, FeatureReward)
 
 
@@ -288,7 +293,8 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path: Path, kind: type, weights:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no/such/folder" in refusal("no/such/folder")
+    for absent in ("no/such/folder", "runs/absent.pt"):  # without asking the hub
+        assert f"checkpoint {absent} does not exist" in refusal(absent)
     good = load_file(path) if safe else torch.load(path)["state_dict"]
     names = sorted(good)[:5]
     for added in ([], ["z1", "z2"]):
@@ -328,9 +334,11 @@ def test_shapes_configurations_and_first_use_are_checked(tmp_path: Path) -> None
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no open_clip_config.json; add it"):
         prepared(CLIP(str(folder)))
-    for reward in (CLIP(), DINOv2()):
+    for kind in (CLIP, DINOv2):
         with pytest.raises(RuntimeError, match="call prepare"):
-            reward(pixels(1), PROMPTS[:1], label=[0])
+            kind()(pixels(1), PROMPTS[:1], label=[0])
+        with pytest.raises(ValueError, match="not 'nearest'"):
+            kind(resize="nearest")  # type: ignore[arg-type]
 
 
 class Fake:

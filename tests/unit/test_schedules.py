@@ -6,7 +6,7 @@ import pytest
 
 from dmdr.schedules import DynaDG, DynaRS, cosine_decay, learning_rate_factor
 
-# step, cosine, alpha, beta, mean of Beta(alpha, beta), share of the fake score's adapter; over 2000 steps from (4, 1.5), 0.5
+# Step, cosine, alpha, beta, mean of Beta(alpha, beta), share of the fake score; over 2000 steps from (4, 1.5) and 0.5.
 TABLE = [
     (0, 1.0, 4.0, 1.5, 0.7273, 0.5),
     (500, 0.8536, 3.5607, 1.4268, 0.7139, 0.4268),

@@ -1,0 +1,29 @@
+# Every target sets up what it needs in .venv; a second call finds it done.
+PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint verify bench
+
+demo: $(READY)
+	$(BIN)/dmdr-train
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not verify" --cov=dmdr --cov-report=term:skip-covered
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+verify: $(READY)
+	$(BIN)/python -m pytest -m verify -s
+
+bench: $(READY)
+	$(BIN)/python examples/digits/table.py
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON3) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
+	touch $(READY)

@@ -1,0 +1,27 @@
+"""Fixtures of all tests."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dmdr_digits import Digits
+
+PLUGIN = Path(__file__).parents[1] / "plugins" / "dmdr_digits"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_digits() -> Iterator[None]:
+    """No test trains the full digits: their cache here is of a short training, kept between runs of the same code."""
+    sources = (file.read_bytes() for file in sorted(PLUGIN.glob("*.py")) if file.name != "__init__.py")
+    key = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DMDR_DIGITS_BUDGET", "0.15")
+        patch.setenv("DMDR_CACHE", str(Path.home() / ".cache" / "dmdr" / "tests" / key))
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(short_digits: None) -> Digits:
+    """The embedded default model, shortly trained; built on the first run only (about a minute)."""
+    return Digits()

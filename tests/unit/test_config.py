@@ -1,0 +1,375 @@
+"""Settings: where each value comes from, and what is refused, in which words."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dmdr.config import Config, Settings, parse, read_yaml
+from dmdr.errors import ConfigError
+
+MODULE = '''
+from dataclasses import dataclass
+from dmdr.protocols import Needs
+
+@dataclass
+class Climber:
+    """An objective.
+
+    Attributes:
+        temperature: How warm it is, in
+            degrees; 5 % is cool.
+        floor: A name that the matching has, too.
+        eta: A name that the core has, too.
+    """
+
+    temperature: float = 0.5
+    floor: float = 7.0
+    eta: float = 8.0
+    needs = Needs()
+
+    def __call__(self, draw, ctx): ...
+
+class Hill:
+    recipe = {"stage1_steps": 7, "rl": "climb", "reward": "toy", "rl_weight": 0.1,
+              "objectives": {"climb": {"rl_weight": 0.9, "stage2_steps": 9}}}
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A package of somebody else, with an objective `climb` and a model `hill` whose recipe knows that objective."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    points = "[dmdr.objectives]\nclimb = stranger_config:Climber\n\n[dmdr.models]\nhill = stranger_config:Hill\n"
+    (info / "entry_points.txt").write_text(points)
+    (site / "stranger_config.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        yield
+    sys.modules.pop("stranger_config", None)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "run.yaml"
+
+
+def toy(*arguments: str, **settings: Any) -> Settings:
+    return parse(["--model", "toy", *arguments], settings)
+
+
+def refusal(*arguments: str, **settings: Any) -> str:
+    """The one line with which settings are refused."""
+    with pytest.raises(ConfigError) as error:
+        toy(*arguments, **settings)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+# --- Where a value comes from --------------------------------------------------------------------------------------
+
+
+def test_flag_over_yaml_over_recipe_over_default(file: Path) -> None:
+    default, recipe = Config().stage1_steps, toy().config.stage1_steps
+    file.write_text("stage1_steps: 12\n")
+    from_file = toy("--config", str(file)).config.stage1_steps
+    flag = toy("--config", str(file), "--stage1_steps", "13").config.stage1_steps
+    assert (default, recipe, from_file, flag) == (2000, 100, 12, 13)
+    assert toy().config.seed == Config().seed  # what the recipe does not say is the default
+
+
+def test_python_over_yaml_and_flag_over_both(file: Path) -> None:
+    file.write_text("model: toy\nseed: 1\n")
+    assert parse(["--config", str(file)], {"seed": 2}).config.seed == 2
+    assert parse(["--config", str(file), "--seed", "3"], {"seed": 2}).config.seed == 3
+
+
+def test_model_and_plugins_may_be_named_in_yaml(file: Path) -> None:
+    file.write_text("model: toy\nrl: 0.1*refl\nreward: 2*toy\nhinge: 0.7\n")
+    settings = parse(["--config", str(file)])
+    assert settings.config.stage1_steps == 100
+    assert [(p.group, p.name, p.weight) for p in settings.plugins] == [
+        ("objectives", "refl", 0.1),
+        ("rewards", "toy", 2.0),
+        ("matchings", "dmd", 1.0),
+    ]
+    assert settings.of("objectives")[0].options == {"steps": "any", "hinge": 0.7, "balance": "fixed"}
+
+
+def test_a_recipe_may_differ_by_objective() -> None:
+    climbing, plain = parse(["--model", "hill"]).config, parse(["--model", "hill", "--rl", "none"]).config
+    assert (climbing.rl, climbing.rl_weight, climbing.stage1_steps, climbing.stage2_steps) == ("climb", 0.9, 7, 9)
+    assert (plain.rl, plain.rl_weight, plain.stage1_steps, plain.stage2_steps) == ("none", 0.1, 7, 1000)
+    assert parse(["--model", "hill", "--rl_weight", "0.5"]).config.rl_weight == 0.5
+
+
+def test_nothing_at_all_is_the_embedded_default() -> None:
+    settings = parse()
+    assert settings.config.model == "digits"
+    assert [p.name for p in settings.of("objectives")] == ["refl"]
+    assert [p.name for p in settings.of("rewards")] == ["hps", "clip"]
+
+
+@pytest.mark.parametrize("value", ["1e-4", '"1e-4"', "0.0001", "'0.0001'"])
+def test_yaml_reads_numbers_as_flags_do(file: Path, value: str) -> None:
+    file.write_text(f"learning_rate: {value}\n")  # YAML 1.1 takes 1e-4, without a point, for a string
+    assert toy("--config", str(file)).config.learning_rate == 1e-4
+
+
+def test_whole_numbers_do_for_floats() -> None:
+    config = toy(learning_rate=1, sigmas=[1, 0.5], eta=0).config
+    assert config.learning_rate == 1.0
+    assert isinstance(config.learning_rate, float)
+    assert config.sigmas == [1, 0.5]
+
+
+def test_booleans_need_no_value() -> None:
+    assert toy("--full_finetune").config.full_finetune
+    assert not toy("--full_finetune", "false").config.full_finetune
+    assert toy(full_finetune="yes").config.full_finetune
+
+
+def test_flags_may_be_written_with_an_equals_sign_and_with_dashes() -> None:
+    assert toy("--stage1_steps=3", "--stage2-steps", "4").config.stage2_steps == 4
+
+
+def test_an_empty_yaml_changes_nothing(file: Path) -> None:
+    file.write_text("# learning_rate: 1e-4\n")
+    assert toy("--config", str(file)) == toy()
+
+
+# --- Flags of plugins ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--refl_steps", "--steps", "--refl-steps"])
+def test_objective_flags_with_and_without_prefix(flag: str) -> None:
+    assert toy("--rl", "refl", flag, "last").of("objectives")[0].options["steps"] == "last"
+
+
+@pytest.mark.parametrize("key", ["refl_steps", "steps"])
+def test_objective_keys_with_and_without_prefix(file: Path, key: str) -> None:
+    file.write_text(f"rl: refl\n{key}: last\n")
+    assert toy("--config", str(file)).of("objectives")[0].options["steps"] == "last"
+    assert toy("--config", str(file), "--steps", "any").of("objectives")[0].options["steps"] == "any"
+
+
+def test_a_step_index_in_yaml_needs_no_quotes(file: Path) -> None:
+    file.write_text("rl: refl\nsteps: 2\n")
+    assert toy("--config", str(file)).of("objectives")[0].options["steps"] == "2"
+
+
+def test_names_that_are_taken_need_their_prefix() -> None:
+    settings = toy("--rl", "climb", "--climb_floor", "1", "--dmd_floor", "2", "--climb_eta", "3", "--eta", "0.5")
+    assert settings.of("objectives")[0].options == {"temperature": 0.5, "floor": 1.0, "eta": 3.0}
+    assert settings.of("matchings")[0].options == {"floor": 2.0}
+    assert settings.config.eta == 0.5
+    assert "--floor" in refusal("--rl", "climb", "--floor", "1")
+
+
+def test_flags_of_a_plugin_that_was_not_chosen_are_unknown() -> None:
+    assert refusal("--rl", "none", "--refl_steps", "last").startswith("unknown argument --refl_steps")
+    assert refusal("--rl", "none", refl_steps="last").startswith("unknown setting 'refl_steps'")
+
+
+def test_help_of_a_chosen_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--model", "toy", "--rl", "refl+climb", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("--refl_steps", "--steps", "--hinge", "--climb_temperature", "--temperature", "--climb_floor"):
+        assert f"{flag} " in text
+    assert "How warm it is, in degrees; 5 % is cool. (default: 0.5)" in text
+    assert " --floor" not in text  # climb has one, and dmd
+
+
+# --- The written configuration -------------------------------------------------------------------------------------
+
+
+def test_the_resolved_yaml_repeats_the_settings(file: Path) -> None:
+    settings = toy(
+        *("--rl", "0.1*refl+climb", "--reward", "0.3*toy", "--refl_steps", "2", "--hinge", "0.7", "--temperature", "4"),
+        *("--sigmas", "1", "0.7", "0.3", "--learning_rate", "3e-7", "--lora_target_modules", "to_q", "to_k"),
+        *("--dyna_renoise", "2", "1", "--mixed_precision", "no", "--output_dir", "somewhere"),
+    )
+    file.write_text(settings.as_yaml())
+    again = parse(["--config", str(file)])
+    assert again.plugins == settings.plugins
+    assert again.config == dataclasses.replace(settings.config, output_dir=None)
+
+
+def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
+    written = yaml.safe_load(toy("--rl", "refl", "--resume_from_checkpoint", "latest").as_yaml())
+    names = {f.name for f in dataclasses.fields(Config)}
+    assert names - written.keys() == {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    assert written.keys() - names == {"refl_steps", "refl_hinge", "refl_balance", "dmd_floor"}
+
+
+# --- What is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rl", "refll"), "unknown objective 'refll' (did you mean 'refl'?)"),
+        (("--reward", "toyy"), "unknown reward 'toyy' (did you mean 'toy'?)"),
+        (("--matching", "dmdd"), "unknown matching 'dmdd' (did you mean 'dmd'?)"),
+        (("--learning_rat", "1"), "unknown argument --learning_rat (did you mean "),
+        (("--learning_rat=1",), "unknown argument --learning_rat=1 (did you mean "),
+        (("--rl", "refl", "--refl_step", "last"), "unknown argument --refl_step (did you mean "),
+        (("stray",), "unknown argument stray"),
+        (("--learning_rate", "fast"), "'fast'"),
+        (("--stage1_steps", "2.5"), "'2.5'"),
+        (("--lr_scheduler_type", "cosinus"), "'constant', 'linear', 'cosine'"),
+        (("--full_finetune", "maybe"), "maybe"),
+        (("--seed",), "--seed: expected one argument"),
+    ],
+)
+def test_bad_flags(arguments: tuple[str, ...], said: str) -> None:
+    assert said in refusal(*arguments)
+
+
+@pytest.mark.parametrize("flag", ["--config", "--model", "--rl", "--reward", "--matching"])
+def test_a_leading_flag_without_its_value(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}.*expected one argument"):
+        parse([flag])
+
+
+@pytest.mark.parametrize("flag", ["--rl", "--reward", "--matching", "--model"])
+def test_an_empty_name_is_not_the_default(flag: str) -> None:
+    refusal(flag, "")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["0.3*", "*toy", "toy+", "+toy", "toy toy", "0.3**toy", "0.3*toy+0.2*toy", "x*toy", "'toy", " "],
+)
+def test_malformed_reward_expression(expression: str) -> None:
+    assert "reward expression" in refusal("--reward", expression)
+
+
+@pytest.mark.parametrize("weight", ["-1", "-0.5", "0", "nan", "-nan", "inf", "1e999"])
+@pytest.mark.parametrize("flag", ["reward", "rl"])
+def test_weights_of_a_sum_are_positive_and_finite(flag: str, weight: str) -> None:
+    expression = f"{weight}*{'toy' if flag == 'reward' else 'refl'}"
+    assert f"the weight {weight}" in refusal(f"--{flag}={expression}")
+    assert f"the weight {weight}" in refusal(**{flag: expression})
+    assert f"the weight {weight}" in refusal(f"--{flag}", expression)  # a leading minus makes it no flag
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lerning_rate: 1", "unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
+        ("learning-rate: 1", "unknown setting 'learning-rate' (did you mean 'learning_rate'?)"),
+        ("3: 1", "unknown setting"),
+        ("no: 1", "unknown setting"),
+        ("refl: {steps: last}", "unknown setting 'refl'"),
+        ("- seed", "must hold a mapping"),
+        ("seed", "must hold a mapping"),
+        ("seed: [", "is no YAML"),
+        ("seed: !!python/object:os.system {}", "is no YAML"),
+        ("seed: 1\n\x07", "is no YAML"),
+    ],
+)
+def test_bad_yaml(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
+    assert said in refusal("--config", str(file))
+
+
+def test_yaml_that_is_not_there(tmp_path: Path) -> None:
+    assert refusal("--config", str(tmp_path / "none.yaml")).endswith("No such file or directory")
+    assert refusal("--config", str(tmp_path)).startswith("--config: cannot read")
+    (tmp_path / "noise.yaml").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ConfigError, match="is no YAML"):
+        read_yaml(str(tmp_path / "noise.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", "one"),
+        ("seed", 1.5),
+        ("seed", True),
+        ("seed", None),
+        ("seed", [1]),
+        ("learning_rate", True),
+        ("learning_rate", None),
+        ("learning_rate", {}),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("rl_weight", "nan"),
+        ("sigmas", 1.0),
+        ("sigmas", ["1.0"]),
+        ("sigmas", [1.0, float("nan")]),
+        ("full_finetune", 1),
+        ("full_finetune", "maybe"),
+        ("output_dir", 3),
+        ("model", 3),
+        ("lora_target_modules", "to_q,to_k"),
+        ("lora_target_modules", [1]),
+        ("save_total_limit", "none"),
+    ],
+)
+def test_wrong_types(file: Path, name: str, value: Any) -> None:
+    file.write_text(yaml.safe_dump({name: value}))
+    with pytest.raises(ConfigError, match=f"--{name}"):
+        parse(["--config", str(file)] if name == "model" else ["--config", str(file), "--model", "toy"])
+    with pytest.raises(ConfigError, match=f"--{name}"):
+        parse(settings={"model": "toy", name: value})
+
+
+@pytest.mark.parametrize("value", ["half", False])  # unquoted, YAML 1.1 takes `no` for false
+def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
+    line = refusal(mixed_precision=value)
+    assert line.startswith("--mixed_precision must be")
+    assert "bf16" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rl_weight": -1.0}, "--rl_weight must be at least 0, not -1.0"),
+        ({"dmd_weight": -1.0}, "--dmd_weight must be at least 0"),
+        ({"learning_rate": 0.0}, "--learning_rate must be above 0"),
+        ({"stage2_learning_rate": -1e-3}, "--stage2_learning_rate must be above 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"stage1_steps": -1}, "--stage1_steps must be at least 0"),
+        ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
+        ({"fake_updates": 0}, "--fake_updates must be at least 1"),
+        ({"logging_steps": 0}, "--logging_steps must be at least 1"),
+        ({"save_total_limit": 0}, "--save_total_limit must be at least 1"),
+        ({"eta": 1.1}, "--eta must be between 0 and 1"),
+        ({"sample_eta": 0.5}, "--sample_eta must be 0 or 1"),
+        ({"dyna_guidance": -0.1}, "--dyna_guidance must be between 0 and 1"),
+        ({"dyna_renoise": [1.0]}, "--dyna_renoise must be two numbers"),
+        ({"dyna_renoise": [0.5, 1.0]}, "--dyna_renoise must be two numbers of at least 1"),
+        ({"dyna_steps": 101}, "--dyna_steps must be between 0 and stage1_steps, 100"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0 and below 1"),
+        ({"sigmas": []}, "--sigmas must be decreasing"),
+        ({"sigmas": [0.5, 0.7]}, "--sigmas must be decreasing"),
+        ({"sigmas": [1.0, 1.0]}, "--sigmas must be decreasing"),
+        ({"sigmas": [1.0, 0.0]}, "--sigmas must be decreasing"),
+        ({"sigmas": [1.5, 0.5]}, "--sigmas must be decreasing"),
+        ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by num_generations, 2, not 5"),
+        ({"stage1_steps": 0, "stage2_steps": 0}, "nothing to train"),
+        ({"dmd_weight": 0.0, "rl": "refl"}, "--init_student"),
+        ({"dmd_weight": 0.0, "init_student": "x"}, "leaves nothing to train"),
+        ({"dmd_weight": 0.0, "init_student": "x", "rl": "refl", "rl_weight": 0.0}, "leaves nothing to train"),
+    ],
+)
+def test_values_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
+    assert said in refusal(**settings)
+
+
+@pytest.mark.parametrize("flag", ["--sigmas", "--rl_weight", "--learning_rate", "--guidance_scale"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_of_flags_are_finite_and_not_negative(flag: str, value: str) -> None:
+    assert refusal(flag, value).startswith(flag)

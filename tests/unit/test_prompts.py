@@ -1,0 +1,124 @@
+"""Prompt files, and the stream of batches that they become."""
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmdr.errors import ConfigError
+from dmdr.prompts import PromptStream, Row, read_prompts
+
+
+def write(folder: Path, content: bytes) -> str:
+    (folder / "prompts.txt").write_bytes(content)
+    return str(folder / "prompts.txt")
+
+
+def test_one_prompt_a_line(tmp_path: Path) -> None:
+    text = "a red fox\n\n  a boat, at sea \r\na red fox\n\ncafé \u201cx\u201d\nlast"
+    rows = read_prompts(write(tmp_path, text.encode()))
+    assert rows == [{"prompt": p} for p in ("a red fox", "a boat, at sea", "café \u201cx\u201d", "last")]
+
+
+def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    assert read_prompts(write(tmp_path, b"\xef\xbb\xbfa red fox\na boat\n"))[0] == {"prompt": "a red fox"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompt; write one a line"),
+        (b"\n  \n\t\n", "holds no prompt; write one a line"),
+        (b"a fox\n\xff\xfe\n", "is not UTF-8 text: invalid start byte at byte 6"),
+    ],
+)
+def test_unfit_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError) as error:
+        read_prompts(path)
+    assert str(error.value).startswith("--prompts: ")
+    assert str(error.value).endswith(message)
+    assert path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(ConfigError, match="--prompts: no such file") as error:
+            read_prompts(str(path))
+        assert str(path) in str(error.value)
+
+
+# --- Stream -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(count: int) -> list[Row]:
+    return [{"prompt": f"p{i}", "label": i} for i in range(count)]
+
+
+def labels(stream: PromptStream, batches: int) -> list[list[int]]:
+    return [[row["label"] for row in next(stream)] for _ in range(batches)]
+
+
+def test_each_epoch_holds_each_prompt_once_in_a_new_order() -> None:
+    read = list(chain(*labels(PromptStream(rows_of(8), 4, seed=3), 8)))
+    epochs = [read[start : start + 8] for start in range(0, 32, 8)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_batches_run_on_across_epochs() -> None:
+    batches = labels(PromptStream(rows_of(5), 4), 5)
+    assert all(len(batch) == 4 for batch in batches)
+    read = list(chain(*batches))
+    assert [sorted(read[start : start + 5]) for start in range(0, 20, 5)] == [list(range(5))] * 4
+
+
+def test_fewer_prompts_than_a_batch() -> None:
+    (batch,) = labels(PromptStream(rows_of(1), 4), 1)
+    assert batch == [0] * 4
+
+
+def test_groups_stay_together() -> None:
+    for batch in labels(PromptStream(rows_of(5), 12, group_size=3, seed=1), 10):
+        groups = [batch[start : start + 3] for start in range(0, 12, 3)]
+        assert all(len(set(group)) == 1 for group in groups)
+    read = list(chain(*labels(PromptStream(rows_of(5), 12, group_size=3, seed=1), 5)))
+    assert [sorted(set(read[start : start + 15])) for start in range(0, 60, 15)] == [list(range(5))] * 4
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batches_of_one(processes: int) -> None:
+    whole = PromptStream(rows_of(7), 16, group_size=4, seed=5)
+    shares = [
+        PromptStream(rows_of(7), 16, group_size=4, seed=5, process_index=rank, num_processes=processes)
+        for rank in range(processes)
+    ]
+    for _ in range(6):
+        assert list(chain(*(next(share) for share in shares))) == next(whole)
+
+
+def test_order_is_the_seed_alone() -> None:
+    first = labels(PromptStream(rows_of(20), 10, seed=1), 4)
+    assert labels(PromptStream(rows_of(20), 10, seed=1), 4) == first
+    assert labels(PromptStream(rows_of(20), 10, seed=2), 4) != first
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 3, 11])
+def test_skipping_equals_reading(consumed: int) -> None:
+    kwargs = {"group_size": 2, "seed": 4, "process_index": 1, "num_processes": 2}
+    read = PromptStream(rows_of(5), 8, **kwargs)
+    labels(read, consumed)
+    skipped = PromptStream(rows_of(5), 8, **kwargs)
+    labels(skipped, 2)  # wherever it stood before
+    skipped.skip_to(consumed)
+    assert skipped.consumed == read.consumed == consumed
+    assert labels(skipped, 5) == labels(read, 5)
+    assert skipped.consumed == consumed + 5
+
+
+def test_stream_leaves_global_generators_alone() -> None:
+    before = torch.get_rng_state().tolist()
+    labels(PromptStream(rows_of(5), 8), 3)
+    assert torch.get_rng_state().tolist() == before

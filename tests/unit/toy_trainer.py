@@ -1,0 +1,170 @@
+"""A `Trainer` of small parts on the analytic mixture, and what tests do with one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dmdr.backends.toy import PROMPTS, ToyBackend
+from dmdr.matching import DMD
+from dmdr.prompts import PromptStream
+from dmdr.protocols import BackendOptions, Matching, SampleWeight
+from dmdr.rewards import Rewards
+from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.train import Learner, Trainer, WeightedObjective
+
+Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
+
+
+def descend(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Steps that are the gradient itself, so that a step shows what gradient it took."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+
+
+class DoubleToy(ToyBackend):
+    """The toy in float64; only images and rewards stay in float32."""
+
+    def prepare(self, accelerator: Any, *, roles: Sequence[Any]) -> None:
+        super().prepare(accelerator, roles=roles)
+        for residual in self.residuals.values():
+            residual.double()
+
+    def _exact(self, x_t: Tensor, t: Tensor, cond: Any, guidance: float) -> Tensor:
+        return super()._exact(x_t.double(), t, cond, guidance)
+
+    def _predict(self, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super()._predict(x_t.double(), *args, **kwargs)
+
+
+def prepared(cls: type[ToyBackend] = ToyBackend, *, roles: Sequence[Any] = ("student", "fake_score")) -> ToyBackend:
+    """A backend whose student and fake score differ from the teacher and from each other."""
+    backend = cls("", BackendOptions(seed=0))
+    backend.prepare(Accelerator(cpu=True), roles=roles)
+    for number, role in enumerate(("student", "fake_score"), start=1):
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in backend.parameters(role).values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return backend
+
+
+def trainer(
+    backend: ToyBackend | None = None,
+    *,
+    batch: int = 8,
+    micro_batch: int | None = None,
+    group_size: int = 1,
+    steps: int = 4,
+    eta: float = 1.0,
+    grid: Tensor | None = None,
+    objectives: Sequence[Any] = (),
+    rewards: Any = None,
+    rl_weight: float = 1.0,
+    dmd_weight: float = 1.0,
+    sample_weight: SampleWeight | None = None,
+    matching: Matching | None = None,
+    optimize: Optimize = descend,
+    fake_optimize: Optimize | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    max_grad_norm: float = float("inf"),
+    rows: Sequence[dict[str, Any]] = ROWS,
+    **kwargs: Any,
+) -> Trainer:
+    """A trainer of `batch` images per process; `objectives` are objects, or pairs of a weight and one.
+
+    `rewards` is a `Rewards` or a single reward.
+    """
+    accelerator = Accelerator(cpu=True)
+    backend = backend or prepared()
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+
+    def learner(role: Any, optimize: Optimize) -> Learner:
+        parameters = backend.parameters(role)
+        optimizer = optimize(list(parameters.values()))
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        return Learner(role, parameters, optimizer, scheduler, accelerator, scaler, max_grad_norm)
+
+    weighted = [term if isinstance(term, tuple) else (1.0, term) for term in objectives]
+    settings = {"seed": 0, "fake_updates": 1, "fake_mix": lambda step: 0.0, "renoise": lambda step: (4.0, 1.5)}
+    return Trainer(
+        backend=backend,
+        sampler=FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta),
+        prompts=PromptStream(
+            rows,
+            batch * accelerator.num_processes,
+            group_size=group_size,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        ),
+        student=learner("student", optimize),
+        fake_score=learner("fake_score", fake_optimize or optimize),
+        matching=matching or DMD(),
+        accelerator=accelerator,
+        scaler=scaler,
+        micro_batch_size=micro_batch or batch,
+        dmd_weight=dmd_weight,
+        rl_weight=rl_weight,
+        objectives=[WeightedObjective(type(o).__name__.lower(), w, o) for w, o in weighted],
+        rewards=rewards if rewards is None or isinstance(rewards, Rewards) else Rewards({"toy": (1.0, rewards)}),
+        sample_weight=sample_weight,
+        **{**settings, **kwargs},
+    )
+
+
+def state(trainer: Trainer, role: Any = "student") -> dict[str, Tensor]:
+    """A copy of a role's parameters."""
+    return {name: p.detach().clone() for name, p in trainer.backend.parameters(role).items()}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def step_of(trainer: Trainer, role: Any = "student", count: int = 1) -> Tensor:
+    """How the role's parameters move in `count` training steps, [P]; in one step of `descend`, minus the gradient."""
+    before = flat(state(trainer, role))
+    for _ in range(count):
+        trainer.train_step()
+    return flat(state(trainer, role)) - before
+
+
+@dataclass
+class Plain:
+    """How far to the right the point lies, without bound; NaN or infinite where `broken` says so, by prompt."""
+
+    differentiable: ClassVar[bool] = True
+    broken: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Any) -> Tensor:
+        self.calls += 1
+        score = images[:, 0].mean((1, 2)) + images[:, 1].square().mean((1, 2))
+        factor = torch.tensor([self.broken.get(prompt, 1.0) for prompt in prompts])
+        return score * factor
+
+
+@dataclass
+class Constant:
+    """The same for every image; no gradient."""
+
+    differentiable: ClassVar[bool] = False
+    value: float = 0.3
+    calls: int = 0
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Any) -> Tensor:
+        self.calls += 1
+        return torch.full((len(images),), self.value)
