@@ -94,7 +94,8 @@ class Config:
     report_to: str = flag("tensorboard", "accelerate's tracker, or 'none'")
     sample_steps: int = flag(100, "a sample grid every so many updates; 0 is only at the end of a stage")
     sample_images: int = flag(8, "images of a sample grid")
-    num_eval_samples: int = flag(0, "samples of the final evaluation; 0 is none")
+    num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 is none")
+    eval_steps: int = flag(0, "also evaluate the student every so many updates; 0 is not")
     teacher_steps: int = flag(28, "steps of the teacher in grids and evaluation")
 
     def validate(self) -> None:
@@ -104,17 +105,17 @@ class Config:
             ConfigError: Names the flag, its value and what it may be.
         """
         check_types(self)
-        for name in ("num_inference_steps", "fake_updates", "lora_rank", "fake_lora_rank", "num_generations",
-                     "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "teacher_steps",
-                     "sample_images"):  # fmt: skip
+        at_least_one = """num_inference_steps fake_updates lora_rank fake_lora_rank num_generations sample_images
+            per_device_train_batch_size gradient_accumulation_steps logging_steps teacher_steps"""
+        for name in at_least_one.split():
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "save_steps", "sample_steps", "num_eval_samples",
-                     "dmd_weight", "rl_weight", "guidance_scale", "guidance_jitter", "reward_tilt", "weight_decay",
-                     "seed"):  # fmt: skip
+        not_negative = """stage1_steps stage2_steps warmup_steps save_steps sample_steps eval_steps num_eval_samples
+            dmd_weight rl_weight guidance_scale guidance_jitter reward_tilt weight_decay seed"""
+        for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("learning_rate", "stage2_learning_rate", "fake_learning_rate", "stage2_fake_learning_rate",
-                     "max_grad_norm", "lora_alpha", "fake_lora_alpha", "shift", "resolution", "adam_epsilon",
-                     "max_sequence_length"):  # fmt: skip
+        positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
+            lora_alpha fake_lora_alpha shift resolution adam_epsilon max_sequence_length"""
+        for name in positive.split():
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("eta", "dyna_guidance"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
 import time
@@ -244,21 +243,23 @@ class Run:
                         stage.number, trainer.step, stage.first_step + trainer.step, trainer.prompts.consumed
                     )
                     self._log(trainer, line, time.perf_counter() - started, bar)
-                    if config.sample_steps and self.progress.total % config.sample_steps == 0:
+                    if self._due(config.sample_steps):
                         self._grid(self.progress.total)
-                    if (
-                        config.save_steps
-                        and self.progress.total % config.save_steps == 0
-                        and trainer.step < stage.steps
-                    ):
+                    if self._due(config.eval_steps):
+                        self._log_evaluation()
+                    if self._due(config.save_steps):
                         self._save(trainer)
             except Exception:
-                self._save(trainer)
+                if not self._due(config.save_steps):  # else this step has its checkpoint already
+                    self._save(trainer)
                 raise
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if self.stopped is None:
             self._grid(self.progress.total)
             self._evaluate_student(stage)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
 
     def _finish(self) -> None:
         """Teacher's share of the evaluation, export and report."""
@@ -389,7 +390,6 @@ class Run:
         prune(self.output, self.config.save_total_limit)
 
     def _log(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
-        step = self.progress.total
         bar.update()
         if trainer.step % self.config.logging_steps and trainer.step > 1:
             return
@@ -401,11 +401,15 @@ class Run:
             if key.startswith("loss/") or key == "reward/total"
         }
         bar.set_postfix(short)
+        self._write(values)
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        """One line of `metrics.jsonl`, and the same to the tracker."""
         if self.config.report_to != "none":
-            self.accelerator.log(values, step=step)
+            self.accelerator.log(dict(values), step=self.progress.total)
         if self.accelerator.is_main_process:
             with (self.output / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, "stage": self.progress.stage} | values) + "\n")
+                log.write(json.dumps({"step": self.progress.total, "stage": self.progress.stage, **values}) + "\n")
 
     # --- Looking at it ---------------------------------------------------------------------------------------------
 
@@ -445,20 +449,27 @@ class Run:
         student = self.generate(self.job.backend.student, self.user_sampler, rows, "grid")
         images.save(images.grid(student), folder / f"step-{step:06d}.png")
 
-    def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
-        """Add a column to `evaluation.json`."""
+    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
+        """Accuracy, Frechet distance, precision and recall by the model's judge, and the rewards."""
         rows = self._rows(self.config.num_eval_samples)
-        file = self.output / "evaluation.json"
-        found: dict[str, Any] = {"samples": len(rows), "columns": {}}
-        if file.exists():
-            found = json.loads(file.read_text())
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        found["columns"][title] = evaluate(pictures, [r["prompt"] for r in rows], columns, judge, self.job.rewards)
-        temporary = file.with_suffix(".partial")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        os.replace(temporary, file)
+        return evaluate(pictures, [row["prompt"] for row in rows], columns, judge, self.job.rewards)
+
+    def _log_evaluation(self) -> None:
+        if self.config.num_eval_samples and self.accelerator.is_main_process:
+            found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
+            self._write({f"eval/{name.replace('reward/', '')}": value for name, value in found.items()})
+
+    def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
+        """Add a column to `evaluation.json`."""
+        file = self.output / "evaluation.json"
+        found: dict[str, Any] = {"samples": self.config.num_eval_samples, "columns": {}}
+        if file.exists():
+            found = json.loads(file.read_text())
+        found["columns"][title] = self._measure(title, denoiser, sampler)
+        images.write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
 
     def _evaluate_student(self, stage: Stage) -> None:
         if self.config.num_eval_samples and self.accelerator.is_main_process:

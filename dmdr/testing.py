@@ -43,6 +43,7 @@ def toy_trainer(
         objectives: The RL half, e.g. `WeightedObjective("mine", 1.0, Mine())`.
         batch_size: Images of the global batch; `micro_batch_size` of one pass, the whole local batch by default.
     """
+    climbed: Any = Redness() if reward is None else reward
     accelerator = Accelerator(cpu=True)
     backend = ToyBackend("", BackendOptions(seed=seed))
     roles = [role for term in objectives for role in term.objective.needs.roles]
@@ -79,7 +80,7 @@ def toy_trainer(
         dmd_weight=dmd_weight,
         rl_weight=rl_weight,
         objectives=objectives,
-        rewards=Rewards({"toy": (1.0, reward if reward is not None else Redness())}),
+        rewards=Rewards({"toy": (1.0, climbed)}),
         sample_weight=sample_weight,
     )
 
@@ -121,7 +122,7 @@ def check_objective(build: Callable[[], RewardObjective], reward: Reward | None 
         grads = [p.grad for p in trainer.backend.parameters(role).values()]
         assert not any(g is not None for g in grads), f"the loss must not reach the {role}; detach its prediction"
 
-    _check_order(build, reward, batch, max(needs.group_size, 1))
+    _check_micro_batches(build, reward, batch, max(needs.group_size, 1))
     line = toy_trainer(WeightedObjective("checked", 1.0, build()), reward=reward, batch_size=batch).train_step()
     assert all(value == value for key, value in line.items() if key.startswith(("loss/", "grad_norm/"))), (
         f"a whole training step logged NaN: {line}"
@@ -129,7 +130,7 @@ def check_objective(build: Callable[[], RewardObjective], reward: Reward | None 
     assert needs.reward_grad or leaf.grad is None, "the loss reaches draw.leaf: declare needs.reward_grad"
 
 
-def _check_order(build: Callable[[], RewardObjective], reward: Reward | None, batch: int, group: int) -> None:
+def _check_micro_batches(build: Callable[[], RewardObjective], reward: Reward | None, batch: int, group: int) -> None:
     """A sample's loss must be the same in a smaller micro-batch."""
     trainer = toy_trainer(WeightedObjective("checked", 1.0, build()), reward=reward, batch_size=batch)
     ctx = trainer.context(0)

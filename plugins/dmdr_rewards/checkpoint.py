@@ -54,7 +54,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: If it cannot be read, or holds anything but tensors: a pickle that could run code is refused.
     """
-    remedy = "download it again, or convert it to safetensors"
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -62,13 +61,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"checkpoint {path} is damaged or holds more than tensors, and is refused; {remedy}"
-        ) from error
     except Exception as error:
         raise ConfigError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}"
+            f"checkpoint {path} cannot be read ({reason(error)}); download it again, or convert it to safetensors"
         ) from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
@@ -105,9 +100,12 @@ def check_names(missing: Collection[str], unexpected: Collection[str], misshapen
         raise ConfigError(f"{where} does not fit its architecture: {'; '.join(found)}")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [""])[0]
+def reason(error: Exception) -> str:
+    """Why something could not be read, in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to turn its safety off
+        return "it is damaged, or holds more than tensors and is refused"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _weights_in(folder: Path) -> Path:
@@ -126,9 +124,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
         return {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg", {}))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is no configuration of open_clip ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        raise ConfigError(f"{path} is no configuration of open_clip ({reason(error)})") from error
 
 
 def _download(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
@@ -150,5 +146,5 @@ def _download(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
     except Exception as error:
         raise ConfigError(
             f"checkpoint {checkpoint} is no local path and cannot be fetched from the hub "
-            f"({type(error).__name__}: {first_line(error)}); download it and give its local path"
+            f"({reason(error)}); download it and give its local path"
         ) from error

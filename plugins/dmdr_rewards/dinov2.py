@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError
-from dmdr_rewards.checkpoint import check_names, first_line, require_hub_id
+from dmdr_rewards.checkpoint import check_names, reason, require_hub_id
 from dmdr_rewards.preprocess import IMAGENET_NORM, Geometry, fit, normalise
 
 
@@ -60,7 +60,7 @@ class DINOv2:
         except Exception as error:
             raise ConfigError(
                 f"checkpoint {name} cannot be loaded as Dinov2ForImageClassification "
-                f"({type(error).__name__}: {first_line(error)}); give a folder or hub id that holds one"
+                f"({reason(error)}); give a folder or hub id that holds one"
             ) from error
         finally:
             logging.set_verbosity(verbosity)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr.errors import ConfigError
-from dmdr_rewards.checkpoint import load_strict, locate, read_state
+from dmdr_rewards.checkpoint import load_strict, locate, read_state, reason
 from dmdr_rewards.preprocess import CLIP_NORM
 
 CACHED_PROMPTS = 4096
@@ -56,7 +56,7 @@ class Towers:
             with device:
                 model = open_clip.CLIP(**config["model_cfg"], cast_dtype=half)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"checkpoint {checkpoint} is no plain CLIP ({type(error).__name__}: {error})") from error
+            raise ConfigError(f"checkpoint {checkpoint} is no plain CLIP ({reason(error)})") from error
         load_strict(model, read_state(path), f"checkpoint {path}")
         if half:
             open_clip.convert_weights_to_lp(model, half)

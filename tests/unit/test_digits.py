@@ -240,7 +240,7 @@ def test_dinov2_layout_loads(digits: Digits) -> None:
     assert model.config.id2label == dict(enumerate(WORDS))
     with torch.no_grad():
         logits = model.eval()(preprocess(held_out_scans().images, IMAGENET_NORM)).logits
-    assert (logits.argmax(1) == held_out_scans().labels).float().mean() > 0.6  # a short training
+    assert (logits.argmax(1) == held_out_scans().labels).float().mean() > 0.4  # a short training; chance is 0.1
 
 
 def test_other_rewards_have_no_checkpoint(digits: Digits) -> None:

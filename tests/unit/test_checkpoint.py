@@ -1,0 +1,205 @@
+"""Checkpoints as folders: complete or absent, kept or pruned, and refused where they do not fit."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmdr import checkpoint
+from dmdr.checkpoint import (
+    Progress,
+    checkpoints,
+    find_initial,
+    load_parameters,
+    load_training,
+    prune,
+    read_progress,
+    save_checkpoint,
+)
+from dmdr.errors import ConfigError
+
+
+class Roles:
+    """What of a backend is saved: two trained roles and no reference."""
+
+    def __init__(self, seed: int = 0, width: int = 3) -> None:
+        torch.manual_seed(seed)
+        self.networks = {role: nn.Linear(width, 2) for role in ("student", "fake_score")}
+        self.optimizers = {
+            role: torch.optim.AdamW(network.parameters(), lr=0.1) for role, network in self.networks.items()
+        }
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        return dict(self.networks[role].named_parameters()) if role in self.networks else {}
+
+    def train(self) -> None:
+        for role, network in self.networks.items():
+            network(torch.ones(1, network.in_features)).square().sum().backward()
+            self.optimizers[role].step()
+            self.optimizers[role].zero_grad()
+
+    def state(self) -> list[Tensor]:
+        return [p.detach().clone() for network in self.networks.values() for p in network.parameters()]
+
+
+def save(folder: Path, total: int, *, stage: int = 1, roles: Any = None, stage_end: bool = False) -> Path:
+    roles = roles or Roles()
+    extra = {"objectives": {"mine": {"mean": torch.tensor(2.0)}}}
+    place = Progress(stage, total, total, 3 * total)
+    return save_checkpoint(folder / "checkpoints", place, roles, roles.optimizers, extra, stage_end=stage_end)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    roles = Roles()
+    roles.train()
+    folder = save(tmp_path, 12, roles=roles)
+    assert folder == tmp_path / "checkpoints" / "step-000012"
+    assert read_progress(folder) == Progress(stage=1, step=12, total=12, prompts_consumed=36)
+    other = Roles(seed=1)
+    for role in ("student", "fake_score"):
+        load_parameters(folder, role, other.parameters(role))  # type: ignore[arg-type]
+    extra = load_training(folder, other.optimizers)
+    assert extra == {"objectives": {"mine": {"mean": torch.tensor(2.0)}}}
+    assert all(map(torch.equal, roles.state(), other.state()))
+    roles.train()
+    other.train()  # the moments came along
+    assert all(map(torch.equal, roles.state(), other.state()))
+
+
+def test_settings_of_the_optimizer_are_those_of_the_new_run(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    other = Roles()
+    other.optimizers["student"].param_groups[0]["lr"] = 0.7
+    load_training(folder, other.optimizers)
+    assert other.optimizers["student"].param_groups[0]["lr"] == 0.7
+
+
+def test_a_role_that_the_run_lacks_is_not_saved(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    assert {path.name for path in folder.iterdir()} == {
+        "student.safetensors",
+        "fake_score.safetensors",
+        "training.pt",
+        "progress.json",
+    }
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = save(tmp_path, 1)
+    content = {path.name: path.read_bytes() for path in before.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    for total in (1, 2):
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, total, roles=Roles(seed=1))
+    assert names(tmp_path) == ["step-000001"]
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == content
+    monkeypatch.undo()
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5, stage=1)
+    folder = save(tmp_path, 5, stage=2, roles=Roles(seed=1))
+    assert read_progress(folder).stage == 2
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_only_complete_checkpoints_count_and_by_number(tmp_path: Path) -> None:
+    for total in (1_000_000, 20, 3):
+        save(tmp_path, total)
+    place = tmp_path / "checkpoints"
+    for name in (".step-000099.partial", "step-000099.partial", "step-99", "step-latest", "notes"):
+        (place / name).mkdir()
+    assert names(tmp_path) == ["step-000003", "step-000020", "step-1000000"]
+    assert checkpoints(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(None, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (1, [2, 5]), (3, [2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])]
+)
+def test_pruning_keeps_the_newest_and_the_ends_of_stages(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
+    for total in range(1, 6):
+        save(tmp_path, total, stage_end=total == 2)
+    prune(tmp_path, limit)
+    assert names(tmp_path) == [f"step-{total:06d}" for total in kept]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "3", "{}", '{"stage": 1}', json.dumps({"stage": 1, "step": 1, "steps": 1})]
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "progress.json").write_text(content)
+    with pytest.raises(ConfigError, match="is no checkpoint") as error:
+        read_progress(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    wide, untouched = Roles(width=4), Roles(width=4)
+    with pytest.raises(ConfigError, match=r"student\.safetensors.*weight.*\(2, 3\)"):
+        load_parameters(folder, "student", wide.parameters("student"))
+    with pytest.raises(ConfigError, match=r"student\.safetensors.*extra"):
+        load_parameters(folder, "student", wide.parameters("student") | {"extra": nn.Parameter(torch.ones(1))})
+    with pytest.raises(ConfigError, match=r"student\.safetensors.*bias"):
+        load_parameters(folder, "student", {"weight": nn.Parameter(torch.ones(2, 3))})
+    with pytest.raises(ConfigError, match="holds no reference"):
+        load_parameters(folder, "reference", wide.parameters("student"))
+    assert all(map(torch.equal, wide.state(), untouched.state()))
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "training.pt"])
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder, roles = save(tmp_path, 1), Roles()
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=name):
+        if name == "training.pt":
+            load_training(folder, roles.optimizers)
+        else:
+            load_parameters(folder, "student", roles.parameters("student"))
+
+
+# --- Where a student comes from ------------------------------------------------------------------------------------
+
+
+def test_initial_student_of_a_run_folder_is_the_last_of_its_stage_1(tmp_path: Path) -> None:
+    for total, stage in ((1, 1), (2, 1), (3, 2)):
+        save(tmp_path, total, stage=stage)
+    assert find_initial(str(tmp_path)).name == "step-000002"
+
+
+def test_initial_student_of_a_checkpoint_or_an_export_is_itself(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3, stage=2)
+    assert find_initial(str(folder)) == folder
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "sampling.json").write_text("{}")
+    assert find_initial(str(tmp_path / "student")) == tmp_path / "student"
+
+
+def test_initial_student_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 3, stage=2)
+    for path in (tmp_path, tmp_path / "none", Path(checkpoint.__file__)):
+        with pytest.raises(ConfigError, match="--init_student .* no checkpoint, no export, and no run folder"):
+            find_initial(str(path))
+
+
+def test_only_parameters_of_the_backend_are_asked_for(tmp_path: Path) -> None:
+    parameters = {"weight": nn.Parameter(torch.ones(2))}
+    backend = SimpleNamespace(parameters=lambda role: parameters if role == "reference" else {})
+    save_checkpoint(tmp_path, Progress(1, 1, 1, 1), backend, {}, {})  # type: ignore[arg-type]
+    assert (tmp_path / "step-000001" / "reference.safetensors").is_file()
