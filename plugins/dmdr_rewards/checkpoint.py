@@ -34,7 +34,7 @@ def locate(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
         if not (path / CONFIG).is_file():
             raise ConfigError(f"checkpoint folder {path} has no {CONFIG}; add it, or name the weights file itself")
         return _weights_in(path), _read_config(path / CONFIG)
-    return _download(checkpoint)
+    return _download(str(checkpoint))
 
 
 def require_hub_id(checkpoint: str) -> None:

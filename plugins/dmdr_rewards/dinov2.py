@@ -45,7 +45,7 @@ class DINOv2:
         from transformers.image_processing_base import ImageProcessingMixin
         from transformers.utils import logging
 
-        name = self.checkpoint or "facebook/dinov2-large-imagenet1k-1-layer"
+        name = str(self.checkpoint or "facebook/dinov2-large-imagenet1k-1-layer")
         path = Path(name).expanduser()
         source = str(path) if path.exists() else name
         if not path.exists():

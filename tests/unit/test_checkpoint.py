@@ -162,16 +162,15 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path: Pat
     assert all(map(torch.equal, wide.state(), untouched.state()))
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "training.pt"])
-def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     folder, roles = save(tmp_path, 1), Roles()
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=name):
-        if name == "training.pt":
-            load_training(folder, roles.optimizers)
-        else:
-            load_parameters(folder, "student", roles.parameters("student"))
+    for name in ("student.safetensors", "training.pt"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"student\.safetensors"):
+        load_parameters(folder, "student", roles.parameters("student"))
+    with pytest.raises(ConfigError, match=r"training\.pt"):
+        load_training(folder, roles.optimizers)
 
 
 # --- Where a student comes from ------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def test_initial_student_of_a_checkpoint_or_an_export_is_itself(tmp_path: Path) 
 def test_initial_student_that_is_nothing_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 3, stage=2)
     for path in (tmp_path, tmp_path / "none", Path(checkpoint.__file__)):
-        with pytest.raises(ConfigError, match="--init_student .* no checkpoint, no export, and no run folder"):
+        with pytest.raises(ConfigError, match=r"--init_student .* no checkpoint, no export, and no run folder"):
             find_initial(str(path))
 
 

@@ -370,6 +370,7 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
         ({"dmd_weight": 0.0, "init_student": "x"}, "leaves nothing to train"),
         ({"dmd_weight": 0.0, "init_student": "x", "rl": "refl", "rl_weight": 0.0}, "leaves nothing to train"),
     ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_values_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
     assert said in refusal(**settings)

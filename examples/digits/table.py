@@ -1,0 +1,160 @@
+"""The README's table and picture: distil the digits, then go on with DMD only, jointly, and with RL only.
+
+    python examples/digits/table.py                  # seeds 0-2; about half an hour on two cores
+    python examples/digits/table.py --seeds 0        # one seed
+
+Every cell is an ordinary run folder under --output_dir; finished ones are not repeated. Prints the table in markdown
+and each gate with its figures, writes `hacking.png`, and exits with 1 if a gate does not hold.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dmdr import train
+
+REWARD = "reward/total"
+METRICS = {
+    "accuracy": "class accuracy",
+    "frechet_distance": "Frechet distance",
+    "precision": "precision",
+    "recall": "recall",
+    REWARD: "reward",
+}
+Cells = dict[str, list[dict[str, float]]]
+
+
+def cell(folder: Path, **settings: Any) -> dict[str, dict[str, float]]:
+    """The evaluation columns of a run, trained unless it is there."""
+    if not (folder / "report.html").exists():
+        train(model="digits", output_dir=str(folder), overwrite_output_dir=folder.exists(), **settings)
+    columns: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text())["columns"]
+    return columns
+
+
+def measure(root: Path, seeds: list[int]) -> Cells:
+    """Rows of the table, each with one evaluation per seed."""
+    rows: Cells = {}
+    for seed in seeds:
+        first = root / f"stage1-seed{seed}"
+        four = cell(first, seed=seed, stage2_steps=0)
+        one = cell(root / f"one-step-seed{seed}", seed=seed, stage2_steps=0, num_inference_steps=1)
+        second = {"seed": seed, "init_student": str(first), "eval_steps": 20}
+        found = {
+            "teacher, 28 steps": four["teacher, 28 steps"],
+            "teacher, 4 steps": four["teacher, 4 steps"],
+            "stage 1 (DMD), 4 steps": four["stage 1"],
+            "+ DMD only": cell(root / f"dmd-seed{seed}", **second, rl="none")["stage 2"],
+            "+ joint DMD and ReFL": cell(root / f"joint-seed{seed}", **second)["stage 2"],
+            "+ ReFL only": cell(root / f"rl-seed{seed}", **second, dmd_weight=0.0)["stage 2"],
+            "teacher, 1 step": one["teacher, 1 step"],
+            "stage 1 (DMD), 1 step": one["stage 1"],
+        }
+        for name, values in found.items():
+            rows.setdefault(name, []).append(values)
+    return rows
+
+
+def markdown(rows: Cells) -> str:
+    """Mean over the seeds, and half their range."""
+    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for name, seeds in rows.items():
+        texts = []
+        for metric in METRICS:
+            values = [seed[metric] for seed in seeds]
+            mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+            digits = 1 if metric == "frechet_distance" else 3
+            texts.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def gates(rows: Cells) -> list[tuple[bool, str]]:
+    """What must hold for every seed, as (holds, text with the figures)."""
+    found = []
+
+    def gate(text: str, values: list[float], holds: list[bool]) -> None:
+        found.append((all(holds), f"{text}: " + ", ".join(f"{value:.3f}" for value in values)))
+
+    def each(row: str, metric: str) -> list[float]:
+        return [seed[metric] for seed in rows[row]]
+
+    def ratio(row: str, base: str) -> list[float]:
+        pairs = zip(each(row, "frechet_distance"), each(base, "frechet_distance"), strict=True)
+        return [a / b for a, b in pairs]
+
+    first, joint, rl = "stage 1 (DMD), 4 steps", "+ joint DMD and ReFL", "+ ReFL only"
+    values = ratio(first, "teacher, 4 steps")
+    gate("4 steps: Frechet distance at most 0.6 x the undistilled teacher's", values, [v <= 0.6 for v in values])
+    values = each(first, "recall")
+    gate("4 steps: recall at least 0.70", values, [v >= 0.70 for v in values])
+    values = ratio("stage 1 (DMD), 1 step", "teacher, 1 step")
+    gate("1 step: Frechet distance at most 0.15 x the undistilled teacher's", values, [v <= 0.15 for v in values])
+    values = each("stage 1 (DMD), 1 step", "recall")
+    gate("1 step: recall at least 0.5", values, [v >= 0.5 for v in values])
+    values = [a - b for a, b in zip(each(joint, REWARD), each("+ DMD only", REWARD), strict=True)]
+    gate("joint: reward above DMD only by at least 0.02", values, [v >= 0.02 for v in values])
+    values = [a - b for a, b in zip(each(joint, "frechet_distance"), each(first, "frechet_distance"), strict=True)]
+    limits = [max(0.5 * base, 8.0) for base in each(first, "frechet_distance")]
+    holds = [v <= limit for v, limit in zip(values, limits, strict=True)]
+    gate("joint: Frechet distance above stage 1 by at most half of it or 8", values, holds)
+    values = each(joint, "recall")
+    gate("joint: recall at least 0.65", values, [v >= 0.65 for v in values])
+    values = [a - b for a, b in zip(each(rl, REWARD), each(joint, REWARD), strict=True)]
+    gate("RL only: reward above the joint run's", values, [v > 0 for v in values])
+    values = ratio(rl, first)
+    gate("RL only: Frechet distance at least 3 x stage 1's", values, [v >= 3 for v in values])
+    values = each(rl, "recall")
+    gate("RL only: recall at most 0.3", values, [v <= 0.3 for v in values])
+    return found
+
+
+def picture(root: Path, seed: int, path: Path) -> None:
+    """Three grids (stage 1, joint, RL only) over the curves of the reward and of the Frechet distance."""
+    import matplotlib.figure
+
+    runs = {"stage 1 (DMD)": "stage1", "joint DMD and ReFL": "joint", "ReFL only": "rl"}
+    figure = matplotlib.figure.Figure(figsize=(12, 8.4), layout="constrained", dpi=110)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    for axes, (title, name) in zip(top.subplots(1, 3), runs.items(), strict=True):
+        samples = root / f"{name}-seed{seed}" / "samples"
+        axes.imshow(Image.open(max(samples.glob("step-*.png"))), interpolation="nearest")
+        axes.set_title(title)
+        axes.axis("off")
+    curves = {"DMD only": ("dmd", "C0"), "joint": ("joint", "C2"), "ReFL only": ("rl", "C3")}
+    for axes, key, label in zip(
+        bottom.subplots(1, 2), ("total", "frechet_distance"), ("reward", "Frechet distance"), strict=True
+    ):
+        for title, (name, colour) in curves.items():
+            lines = (root / f"{name}-seed{seed}" / "metrics.jsonl").read_text().splitlines()
+            points = [(line["step"], line[f"eval/{key}"]) for line in map(json.loads, lines) if f"eval/{key}" in line]
+            start = json.loads((root / f"stage1-seed{seed}" / "evaluation.json").read_text())["columns"]["stage 1"]
+            points = [(0, start[REWARD if key == "total" else key]), *points]
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=title)
+        axes.set_xlabel("student updates of stage 2")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/digits-table"))
+    args = parser.parse_args()
+    rows = measure(args.output_dir, args.seeds)
+    print(markdown(rows) + "\n")
+    results = gates(rows)
+    for holds, text in results:
+        print(f"{'holds ' if holds else 'FAILED'}  {text}")
+    picture(args.output_dir, args.seeds[0], args.output_dir / "hacking.png")
+    return 0 if all(holds for holds, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

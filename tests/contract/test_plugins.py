@@ -1,0 +1,57 @@
+"""Every installed plugin keeps the contract; a new one is tested by being registered."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from dmdr_digits import Digits
+
+from dmdr import registry
+from dmdr.protocols import BackendOptions, NamedModel
+from dmdr.testing import check_backend, check_objective, check_reward
+
+LABELS = {"label": [7, 0, 3, 9]}
+
+
+@pytest.mark.parametrize("name", registry.plugins("objectives"))
+def test_objective(name: str) -> None:
+    check_objective(registry.load("objectives", name))
+
+
+@pytest.mark.parametrize("name", registry.plugins("rewards"))
+def test_reward(name: str, digits: Digits) -> None:
+    cls = registry.load("rewards", name)
+    path = digits.reward_checkpoint(name)
+    check_reward(cls(checkpoint=str(path)) if path else cls(), columns=LABELS)
+
+
+@pytest.mark.parametrize("name", registry.plugins("models"))
+def test_model_and_its_backend(name: str, digits: Digits) -> None:
+    model = registry.load("models", name)()
+    assert isinstance(model, NamedModel)
+    folder = model.folder()
+    pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
+    options = BackendOptions(lora_rank=4, lora_alpha=8, fake_lora_rank=4, fake_lora_alpha=4)
+    backend = registry.load("backends", pipeline)(str(folder), options)
+    check_backend(backend, [row["prompt"] for row in model.prompts()[:3]])
+
+
+@pytest.mark.parametrize("name", registry.plugins("models"))
+def test_recipe_names_settings(name: str) -> None:
+    from dmdr.config import parse
+
+    settings = parse(settings={"model": name})
+    recipe = registry.load("models", name).recipe
+    for key, value in recipe.items():
+        if key != "objectives":
+            assert getattr(settings.config, key) == value
+
+
+def test_core_names_no_plugin() -> None:
+    import dmdr
+
+    names = [n for group in ("objectives", "rewards") for n in registry.plugins(group) if n != "toy"]
+    for file in Path(inspect.getfile(dmdr)).parent.rglob("*.py"):
+        text = file.read_text()
+        assert not any(f'"{name}"' in text or f"dmdr_{name}" in text for name in names), file

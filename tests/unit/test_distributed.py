@@ -1,0 +1,98 @@
+"""A batch on one process against the same batch on two: every number is keyed by sample, every statistic is global."""
+
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from dmdr_refl import ReFL
+from torch import Tensor
+from toy_trainer import Plain, prepared, state, trainer
+
+from dmdr.tilt import RewardTilt
+
+BATCH, STEPS = 8, 2
+BROKEN = {"mode 1": math.nan}
+CASES: dict[str, dict[str, Any]] = {
+    "dmd": {"guidance": (2.0, 4.0), "fake_updates": 2},
+    "groups": {"group_size": 2, "eta": 0.5},
+    "tilt": {"rewards": Plain(), "sample_weight": RewardTilt(1.5)},
+    "tilt_invalid": {"rewards": Plain(BROKEN), "sample_weight": RewardTilt(1.5)},
+    "refl": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 2.0},
+    "refl_invalid": {"rewards": Plain(BROKEN), "objectives": [ReFL()], "rl_weight": 2.0},
+    "refl_last": {"rewards": Plain(BROKEN), "objectives": [ReFL(steps="last")], "rl_weight": 2.0, "dmd_weight": 0.0},
+    "refl_balanced": {"rewards": Plain(), "objectives": [ReFL(balance="grad_norm")], "rl_weight": 2.0},
+}
+
+
+def slowly(parameters: list[Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def train(case: str, processes: int) -> dict[str, Any]:
+    running = trainer(prepared(), batch=BATCH // processes, optimize=slowly, **CASES[case])
+    lines = [running.train_step() for _ in range(STEPS)]
+    rewards = running.reward_metrics()
+    assert running.last is not None
+    assert running.last.rollout is not None
+    return {
+        "parameters": {role: state(running, role) for role in ("student", "fake_score")},
+        "lines": lines,
+        "rewards": rewards,
+        "states": running.last.rollout.x_t,
+        "sample": running.last.rollout.sample,
+        "group": running.last.rollout.group,
+    }
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """One of two processes; every case in turn, as starting them is what takes the time."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    found = {case: train(case, 2) for case in CASES}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    PartialState().destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, by rank."""
+    folder = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def flat(found: dict[str, Any], role: str) -> Tensor:
+    return torch.cat([value.flatten() for value in found["parameters"][role].values()])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(both: list[dict[str, Any]], case: str) -> None:
+    alone, (first, second) = train(case, 1), (found[case] for found in both)
+    start = {"parameters": {role: state(trainer(), role) for role in ("student", "fake_score")}}
+    for role in ("student", "fake_score"):
+        assert torch.equal(flat(first, role), flat(second, role))
+        torch.testing.assert_close(flat(first, role), flat(alone, role), rtol=0, atol=1e-6)
+        moved = (flat(alone, role) - flat(start, role)).abs().max()
+        assert moved > 1e-3 or (role == "fake_score" and CASES[case].get("dmd_weight") == 0.0)
+    assert torch.equal(torch.cat([first["sample"], second["sample"]]), alone["sample"])
+    assert torch.equal(torch.cat([first["group"], second["group"]]), alone["group"])
+    torch.testing.assert_close(torch.cat([first["states"], second["states"]], 1), alone["states"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_log_as_one(both: list[dict[str, Any]], case: str) -> None:
+    alone, (first, second) = train(case, 1), (found[case] for found in both)
+    for name in ("lines", "rewards"):
+        assert first[name] == pytest.approx(second[name], rel=1e-6, nan_ok=True) or name == "lines"
+    assert first["rewards"] == pytest.approx(alone["rewards"], rel=1e-5)
+    for one, two in zip(alone["lines"], first["lines"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
