@@ -5,17 +5,17 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ from dmdr.tilt import RewardTilt
 from dmdr.train import Learner, Trainer, combined_needs
 
 logger = logging.getLogger("dmdr")
+T = TypeVar("T")
 
 
 def train(**settings: Any) -> Path:
@@ -70,13 +71,30 @@ def run(settings: Settings) -> Path:
     Returns:
         The run folder.
     """
-    config = settings.config
-    output, resume = choose_folder(config)
+    config, state = settings.config, PartialState()
+    output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = find_initial(config.init_student) if config.init_student else None
-    job = assemble(settings)
-    if config.overwrite_output_dir and not resume:
+    with state.main_process_first():  # which builds what a named model has to build
+        job = assemble(settings)
+    if config.overwrite_output_dir and not resume and state.is_main_process:
         shutil.rmtree(output, ignore_errors=True)
+    state.wait_for_everyone()
     return Run(job, output, resume, initial)()
+
+
+def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
+    """What the main process decided, or the ConfigError that it met, in every process."""
+    answer: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            answer = [decide()]
+        except ConfigError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], ConfigError):
+        raise answer[0]
+    decided: T = answer[0]
+    return decided
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:

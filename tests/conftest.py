@@ -5,9 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
 from dmdr_digits import Digits
 
 PLUGIN = Path(__file__).parents[1] / "plugins" / "dmdr_digits"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """These models are too small for more, and threads that wait for a busy core are many times slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

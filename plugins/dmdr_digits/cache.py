@@ -25,6 +25,11 @@ def budget() -> float:
     return value
 
 
+def scaled(steps: int) -> int:
+    """Training steps within the budget, of `steps` at the full one."""
+    return max(1, round(steps * budget()))
+
+
 def root() -> Path:
     """The folder of all artefacts of this version and budget, under `DMDR_CACHE` or ~/.cache/dmdr."""
     base = Path(os.environ.get("DMDR_CACHE") or Path.home() / ".cache" / "dmdr")

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmdr_digits.cache import budget
-
 
 def fit(
     model: nn.Module,
@@ -26,10 +24,8 @@ def fit(
 
     Args:
         loss: Rows of the training set, [batch] int64 in [0, examples), to a scalar.
-        steps: Steps at the full budget.
         average: Decay of the moving average of the weights that the model ends with; 0 for none.
     """
-    steps = max(1, round(steps * budget()))
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     mean = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)

@@ -64,6 +64,7 @@ class DigitJudge:
 
 
 def build_judge(folder: Path) -> None:
+    """Train it, at full length whatever the budget: it is the measure of all the others."""
     train = train_scans()
     network = Network()
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from dmdr_digits.cache import scaled
 from dmdr_digits.data import PROMPTS, train_scans
 from dmdr_digits.fit import fit
 from dmdr_digits.quiet import quiet
@@ -85,4 +86,4 @@ def train_teacher(pipeline: Any) -> None:
         velocity = transformer((1 - t_) * x0 + t_ * eps, embeds[prompt], pooled[prompt], 1000 * t).sample
         return (velocity - (eps - x0)).square().mean()
 
-    fit(transformer, loss, "digits: teacher", examples=len(train), steps=3000, batch=128, average=0.995)
+    fit(transformer, loss, "digits: teacher", examples=len(train), steps=scaled(3000), batch=128, average=0.995)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification
 
+from dmdr_digits.cache import scaled
 from dmdr_digits.data import PROMPTS, WORDS, Scans, train_scans
 from dmdr_digits.fit import fit
 from dmdr_digits.quiet import quiet
@@ -59,7 +60,7 @@ def build_dinov2(folder: Path) -> None:
         images = preprocess(train.images[rows], IMAGENET_NORM)
         return F.cross_entropy(model(images).logits, train.labels[rows])
 
-    fit(model, loss, "digits: reward dinov2", examples=len(train), steps=1200, weight_decay=0.1)
+    fit(model, loss, "digits: reward dinov2", examples=len(train), steps=scaled(1200), weight_decay=0.1)
     with quiet():
         model.save_pretrained(folder)
     BitImageProcessor(
@@ -104,7 +105,7 @@ def train_contrastive(model: open_clip.CLIP, label: str, clamp: bool = True) -> 
         return F.cross_entropy(similarity(model, images, tokens), train.labels[rows])
 
     model.token_embedding.requires_grad_(False)  # 1.6 of the 1.7 M parameters; ten prompts can do without
-    fit(model, loss, label, examples=len(train), steps=800, weight_decay=0.1)
+    fit(model, loss, label, examples=len(train), steps=scaled(800), weight_decay=0.1)
 
 
 def train_preferences(model: open_clip.CLIP, label: str) -> None:
@@ -121,7 +122,7 @@ def train_preferences(model: open_clip.CLIP, label: str) -> None:
 
     model.requires_grad_(True)
     model.token_embedding.requires_grad_(False)
-    fit(model, loss, label, examples=len(train), steps=600, learning_rate=1e-3, weight_decay=0.1)
+    fit(model, loss, label, examples=len(train), steps=scaled(600), learning_rate=1e-3, weight_decay=0.1)
 
 
 def degrade(scans: Scans, rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmdr_digits.cache import scaled
 from dmdr_digits.data import train_scans
 from dmdr_digits.fit import fit
 
@@ -34,7 +35,7 @@ def build_vae() -> Any:
         reconstruction = vae.decode(posterior.sample()).sample
         return F.mse_loss(reconstruction, images[rows]) + 1e-3 * posterior.kl().mean() / 64
 
-    fit(vae, loss, "digits: vae", examples=len(images), steps=900, average=0.99)
+    fit(vae, loss, "digits: vae", examples=len(images), steps=scaled(900), average=0.99)
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())

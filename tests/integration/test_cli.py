@@ -1,6 +1,7 @@
 """The commands as their users meet them: help, refusals in one line, signals, and few-step samples."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -85,7 +86,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
-        patch.setenv("PYTHONPATH", str(site))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("DMDR_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -314,7 +315,17 @@ def test_overwriting_a_folder_that_is_no_run_of_ours(refused: Callable[..., str]
     assert line.startswith("--overwrite_output_dir: thesis holds no run of ours")
 
 
-@pytest.mark.parametrize("bad", [{"rl": "refll"}, {"reward": "opaque"}, {"prompts": "none.txt"}, {"init_student": "x"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"rl": "refll"},
+        {"reward": "opaque"},
+        {"prompts": "none.txt"},
+        {"init_student": "x"},
+        {"reward": "picky", "rl": "none"},  # which is found out only when the reward is loaded
+    ],
+    ids=str,
+)
 def test_overwriting_deletes_nothing_until_the_settings_are_good(
     refused: Callable[..., str], finished: Path, room: Path, bad: dict[str, Any]
 ) -> None:
@@ -359,7 +370,7 @@ def test_signals_save_and_a_resumed_run_ends_with_the_same_bits(
         (resumed, 10, signal.SIGINT, 130),
         (resumed, 10, signal.SIGTERM, 143),
     ):
-        monkeypatch.setenv("NAP", "0.4")  # a step is slow enough to be hit
+        monkeypatch.setenv("NAP", "0.25")  # a step is slow enough to be hit
         code, err = signalled(given, folder, max(after, reached[-1]), number)
         monkeypatch.delenv("NAP")
         assert code == expected, err

@@ -72,7 +72,7 @@ def test_teacher_is_the_stock_pipeline(backend: SD3Backend, digits: Digits, guid
     for output, t, latents in seen:
         times = (t / 1000).double().expand(len(PROMPTS))
         ours = backend.teacher(latents, times, cond, guidance=guidance).value
-        assert (ours - output).abs().max() < 1e-5
+        torch.testing.assert_close(ours, output, rtol=1e-5, atol=1e-5 * guidance)
     # Our ODE sampler on the pipeline's own grid ends at the same images.
     sigmas = torch.tensor([*(t / 1000 for _, t, _ in seen), 0.0], dtype=torch.float64)
     sampler = FewStepSampler(backend.path, sigmas, 0.0)

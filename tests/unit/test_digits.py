@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dmdr_digits import Digits
-from dmdr_digits.cache import budget, cached, isolated, root
-from dmdr_digits.data import PROMPTS, WORDS, held_out_scans, label_of, nearest_neighbour_distances, scans, train_scans
 
 from dmdr.errors import ConfigError
 from dmdr.protocols import Judge, NamedModel
+from dmdr_digits import Digits
+from dmdr_digits.cache import budget, cached, isolated, root
+from dmdr_digits.data import PROMPTS, WORDS, held_out_scans, label_of, nearest_neighbour_distances, scans, train_scans
+from dmdr_digits.fit import fit
 
 ABSENT = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for them, as with any SD3 without T5
 
@@ -104,30 +105,34 @@ def test_concurrent_builders_build_once(empty_cache: Path) -> None:
     assert log.read_text() == "built\n"
 
 
-def test_build_is_deterministic_and_leaves_the_caller_alone(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmdr_digits.judge import build_judge
+def test_build_is_deterministic_and_leaves_the_caller_alone(empty_cache: Path) -> None:
+    def build(folder: Path) -> None:
+        model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout()), torch.randn(32, 4)
+        fit(model, lambda rows: (model(x[rows]) - x[rows]).square().mean(), "test", examples=32, steps=20, average=0.9)
+        assert not any(p.requires_grad for p in model.parameters())
+        torch.save(model.state_dict(), folder / "x.pt")
 
-    monkeypatch.setenv("DMDR_DIGITS_BUDGET", "0.02")
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with torch.no_grad():
-        first = cached("a", build_judge)
+        first = cached("a", build)
         torch.rand(7)
-        second = cached("b", build_judge)
+        second = cached("b", build)
         assert not torch.is_grad_enabled()
     torch.set_rng_state(state)
-    cached("c", build_judge)
+    cached("c", build)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    files = [(folder / "judge.safetensors").read_bytes() for folder in (first, second)]
-    assert files[0] == files[1]
+    one, two = (torch.load(folder / "x.pt") for folder in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 # ---- text
 
 
 def test_tokenizer_knows_its_words_and_survives_any_other(tmp_path: Path) -> None:
-    from dmdr_digits.text import LENGTH, build_tokenizer
     from transformers import CLIPTokenizer
+
+    from dmdr_digits.text import LENGTH, build_tokenizer
 
     build_tokenizer().save_pretrained(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
@@ -174,12 +179,12 @@ def test_folder_is_a_stock_pipeline(digits: Digits) -> None:
     pipeline.set_progress_bar_config(disable=True)
     call = json.loads((digits.folder() / "dmdr.json").read_text())
     assert call == {"max_sequence_length": 1}
-    prompts = [row["prompt"] for row in digits.prompts()] * 10
+    prompts = [row["prompt"] for row in digits.prompts()] * 4
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
         prompts, num_inference_steps=8, guidance_scale=1.5, output_type="pt", generator=generator, **call
     ).images
-    assert images.shape == (100, 3, 8, 8)
+    assert images.shape == (40, 3, 8, 8)
     assert digits.judge().correct(images, prompts).mean() > 0.8  # a short teacher
 
 
@@ -230,8 +235,9 @@ def clip_accuracy(model: torch.nn.Module) -> float:
 
 
 def test_dinov2_layout_loads(digits: Digits) -> None:
-    from dmdr_digits.rewards import IMAGENET_NORM, preprocess
     from transformers import Dinov2ForImageClassification
+
+    from dmdr_digits.rewards import IMAGENET_NORM, preprocess
 
     folder = digits.reward_checkpoint("dinov2")
     model, report = Dinov2ForImageClassification.from_pretrained(folder, output_loading_info=True)
@@ -272,7 +278,7 @@ def test_judge(digits: Digits) -> None:
     assert embedded.shape == (597, 32)
     pixels = images.mean(1).flatten(1)
     assert embedded.var(0).sum() > 0.9 * pixels.var(0).sum()  # what 32 of 64 components hold
-    assert judge.correct(images, prompts).mean() > 0.9  # a short training; .99 with the full one
+    assert judge.correct(images, prompts).mean() > 0.98
     assert judge.correct(images[:2], ["a cat", "a dog"]).tolist() == [0, 0]
     assert not judge.features(images.requires_grad_()).requires_grad
 

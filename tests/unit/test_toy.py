@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_trainer import prepared
+from toy_trainer import cpu, prepared
 
 from dmdr.backends.images import to_unit_range
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Toy, ToyBackend, mixture_mean, posterior_mean
@@ -65,7 +64,7 @@ def test_guidance_interpolates_between_the_mixture_and_the_mode() -> None:
 
 def test_roles_start_as_the_teacher_and_differ_once_trained() -> None:
     backend = ToyBackend("", BackendOptions(seed=3))
-    backend.prepare(Accelerator(cpu=True), roles=("student", "fake_score", "reference"))
+    backend.prepare(cpu(), roles=("student", "fake_score", "reference"))
     cond, x_t, t = backend.encode(PROMPTS), normal(4, 2).float(), torch.full((4,), 0.7)
     teacher = backend.teacher(x_t, t, cond).value
     for role in (backend.student, backend.fake_score, backend.reference):
@@ -116,7 +115,7 @@ def test_clamp_passes_gradients_straight_through() -> None:
 
 def test_export_comes_back(tmp_path: Path) -> None:
     backend, other = prepared(), ToyBackend("", BackendOptions(seed=9))
-    other.prepare(Accelerator(cpu=True), roles=("student",))
+    other.prepare(cpu(), roles=("student",))
     sampler = FewStepSampler(backend.path, time_grid(4), 1.0)
     assert backend.export(tmp_path, sampler) == {"sigmas": [1.0, 0.75, 0.5, 0.25]}
     other.load_export(tmp_path)
@@ -128,7 +127,7 @@ def test_export_comes_back(tmp_path: Path) -> None:
 def test_preparing_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    ToyBackend("", BackendOptions(seed=1)).prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
+    ToyBackend("", BackendOptions(seed=1)).prepare(cpu(), roles=("student", "fake_score"))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from dmdr_refl import ReFL
 from torch import Tensor, nn
-from toy_trainer import Constant, DoubleToy, Plain, adam, flat, prepared, state, step_of, trainer
+from toy_trainer import Constant, DoubleToy, Plain, adam, cpu, flat, prepared, state, step_of, trainer
 
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
 from dmdr.errors import TrainingError
@@ -760,7 +759,7 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
         return lambda parameters: torch.optim.AdamW(parameters, lr=rate, betas=(0.5, 0.99), weight_decay=0.0)
 
     backend = ToyBackend("", BackendOptions(seed=0))
-    backend.prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
+    backend.prepare(cpu(), roles=("student", "fake_score"))
     running = trainer(
         backend,
         batch=64,

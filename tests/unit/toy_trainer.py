@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, ToyBackend
@@ -29,6 +30,15 @@ def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
 
+def cpu() -> Accelerator:
+    """accelerate keeps one state per process; a test before this one may have used a GPU."""
+    try:
+        return Accelerator(cpu=True)
+    except ValueError:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(cpu=True)
+
+
 class DoubleToy(ToyBackend):
     """The toy in float64; only images and rewards stay in float32."""
 
@@ -47,7 +57,7 @@ class DoubleToy(ToyBackend):
 def prepared(cls: type[ToyBackend] = ToyBackend, *, roles: Sequence[Any] = ("student", "fake_score")) -> ToyBackend:
     """A backend whose student and fake score differ from the teacher and from each other."""
     backend = cls("", BackendOptions(seed=0))
-    backend.prepare(Accelerator(cpu=True), roles=roles)
+    backend.prepare(cpu(), roles=roles)
     for number, role in enumerate(("student", "fake_score"), start=1):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
@@ -82,7 +92,7 @@ def trainer(
 
     `rewards` is a `Rewards` or a single reward.
     """
-    accelerator = Accelerator(cpu=True)
+    accelerator = cpu()
     backend = backend or prepared()
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
