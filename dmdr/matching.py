@@ -44,7 +44,7 @@ class DMD:
         losses = []
         for renoised in self.renoise(draw, ctx):
             prediction = fake(renoised.x_t, renoised.t, draw.cond)
-            error = (prediction.value.float() - prediction.target(renoised.x0, renoised.eps)) ** 2
+            error = (prediction.value - prediction.target(renoised.x0, renoised.eps)) ** 2
             losses.append(renoised.weight * error.flatten(1).mean(1))
         return Term(torch.stack(losses).sum(0))
 

@@ -12,6 +12,7 @@ from dmdr_digits.data import label_of, scans, train_scans
 from dmdr_digits.fit import fit
 
 COMPONENTS = 32
+SCALE = 2.5  # the unit of the Frechet distance: two random halves of the scans lie about 19 apart
 
 
 class Network(nn.Module):
@@ -43,7 +44,7 @@ class DigitJudge:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The penultimate layer, [B, 64]."""
-        return self._network.to(images.device).body(images.float().mean(1, keepdim=True))
+        return SCALE * self._network.to(images.device).body(images.float().mean(1, keepdim=True))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

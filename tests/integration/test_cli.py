@@ -374,8 +374,9 @@ def test_signals_save_and_a_resumed_run_ends_with_the_same_bits(
         code, err = signalled(given, folder, max(after, reached[-1]), number)
         monkeypatch.delenv("NAP")
         assert code == expected, err
-        last = err.replace("\r", "\n").strip().splitlines()
-        assert any(line.endswith("go on with --resume_from_checkpoint latest") for line in last)
+        said = [line for line in err.replace("\r", "\n").splitlines() if "--resume_from_checkpoint latest" in line]
+        assert len(said) == 1
+        assert said[0].startswith("stopped at step ")  # on a line of its own, not behind the progress bar
         assert "Traceback" not in err
         latest = checkpoints(folder)[-1]
         assert {path.name for path in latest.iterdir()} == {

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from dmdr_refl import ReFL
 from torch import Tensor
-from toy_trainer import Plain, prepared, state, trainer
+from toy_trainer import Plain, Policy, prepared, state, trainer
 
+from dmdr.protocols import Needs
 from dmdr.tilt import RewardTilt
+from dmdr_refl import ReFL
 
 BATCH, STEPS = 8, 2
 BROKEN = {"mode 1": math.nan}
@@ -25,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "refl": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 2.0},
     "refl_invalid": {"rewards": Plain(BROKEN), "objectives": [ReFL()], "rl_weight": 2.0},
     "refl_last": {"rewards": Plain(BROKEN), "objectives": [ReFL(steps="last")], "rl_weight": 2.0, "dmd_weight": 0.0},
+    "policy": {"rewards": Plain(), "objectives": [Policy(Needs(steps="stochastic"))], "rl_weight": 0.1},
     "refl_balanced": {"rewards": Plain(), "objectives": [ReFL(balance="grad_norm")], "rl_weight": 2.0},
 }
 

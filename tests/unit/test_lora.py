@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from dmdr_sd3 import LORA_TARGETS
 from torch import Tensor, nn
 
 from dmdr.backends.lora import LoRARoles
 from dmdr.errors import ConfigError
 from dmdr.protocols import Role
+from dmdr_sd3 import LORA_TARGETS
 
 ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
 RANK: dict[Role, int] = {"student": 4, "fake_score": 2, "reference": 4}

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from dmdr_refl import ReFL
 from torch import Tensor, nn
-from toy_trainer import Constant, DoubleToy, Plain, adam, cpu, flat, prepared, state, step_of, trainer
+from toy_trainer import Constant, DoubleToy, Plain, Policy, adam, cpu, flat, prepared, state, step_of, trainer
 
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
 from dmdr.errors import TrainingError
@@ -22,6 +21,7 @@ from dmdr.schedules import DynaDG, DynaRS
 from dmdr.tilt import RewardTilt, standardised, tilt_weights
 from dmdr.train import Step, Trainer, WeightedObjective, combined_needs
 from dmdr.types import Draw, Term
+from dmdr_refl import ReFL
 
 
 def assert_same(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -505,18 +505,6 @@ def test_several_updates_of_one_rollout_answer_anew() -> None:
 
 def descend_slowly(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01)
-
-
-@dataclass
-class Policy:
-    """An objective whose loss reaches the student's parameters itself, and whose even samples do not count."""
-
-    needs: Needs = field(default_factory=Needs)
-    all_valid: bool = True
-
-    def __call__(self, draw: Draw, ctx: Any) -> Term:
-        value = ctx.backend.student(draw.x_t, draw.t, draw.cond).value
-        return Term(value.square().flatten(1).sum(1), None if self.all_valid else draw.sample % 2 == 1)
 
 
 @pytest.mark.parametrize("all_valid", [True, False])

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from dmdr.backends.toy import PROMPTS, ToyBackend
 from dmdr.matching import DMD
 from dmdr.prompts import PromptStream
-from dmdr.protocols import BackendOptions, Matching, SampleWeight
+from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.train import Learner, Trainer, WeightedObjective
+from dmdr.types import Draw, Term
 
 Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -178,3 +179,15 @@ class Constant:
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Any) -> Tensor:
         self.calls += 1
         return torch.full((len(images),), self.value)
+
+
+@dataclass
+class Policy:
+    """An objective whose loss reaches the student's parameters itself, and whose even samples do not count."""
+
+    needs: Needs = field(default_factory=Needs)
+    all_valid: bool = True
+
+    def __call__(self, draw: Draw, ctx: Any) -> Term:
+        value = ctx.backend.student(draw.x_t, draw.t, draw.cond).value
+        return Term(value.square().flatten(1).sum(1), None if self.all_valid else draw.sample % 2 == 1)

@@ -1,0 +1,97 @@
+"""The quality gates of the README, on the full digits: `make verify`."""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dmdr_digits import Digits
+from dmdr_digits.data import held_out_scans, nearest_neighbour_distances, train_scans
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+FULL = {key: value for key, value in os.environ.items() if key not in ("DMDR_DIGITS_BUDGET", "DMDR_CACHE")}
+
+pytestmark = pytest.mark.verify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_digits(short_digits: None) -> Digits:
+    """The full-length model of the user's own cache, not the short one of the other tests."""
+    patch = pytest.MonkeyPatch()
+    patch.delenv("DMDR_DIGITS_BUDGET")
+    patch.delenv("DMDR_CACHE")
+    digits = Digits()
+    digits.folder()
+    for reward in ("hps", "clip", "dinov2"):
+        digits.reward_checkpoint(reward)
+    digits.judge()
+    yield digits
+    patch.undo()
+
+
+def test_table_and_gates(tmp_path: Path) -> None:
+    """Every gate, seeds 0-2, 2,000 samples each, as the README prints them."""
+    table = ROOT / "examples" / "digits" / "table.py"
+    found = subprocess.run(
+        [sys.executable, str(table), "--output_dir", str(tmp_path)],
+        env=FULL,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    print("\n" + found.stdout)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(("flags", "seconds"), [([], 240), (["--stage1_steps", "20", "--stage2_steps", "10"], 60)])
+def test_time_and_memory(tmp_path: Path, flags: list[str], seconds: int) -> None:
+    """`dmdr-train` from start to report, teacher cached; resident memory under 3 GB."""
+    started = time.perf_counter()
+    command = [str(BIN / "dmdr-train"), "--output_dir", str(tmp_path / "run"), *flags]
+    subprocess.run(command, env=FULL, check=True, stderr=subprocess.DEVNULL)
+    took = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\n{' '.join(command[1:])}: {took:.0f} s, {peak:.2f} GiB")
+    assert took < seconds
+    assert peak < 3
+
+
+def test_teacher_does_not_memorise(full_digits: Digits) -> None:
+    """Samples lie no nearer to the training scans than held-out scans do, nor than to as many scans never seen."""
+    import torch
+    from accelerate import Accelerator
+
+    from dmdr.protocols import BackendOptions
+    from dmdr.randomness import Random
+    from dmdr.sampling import FewStepSampler, time_grid
+    from dmdr_sd3 import SD3Backend
+
+    backend = SD3Backend(str(full_digits.folder()), BackendOptions())
+    backend.prepare(Accelerator(cpu=True), roles=("student",))
+    prompts = [row["prompt"] for row in full_digits.prompts()] * 200
+    noise = Random(0, 0, "memorisation").normal("noise", torch.arange(len(prompts)), backend.latent_shape)
+    sampler = FewStepSampler(backend.path, time_grid(28), 0.0)
+    with torch.no_grad():
+        samples = torch.cat(
+            [
+                backend.decode(
+                    sampler.rollout(backend.teacher, [noise[i : i + 200]], backend.encode(prompts[:200])).final
+                )
+                for i in range(0, len(prompts), 200)
+            ]
+        )
+    train, held_out = train_scans().images, held_out_scans().images
+    equal = train[: len(held_out)]
+    near = {
+        "samples to training scans": nearest_neighbour_distances(samples, equal).mean().item(),
+        "samples to held-out scans": nearest_neighbour_distances(samples, held_out).mean().item(),
+        "held-out to training scans": nearest_neighbour_distances(held_out, equal).mean().item(),
+    }
+    print("\n" + ", ".join(f"{name} {value:.3f}" for name, value in near.items()))
+    assert near["samples to training scans"] > 0.9 * near["held-out to training scans"]
+    assert near["samples to training scans"] > 0.9 * near["samples to held-out scans"]
