@@ -3,12 +3,11 @@
 import json
 import pickle
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmdr.errors import ConfigError
 
@@ -72,32 +71,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
-
-
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state whose names and shapes must be the model's.
-
-    Raises:
-        ConfigError: If they are not; names the first three of each kind.
-    """
-    wanted = model.state_dict()
-    misshapen = [
-        f"{key} {tuple(state[key].shape)}" for key in wanted if key in state and state[key].shape != wanted[key].shape
-    ]
-    check_names(wanted.keys() - state.keys(), state.keys() - wanted.keys(), misshapen, where)
-    model.load_state_dict(state)
-
-
-def check_names(missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str], where: str) -> None:
-    """Refuse a state that is not the model's.
-
-    Raises:
-        ConfigError: If any name is given; names the first three of each kind.
-    """
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    found = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])})" for kind, names in kinds.items() if names]
-    if found:
-        raise ConfigError(f"{where} does not fit its architecture: {'; '.join(found)}")
 
 
 def reason(error: Exception) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError
-from dmdr_rewards.checkpoint import check_names, reason, require_hub_id
+from dmdr.states import refuse_misfits
+from dmdr_rewards.checkpoint import reason, require_hub_id
 from dmdr_rewards.preprocess import IMAGENET_NORM, Geometry, fit, normalise
 
 
@@ -65,7 +66,7 @@ class DINOv2:
         finally:
             logging.set_verbosity(verbosity)
         model, report = loaded
-        check_names(report["missing_keys"], report["unexpected_keys"], (), f"checkpoint {name}")
+        refuse_misfits(f"checkpoint {name}", report["missing_keys"], report["unexpected_keys"])
         try:
             processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except OSError:  # it is optional

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr.errors import ConfigError
-from dmdr_rewards.checkpoint import load_strict, locate, read_state, reason
+from dmdr.states import load_strict
+from dmdr_rewards.checkpoint import locate, read_state, reason
 from dmdr_rewards.preprocess import CLIP_NORM
 
 CACHED_PROMPTS = 4096
@@ -57,7 +58,7 @@ class Towers:
                 model = open_clip.CLIP(**config["model_cfg"], cast_dtype=half)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"checkpoint {checkpoint} is no plain CLIP ({reason(error)})") from error
-        load_strict(model, read_state(path), f"checkpoint {path}")
+        load_strict(model.state_dict(), read_state(path), f"checkpoint {path}")
         if half:
             open_clip.convert_weights_to_lp(model, half)
         self._model = model.to(device).eval().requires_grad_(False)

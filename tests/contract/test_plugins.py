@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from dmdr_digits import Digits
 
 from dmdr import registry
 from dmdr.protocols import BackendOptions, NamedModel
 from dmdr.testing import check_backend, check_objective, check_reward
+from dmdr_digits import Digits
 
 LABELS = {"label": [7, 0, 3, 9]}
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
-from dmdr_digits import Digits
-from dmdr_sd3 import SD3Backend
 from PIL import Image
 
 import dmdr
 from dmdr.cli.sample import draw
 from dmdr.protocols import BackendOptions
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr_digits import Digits
+from dmdr_sd3 import SD3Backend
 
 PROMPTS = ["a handwritten seven", "a handwritten two", "a handwritten zero"]
 STOCK = """

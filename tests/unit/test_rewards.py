@@ -11,10 +11,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from dmdr_rewards.clip import CLIP
-from dmdr_rewards.dinov2 import DINOv2
-from dmdr_rewards.hps import HPS
-from dmdr_rewards.preprocess import CLIP_NORM, IMAGENET_NORM, fit, resize
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,6 +21,10 @@ from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from dmdr.protocols import FeatureReward, Reward
 from dmdr.rewards import RewardError, Rewards
+from dmdr_rewards.clip import CLIP
+from dmdr_rewards.dinov2 import DINOv2
+from dmdr_rewards.hps import HPS
+from dmdr_rewards.preprocess import CLIP_NORM, IMAGENET_NORM, fit, resize
 
 SIZE = 28
 PROMPTS = ["a red fox", "two \u201cold\u201d boats &amp; a dog", "a photo of the number seven " * 5]
