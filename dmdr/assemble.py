@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from dmdr import registry
 from dmdr.config import Config, Settings
@@ -13,7 +13,7 @@ from dmdr.errors import ConfigError
 from dmdr.prompts import Row, read_prompts
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
 from dmdr.rewards import Rewards
-from dmdr.train import WeightedObjective
+from dmdr.trainer import WeightedObjective
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def assemble(settings: Settings) -> Job:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
     config = settings.config
+    if config.model not in registry.plugins("models"):
+        pipeline_class(config.model)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
@@ -54,8 +56,6 @@ def assemble(settings: Settings) -> Job:
     if config.prompts is None and model is None:
         raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
     rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]
-    if not model:
-        pipeline_class(config.model)  # refuse a wrong folder before a named model would be built
     folder = str(model.folder()) if model else config.model
     backend = open_backend(folder, config)
     rewards = build_rewards(settings, model)
@@ -111,10 +111,11 @@ def pipeline_class(folder: str) -> str:
             )
         try:
             return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
     try:
-        return str(DiffusionPipeline.load_config(folder)["_class_name"])
+        index = Path(hf_hub_download(folder, "model_index.json"))
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except Exception as error:  # every hub and network failure; the first line says which
         raise ConfigError(
             f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}"

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -97,12 +99,20 @@ def load_parameters(checkpoint: Path, role: Role, parameters: Mapping[str, nn.Pa
     file = checkpoint / f"{role}.safetensors"
     if not file.is_file():
         raise ConfigError(f"{checkpoint} holds no {role}")
-    load_strict(parameters, load_file(file), str(file))
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+    load_strict(parameters, state, str(file))
 
 
 def load_training(checkpoint: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> Mapping[str, Any]:
     """Give the optimizers their moments back; returns the further state that was saved."""
-    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    file = checkpoint / "training.pt"
+    try:
+        state = torch.load(file, weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise ConfigError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
     for role, optimizer in optimizers.items():
         own = optimizer.state_dict()
         optimizer.load_state_dict({"state": state["moments"][role], "param_groups": own["param_groups"]})

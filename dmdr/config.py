@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -87,7 +88,7 @@ class Config:
     # What is written
     output_dir: str | None = flag(None, "run folder; runs/<model>-<rl>, numbered, by default")
     overwrite_output_dir: bool = flag(False, "delete the run that the folder holds")
-    resume_from_checkpoint: str | None = flag(None, "'latest' or a checkpoint folder")
+    resume_from_checkpoint: str | None = flag(None, "'latest' or a checkpoint folder; with the run's own settings")
     save_steps: int = flag(500, "a checkpoint every so many updates; stages always end with one; 0 is only then")
     save_total_limit: int | None = flag(2, "checkpoints kept beside those that end a stage")
     logging_steps: int = flag(10, "a log line every so many updates")
@@ -137,8 +138,9 @@ class Config:
         )
         self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
         if self.sigmas is not None:
-            falling = all(a > b > 0 for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
-            self._require(bool(self.sigmas) and self.sigmas[0] <= 1 and falling, "sigmas", "decreasing within (0, 1]")
+            bounds = [*self.sigmas, 0.0]
+            falling = len(bounds) > 1 and all(a > b for a, b in pairwise(bounds))
+            self._require(falling and bounds[0] <= 1, "sigmas", "decreasing within (0, 1]")
         if self.stage1_steps + self.stage2_steps == 0:
             raise ConfigError("--stage1_steps and --stage2_steps are both 0: nothing to train")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
@@ -159,9 +161,11 @@ def check_types(config: Any) -> None:
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if hint in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+            setattr(config, name, value)
         if not _fits(value, hint):
-            wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("NoneType", "none")
-            raise ConfigError(f"--{name} must be {wanted}, not {value!r}")
+            raise ConfigError(f"--{name} must be {_wanted(hint)}, not {value!r}{_norway(value, hint)}")
         if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
             setattr(config, name, float(value))
 
@@ -177,6 +181,24 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is list:
+        return f"a list, each item {_wanted(arguments[0])}"
+    if arguments:
+        return " or ".join(map(_wanted, arguments))
+    words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(hint, str(hint))
+
+
+def _norway(value: Any, hint: Any) -> str:
+    quoted = value is False and "no" in typing.get_args(hint)
+    return " (YAML reads an unquoted no as false: write 'no')" if quoted else ""
 
 
 # --- Plugins and their flags ---------------------------------------------------------------------------------------
@@ -289,6 +311,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config: {path} must hold a mapping of settings")
     return values
@@ -296,6 +320,8 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Settings:
     """Settings of a run from flags, over those given as a mapping, over `--config`, over the model's recipe.
+
+    A run that is resumed takes its own `config.yaml` where no other is named.
 
     Args:
         arguments: Command-line flags.
@@ -305,18 +331,22 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         ConfigError: For anything unknown, malformed or contradictory.
         SystemExit: After printing `--help`.
     """
-    first, _ = _first_look().parse_known_args(list(arguments))
-    given = (read_yaml(first.config) if first.config else {}) | dict(settings or {})
+    arguments = _joined(arguments)
+    first, _ = _first_look().parse_known_args(arguments)
+    settings = dict(settings or {})
+    resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
+    file = first.config or (resume and _config_of(resume, output))
+    given = (read_yaml(file) if file else {}) | settings
     names = {f.name: f.default for f in dataclasses.fields(Config)}
-    look = {key: getattr(first, key) or given.get(key) for key in ("model", "rl", "reward", "matching")}
-    if first.help and not any(look.values()):
+    look = {key: _first_given(getattr(first, key), given.get(key)) for key in ("model", "rl", "reward", "matching")}
+    if first.help and all(value is None for value in look.values()):
         Parser(Config, description=DESCRIPTION, epilog=installed()).parse_args(["--help"])
 
-    recipe = dict(model_recipe(str(look["model"] or names["model"])))
+    recipe = dict(model_recipe(str(_first_given(look["model"], names["model"]))))
     per_objective = recipe.pop("objectives", {})
-    rl = str(look["rl"] or recipe.get("rl", names["rl"]))
-    reward = str(look["reward"] or recipe.get("reward", names["reward"]))
-    matching = str(look["matching"] or names["matching"])
+    rl, reward, matching = (
+        str(_first_given(look[key], recipe.get(key), names[key])) for key in ("rl", "reward", "matching")
+    )
     parts = [*_named("objectives", rl), *_named("rewards", reward), ("matchings", 1.0, matching)]
     chosen = [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
     options, short = _plugin_options(chosen)
@@ -330,10 +360,10 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     parser.set_defaults_with_config(**recipe)
     for key in given:
         if key not in known:
-            raise ConfigError(f"unknown setting '{key}'{registry.suggest(key, known)}")
+            raise ConfigError(f"unknown setting '{key}'{registry.suggest(str(key), known)}")
     parser.set_defaults_with_config(**given)
     config, values, _, unknown = parser.parse_args_into_dataclasses(
-        list(arguments), return_remaining_strings=True, look_for_args_file=False
+        arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         hint = registry.suggest(unknown[0].lstrip("-").split("=")[0], known) if unknown[0].startswith("-") else ""
@@ -366,10 +396,36 @@ def installed() -> str:
     return f"installed {names}. --rl NAME --help adds the flags of NAME."
 
 
+def _first_given(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--reward -1*hps` as `--reward=-1*hps`: argparse takes such a value for a flag."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--reward", "--rl") and re.match(r"-[\d.]", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _config_of(resume: str, output: str | None) -> str | None:
+    """The settings of the run that is resumed, where they can be found."""
+    folder = Path(resume).resolve().parent.parent if resume != "latest" else Path(output) if output else None
+    return str(folder / "config.yaml") if folder and (folder / "config.yaml").is_file() else None
+
+
+class _FirstLook(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
 def _first_look() -> argparse.ArgumentParser:
     """The few flags that decide which others there are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _FirstLook(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
-    for name in ("config", "model", "rl", "reward", "matching"):
+    for name in ("config", "model", "rl", "reward", "matching", "resume_from_checkpoint", "output_dir"):
         parser.add_argument(f"--{name}")
     return parser

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +34,7 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.config import Config, Settings, parse
+from dmdr.config import Config, Settings, parse, read_yaml
 from dmdr.errors import ConfigError
 from dmdr.evaluation import evaluate
 from dmdr.export import export
@@ -42,7 +45,7 @@ from dmdr.report import write_report
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
 from dmdr.tilt import RewardTilt
-from dmdr.train import Learner, Trainer, combined_needs
+from dmdr.trainer import Learner, Trainer, combined_needs
 
 logger = logging.getLogger("dmdr")
 T = TypeVar("T")
@@ -73,12 +76,13 @@ def run(settings: Settings) -> Path:
     """
     config, state = settings.config, PartialState()
     output, resume = on_main_process(state, lambda: choose_folder(config))
-    initial = find_initial(config.init_student) if config.init_student else None
+    initial = find_initial(config.init_student) if config.init_student and not resume else None
+    if initial and initial.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"--overwrite_output_dir would delete the --init_student {config.init_student}")
+    if resume:
+        check_resumable(config, resume)
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings)
-    if config.overwrite_output_dir and not resume and state.is_main_process:
-        shutil.rmtree(output, ignore_errors=True)
-    state.wait_for_everyone()
     return Run(job, output, resume, initial)()
 
 
@@ -111,14 +115,14 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     else:
         output = Path(config.output_dir)
     if resume is None:
-        if output.exists() and not output.is_dir():
+        if not next(path for path in (output, *output.parents) if path.exists()).is_dir():
             raise ConfigError(f"--output_dir {output} is no folder")
         if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
             raise ConfigError(
                 f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
                 "holds with --overwrite_output_dir"
             )
-        if output.is_dir() and any(output.iterdir()) and not (output / "config.yaml").is_file():
+        if output.is_dir() and any(output.iterdir()) and not _is_run(output):
             raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
         return output, None
     if resume == "latest":
@@ -128,6 +132,29 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
         return output, found[-1]
     read_progress(Path(resume))
     return output, Path(resume)
+
+
+def check_resumable(config: Config, checkpoint: Path) -> None:
+    """Refuse lengths of the stages with which the checkpoint's step would be another.
+
+    Raises:
+        ConfigError: If its stage began at another step, or is over.
+    """
+    progress = read_progress(checkpoint)
+    stage = next((stage for stage in stages(config) if stage.number == progress.stage), None)
+    if stage is None or progress.total - progress.step != stage.first_step or progress.step > stage.steps:
+        raise ConfigError(
+            f"--resume_from_checkpoint {checkpoint} stands at update {progress.step} of stage {progress.stage}, after "
+            f"{progress.total - progress.step} of stage 1: --stage1_steps and --stage2_steps do not fit"
+        )
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run of ours, and not just one with a config.yaml."""
+    try:
+        return {"model", "matching", "stage1_steps"} <= read_yaml(str(folder / "config.yaml")).keys()
+    except ConfigError:
+        return False
 
 
 def _free_folder(base: Path, existing: bool) -> Path:
@@ -179,6 +206,10 @@ class Run:
         self.config = config = job.config
         set_seed(config.seed)
         trackers = None if config.report_to == "none" else config.report_to
+        if trackers and trackers not in map(str, get_available_trackers()):
+            raise ConfigError(f"--report_to {trackers} is unknown to accelerate, or its package is not installed")
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+            AcceleratorState._reset_state()  # an earlier run of this process
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output)
         )
@@ -204,7 +235,11 @@ class Run:
         if self.job.rewards:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
             self.job.rewards.prepare(accelerator.device, dtype)
-        progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0)
+        progress = Progress(0, 0, 0, 0)
+        if self.resume:  # what does not fit is found before anything is written
+            progress = read_progress(self.resume)
+            for role in ("student", "fake_score"):
+                load_parameters(self.resume, role, backend.parameters(role))
         self._load_initial()
         if accelerator.is_main_process:
             self._open_folder(progress)
@@ -220,6 +255,7 @@ class Run:
                     self._train(stage, resumed, progress.prompts_consumed, bar)
                     progress = self.progress
                     if self.stopped is not None:
+                        bar.close()
                         self._leave()
         self._finish()
         return self.output
@@ -236,12 +272,14 @@ class Run:
 
     def _open_folder(self, progress: Progress) -> None:
         """Settings in, and no log line beyond the checkpoint that the run resumes from."""
+        if self.config.overwrite_output_dir and not self.resume:
+            shutil.rmtree(self.output, ignore_errors=True)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)
         (self.output / "config.yaml").write_text(self.job.settings.as_yaml())
         log = self.output / "metrics.jsonl"
         if log.exists():
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= progress.total]
-            log.write_text("".join(f"{line}\n" for line in lines))
+            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= progress.total]
+            images.write_atomically(log, "".join(f"{line}\n" for line in lines).encode())
 
     def _train(self, stage: Stage, resumed: Progress | None, prompts_consumed: int, bar: "tqdm[Any]") -> None:
         config = self.config
@@ -263,12 +301,10 @@ class Run:
                     self._log(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
                         self._grid(self.progress.total)
-                    if self._due(config.eval_steps):
-                        self._log_evaluation()
-                    if self._due(config.save_steps):
+                    if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
             except Exception:
-                if not self._due(config.save_steps):  # else this step has its checkpoint already
+                if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
                     self._save(trainer)
                 raise
         self._save(trainer, stage_end=trainer.step == stage.steps)
@@ -313,6 +349,9 @@ class Run:
             self.stopped = number
             signal.signal(number, before[signal.Signals(number)])
 
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets only the main thread handle signals
+            return
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -409,10 +448,14 @@ class Run:
 
     def _log(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         bar.update()
-        if trainer.step % self.config.logging_steps and trainer.step > 1:
+        evaluated = self.config.num_eval_samples > 0 and self._due(self.config.eval_steps)
+        if trainer.step % self.config.logging_steps and trainer.step > 1 and not evaluated:
             return
         rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.active_objectives else {}
         values = {**line, **rewards, "seconds": seconds}
+        if evaluated and self.accelerator.is_main_process:
+            found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
+            values |= {f"eval/{name.replace('reward/', '')}": value for name, value in found.items()}
         short = {"stage": self.progress.stage} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
             for key, value in values.items()
@@ -475,11 +518,6 @@ class Run:
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         return evaluate(pictures, [row["prompt"] for row in rows], columns, judge, self.job.rewards)
 
-    def _log_evaluation(self) -> None:
-        if self.config.num_eval_samples and self.accelerator.is_main_process:
-            found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
-            self._write({f"eval/{name.replace('reward/', '')}": value for name, value in found.items()})
-
     def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
         """Add a column to `evaluation.json`."""
         file = self.output / "evaluation.json"
@@ -499,6 +537,14 @@ class Run:
             self._evaluate(f"teacher, {sampler.num_inference_steps} steps", denoiser, sampler)
             few = self.user_sampler.num_inference_steps
             self._evaluate(f"teacher, {few} step{'s' if few > 1 else ''}", denoiser, self.user_sampler)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for one that a crash has torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _factor(step: int, *, name: str, steps: int, warmup_steps: int) -> float:

@@ -21,7 +21,7 @@ from dmdr.protocols import Backend, BackendOptions, Reward, RewardObjective, Sam
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
-from dmdr.train import Learner, Trainer, WeightedObjective
+from dmdr.trainer import Learner, Trainer, WeightedObjective
 
 
 def toy_trainer(

@@ -5,8 +5,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from dmdr.errors import ConfigError, TrainingError
+
+
+def refuse(message: str) -> NoReturn:
+    """`error` of a parser, in one line."""
+    raise ConfigError(message)
 
 
 def command(function: Callable[[list[str]], None]) -> int:

@@ -4,11 +4,13 @@ import argparse
 import sys
 
 from dmdr import registry
-from dmdr.cli.common import command
+from dmdr.cli.common import command, refuse
 
 
 def run(arguments: list[str]) -> None:
-    argparse.ArgumentParser(prog="dmdr-plugins", description=run.__doc__ or __doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="dmdr-plugins", description=__doc__, allow_abbrev=False)
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
     rows = [plugin for group in registry.GROUPS for plugin in registry.plugins(group).values()]
     widths = [max(len(cell) for cell in column) for column in zip(*map(cells, rows), strict=True)]
     for row in rows:

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmdr.cli.common import command
+from dmdr.cli.common import command, refuse
 from dmdr.errors import ConfigError
-from dmdr.prompts import read_prompts
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -25,8 +24,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> None:
     parser = arguments()
-    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args(argv)
+    from dmdr.prompts import read_prompts  # torch is imported only after the flags have been found good
+
     folder = next(
         (f for f in (Path(args.student), Path(args.student) / "student") if (f / "sampling.json").is_file()), None
     )
@@ -36,7 +37,15 @@ def run(argv: list[str]) -> None:
     if not prompts or args.num_images < 1:
         raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
     prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
-    about = json.loads((folder / "sampling.json").read_text())
+    try:
+        about = json.loads((folder / "sampling.json").read_text())
+        missing = {"base_model", "sample_eta", "grid", "options"} - about.keys()
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / 'sampling.json'} is damaged: {error}") from error
+    if missing:
+        raise ConfigError(f"{folder / 'sampling.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ConfigError(f"--output_dir {args.output_dir} is no folder")
     for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir)):
         print(path)
 
@@ -70,10 +79,6 @@ def draw(
     for picture, path in zip(images.to_pil(pictures.cpu()), paths, strict=True):
         images.save(picture, path)
     return paths
-
-
-def _refuse(message: str) -> None:
-    raise ConfigError(message)
 
 
 def main() -> None:

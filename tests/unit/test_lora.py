@@ -227,6 +227,15 @@ def test_no_switch_changes_what_is_trained(full_student: bool) -> None:
     assert not any(p.requires_grad for name, p in roles.network.named_parameters() if "lora" not in name)
 
 
+@pytest.mark.parametrize("roles", [("student",), ("student", "fake_score"), ROLES])
+def test_the_network_is_frozen_and_drops_nothing_out(roles: tuple[Role, ...]) -> None:
+    for full_student in (False, True):
+        made = make(network().train(), full_student=full_student, roles=roles)
+        assert not any(p.requires_grad for name, p in made.network.named_parameters() if "lora" not in name)
+        dropouts = [m for net in made.networks for m in net.modules() if isinstance(m, nn.Dropout)]
+        assert dropouts and not any(dropout.training for dropout in dropouts)
+
+
 def test_training_a_role_leaves_the_others_bit_by_bit() -> None:
     roles = trained()
     with torch.no_grad():

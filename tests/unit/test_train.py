@@ -19,7 +19,7 @@ from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
 from dmdr.tilt import RewardTilt, standardised, tilt_weights
-from dmdr.train import Step, Trainer, WeightedObjective, combined_needs
+from dmdr.trainer import Step, Trainer, WeightedObjective, combined_needs
 from dmdr.types import Draw, Term
 from dmdr_refl import ReFL
 

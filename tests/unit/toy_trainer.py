@@ -15,7 +15,7 @@ from dmdr.prompts import PromptStream
 from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
-from dmdr.train import Learner, Trainer, WeightedObjective
+from dmdr.trainer import Learner, Trainer, WeightedObjective
 from dmdr.types import Draw, Term
 
 Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

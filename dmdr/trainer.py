@@ -323,6 +323,8 @@ class Trainer:
             valids.append(valid)
             metrics.append(masked_means(answer.metrics, valid))
         counted = ctx.gather(torch.cat(valids)).sum()
+        if not counted and ctx.gather(draw.mask).any():
+            ctx.scores(draw.rollout)  # raises for a reward that judges nothing, and names it
         means = {name: torch.tensor([m[name] for m in metrics]).nanmean() for name in metrics[0]}
         ctx.log(
             {
