@@ -168,18 +168,15 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
     ids=" ".join,
 )
 def test_help_comes_at_once_and_imports_nothing_heavy(command: tuple[str, ...], said: list[str]) -> None:
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(BIN / command[0]), *command[1:]], capture_output=True, text=True
     )
-    seconds = time.perf_counter() - started
     assert done.returncode == 0
     for text in said:
         assert text in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "dmdr.cli.common" in imported
     assert not [name for name in imported if name.split(".")[0] in HEAVY or name.startswith(PLUGINS)]
-    assert seconds < 4  # 2 on a machine with nothing else to do
 
 
 def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:

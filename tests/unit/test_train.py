@@ -520,6 +520,22 @@ def test_objective_may_reach_the_students_parameters(all_valid: bool) -> None:
     assert_same(-found, torch.cat([grad.flatten() for grad in grads]), 1e-10)
 
 
+def test_objective_is_set_up_once_before_it_is_asked() -> None:
+    @dataclass
+    class Prepared(Spy):
+        asked_when_set_up: list[int] = field(default_factory=list)
+
+        def setup(self, ctx: Any) -> None:
+            self.asked_when_set_up.append(len(self.draws))
+
+    objective = Prepared()
+    running = trainer(objectives=[objective], rewards=Redness())
+    for _ in range(2):
+        running.train_step()
+    assert objective.asked_when_set_up == [0]
+    assert len(objective.draws) == 2
+
+
 def test_objective_without_a_graph_is_plain_matching() -> None:
     @dataclass
     class Monitor:

@@ -61,6 +61,15 @@ def test_time_and_memory(tmp_path: Path, flags: list[str], seconds: int) -> None
     assert peak < 3
 
 
+@pytest.mark.parametrize("command", [["dmdr-train", "--help"], ["dmdr-plugins"]], ids=" ".join)
+def test_help_within_two_seconds(command: list[str]) -> None:
+    started = time.perf_counter()
+    subprocess.run([str(BIN / command[0]), *command[1:]], check=True, stdout=subprocess.DEVNULL)
+    took = time.perf_counter() - started
+    print(f"\n{' '.join(command)}: {took:.1f} s")
+    assert took < 2
+
+
 def test_teacher_does_not_memorise(full_digits: Digits) -> None:
     """Samples lie no nearer to the training scans than held-out scans do, nor than to as many scans never seen."""
     import torch
