@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Digits"]
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-LINEAR = [*ATTENTION, *FEED_FORWARD, "norm1.linear", "norm_out.linear", "proj_out"]
+# Every layer of the transformer: attention alone leaves the student short of the teacher's variety.
+LAYERS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
+    *("pos_embed.proj", "context_embedder", "linear_1", "linear_2"),
+]
 
 
 class Digits:
@@ -28,21 +32,20 @@ class Digits:
         "rl": "refl",
         "rl_weight": 0.3,
         "reward": "0.3*hps+0.3*clip",
-        "stage1_steps": 120,
+        "stage1_steps": 140,
         "stage2_steps": 60,
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
         "dyna_steps": 40,
         "reward_tilt": 4.0,
-        # Every linear layer: attention alone leaves the student short of the teacher's variety.
-        "lora_target_modules": LINEAR,
+        "lora_target_modules": LAYERS,
         "lora_rank": 16,
         "lora_alpha": 16.0,
         # The network is 64 wide: this is a fake score of full rank. A higher learning rate makes it noisy and slow.
         "fake_lora_rank": 64,
         "fake_lora_alpha": 256.0,
-        "fake_learning_rate": 4e-4,
-        "learning_rate": 1e-3,
+        "fake_learning_rate": 3e-4,
+        "learning_rate": 1.2e-3,
         "stage2_learning_rate": 3e-4,
         "lr_scheduler_type": "cosine",
         "adam_beta1": 0.0,
