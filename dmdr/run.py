@@ -367,7 +367,7 @@ class Run:
         first = stage.number == 1
         step = resumed.step if resumed else 0
         state = self.resume if resumed else None
-        dyna = config.dyna_steps if config.dyna_steps is not None else config.stage1_steps
+        dyna = min(config.stage1_steps if config.dyna_steps is None else config.dyna_steps, config.stage1_steps)
         local = config.per_device_train_batch_size * config.gradient_accumulation_steps
         jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
         trainer = Trainer(

@@ -52,7 +52,7 @@ class LoRARoles:
         seed: int = 0,
     ) -> None:
         self.network = network.requires_grad_(False).eval()
-        self.copies: dict[Role, nn.Module] = {}
+        self.copies: dict[Role, Any] = {}
         self.roles = tuple(roles)
         self._active: Active = (None, 0.0)
         if full_student:
@@ -112,7 +112,7 @@ class LoRARoles:
             return self.network(*args, **kwargs)
 
     @property
-    def networks(self) -> list[nn.Module]:
+    def networks(self) -> list[Any]:
         """The shared network, and the full copies if there are any."""
         return [self.network, *self.copies.values()]
 

@@ -56,7 +56,7 @@ class Digits:
         "save_steps": 0,
         "sample_steps": 20,
         "sample_images": 40,
-        "num_eval_samples": 2000,
+        "num_eval_samples": 1000,
     }
 
     def __init__(self) -> None:

@@ -424,14 +424,24 @@ def test_samples_that_a_reward_cannot_judge_are_left_out_and_counted(value: floa
     assert train(running, 2)["student.net.0.weight"].isfinite().all()
 
 
-def test_a_reward_that_judges_nothing_leaves_plain_matching_and_is_named() -> None:
-    broken = dict.fromkeys(PROMPTS, math.nan)
-    running = trainer(objectives=[ReFL()], rewards=Plain(broken))
+def test_a_reward_that_judges_nothing_stops_the_training_and_is_named() -> None:
+    running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)))
+    before = state(running)
+    with pytest.raises(RewardError, match="reward 'toy' has no finite score among the 8 of the global batch"):
+        running.train_step()
+    assert_equal(state(running), before)
+
+
+def test_a_reward_that_judges_finished_images_only_leaves_plain_matching() -> None:
+    class Late(Plain):
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            score = super().__call__(*args, **kwargs)
+            return score if self.calls > 1 else score * math.nan
+
+    running = trainer(objectives=[ReFL()], rewards=Late())
     line = running.train_step()
     assert_equal(state(running), state(trainer_after_one_step()))
     assert (line["refl/invalid"], line["refl/coverage"], line["loss/refl"]) == (8, 0.0, 0.0)
-    with pytest.raises(RewardError, match="reward 'toy' has no finite score among the 8 of the global batch"):
-        running.reward_metrics()
 
 
 def trainer_after_one_step() -> Trainer:
