@@ -76,7 +76,7 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
                 raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
         if config.num_generations < needs.group_size:
             raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
-        if needs.steps == "stochastic" and (last == 0 or config.eta == 0):
+        if (needs.steps == "stochastic" or needs.log_prob) and (last == 0 or config.eta == 0):
             raise ConfigError(f"{who} acts on stochastic steps: it needs --num_inference_steps of 2 and --eta above 0")
         if isinstance(needs.steps, tuple) and not all(0 <= step <= last for step in needs.steps):
             raise ConfigError(f"{who} acts on step {max(needs.steps)}, but the student's last step is {last}")

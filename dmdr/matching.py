@@ -34,8 +34,9 @@ class DMD:
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
         """The student's answers at times t ~ Beta(ctx.renoise); the fake score learns exactly where it is asked."""
-        t = ctx.random.beta("renoise/t", draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
-        eps = ctx.random.normal("renoise/eps", draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
+        again = f"/{draw.iteration}" if draw.iteration else ""
+        t = ctx.random.beta(f"renoise/t{again}", draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
+        eps = ctx.random.normal(f"renoise/eps{again}", draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
         x_t = add_noise(ctx.backend.path, draw.x0, eps, t)
         return (Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device)),)
 

@@ -21,7 +21,7 @@ def read_prompts(path: str) -> list[Row]:
     if not file.is_file():
         raise ConfigError(f"--prompts: no such file: {path}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     prompts = dict.fromkeys(line.strip() for line in lines if line.strip())

@@ -46,9 +46,14 @@ def plugins(group: str) -> dict[str, Plugin]:
     found: dict[str, Plugin] = {}
     for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
         dist = point.dist
-        target = f"{point.module}:{point.attr}"
         origin = (dist.name, dist.version) if dist else ("?", "?")
-        plugin = Plugin(group, point.name, target, *origin, tuple(point.extras))
+        try:
+            plugin = Plugin(group, point.name, f"{point.module}:{point.attr}", *origin, tuple(point.extras))
+        except AttributeError as error:  # what importlib.metadata answers to a value of another form
+            raise PluginError(
+                f"{group[:-1]} '{point.name}' of {' '.join(origin)} has an entry point that is no "
+                f"'module:Class': '{point.value}'"
+            ) from error
         clash = found.get(point.name)
         if clash and clash != plugin:
             raise PluginError(

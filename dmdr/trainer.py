@@ -1,6 +1,7 @@
 """The training step. Read `Trainer.train_step` first: it is the algorithm."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -165,6 +166,7 @@ class Trainer:
     first_step: int = 0
     step: int = 0
     last: Step | None = None  # context of the last step, for its log line
+    _set_up: bool = field(default=False, init=False)
 
     @property
     def fake_updates_due(self) -> int:
@@ -185,6 +187,7 @@ class Trainer:
             if self.fake_updates_due:
                 self.learn_fake_score(draw, ctx)
 
+        self.set_up(ctx)
         for iteration in range(self.updates_per_rollout):  # 2. where should the student's answer move?
             if iteration:
                 draw = self.answer_again(draw, iteration)
@@ -220,6 +223,13 @@ class Trainer:
             self.fake_mix(self.step),
             trainer=self,
         )
+
+    def set_up(self, ctx: Step) -> None:
+        """Call the objectives' `setup`, once."""
+        for term in self.active_objectives if not self._set_up else ():
+            if hasattr(term.objective, "setup"):
+                term.objective.setup(ctx)
+        self._set_up = True
 
     def rollout(self, ctx: Step) -> Rollout:
         """Complete trajectories of the next prompts, made without gradient by the student as it is."""
@@ -303,39 +313,65 @@ class Trainer:
 
     def gradient_of(self, term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
         """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch."""
-        declared = ctx.gather(draw.mask).sum().clamp_min(1)
-        scale = self.accelerator.num_processes * self.rl_weight * term.weight / declared
-        grads, losses, valids, metrics = [], [], [], []
-        for part in draw.split(self.micro_batch_size):
-            leaf = part.x0.detach().requires_grad_()
-            answer = term.objective(replace(part, leaf=leaf), ctx)
-            valid = part.mask if answer.valid is None else part.mask & answer.valid
-            loss = torch.where(valid, answer.loss, 0.0)
-            grad = None
-            if answer.grad is not None:
-                grad = scale * answer.grad
-            elif loss.requires_grad:
-                ctx.backward(scale * loss.sum())
-                grad = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
-            shape = (-1, *[1] * (leaf.ndim - 1))
-            grads.append(torch.zeros_like(leaf) if grad is None else torch.where(valid.view(shape), grad, 0.0))
-            losses.append(loss.detach())
-            valids.append(valid)
-            metrics.append(masked_means(answer.metrics, valid))
-        counted = ctx.gather(torch.cat(valids)).sum()
-        if not counted and ctx.gather(draw.mask).any():
+        asked = ctx.gather(draw.mask).sum()
+        scale = self.accelerator.num_processes * self.rl_weight * term.weight / asked.clamp_min(1)
+        with self.own_gradient_apart() as rescale:
+            grads, losses, valids, metrics = zip(
+                *(self.ask(term, part, scale, ctx) for part in draw.split(self.micro_batch_size)), strict=True
+            )
+            valid = ctx.gather(torch.cat(valids))
+            counted = valid.sum()
+            rescale(asked / counted.clamp_min(1))
+        if asked and not counted:
             ctx.scores(draw.rollout)  # raises for a reward that judges nothing, and names it
-        means = {name: torch.tensor([m[name] for m in metrics]).nanmean() for name in metrics[0]}
         ctx.log(
             {
                 f"loss/{term.name}": ctx.gather(torch.cat(losses)).sum() / counted.clamp_min(1),
-                f"{term.name}/coverage": counted / (self.accelerator.num_processes * len(draw)),
-                f"{term.name}/invalid": ctx.gather(draw.mask).sum() - counted,
+                f"{term.name}/coverage": counted / len(valid),
+                f"{term.name}/invalid": asked - counted,
                 f"{term.name}/weight": self.rl_weight * term.weight,
-                **{f"{term.name}/{name}": value for name, value in means.items()},
+                **{f"{term.name}/{name}": value for name, value in over_the_batch(metrics, valid, ctx).items()},
             }
         )
-        return torch.cat(grads) * (declared / counted.clamp_min(1))
+        return torch.cat(grads) * (asked / counted.clamp_min(1))
+
+    def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Objective and backward on a micro-batch: scaled gradient at x0, losses, valid samples, metrics."""
+        leaf = part.x0.detach().requires_grad_()
+        answer = term.objective(replace(part, leaf=leaf), ctx)
+        valid = part.mask if answer.valid is None else part.mask & answer.valid
+        loss = torch.where(valid, answer.loss, 0.0)
+        grad = None
+        if answer.grad is not None:
+            grad = scale * answer.grad
+        elif loss.requires_grad:
+            ctx.backward(scale * loss.sum())
+            grad = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
+        shape = (-1, *[1] * (leaf.ndim - 1))
+        grad = torch.zeros_like(leaf) if grad is None else torch.where(valid.view(shape), grad, 0.0)
+        metrics = {name: torch.as_tensor(value).detach().float() for name, value in answer.metrics.items()}
+        return grad, loss.detach(), valid, metrics
+
+    @contextmanager
+    def own_gradient_apart(self) -> Iterator[Callable[[Tensor], None]]:
+        """Keep what the student's parameters get inside apart from what they had, so that it alone can be rescaled.
+
+        A term's denominator, its valid samples, is known only after its passes.
+        """
+        parameters = list(self.student.parameters.values())
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+        def rescale(factor: Tensor) -> None:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+        yield rescale
+        for parameter, other in zip(parameters, before, strict=True):
+            if other is not None:
+                parameter.grad = other if parameter.grad is None else parameter.grad + other
 
     def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""
@@ -384,12 +420,22 @@ class Trainer:
         return line | {"reward/total": self.rewards.total(scores).nanmean().item()}
 
 
-def masked_means(metrics: Mapping[str, Tensor | float], valid: Tensor) -> dict[str, float]:
-    """Per-sample metrics as means over the valid samples (NaN if there are none); others as they are."""
-    return {
-        name: float(value[valid].float().mean() if isinstance(value, Tensor) and value.ndim else value)
-        for name, value in metrics.items()
-    }
+def over_the_batch(parts: Sequence[Mapping[str, Tensor]], valid: Tensor, ctx: Step) -> dict[str, Tensor]:
+    """Metrics of the micro-batches over the global batch.
+
+    Args:
+        parts: Of each micro-batch, by name: [B] is averaged over the valid samples and left out where there are none;
+            a scalar is averaged over the micro-batches.
+        valid: Valid samples of the global batch, [N] bool.
+    """
+    means: dict[str, Tensor] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if not values[0].ndim:
+            means[name] = torch.stack(values).mean()
+        elif valid.any():
+            means[name] = ctx.gather(torch.cat(values))[valid].mean()
+    return means
 
 
 def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:

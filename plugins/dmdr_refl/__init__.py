@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.protocols import Context, Needs
 from dmdr.types import Draw, Term
 
@@ -24,7 +24,7 @@ class ReFL:
         hinge: Margin above which a reward is good enough and has no gradient; unset means no hinge. The published
             margin 0.7 is out of reach of hps and clip, whose scores are near 0.3: it is the plain negative reward.
         balance: "fixed" takes the gradient as it is; "grad_norm" rescales it, per sample, to the norm of the
-            distribution-matching gradient, so that rl_weight is the ratio of the two.
+            distribution-matching gradient, so that rl_weight is the ratio of the two where every step is scored.
     """
 
     steps: str = "any"
@@ -60,7 +60,10 @@ class ReFL:
     @staticmethod
     def _balanced(grad: Tensor, draw: Draw) -> Tensor:
         """The gradient at the norm of d L_DMD / d x0 = direction / latent size, each per sample."""
-        assert draw.direction is not None
+        if draw.direction is None or not draw.direction.any():
+            raise TrainingError(
+                "refl: balance 'grad_norm' needs the matching gradient, which --dmd_weight 0 takes away"
+            )
         shape = (-1, *[1] * (grad.ndim - 1))
         target = draw.direction.flatten(1).norm(dim=1) / draw.direction[0].numel()
         return grad * (target / grad.flatten(1).norm(dim=1).clamp_min(1e-12)).view(shape)

@@ -66,6 +66,7 @@ class SD3Backend:
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
         self.accelerator = accelerator
+        self._empty: tuple[Tensor, Tensor] | None = None  # encoding of the empty prompt, for guidance
         index = StableDiffusion3Pipeline.load_config(self.folder)
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(self.folder, dtype=dtype, **absent)
@@ -160,7 +161,9 @@ class SD3Backend:
 
         if guidance == 1:
             return predict(cond.tensors)
-        sequence, pooled = self._embed([""] * len(cond))
+        if self._empty is None:
+            self._empty = self._embed([""])
+        sequence, pooled = (tensor.expand(len(cond), *tensor.shape[1:]) for tensor in self._empty)
         u = predict({"sequence": sequence, "pooled": pooled})
         if guidance == 0:
             return u

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
@@ -139,6 +140,7 @@ def test_exported_lora_is_the_student(backend: SD3Backend, tmp_path: Path) -> No
 
 def test_bf16(digits: Digits) -> None:
     """Networks in bf16, adapters, predictions and gradients in float32."""
+    AcceleratorState._reset_state()  # of other tests, in float32
     backend = SD3Backend(str(digits.folder()), BackendOptions(lora_rank=4, fake_lora_rank=4))
     backend.prepare(Accelerator(cpu=True, mixed_precision="bf16"), roles=("student", "fake_score"))
     assert backend.pipeline.transformer.proj_out.weight.dtype == torch.bfloat16
@@ -148,3 +150,4 @@ def test_bf16(digits: Digits) -> None:
     prediction.x0.square().mean().backward()
     grads = {p.grad.dtype for p in backend.parameters("student").values() if p.grad is not None}
     assert grads == {torch.float32}
+    AcceleratorState._reset_state()
