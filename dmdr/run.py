@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,7 +25,6 @@ from dmdr import images
 from dmdr.assemble import Job, assemble
 from dmdr.checkpoint import (
     Progress,
-    checkpoints,
     find_initial,
     load_parameters,
     load_training,
@@ -34,10 +32,11 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.config import Config, Settings, parse, read_yaml
+from dmdr.config import Settings, parse
 from dmdr.errors import ConfigError
 from dmdr.evaluation import evaluate
 from dmdr.export import export
+from dmdr.plan import Stage, check_resumable, choose_folder, stages
 from dmdr.prompts import PromptStream, Row
 from dmdr.protocols import Denoiser, Role
 from dmdr.randomness import Random
@@ -99,103 +98,6 @@ def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
         raise answer[0]
     decided: T = answer[0]
     return decided
-
-
-def choose_folder(config: Config) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to resume from; writes nothing.
-
-    Raises:
-        ConfigError: If the folder holds another run, or there is nothing to resume from.
-    """
-    resume = config.resume_from_checkpoint
-    if config.output_dir is None and resume not in (None, "latest"):
-        output = Path(str(resume)).resolve().parent.parent
-    elif config.output_dir is None:
-        output = _free_folder(Path("runs") / f"{Path(config.model).name}-{config.rl}".replace("*", "x"), bool(resume))
-    else:
-        output = Path(config.output_dir)
-    if resume is None:
-        if not next(path for path in (output, *output.parents) if path.exists()).is_dir():
-            raise ConfigError(f"--output_dir {output} is no folder")
-        if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
-            raise ConfigError(
-                f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
-                "holds with --overwrite_output_dir"
-            )
-        if output.is_dir() and any(output.iterdir()) and not _is_run(output):
-            raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
-        return output, None
-    if resume == "latest":
-        found = checkpoints(output)
-        if not found:
-            raise ConfigError(f"--resume_from_checkpoint latest: {output} holds no checkpoint")
-        return output, found[-1]
-    read_progress(Path(resume))
-    return output, Path(resume)
-
-
-def check_resumable(config: Config, checkpoint: Path) -> None:
-    """Refuse lengths of the stages with which the checkpoint's step would be another.
-
-    Raises:
-        ConfigError: If its stage began at another step, or is over.
-    """
-    progress = read_progress(checkpoint)
-    stage = next((stage for stage in stages(config) if stage.number == progress.stage), None)
-    if stage is None or progress.total - progress.step != stage.first_step or progress.step > stage.steps:
-        raise ConfigError(
-            f"--resume_from_checkpoint {checkpoint} stands at update {progress.step} of stage {progress.stage}, after "
-            f"{progress.total - progress.step} of stage 1: --stage1_steps and --stage2_steps do not fit"
-        )
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run of ours, and not just one with a config.yaml."""
-    try:
-        return {"model", "matching", "stage1_steps"} <= read_yaml(str(folder / "config.yaml")).keys()
-    except ConfigError:
-        return False
-
-
-def _free_folder(base: Path, existing: bool) -> Path:
-    """The newest numbered folder that exists, or the first that does not."""
-    number, newest, folder = 1, base, base
-    while folder.exists():
-        number, newest = number + 1, folder
-        folder = base.with_name(f"{base.name}-{number}")
-    return newest if existing else folder
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What differs between the two stages.
-
-    Attributes:
-        number: 1 (RT-DM, DynaDG, DynaRS) or 2 (joint DMD and RL).
-        steps: Student updates.
-        first_step: Student updates of the run before it.
-        learning_rate, fake_learning_rate: Of student and fake score.
-    """
-
-    number: int
-    steps: int
-    first_step: int
-    learning_rate: float
-    fake_learning_rate: float
-
-
-def stages(config: Config) -> list[Stage]:
-    """The stages that a run goes through; a given student needs no stage 1."""
-    rate, fake_rate = config.learning_rate, config.fake_learning_rate
-    first = 0 if config.init_student else config.stage1_steps
-    second = Stage(
-        2,
-        config.stage2_steps,
-        first,
-        config.stage2_learning_rate or rate / 2,
-        config.stage2_fake_learning_rate or fake_rate,
-    )
-    return [stage for stage in (Stage(1, first, 0, rate, fake_rate), second) if stage.steps]
 
 
 class Run:

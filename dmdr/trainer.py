@@ -187,7 +187,6 @@ class Trainer:
             if self.fake_updates_due:
                 self.learn_fake_score(draw, ctx)
 
-        self.set_up(ctx)
         for iteration in range(self.updates_per_rollout):  # 2. where should the student's answer move?
             if iteration:
                 draw = self.answer_again(draw, iteration)
@@ -200,9 +199,7 @@ class Trainer:
                 matched = (matching.anchor(prediction, part) * g).sum() / direction.numel()
                 ctx.backward(self.dmd_weight * matched + (prediction.x0 * r).sum())
             ctx.log({"grad_norm/student": self.student.update()})
-            for term in self.active_objectives:
-                if hasattr(term.objective, "after_update"):
-                    term.objective.after_update(ctx)
+            self.tell_objectives("after_update", ctx)
 
         self.step += 1
         return self.logged(ctx)
@@ -223,13 +220,6 @@ class Trainer:
             self.fake_mix(self.step),
             trainer=self,
         )
-
-    def set_up(self, ctx: Step) -> None:
-        """Call the objectives' `setup`, once."""
-        for term in self.active_objectives if not self._set_up else ():
-            if hasattr(term.objective, "setup"):
-                term.objective.setup(ctx)
-        self._set_up = True
 
     def rollout(self, ctx: Step) -> Rollout:
         """Complete trajectories of the next prompts, made without gradient by the student as it is."""
@@ -305,6 +295,9 @@ class Trainer:
 
     def climb(self, draw: Draw, ctx: Step) -> Tensor:
         """Gradient of rl_weight L_RL at x0, [B, *latent]; what reaches the student itself is accumulated there."""
+        if not self._set_up:
+            self.tell_objectives("setup", ctx)
+            self._set_up = True
         total = torch.zeros_like(draw.x0)
         for term in self.active_objectives:
             mask = term.declared(draw, self.sampler.num_inference_steps - 1)
@@ -372,6 +365,12 @@ class Trainer:
         for parameter, other in zip(parameters, before, strict=True):
             if other is not None:
                 parameter.grad = other if parameter.grad is None else parameter.grad + other
+
+    def tell_objectives(self, event: str, ctx: Step) -> None:
+        """Call an optional method of each objective that has it: `setup` or `after_update`."""
+        for term in self.active_objectives:
+            if hasattr(term.objective, event):
+                getattr(term.objective, event)(ctx)
 
     def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""
