@@ -405,12 +405,14 @@ class Run:
     def _grid(self, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
-        rows = self._rows(self.config.sample_images)
+        rows, distinct = self._rows(self.config.sample_images), len(self.job.rows)
+        columns = distinct if distinct <= 12 and len(rows) % distinct == 0 else None  # a prompt a column, if few
         folder = self.output / "samples"
         if not (folder / "teacher.png").exists():
-            images.save(images.grid(self.generate(*self.teacher_sampler(), rows, "grid")), folder / "teacher.png")
+            teacher = self.generate(*self.teacher_sampler(), rows, "grid")
+            images.save(images.grid(teacher, columns), folder / "teacher.png")
         student = self.generate(self.job.backend.student, self.user_sampler, rows, "grid")
-        images.save(images.grid(student), folder / f"step-{step:06d}.png")
+        images.save(images.grid(student, columns), folder / f"step-{step:06d}.png")
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
         """Accuracy, Frechet distance, precision and recall by the model's judge, and the rewards."""

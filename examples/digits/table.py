@@ -13,9 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
-from dmdr import train
+from dmdr import images, train
+from dmdr.cli.sample import draw
+from dmdr_digits import Digits
 
 REWARD = "reward/total"
 METRICS = {
@@ -119,11 +123,15 @@ def picture(root: Path, seed: int, path: Path) -> None:
     import matplotlib.figure
 
     runs = {"stage 1 (DMD)": "stage1", "joint DMD and ReFL": "joint", "ReFL only": "rl"}
-    figure = matplotlib.figure.Figure(figsize=(12, 8.4), layout="constrained", dpi=110)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    figure = matplotlib.figure.Figure(figsize=(12, 7.2), layout="constrained", dpi=110)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    prompts = [row["prompt"] for row in Digits().prompts()] * 8
     for axes, (title, name) in zip(top.subplots(1, 3), runs.items(), strict=True):
-        samples = root / f"{name}-seed{seed}" / "samples"
-        axes.imshow(Image.open(max(samples.glob("step-*.png"))), interpolation="nearest")
+        student = root / f"{name}-seed{seed}" / "student"
+        about = json.loads((student / "sampling.json").read_text())
+        paths = draw(student, about, prompts, 0, None, root / "drawn" / name)
+        pixels = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255
+        axes.imshow(images.grid(torch.tensor(pixels).permute(0, 3, 1, 2), columns=10), interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
     curves = {"DMD only": ("dmd", "C0"), "joint": ("joint", "C2"), "ReFL only": ("rl", "C3")}
@@ -140,7 +148,7 @@ def picture(root: Path, seed: int, path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def main() -> int:
