@@ -74,6 +74,8 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
                 raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")
             if needs.text_features and not hasattr(reward.cls, "text_features"):
                 raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
+        if needs.matching and config.dmd_weight == 0:
+            raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
         if config.num_generations < needs.group_size:
             raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
         if (needs.steps == "stochastic" or needs.log_prob) and (last == 0 or config.eta == 0):

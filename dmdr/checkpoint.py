@@ -110,7 +110,7 @@ def load_training(checkpoint: Path, optimizers: Mapping[str, torch.optim.Optimiz
     """Give the optimizers their moments back; returns the further state that was saved."""
     file = checkpoint / "training.pt"
     try:
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
         raise ConfigError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
     for role, optimizer in optimizers.items():

@@ -33,7 +33,7 @@ class Config:
     # What is trained, on what, towards what
     model: str = flag("digits", "registered name, local pipeline folder, or hub id")
     prompts: str | None = flag(None, "text file with one prompt a line; a named model brings its own")
-    rl: str = flag("none", "sum of objectives, e.g. 'grpo+0.1*refl'; 'none' for distillation only")
+    rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
     matching: str = flag("dmd", "how student and teacher are compared")
     dmd_weight: float = flag(1.0, "weight of the matching loss; 0 is RL only")
@@ -48,7 +48,9 @@ class Config:
     sigmas: list[float] | None = flag(None, "the student's grid itself, decreasing from 1; overrides steps and shift")
     shift: float | None = flag(None, "timestep shift of the student's grid; the model's own by default")
     eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them a coefficients-preserving SDE")
-    sample_eta: float | None = flag(None, "sampler of grids, evaluation and export, 0 or 1; nearest to eta by default")
+    sample_eta: float | None = flag(
+        None, "sampler of grids, evaluation, export: 0 or 1; 1 if eta is at least 0.5 by default"
+    )
     guidance_scale: float = flag(7.0, "the teacher's guidance; 1 is none")
     guidance_jitter: float = flag(0.5, "guidance is drawn per sample from guidance_scale +- this (if above 1)")
     fake_updates: int = flag(5, "fake-score updates per student update")
@@ -137,8 +139,8 @@ class Config:
             bounds = [*self.sigmas, 0.0]
             falling = len(bounds) > 1 and all(a > b for a, b in pairwise(bounds))
             self._require(falling and bounds[0] <= 1, "sigmas", "decreasing within (0, 1]")
-        if self.stage1_steps + self.stage2_steps == 0:
-            raise ConfigError("--stage1_steps and --stage2_steps are both 0: nothing to train")
+        if self.stage2_steps == 0 and (self.stage1_steps == 0 or self.init_student):
+            raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
@@ -389,7 +391,8 @@ DESCRIPTION = "Distil a diffusion model to a few steps and align it with a rewar
 def installed() -> str:
     """A line of the installed names by group; imports no plugin."""
     names = "; ".join(f"{group}: {', '.join(registry.plugins(group))}" for group in registry.GROUPS)
-    return f"installed {names}. --rl NAME --help adds the flags of NAME."
+    hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
+    return f"{hints} Installed {names}."
 
 
 def _first_given(*values: Any) -> Any:

@@ -12,14 +12,14 @@ from dmdr.protocols import Backend, Sampler
 
 CARD = """\
 ---
-base_model: {{ base }}
+base_model: {{ name }}
 library_name: diffusers
 tags: [distillation, dmd, {{ "lora" if lora else "full-finetune" }}]
 ---
-# A {{ steps }}-step student of {{ base }}
+# A {{ steps }}-step student of {{ name }}
 
 Distilled{% if objectives %} and aligned ({{ objectives }} on {{ rewards }}){% endif %} with DMDR {{ version }}.
-It inherits the licence of {{ base }}
+It inherits the licence of {{ name }}
 {%- if rewards %}; the rewards it was tuned on have licences of their own{% endif %}.
 
 ```python
@@ -37,6 +37,7 @@ def export(
     sampler: Sampler,
     *,
     base: str,
+    name: str,
     prompt: str,
     objectives: str,
     rewards: str,
@@ -46,6 +47,7 @@ def export(
     Args:
         folder: Where to, usually `<run>/student`.
         base: Folder or hub id of the teacher.
+        name: What users call it.
         prompt: Example of the model card.
         objectives, rewards: Expressions of the run, for the model card; empty if it had none.
     """
@@ -57,7 +59,7 @@ def export(
     about["options"] = asdict(backend.options)
     (partial / "sampling.json").write_text(json.dumps(about, indent=2) + "\n")
     card = jinja2.Template(CARD).render(
-        base=base,
+        name=name,
         steps=len(sampler.t) - 1,
         objectives=objectives,
         rewards=rewards,

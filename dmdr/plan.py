@@ -17,8 +17,10 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     resume = config.resume_from_checkpoint
     if config.output_dir is None and resume not in (None, "latest"):
         output = Path(str(resume)).resolve().parent.parent
+    elif config.output_dir is None and resume:
+        raise ConfigError("--resume_from_checkpoint latest: say of which run with --output_dir")
     elif config.output_dir is None:
-        output = _free_folder(Path("runs") / f"{Path(config.model).name}-{config.rl}".replace("*", "x"), bool(resume))
+        output = _free_folder(Path("runs") / f"{Path(config.model).name}-{config.rl}".replace("*", "x"))
     else:
         output = Path(config.output_dir)
     if resume is None:
@@ -64,13 +66,13 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _free_folder(base: Path, existing: bool) -> Path:
-    """The newest numbered folder that exists, or the first that does not."""
-    number, newest, folder = 1, base, base
+def _free_folder(base: Path) -> Path:
+    """The folder, numbered if there is one already."""
+    number, folder = 1, base
     while folder.exists():
-        number, newest = number + 1, folder
+        number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    return newest if existing else folder
+    return folder
 
 
 @dataclass(frozen=True)

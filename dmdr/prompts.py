@@ -30,6 +30,11 @@ def read_prompts(path: str) -> list[Row]:
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def split_columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[Any]]]:
+    """The prompts of some rows, and their further columns by name."""
+    return [row["prompt"] for row in rows], {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+
+
 class PromptStream:
     """Endless batches of prompt rows: shuffled by epoch, each prompt `group_size` times in a row.
 

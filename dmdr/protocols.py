@@ -168,6 +168,7 @@ class Needs:
         roles: Further roles, e.g. ("reference",).
         steps: Student steps it acts on: "any", "last", "stochastic" (all but the last), or explicit indices.
         updates_per_rollout: How often one rollout is used.
+        matching: It reads the matching gradient (`draw.direction`), which --dmd_weight 0 takes away.
     """
 
     group_size: int = 1
@@ -177,6 +178,7 @@ class Needs:
     roles: tuple[Role, ...] = ()
     steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
     updates_per_rollout: int = 1
+    matching: bool = False
 
 
 class Context(Protocol):
@@ -246,7 +248,8 @@ class SampleWeight(Protocol):
 class RewardObjective(Protocol):
     """The one thing an RL plugin writes: a dataclass whose fields are its flags.
 
-    Optional methods: `setup(ctx)`, `after_update(ctx)`, `state_dict()` and `load_state_dict(state)`.
+    Optional methods: `setup(ctx)` before the first call; `after_update(ctx)`; `state_dict()` for checkpoints, and
+    `load_state_dict(state)`, which comes after `setup` where a run is resumed.
     """
 
     @property

@@ -86,7 +86,7 @@ def find(group: str, name: str) -> Plugin:
 
 
 def load(group: str, name: str) -> Any:
-    """Import and return the plugin's class or factory.
+    """Import and return the plugin's class.
 
     Raises:
         PluginError: If it is unknown, cannot be imported, or is not what its group promises.

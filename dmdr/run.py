@@ -2,12 +2,15 @@
 
 import json
 import logging
+import math
+import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,6 +28,7 @@ from dmdr import images
 from dmdr.assemble import Job, assemble
 from dmdr.checkpoint import (
     Progress,
+    checkpoints,
     find_initial,
     load_parameters,
     load_training,
@@ -32,12 +36,12 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.config import Settings, parse
+from dmdr.config import Config, Settings, parse
 from dmdr.errors import ConfigError
 from dmdr.evaluation import evaluate
 from dmdr.export import export
 from dmdr.plan import Stage, check_resumable, choose_folder, stages
-from dmdr.prompts import PromptStream, Row
+from dmdr.prompts import PromptStream, Row, split_columns
 from dmdr.protocols import Denoiser, Role
 from dmdr.randomness import Random
 from dmdr.report import write_report
@@ -51,7 +55,7 @@ T = TypeVar("T")
 
 
 def train(**settings: Any) -> Path:
-    """The same as `dmdr-train`, from Python: `train(model=..., rl="grpo", reward="hps+clip", output_dir=...)`.
+    """The same as `dmdr-train`, from Python: `train(model=..., rl=..., reward=..., output_dir=...)`.
 
     Args:
         settings: Any flag of the core or of the chosen plugins, by name.
@@ -73,7 +77,11 @@ def run(settings: Settings) -> Path:
     Returns:
         The run folder.
     """
-    config, state = settings.config, PartialState()
+    if torch.backends.mps.is_available():  # it has no float64, in which times and weights are kept
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    # The others wait while the main process draws grids and evaluates, which takes longer than the usual ten minutes.
+    config, state = settings.config, PartialState(timeout=timedelta(hours=6))
+    check_tracker(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = find_initial(config.init_student) if config.init_student and not resume else None
     if initial and initial.resolve().is_relative_to(output.resolve()):
@@ -83,6 +91,12 @@ def run(settings: Settings) -> Path:
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings)
     return Run(job, output, resume, initial)()
+
+
+def check_tracker(config: Config) -> None:
+    """Refuse a tracker that accelerate cannot log to."""
+    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
+        raise ConfigError(f"--report_to {config.report_to} is unknown to accelerate, or its package is not installed")
 
 
 def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
@@ -108,8 +122,6 @@ class Run:
         self.config = config = job.config
         set_seed(config.seed)
         trackers = None if config.report_to == "none" else config.report_to
-        if trackers and trackers not in map(str, get_available_trackers()):
-            raise ConfigError(f"--report_to {trackers} is unknown to accelerate, or its package is not installed")
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
             AcceleratorState._reset_state()  # an earlier run of this process
         self.accelerator = Accelerator(
@@ -123,7 +135,7 @@ class Run:
             else time_grid(config.num_inference_steps, backend.shift)
         )
         self.sampler = FewStepSampler(backend.path, grid, config.eta)
-        sample_eta = round(config.eta) if config.sample_eta is None else config.sample_eta
+        sample_eta = config.eta >= 0.5 if config.sample_eta is None else config.sample_eta
         self.user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
         self.stopped: int | None = None  # the signal that asked for an end
 
@@ -178,6 +190,9 @@ class Run:
             shutil.rmtree(self.output, ignore_errors=True)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)
         (self.output / "config.yaml").write_text(self.job.settings.as_yaml())
+        for later in checkpoints(self.output):  # of a branch that this run leaves
+            if read_progress(later).total > progress.total:
+                shutil.rmtree(later)
         log = self.output / "metrics.jsonl"
         if log.exists():
             lines = [line for line in log.read_text().splitlines() if _step_of(line) <= progress.total]
@@ -194,7 +209,7 @@ class Run:
             self._grid(0)
         with self._signals():
             try:
-                while trainer.step < stage.steps and self.stopped is None:
+                while trainer.step < stage.steps and not self._asked_to_stop():
                     started = time.perf_counter()
                     line = trainer.train_step()
                     self.progress = Progress(
@@ -214,6 +229,13 @@ class Run:
             self._grid(self.progress.total)
             self._evaluate_student(stage)
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any process got a signal: they all leave after the same step."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(self.stopped or 0, device=self.accelerator.device)
+            self.stopped = int(self.accelerator.gather(flag[None]).max()) or None
+        return self.stopped is not None
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
 
@@ -227,6 +249,7 @@ class Run:
                 self.job.backend,
                 self.user_sampler,
                 base=self.job.folder,
+                name=self.config.model,
                 prompt=self.job.rows[0]["prompt"],
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
@@ -306,9 +329,7 @@ class Run:
             optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
             extra = load_training(state, optimizers)
             self.scaler.load_state_dict(extra["scaler"])
-            for term in trainer.objectives:
-                if term.name in extra["objectives"]:
-                    term.objective.load_state_dict(extra["objectives"][term.name])  # type: ignore[attr-defined]
+            trainer.objective_states = extra["objectives"]
             if job.backend.parameters("reference"):
                 load_parameters(state, "reference", job.backend.parameters("reference"))
         return trainer
@@ -372,7 +393,8 @@ class Run:
             self.accelerator.log(dict(values), step=self.progress.total)
         if self.accelerator.is_main_process:
             with (self.output / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps({"step": self.progress.total, "stage": self.progress.stage, **values}) + "\n")
+                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                log.write(json.dumps({"step": self.progress.total, "stage": self.progress.stage, **finite}) + "\n")
 
     # --- Looking at it ---------------------------------------------------------------------------------------------
 
@@ -389,7 +411,8 @@ class Run:
             sample = torch.arange(start, start + len(part), device=self.accelerator.device)
             shape = (sampler.num_inference_steps, *backend.latent_shape)
             noise = random.normal("noise", sample, shape).transpose(0, 1)
-            cond = backend.encode([row["prompt"] for row in part])
+            prompts, columns = split_columns(part)
+            cond = backend.encode(prompts, **columns)
             found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final).cpu())
         return torch.cat(found)
 
@@ -419,8 +442,8 @@ class Run:
         rows = self._rows(self.config.num_eval_samples)
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        return evaluate(pictures, [row["prompt"] for row in rows], columns, judge, self.job.rewards)
+        prompts, columns = split_columns(rows)
+        return evaluate(pictures, prompts, columns, judge, self.job.rewards, device=self.accelerator.device)
 
     def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
         """Add a column to `evaluation.json`."""

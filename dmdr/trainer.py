@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dmdr.errors import TrainingError
-from dmdr.prompts import PromptStream
+from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeight
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
@@ -165,7 +165,8 @@ class Trainer:
     sample_weight: SampleWeight | None = None
     first_step: int = 0
     step: int = 0
-    last: Step | None = None  # context of the last step, for its log line
+    objective_states: Mapping[str, Any] = field(default_factory=dict)  # of a checkpoint, given back after `setup`
+    last_context: Step | None = None  # of the last step, for its log line
     _set_up: bool = field(default=False, init=False)
 
     @property
@@ -224,11 +225,11 @@ class Trainer:
     def rollout(self, ctx: Step) -> Rollout:
         """Complete trajectories of the next prompts, made without gradient by the student as it is."""
         rows = next(self.prompts)
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        cond = self.backend.encode([row["prompt"] for row in rows], **columns)
+        prompts, columns = split_columns(rows)
+        cond = self.backend.encode(prompts, **columns)
         sample = self.accelerator.process_index * len(rows) + torch.arange(len(rows), device=self.accelerator.device)
         steps = self.sampler.num_inference_steps
-        log_prob = any(term.objective.needs.log_prob for term in self.active_objectives)
+        log_prob = combined_needs(self.active_objectives).log_prob
         chunks = []
         for start in range(0, len(rows), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
@@ -297,6 +298,9 @@ class Trainer:
         """Gradient of rl_weight L_RL at x0, [B, *latent]; what reaches the student itself is accumulated there."""
         if not self._set_up:
             self.tell_objectives("setup", ctx)
+            for term in self.active_objectives:
+                if term.name in self.objective_states:
+                    term.objective.load_state_dict(self.objective_states[term.name])  # type: ignore[attr-defined]
             self._set_up = True
         total = torch.zeros_like(draw.x0)
         for term in self.active_objectives:
@@ -394,7 +398,7 @@ class Trainer:
 
     @property
     def updates_per_rollout(self) -> int:
-        return max((term.objective.needs.updates_per_rollout for term in self.active_objectives), default=1)
+        return combined_needs(self.active_objectives).updates_per_rollout
 
     def logged(self, ctx: Step) -> dict[str, float]:
         """This step's log line: plain numbers, averaged over the processes."""
@@ -402,7 +406,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             mean = self.accelerator.reduce(torch.tensor(list(values.values())).to(self.accelerator.device), "mean")
             values = dict(zip(values, mean.tolist(), strict=True))
-        self.last = ctx
+        self.last_context = ctx
         return values | {
             "learning_rate/student": float(self.student.scheduler.get_last_lr()[0]),
             "dyna/fake_mix": ctx.fake_mix,
@@ -410,9 +414,10 @@ class Trainer:
 
     def reward_metrics(self) -> dict[str, float]:
         """Mean rewards of the last step's finished images: raw by name, weighted by name, and their total."""
-        if self.rewards is None or self.last is None or self.last.rollout is None:
+        ctx = self.last_context
+        if self.rewards is None or ctx is None or ctx.rollout is None:
             return {}
-        scores = {name: self.last.gather(score) for name, score in self.last.scores(self.last.rollout).items()}
+        scores = {name: ctx.gather(score) for name, score in ctx.scores(ctx.rollout).items()}
         means = {name: score.nanmean().item() for name, score in scores.items()}
         line = {f"reward/{name}": mean for name, mean in means.items()}
         line |= {f"reward_weighted/{name}": self.rewards.parts[name][0] * mean for name, mean in means.items()}

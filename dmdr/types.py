@@ -184,7 +184,8 @@ class Term:
 
     Attributes:
         loss: Per-sample loss, [B] float32, with a graph into `draw.leaf` and/or the student's parameters.
-        valid: Samples that count, [B] bool; None means all. A sample that is not valid has no gradient.
+        valid: Samples that count, [B] bool; None means all. The others' gradient is dropped at `draw.leaf`; a loss that
+            reaches the student's parameters has to mask them itself, before 0 * NaN can arise in its backward.
         grad: d loss_b / d leaf_b where the objective has taken it itself, [B, *latent]; `loss` is then a monitor.
         metrics: Values to log, each a number, a scalar or [B] (averaged over the valid samples).
     """

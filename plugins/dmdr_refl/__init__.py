@@ -5,12 +5,12 @@ student step answers with a clean image, so that the gradient needs no later ste
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError
 from dmdr.protocols import Context, Needs
 from dmdr.types import Draw, Term
 
@@ -37,7 +37,8 @@ class ReFL:
 
     @property
     def needs(self) -> Needs:
-        return Needs(reward_grad=True, steps=(int(self.steps),) if self.steps.isdecimal() else self.steps)  # type: ignore[arg-type]
+        steps: Any = (int(self.steps),) if self.steps.isdecimal() else self.steps
+        return Needs(reward_grad=True, matching=self.balance == "grad_norm", steps=steps)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         assert draw.leaf is not None
@@ -60,10 +61,7 @@ class ReFL:
     @staticmethod
     def _balanced(grad: Tensor, draw: Draw) -> Tensor:
         """The gradient at the norm of d L_DMD / d x0 = direction / latent size, each per sample."""
-        if draw.direction is None or not draw.direction.any():
-            raise TrainingError(
-                "refl: balance 'grad_norm' needs the matching gradient, which --dmd_weight 0 takes away"
-            )
+        assert draw.direction is not None
         shape = (-1, *[1] * (grad.ndim - 1))
         target = draw.direction.flatten(1).norm(dim=1) / draw.direction[0].numel()
         return grad * (target / grad.flatten(1).norm(dim=1).clamp_min(1e-12)).view(shape)

@@ -32,7 +32,7 @@ pipe = StableDiffusion3Pipeline.from_pretrained("{base}"{absent})
 {load}
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(student, subfolder="scheduler")
 torch.manual_seed(0)
-image = pipe("{prompt}", **json.load(open(student + "/sampling.json"))["call"]).images[0]
+image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
 image.save("image.png")"""
 
 
@@ -215,10 +215,12 @@ class SD3Backend:
         return SNIPPET.format(base=base, prompt=prompt, absent=absent, load=load)
 
     def load_export(self, directory: Path) -> None:
+        kind, file = ("a full transformer", "transformer") if self.options.full_finetune else ("a LoRA", LORA_FILE)
+        if not (directory / file).exists():
+            raise ConfigError(f"{directory} holds no {file}: {kind} is needed (--full_finetune says which)")
         if self.options.full_finetune:
-            file = directory / "transformer" / "diffusion_pytorch_model.safetensors"
-            load_strict(self.roles.copies["student"].state_dict(), load_file(file), str(file))
+            given = SD3Transformer2DModel.from_pretrained(directory, subfolder="transformer").state_dict()
+            load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
         else:
-            file = directory / LORA_FILE
-            state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-            self.roles.unfold("student", state, str(file))
+            given = {name.removeprefix("transformer."): value for name, value in load_file(directory / file).items()}
+            self.roles.unfold("student", given, str(directory / file))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_run_in_half_precision(digits: Digits, tmp_path: Path, mixed_precision: str) -> None:
     folder = dmdr.train(
         stage1_steps=4, stage2_steps=4, mixed_precision=mixed_precision, gradient_checkpointing=True, logging_steps=1,
-        num_eval_samples=0, output_dir=str(tmp_path / "run"),
+        num_eval_samples=8, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 8

@@ -345,9 +345,9 @@ def test_numbered_folders_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     settings = FAST | {"stage1_steps": 1, "stage2_steps": 0, "rl": "0.5*refl"}
     assert [str(train(**settings)) for _ in range(2)] == ["runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2"]
-    resumed = train(**settings | {"stage2_steps": 1}, resume_from_checkpoint="latest")
-    assert str(resumed) == "runs/toy-0.5xrefl-2"
-    assert [kept(tmp_path / folder) for folder in ("runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2")] == [[1], [1, 2]]
+    with pytest.raises(ConfigError, match="say of which run with --output_dir"):
+        train(**settings | {"stage2_steps": 1}, resume_from_checkpoint="latest")
+    assert [kept(tmp_path / folder) for folder in ("runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2")] == [[1], [1]]
 
 
 def test_overwriting_starts_anew(copy: Path) -> None:
@@ -628,3 +628,28 @@ def test_a_bug_keeps_its_traceback_and_saves(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ZeroDivisionError):
         main()
     assert kept(tmp_path / "run") == [0]
+
+
+def test_resuming_an_older_checkpoint_leaves_the_later_branch(tmp_path: Path) -> None:
+    settings = FAST | {"stage1_steps": 6, "stage2_steps": 0, "save_steps": 2, "logging_steps": 1}
+    folder = train(**settings, output_dir=str(tmp_path / "run"))
+    assert kept(folder) == [2, 4, 6]
+    older = folder / "checkpoints" / "step-000002"
+    train(**settings | {"stage1_steps": 3}, output_dir=str(folder), resume_from_checkpoint=str(older))
+    assert kept(folder) == [2, 3]
+    assert steps(folder) == [1, 2, 3]
+
+
+def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    settings = FAST | {"stage2_steps": 0}
+    folder = train(**settings, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="nothing to train"):
+        train(**settings, init_student=str(folder), output_dir=str(tmp_path / "next"))
+    assert not (tmp_path / "next").exists()
+
+
+def test_balancing_by_a_gradient_that_is_switched_off_is_refused(tmp_path: Path) -> None:
+    folder = train(**FAST | {"stage2_steps": 0}, output_dir=str(tmp_path / "run"))
+    settings = {"dmd_weight": 0.0, "refl_balance": "grad_norm", "init_student": str(folder)}
+    with pytest.raises(ConfigError, match="needs --dmd_weight above 0"):
+        train(**FAST | settings, output_dir=str(tmp_path / "next"))

@@ -39,15 +39,15 @@ def train(case: str, processes: int) -> dict[str, Any]:
     running = trainer(prepared(), batch=BATCH // processes, optimize=slowly, **CASES[case])
     lines = [running.train_step() for _ in range(STEPS)]
     rewards = running.reward_metrics()
-    assert running.last is not None
-    assert running.last.rollout is not None
+    assert running.last_context is not None
+    assert running.last_context.rollout is not None
     return {
         "parameters": {role: state(running, role) for role in ("student", "fake_score")},
         "lines": lines,
         "rewards": rewards,
-        "states": running.last.rollout.x_t,
-        "sample": running.last.rollout.sample,
-        "group": running.last.rollout.group,
+        "states": running.last_context.rollout.x_t,
+        "sample": running.last_context.rollout.sample,
+        "group": running.last_context.rollout.group,
     }
 
 

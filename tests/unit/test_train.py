@@ -571,9 +571,9 @@ def test_reward_metrics_are_those_of_the_finished_images() -> None:
     running = trainer(prepared(), objectives=[ReFL()], rewards=rewards, micro_batch=3)
     assert running.reward_metrics() == {}
     running.train_step()
-    assert running.last is not None
-    assert running.last.rollout is not None
-    final, prompts = running.last.rollout.final, running.last.rollout.cond.prompts
+    assert running.last_context is not None
+    assert running.last_context.rollout is not None
+    final, prompts = running.last_context.rollout.final, running.last_context.rollout.cond.prompts
     kept = torch.tensor([prompt != "mode 3" for prompt in prompts])
     plain = Plain()(prepared().decode(final), prompts)[kept].mean().item()
     assert running.reward_metrics() == pytest.approx(
