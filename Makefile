@@ -25,5 +25,5 @@ bench: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON3) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
 	touch $(READY)
