@@ -272,7 +272,8 @@ class Run:
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.stopped = number
-            signal.signal(number, before[signal.Signals(number)])
+            # Not the handler before ours: background jobs of a shell start with SIGINT ignored.
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets only the main thread handle signals

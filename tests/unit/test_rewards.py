@@ -320,7 +320,7 @@ def test_shapes_configurations_and_first_use_are_checked(tmp_path: Path) -> None
         42  # open_clip itself would silently resize the position embedding
     )
     for broken, problem in (
-        (config, r"1 of another shape \(visual.positional_embedding \(5, 32\)\)"),
+        (config, r"1 of another shape \(visual.positional_embedding \(5, 32\) for \(10, 32\)\)"),
         (
             {"model_cfg": clip_config(), "preprocess_cfg": {"interpolation": "bilinear"}},
             "preprocess_cfg is not supported",
