@@ -89,7 +89,7 @@ def test_teacher_does_not_memorise(full_digits: Digits) -> None:
         samples = torch.cat(
             [
                 backend.decode(
-                    sampler.rollout(backend.teacher, [noise[i : i + 200]], backend.encode(prompts[:200])).final
+                    sampler.rollout(backend.teacher, [noise[i : i + 200]] * 28, backend.encode(prompts[:200])).final
                 )
                 for i in range(0, len(prompts), 200)
             ]
