@@ -47,9 +47,12 @@ class Config:
     num_inference_steps: int = flag(4, "steps of the student")
     sigmas: list[float] | None = flag(None, "the student's grid itself, decreasing from 1; overrides steps and shift")
     shift: float | None = flag(None, "timestep shift of the student's grid; the model's own by default")
-    eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them a coefficients-preserving SDE")
+    eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them an SDE")
+    sde_type: Literal["cps", "ddim", "flow_sde", "dance_sde"] = flag(
+        "cps", "how the noise enters between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO, DanceGRPO"
+    )
     sample_eta: float | None = flag(
-        None, "sampler of grids, evaluation, export: 0 or 1; 1 if eta is at least 0.5 by default"
+        None, "sampler of grids, evaluation, export: 0 or 1; by default 1 for cps with eta of at least 0.5"
     )
     guidance_scale: float = flag(7.0, "the teacher's guidance; 1 is none")
     guidance_jitter: float = flag(0.5, "guidance is drawn per sample from guidance_scale +- this (if above 1)")

@@ -28,7 +28,7 @@ class DMD:
 
     floor: float = 1e-6
 
-    def anchor(self, prediction: Prediction, draw: Draw) -> torch.Tensor:
+    def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> torch.Tensor:
         """What the direction acts on: the student's clean sample, [B, *latent]."""
         return prediction.x0
 

@@ -5,7 +5,7 @@ A plugin implements one of these protocols (no base class needed), and registers
 Objectives, rewards and matchings are dataclasses; their fields are their command-line flags.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -130,9 +130,19 @@ class Sampler(Protocol):
     def eta(self) -> float:
         """Share of fresh noise, in [0, 1]."""
 
+    @property
+    def num_inference_steps(self) -> int:
+        """K."""
+
+    def moments(self, i: int | Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the state after step i."""
+
+    def transition(self, prediction: Prediction, t_next: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at any time t_next, a scalar or [B]."""
+
     def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor: ...
 
-    def log_prob(self, i: int, prediction: Prediction, x_next: Tensor) -> Tensor: ...
+    def log_prob(self, i: int | Tensor, prediction: Prediction, x_next: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -216,6 +226,9 @@ class Context(Protocol):
     def scores(self, rollout: Rollout) -> dict[str, Tensor]:
         """Raw reward of the finished images by name, each [B] float32; decoded and scored once per rollout."""
 
+    def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
+        """`scores` of the global batch, each [N], and the groups [N]; row i is the sample of index i."""
+
     def gather(self, values: Tensor) -> Tensor:
         """The same tensor of all processes, concatenated in the order of the global batch."""
 
@@ -227,9 +240,13 @@ class Context(Protocol):
 
 
 class Matching(Protocol):
-    """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default."""
+    """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default.
 
-    def anchor(self, prediction: Prediction, draw: Draw) -> Tensor: ...
+    Optional methods: `state_dict()` for checkpoints, and `load_state_dict(state)`. A `SampleWeight` may have them too.
+    """
+
+    def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
+        """What the direction acts on, [B, *latent], with the graph of `prediction`: x0 for DMD."""
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]: ...
 
@@ -248,14 +265,21 @@ class SampleWeight(Protocol):
 class RewardObjective(Protocol):
     """The one thing an RL plugin writes: a dataclass whose fields are its flags.
 
-    Optional methods: `setup(ctx)` before the first call; `after_update(ctx)`; `state_dict()` for checkpoints, and
-    `load_state_dict(state)`, which comes after `setup` where a run is resumed.
+    Optional methods: `setup(ctx)` before the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)`;
+    `state_dict()` for checkpoints, and `load_state_dict(state)`, which comes after `setup` where a run is resumed.
+    `shared_noise` names the noises that all images of a group shall share: 0 is the initial state, i + 1 the fresh
+    noise of step i. Several objectives share what all of them name.
     """
 
     @property
     def needs(self) -> Needs: ...
 
-    def __call__(self, draw: Draw, ctx: Context) -> Term: ...
+    def __call__(self, draw: Draw, ctx: Context) -> Term | Iterable[Term]:
+        """The loss of a micro-batch of whole groups.
+
+        A generator of terms, whose sum is the loss, holds one graph at a time: each term's backward runs, and its graph
+        is freed, before the next is asked for. A sample counts if it is valid in any of them.
+        """
 
 
 class Judge(Protocol):

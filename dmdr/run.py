@@ -134,8 +134,9 @@ class Run:
             if config.sigmas
             else time_grid(config.num_inference_steps, backend.shift)
         )
-        self.sampler = FewStepSampler(backend.path, grid, config.eta)
-        sample_eta = config.eta >= 0.5 if config.sample_eta is None else config.sample_eta
+        self.sampler = FewStepSampler(backend.path, grid, config.eta, config.sde_type)
+        renoising = config.sde_type == "cps" and config.eta >= 0.5  # the others keep the ODE's marginals
+        sample_eta = renoising if config.sample_eta is None else config.sample_eta
         self.user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
         self.stopped: int | None = None  # the signal that asked for an end
 

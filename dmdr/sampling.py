@@ -3,13 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dmdr.paths import NoisePath, Prediction
+from dmdr.errors import ConfigError
+from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
 from dmdr.protocols import Denoiser
 from dmdr.types import Condition, Rollout
+
+SdeType = Literal["cps", "ddim", "flow_sde", "dance_sde"]
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
@@ -40,40 +44,73 @@ class FewStepSampler:
         path: Noise path of the model.
         t: Grid, [K + 1] float64, decreasing, t[K] = 0.
         eta: Share of fresh noise, in [0, 1].
+        sde_type: How the noise enters. "cps" is the family above. "ddim" is DDIM's (Song et al. 2020, arXiv
+            2010.02502, eq. 16). "flow_sde" (Flow-GRPO, arXiv 2505.05470) and "dance_sde" (DanceGRPO, arXiv 2505.07818)
+            are Euler-Maruyama steps of rectified flow: made for many small steps, noisy with a few large ones.
+
+    Raises:
+        ConfigError: If a step of rectified flow is asked for on another path.
     """
 
     path: NoisePath
     t: Tensor
     eta: float
+    sde_type: SdeType = "cps"
+
+    def __post_init__(self) -> None:
+        if self.sde_type in ("flow_sde", "dance_sde") and not isinstance(self.path, RectifiedFlow):
+            raise ConfigError(f"--sde_type {self.sde_type} is a step of rectified flow; this model takes cps or ddim")
 
     @property
     def num_inference_steps(self) -> int:
         return len(self.t) - 1
 
-    def moments(self, i: int, prediction: Prediction) -> tuple[Tensor, Tensor]:
-        """Mean [B, *latent] and standard deviation (scalar tensor) of the state after step i."""
-        t_next = self.t[i + 1].to(prediction.x_t.device)
-        alpha, sigma = self.path.alpha(t_next), self.path.sigma(t_next)
-        dtype = torch.promote_types(prediction.x_t.dtype, torch.float32)
-        mean = alpha.to(dtype) * prediction.x0
-        kept = (sigma * math.cos(self.eta * math.pi / 2)).to(dtype)
-        if self.eta < 1 and i + 1 < self.num_inference_steps:
-            mean = mean + kept * prediction.eps
-        return mean, (sigma * math.sin(self.eta * math.pi / 2)).to(dtype)
+    def moments(self, i: int | Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        """Mean [B, *latent] and standard deviation [1 or B, 1, ...] of the state after step i, one or [B] of them."""
+        return self.transition(prediction, self.t.to(prediction.x_t.device)[i + 1])
+
+    def transition(self, prediction: Prediction, t_next: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the state at any time t_next, a scalar or [B]; at 0 it is x0_hat."""
+        if self.sde_type in ("flow_sde", "dance_sde"):
+            return self._euler_maruyama(prediction, t_next)
+        x_t, sigma_next = prediction.x_t, self.path.sigma(t_next)
+        alpha = expand(self.path.alpha(t_next), x_t)
+        if self.sde_type == "ddim":
+            t = prediction.t.double()
+            decay = self.path.alpha(t) / self.path.alpha(t_next)
+            ratio = sigma_next / self.path.sigma(t)
+            std = self.eta * ratio * (self.path.sigma(t) ** 2 - (decay * sigma_next) ** 2).clamp_min(0).sqrt()
+            kept = (sigma_next**2 - std**2).sqrt()
+            return alpha * prediction.x0 + expand(kept, x_t) * prediction.eps, expand(std, x_t)
+        mean = alpha * prediction.x0
+        if self.eta < 1 and (t_next > 0).any():
+            mean = mean + expand(sigma_next * math.cos(self.eta * math.pi / 2), x_t) * prediction.eps
+        return mean, expand(sigma_next * math.sin(self.eta * math.pi / 2), x_t)
+
+    def _euler_maruyama(self, prediction: Prediction, t_next: Tensor) -> tuple[Tensor, Tensor]:
+        """dx = (v + s^2 / (2 t) (x + (1 - t) v)) dt + s dw, with s = eta or, in Flow-GRPO, eta sqrt(t / (1 - t))."""
+        x, t = prediction.x_t, prediction.t.double()
+        v, dt = prediction.eps - prediction.x0, t_next - t
+        s2 = torch.full_like(t, self.eta**2)
+        if self.sde_type == "flow_sde":
+            s2 = s2 * t / (1 - torch.where(t == 1, self.t.to(t.device)[1], t))
+        s2 = torch.where(t_next > 0, s2, 0.0)  # the last step is the ODE's
+        mean = expand(1 + s2 * dt / (2 * t), x) * x + expand((1 + s2 * (1 - t) / (2 * t)) * dt, x) * v
+        return mean, expand((-s2 * dt).sqrt(), x)
 
     def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor:
-        """State after step i, [B, *latent]; `noise` is unit Gaussian and unused where the step is deterministic."""
+        """State after step i, [B, *latent]; `noise` is unit Gaussian, None for the mean."""
         mean, std = self.moments(i, prediction)
-        return mean if noise is None or std == 0 else mean + std * noise
+        return mean if noise is None else mean + std * noise
 
-    def log_prob(self, i: int, prediction: Prediction, x_next: Tensor) -> Tensor:
+    def log_prob(self, i: int | Tensor, prediction: Prediction, x_next: Tensor) -> Tensor:
         """Gaussian log-probability of step i having led to `x_next`, [B], as the mean over the latent's elements.
 
         Raises:
             ValueError: If the step is deterministic (eta = 0, or the last one).
         """
         mean, std = self.moments(i, prediction)
-        if std == 0:
+        if (std == 0).any():
             raise ValueError(f"step {i} of {self.num_inference_steps} at eta {self.eta} is deterministic")
         per_element = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
         return per_element.flatten(1).mean(1)

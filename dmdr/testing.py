@@ -22,6 +22,7 @@ from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
 from dmdr.trainer import Learner, Trainer, WeightedObjective
+from dmdr.types import terms_of
 
 
 def toy_trainer(
@@ -105,17 +106,18 @@ def check_objective(build: Callable[[], RewardObjective], reward: Reward | None 
     if hasattr(term.objective, "setup"):
         term.objective.setup(ctx)
 
+    reached = False
     with _untouched_global_rng("objective"):
         leaf = draw.x0.detach().requires_grad_()
-        answer = term.objective(replace(draw, leaf=leaf), ctx)
-    loss = answer.loss
-    assert loss.shape == (batch,), f"Term.loss must be one loss per sample, [{batch}], not {list(loss.shape)}"
-    valid = torch.ones_like(draw.mask) if answer.valid is None else answer.valid
-    assert valid.shape == (batch,) and valid.dtype == torch.bool, "Term.valid must be [B] bool, or None"
-    assert loss[valid].isfinite().all(), "Term.loss must be finite for every valid sample"
-    if answer.grad is None and loss.requires_grad:
-        loss[valid].sum().backward()
-    reached = leaf.grad is not None or answer.grad is not None
+        for answer in terms_of(term.objective(replace(draw, leaf=leaf), ctx)):
+            loss = answer.loss
+            assert loss.shape == (batch,), f"Term.loss must be one loss per sample, [{batch}], not {list(loss.shape)}"
+            valid = torch.ones_like(draw.mask) if answer.valid is None else answer.valid
+            assert valid.shape == (batch,) and valid.dtype == torch.bool, "Term.valid must be [B] bool, or None"
+            assert loss[valid].isfinite().all(), "Term.loss must be finite for every valid sample"
+            if answer.grad is None and loss.requires_grad:
+                loss[valid].sum().backward()
+            reached = reached or leaf.grad is not None or answer.grad is not None
     student = [p.grad for p in trainer.backend.parameters("student").values()]
     assert reached or any(g is not None for g in student), "the loss reaches neither draw.leaf nor the student"
     for role in ("fake_score", "reference"):
@@ -141,8 +143,9 @@ def _check_micro_batches(build: Callable[[], RewardObjective], reward: Reward | 
         objective = build()
         if hasattr(objective, "setup"):
             objective.setup(ctx)
-        parts = [objective(replace(part, leaf=part.x0.detach().requires_grad_()), ctx) for part in whole.split(size)]
-        return torch.cat([part.loss.detach() for part in parts])
+        parts = [replace(part, leaf=part.x0.detach().requires_grad_()) for part in whole.split(size)]
+        answers = [[term.loss.detach() for term in terms_of(objective(part, ctx))] for part in parts]
+        return torch.cat([torch.stack(losses).sum(0) for losses in answers])
 
     together, apart = losses(batch), losses(group * max(batch // group // 2, 1))
     assert torch.allclose(together, apart, atol=1e-5, equal_nan=True), (

@@ -5,14 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dmdr.groups import spread_out
 from dmdr.protocols import Context
 from dmdr.types import Direction, Draw
-
-
-def spread_out(values: Tensor) -> bool:
-    """Whether values [N] differ by more than rounding."""
-    tolerance = 1e-6 * max(1.0, values.abs().mean().item())
-    return (values.max() - values.min()).item() > tolerance
 
 
 def standardised(scores: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
@@ -80,7 +75,7 @@ class RewardTilt:
     clip: tuple[float, float] = (0.1, 5.0)
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor:
-        scores = {name: ctx.gather(score) for name, score in ctx.scores(draw.rollout).items()}
+        scores, _ = ctx.global_scores()
         rewards, valid = standardised(scores, {name: weight for name, (weight, _) in ctx.rewards.parts.items()})
         std = rewards[valid].std(correction=0).item() if valid.any() else 0.0
         weights = tilt_weights(rewards, max(self.tau * std, 1e-12), valid=valid, clip=self.clip)

@@ -15,7 +15,7 @@ from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeig
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
-from dmdr.types import Direction, Draw, Rollout
+from dmdr.types import Direction, Draw, Rollout, terms_of
 
 
 class Learner:
@@ -62,7 +62,6 @@ class Learner:
             raise TrainingError(f"the gradient norm of the {self.name} is {norm}; nothing was updated")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -103,6 +102,7 @@ class Step:
     rollout: Rollout | None = None
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
     _scores: dict[str, Tensor] | None = None
+    _global: tuple[dict[str, Tensor], Tensor] | None = None
 
     def scores(self, rollout: Rollout) -> dict[str, Tensor]:
         """Raw rewards of the rollout's finished images, by name, each [B]; scored once, sliced afterwards."""
@@ -112,6 +112,14 @@ class Step:
             self._scores = self.trainer.score(self.rollout)
         rows = rollout.sample - self.rollout.sample[0]
         return {name: score[rows] for name, score in self._scores.items()}
+
+    def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
+        if self.rollout is None:
+            raise TrainingError("there is no rollout yet that could be scored")
+        if self._global is None:
+            scores = {name: self.gather(score) for name, score in self.scores(self.rollout).items()}
+            self._global = scores, self.gather(self.rollout.group)
+        return self._global
 
     def gather(self, values: Tensor) -> Tensor:
         return self.trainer.accelerator.gather(values)
@@ -181,9 +189,11 @@ class Trainer:
         """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3)."""
         backend, matching = self.backend, self.matching
 
-        for k in range(max(self.fake_updates_due, 1)):  # 1. the fake score catches up with the student
+        rounds = max(self.fake_updates_due, 1)
+        for k in range(rounds):  # 1. the fake score catches up with the student
             ctx = self.context(k)
-            rollout = self.rollout(ctx)  #    all steps, no gradient
+            shared = self.shared_noise(ctx) if k + 1 == rounds else ()
+            rollout = self.rollout(ctx, shared)  #    all steps, no gradient
             draw = self.pick(rollout, ctx)  #    one stored state of each trajectory, and the answer given there
             if self.fake_updates_due:
                 self.learn_fake_score(draw, ctx)
@@ -197,12 +207,14 @@ class Trainer:
 
             for part, g, r in self.parts(draw, direction, reward_grad):  # 3. the only student graph alive
                 prediction = backend.student(part.x_t, part.t, part.cond)
-                matched = (matching.anchor(prediction, part) * g).sum() / direction.numel()
+                matched = (matching.anchor(prediction, part, ctx) * g).sum() / direction.numel()
                 ctx.backward(self.dmd_weight * matched + (prediction.x0 * r).sum())
             ctx.log({"grad_norm/student": self.student.update()})
             self.tell_objectives("after_update", ctx)
 
         self.step += 1
+        for learner in (self.student, self.fake_score) if self.fake_updates_due else (self.student,):
+            learner.scheduler.step()
         return self.logged(ctx)
 
     # --- The verbs of the step -------------------------------------------------------------------------------------
@@ -222,25 +234,39 @@ class Trainer:
             trainer=self,
         )
 
-    def rollout(self, ctx: Step) -> Rollout:
-        """Complete trajectories of the next prompts, made without gradient by the student as it is."""
+    def shared_noise(self, ctx: Step) -> Sequence[int]:
+        """The noises that every objective with an opinion wants the images of a group to share."""
+        wanted = [
+            set(t.objective.shared_noise(ctx)) for t in self.active_objectives if hasattr(t.objective, "shared_noise")
+        ]
+        return sorted(set.intersection(*wanted)) if wanted else ()
+
+    def rollout(self, ctx: Step, shared: Sequence[int] = ()) -> Rollout:
+        """Complete trajectories of the next prompts, made without gradient by the student as it is.
+
+        Args:
+            shared: Noises that the images of a group share (`RewardObjective.shared_noise`).
+        """
         rows = next(self.prompts)
         prompts, columns = split_columns(rows)
         cond = self.backend.encode(prompts, **columns)
         sample = self.accelerator.process_index * len(rows) + torch.arange(len(rows), device=self.accelerator.device)
-        steps = self.sampler.num_inference_steps
+        group = sample // self.prompts.group_size
+        shape = (self.sampler.num_inference_steps, *self.backend.latent_shape)
         log_prob = combined_needs(self.active_objectives).log_prob
         chunks = []
         for start in range(0, len(rows), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
-            noise = ctx.random.normal("noise", sample[part], (steps, *self.backend.latent_shape)).transpose(0, 1)
+            noise = ctx.random.normal("noise", sample[part], shape)
+            if shared:
+                noise[:, shared] = ctx.random.normal("noise/group", group[part], shape)[:, shared]
             chunks.append(
                 self.sampler.rollout(
                     self.backend.student,
-                    noise,
+                    noise.transpose(0, 1),
                     cond[part],
                     sample=sample[part],
-                    group=sample[part] // self.prompts.group_size,
+                    group=group[part],
                     log_prob=log_prob,
                 )
             )
@@ -250,7 +276,7 @@ class Trainer:
             x_t=torch.cat([chunk.x_t for chunk in chunks], 1),
             x0=torch.cat([chunk.x0 for chunk in chunks], 1),
             sample=sample,
-            group=sample // self.prompts.group_size,
+            group=group,
             log_prob=torch.cat([chunk.log_prob for chunk in chunks], 1) if log_prob else None,  # type: ignore[misc]
         )
         return ctx.rollout
@@ -336,18 +362,28 @@ class Trainer:
         """Objective and backward on a micro-batch: scaled gradient at x0, losses, valid samples, metrics."""
         leaf = part.x0.detach().requires_grad_()
         answer = term.objective(replace(part, leaf=leaf), ctx)
-        valid = part.mask if answer.valid is None else part.mask & answer.valid
-        loss = torch.where(valid, answer.loss, 0.0)
-        grad = None
-        if answer.grad is not None:
-            grad = scale * answer.grad
-        elif loss.requires_grad:
-            ctx.backward(scale * loss.sum())
-            grad = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
-        shape = (-1, *[1] * (leaf.ndim - 1))
-        grad = torch.zeros_like(leaf) if grad is None else torch.where(valid.view(shape), grad, 0.0)
-        metrics = {name: torch.as_tensor(value).detach().float() for name, value in answer.metrics.items()}
-        return grad, loss.detach(), valid, metrics
+        grad, losses, counted = (
+            torch.zeros_like(leaf),
+            torch.zeros(len(part), device=leaf.device),
+            torch.zeros_like(part.mask),
+        )
+        metrics: dict[str, list[Tensor]] = {}
+        for found in terms_of(answer):
+            valid = part.mask if found.valid is None else part.mask & found.valid
+            loss = torch.where(valid, found.loss, 0.0)
+            taken = None
+            if found.grad is not None:
+                taken = scale * found.grad
+            elif loss.requires_grad:
+                ctx.backward(scale * loss.sum())
+                taken = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
+                leaf.grad = None
+            if taken is not None:
+                grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
+            losses, counted = losses + loss.detach(), counted | valid
+            for name, value in found.metrics.items():
+                metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+        return grad, losses, counted, {name: torch.stack(values).mean(0) for name, values in metrics.items()}
 
     @contextmanager
     def own_gradient_apart(self) -> Iterator[Callable[[Tensor], None]]:
@@ -417,7 +453,7 @@ class Trainer:
         ctx = self.last_context
         if self.rewards is None or ctx is None or ctx.rollout is None:
             return {}
-        scores = {name: ctx.gather(score) for name, score in ctx.scores(ctx.rollout).items()}
+        scores, _ = ctx.global_scores()
         means = {name: score.nanmean().item() for name, score in scores.items()}
         line = {f"reward/{name}": mean for name, mean in means.items()}
         line |= {f"reward_weighted/{name}": self.rewards.parts[name][0] * mean for name, mean in means.items()}

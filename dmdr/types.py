@@ -4,7 +4,7 @@ Legend of shapes: B samples, K student steps, `*latent` the latent's own dimensi
 Times are in [0, 1]; t = 1 is noise, t = 0 is data.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,6 +117,12 @@ class Draw:
     def __len__(self) -> int:
         return len(self.cond)
 
+    @property
+    def x_next(self) -> Tensor:
+        """The stored state after the drawn step, [B, *latent]; x0 for the last one."""
+        rows = torch.arange(len(self), device=self.x_t.device)
+        return self.rollout.x_t[self.index + 1, rows]
+
     def __getitem__(self, part: slice) -> "Draw":
         whole = self.rollout
         return replace(
@@ -194,3 +200,8 @@ class Term:
     valid: Tensor | None = None
     grad: Tensor | None = None
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+def terms_of(answer: Term | Iterable[Term]) -> Iterable[Term]:
+    """What an objective returned, one term at a time."""
+    return (answer,) if isinstance(answer, Term) else answer

@@ -154,7 +154,7 @@ def test_the_loss_has_the_gradient_of_the_published_one() -> None:
     """(x0 * g).sum() / numel against 0.5 mean((x0 - sg(x0 - g))^2), and both against g / numel."""
     x0 = normal(6, 4, 2, 2).requires_grad_()
     g = normal(6, 4, 2, 2, seed=1)
-    anchor = DMD().anchor(Prediction(x0, "x0", x0, torch.zeros(6), FLOW), draw_of(x0.detach()))
+    anchor = DMD().anchor(Prediction(x0, "x0", x0, torch.zeros(6), FLOW), draw_of(x0.detach()), None)
     (ours,) = torch.autograd.grad((anchor * g).sum() / g.numel(), x0)
     (published,) = torch.autograd.grad(0.5 * (x0 - (x0 - g).detach()).square().mean(), x0)
     torch.testing.assert_close(ours, g / g.numel(), rtol=1e-14, atol=0)

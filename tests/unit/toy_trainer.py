@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, ToyBackend
 from dmdr.matching import DMD
+from dmdr.paths import Prediction, VariancePreserving, expand
 from dmdr.prompts import PromptStream
 from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
@@ -55,6 +56,28 @@ class DoubleToy(ToyBackend):
         return super()._predict(x_t.double(), *args, **kwargs)
 
 
+class EpsToy(ToyBackend):
+    """The toy as an epsilon model: the same mixture on the variance-preserving path of SDXL."""
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.path = VariancePreserving((1 - betas).cumprod(0))
+
+    def _as_eps(self, prediction: Prediction) -> Prediction:
+        """What the flow model would answer as a velocity, read as a change of the exact noise."""
+        x_t, t = prediction.x_t, prediction.t
+        alpha, sigma = expand(self.path.alpha(t), x_t), expand(self.path.sigma(t), x_t)
+        mean = x_t - prediction.value * expand(t, x_t)  # undoes ToyBackend's velocity
+        return Prediction((x_t - alpha * mean) / sigma, "eps", x_t, t, self.path)
+
+    def _predict(self, *args: Any, **kwargs: Any) -> Prediction:
+        return self._as_eps(super()._predict(*args, **kwargs))
+
+    def teacher(self, *args: Any, **kwargs: Any) -> Prediction:
+        return self._as_eps(super().teacher(*args, **kwargs))
+
+
 def prepared(cls: type[ToyBackend] = ToyBackend, *, roles: Sequence[Any] = ("student", "fake_score")) -> ToyBackend:
     """A backend whose student and fake score differ from the teacher and from each other."""
     backend = cls("", BackendOptions(seed=0))
@@ -81,6 +104,7 @@ def trainer(
     rl_weight: float = 1.0,
     dmd_weight: float = 1.0,
     sample_weight: SampleWeight | None = None,
+    sde_type: Any = "cps",
     matching: Matching | None = None,
     optimize: Optimize = descend,
     fake_optimize: Optimize | None = None,
@@ -107,7 +131,7 @@ def trainer(
     settings = {"seed": 0, "fake_updates": 1, "fake_mix": lambda step: 0.0, "renoise": lambda step: (4.0, 1.5)}
     return Trainer(
         backend=backend,
-        sampler=FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta),
+        sampler=FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta, sde_type),
         prompts=PromptStream(
             rows,
             batch * accelerator.num_processes,

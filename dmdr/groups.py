@@ -1,0 +1,64 @@
+"""Statistics within groups: samples of one prompt are compared with each other and with nothing else.
+
+All in float64, over valid samples only. A group with fewer than two of them, or whose values do not differ by more than
+rounding, has deviation exactly 0: a mean of equal float32 numbers is not, and dividing by its tiny spread would make
+advantages of nothing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def spread_out(values: Tensor) -> bool:
+    """Whether values [N] differ by more than rounding."""
+    return _differ(values.max(), values.min(), values.abs().mean()).item() is True
+
+
+def _differ(greatest: Tensor, least: Tensor, size: Tensor) -> Tensor:
+    return greatest - least > 1e-6 * size.clamp_min(1.0)
+
+
+def comparable(group: Tensor, valid: Tensor) -> Tensor:
+    """Valid samples whose group holds another valid one, [N] bool."""
+    index, number = _index(group)
+    count = torch.zeros(number, dtype=torch.int64, device=group.device).index_add_(0, index, valid.long())
+    return valid & (count >= 2)[index]
+
+
+def group_deviation(values: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """value - mean of its group, [N] float64.
+
+    Args:
+        values: [N]; ignored where not valid.
+        group: Group of each sample, [N] int64, any numbers.
+        valid: Samples that count, [N] bool.
+
+    Returns:
+        0 for a sample that is not valid, in a group with fewer than two valid samples, or in one of equal values.
+    """
+    counted = comparable(group, valid)
+    values = torch.where(counted, values.double(), 0.0)
+    index, number = _index(group)
+    size, total = _sum(counted.double(), index, number), _sum(values, index, number)
+    extreme = torch.full((number,), torch.inf, dtype=torch.float64, device=values.device)
+    greatest = (-extreme).scatter_reduce(0, index, values.where(counted, -torch.inf), "amax")
+    least = extreme.scatter_reduce(0, index, values.where(counted, torch.inf), "amin")
+    differ = _differ(greatest, least, _sum(values.abs(), index, number) / size.clamp_min(1))
+    deviation = values - (total / size.clamp_min(1))[index]
+    return torch.where(counted & differ[index], deviation, 0.0)
+
+
+def group_std(deviation: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """Root mean square of `group_deviation` over each sample's group, [N] float64 (the biased standard deviation)."""
+    index, number = _index(group)
+    size = _sum(valid.double(), index, number)
+    return (_sum(deviation**2, index, number) / size.clamp_min(1)).sqrt()[index]
+
+
+def _index(group: Tensor) -> tuple[Tensor, int]:
+    found, index = group.unique(return_inverse=True)
+    return index, len(found)
+
+
+def _sum(values: Tensor, index: Tensor, number: int) -> Tensor:
+    return torch.zeros(number, dtype=torch.float64, device=values.device).index_add_(0, index, values)
