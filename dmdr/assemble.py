@@ -67,7 +67,7 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
     last = len(config.sigmas or range(config.num_inference_steps)) - 1
     for term in objectives:
         needs, who = term.objective.needs, f"--rl {term.name}"
-        if not settings.of("rewards"):
+        if needs.reward and not settings.of("rewards"):
             raise ConfigError(f"{who} climbs a reward: name one with --reward")
         for reward in settings.of("rewards"):
             if needs.reward_grad and not getattr(reward.cls, "differentiable", False):
@@ -78,8 +78,12 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
             raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
         if config.num_generations < needs.group_size:
             raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
-        if (needs.steps == "stochastic" or needs.log_prob) and (last == 0 or config.eta == 0):
-            raise ConfigError(f"{who} acts on stochastic steps: it needs --num_inference_steps of 2 and --eta above 0")
+        noisy = max(needs.stochastic_steps, needs.steps == "stochastic" or needs.log_prob)
+        if noisy and (last < noisy or config.eta == 0):
+            raise ConfigError(
+                f"{who} acts on stochastic steps, and the last is deterministic: it needs --num_inference_steps of at "
+                f"least {noisy + 1} and --eta above 0"
+            )
         if isinstance(needs.steps, tuple) and not all(0 <= step <= last for step in needs.steps):
             raise ConfigError(f"{who} acts on step {max(needs.steps)}, but the student's last step is {last}")
 

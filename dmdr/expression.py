@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dmdr.errors import ConfigError
 
 _QUOTED = r"""'[^']*'|"[^"]*\""""
-_NAME = re.compile(r"\w[\w.-]*")
+_NAME = re.compile(r"[\w./~][\w./:~-]*")
 _WEIGHT = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)", re.IGNORECASE)
 _TERM = re.compile(rf"(?:(?P<weight>[^'\"*]*)\*)?\s*(?P<name>{_QUOTED}|[^'\"*]*)")
 # A + inside quotes or in the exponent of a weight (1e+2*hps) does not end a term.
@@ -19,10 +19,10 @@ def parse_sum(text: str, what: str = "reward") -> list[tuple[float, str]]:
 
         sum = term {"+" term};  term = [weight "*"] name
 
-    A name that holds one of `/ : + *` is quoted with ' or ". Spaces around weights and names do not count.
+    A name that holds `+`, `*` or a space is quoted with ' or ". Spaces around weights and names do not count.
 
     Args:
-        text: E.g. `0.3*hps+clip` or `0.5*'my_file.py:score'+1e-3*hps`.
+        text: E.g. `0.3*hps+clip`, `0.5*my_file.py:score+1e-3*hps`, `'my file.py:score'`.
         what: What the names are, for messages: "reward" or "objective".
 
     Returns:
@@ -67,7 +67,7 @@ def _parse(term: str, what: str) -> tuple[float, str]:
     if not name:
         raise ValueError("empty term" if written is None else f"no {what} after the weight")
     if not quoted and not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name; quote one that holds other characters than letters, digits, _ . -")
+        raise ValueError(f"{name!r} is no name; quote one that holds spaces or other signs than _ . - / : ~")
     if written is None:
         return 1.0, name
     if not _WEIGHT.fullmatch(written.strip()):

@@ -1,5 +1,6 @@
 """Before a run: which folder, which checkpoint, which stages. Nothing here writes."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     elif config.output_dir is None and resume:
         raise ConfigError("--resume_from_checkpoint latest: say of which run with --output_dir")
     elif config.output_dir is None:
-        output = _free_folder(Path("runs") / f"{Path(config.model).name}-{config.rl}".replace("*", "x"))
+        name = f"{Path(config.model).name}-{config.rl}".replace("*", "x")
+        output = _free_folder(Path("runs") / re.sub(r"[^\w.+-]+", "_", name))
     else:
         output = Path(config.output_dir)
     if resume is None:

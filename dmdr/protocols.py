@@ -171,21 +171,25 @@ class Needs:
     """What an objective requires; checked before step 0.
 
     Attributes:
+        reward: The run must have a reward.
         group_size: Least number of images per prompt.
         reward_grad: The rewards must be differentiable.
         text_features: The rewards must have separable text features.
         log_prob: The rollout must store the log-probabilities of its transitions.
         roles: Further roles, e.g. ("reference",).
+        stochastic_steps: Least number of stochastic steps of the sampler (all but the last, at eta above 0).
         steps: Student steps it acts on: "any", "last", "stochastic" (all but the last), or explicit indices.
         updates_per_rollout: How often one rollout is used.
         matching: It reads the matching gradient (`draw.direction`), which --dmd_weight 0 takes away.
     """
 
+    reward: bool = True
     group_size: int = 1
     reward_grad: bool = False
     text_features: bool = False
     log_prob: bool = False
     roles: tuple[Role, ...] = ()
+    stochastic_steps: int = 0
     steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
     updates_per_rollout: int = 1
     matching: bool = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmdr.errors import ConfigError
+from dmdr.functions import as_reward, load_object
 
 GROUPS = ("objectives", "rewards", "matchings", "backends", "models")
 
@@ -86,11 +87,16 @@ def find(group: str, name: str) -> Plugin:
 
 
 def load(group: str, name: str) -> Any:
-    """Import and return the plugin's class.
+    """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 
     Raises:
         PluginError: If it is unknown, cannot be imported, or is not what its group promises.
     """
+    if ":" in name:
+        found = load_object(name)
+        if group == "rewards" and inspect.isfunction(found):
+            return as_reward(found, name)
+        return _checked(group, found, f"{group[:-1]} '{name}'")
     plugin = find(group, name)
     where = f"{group[:-1]} '{name}' of {plugin.distribution} {plugin.version} ({plugin.target})"
     module, _, attribute = plugin.target.partition(":")
@@ -101,6 +107,10 @@ def load(group: str, name: str) -> Any:
         raise PluginError(f"{where} needs the package '{error.name}': pip install '{wanted}'") from error
     except Exception as error:
         raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    return _checked(group, target, where)
+
+
+def _checked(group: str, target: Any, where: str) -> Any:
     if not inspect.isclass(target):
         raise PluginError(f"{where} is no class")
     if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):

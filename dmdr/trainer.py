@@ -479,12 +479,9 @@ def over_the_batch(parts: Sequence[Mapping[str, Tensor]], valid: Tensor, ctx: St
 
 
 def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
-    """What a sum of objectives requires: the union of their needs."""
+    """What a sum of objectives asks of the loop."""
     needs = [term.objective.needs for term in objectives]
     return Needs(
-        group_size=max((n.group_size for n in needs), default=1),
-        reward_grad=any(n.reward_grad for n in needs),
-        text_features=any(n.text_features for n in needs),
         log_prob=any(n.log_prob for n in needs),
         roles=tuple(dict.fromkeys(role for n in needs for role in n.roles)),
         updates_per_rollout=max((n.updates_per_rollout for n in needs), default=1),

@@ -10,6 +10,7 @@ from dmdr.expression import parse_sum
         ("hps+clip", [(1.0, "hps"), (1.0, "clip")]),
         ("  .5 * hps +\t2.*my-reward_2.1 ", [(0.5, "hps"), (2.0, "my-reward_2.1")]),
         ("0.5*'my_file.py:score'+hps", [(0.5, "my_file.py:score"), (1.0, "hps")]),
+        ("0.5*my_file.py:score+~/a/b-c.py:f", [(0.5, "my_file.py:score"), (1.0, "~/a/b-c.py:f")]),
         ("""'a+0.5*b'+1e+1*"c/d's" """, [(1.0, "a+0.5*b"), (10.0, "c/d's")]),
         ("1e-3*hps+1e+2*clip", [(0.001, "hps"), (100.0, "clip")]),
         ("a1e+2*b", [(1.0, "a1e"), (2.0, "b")]),  # the exponent of a weight is not the end of a name
@@ -39,7 +40,7 @@ def test_reads_weights_and_names(text: str, terms: list[tuple[float, str]]) -> N
         ("1e400*hps", "1e400 of 'hps' is not a positive", 1),
         ("hps+0.5*'hps'", "'hps' is named twice", 5),
         ("hps+'clip", "unbalanced quote", 5),
-        ("file.py:score", "'file.py:score' is no name; quote", 1),
+        ("my file.py:score", "'my file.py:score' is no name; quote", 1),
         ("hps clip", "'hps clip' is no name", 1),
     ],
 )

@@ -590,11 +590,11 @@ def test_reward_metrics_are_those_of_the_finished_images() -> None:
 
 def test_needs_of_a_sum_are_their_union() -> None:
     terms = [
-        WeightedObjective("a", 1.0, Spy(Needs(group_size=4, log_prob=True, roles=("reference",)))),
-        WeightedObjective("b", 1.0, Spy(Needs(reward_grad=True, text_features=True, updates_per_rollout=2))),
+        WeightedObjective("a", 1.0, Spy(Needs(log_prob=True, roles=("reference",)))),
+        WeightedObjective("b", 1.0, Spy(Needs(updates_per_rollout=2))),
         WeightedObjective("c", 1.0, Spy(Needs(roles=("reference",)))),
     ]
-    assert combined_needs(terms) == Needs(4, True, True, True, ("reference",), "any", 2)
+    assert combined_needs(terms) == Needs(log_prob=True, roles=("reference",), updates_per_rollout=2)
     assert combined_needs([]) == Needs()
 
 
