@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
+from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.protocols import Backend, Role
 from dmdr.states import load_strict
@@ -46,6 +46,7 @@ def save_checkpoint(
     optimizers: Mapping[str, torch.optim.Optimizer],
     extra: Mapping[str, Any],
     *,
+    ema: EMA | None = None,
     stage_end: bool = False,
 ) -> Path:
     """Write `folder/step-<total>`, under another name until it is complete.
@@ -54,6 +55,7 @@ def save_checkpoint(
         folder: The run's `checkpoints/`.
         optimizers: By role; their moments are kept, their settings come from the configuration on resuming.
         extra: Further state of plain containers and tensors (objectives, loss scaler).
+        ema: The student's average, if there is one.
         stage_end: Keep it whatever `prune` is asked to.
     """
     final = folder / f"step-{progress.total:06d}"
@@ -63,8 +65,9 @@ def save_checkpoint(
     for role in ROLES:
         parameters = backend.parameters(role)
         if parameters:
-            state = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-            save_file(state, partial / f"{role}.safetensors")
+            _save_tensors(parameters, partial / f"{role}.safetensors")
+    if ema:
+        _save_tensors(ema.average, partial / "ema.safetensors")
     moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
     torch.save({"moments": moments, "extra": dict(extra)}, partial / "training.pt")
     (partial / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -76,6 +79,10 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -90,8 +97,8 @@ def read_progress(checkpoint: Path) -> Progress:
         raise ConfigError(f"{checkpoint} is no checkpoint of a run: {error}") from error
 
 
-def load_parameters(checkpoint: Path, role: Role, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy a role's weights from a checkpoint.
+def load_parameters(checkpoint: Path, role: Role | Literal["ema"], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Copy a role's weights, or the student's average, from a checkpoint.
 
     Raises:
         ConfigError: If names or shapes differ; says which.

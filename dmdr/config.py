@@ -81,6 +81,7 @@ class Config:
     adam_beta2: float = flag(0.999, "of both optimizers")
     adam_epsilon: float = flag(1e-8, "of both optimizers")
     weight_decay: float = flag(0.01, "of the student; the fake score has none")
+    ema_decay: float = flag(0.0, "of the student's average, which is then sampled, evaluated and exported; 0 is none")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     per_device_train_batch_size: int = flag(4, "images per process and micro-batch; divisible by num_generations")
     gradient_accumulation_steps: int = flag(1, "micro-batches per update")
@@ -125,7 +126,7 @@ class Config:
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("eta", "dyna_guidance"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         self._require(self.sample_eta in (None, 0, 1), "sample_eta", "0 or 1: stock pipelines know no other")
         self._require(

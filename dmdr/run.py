@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from dmdr.checkpoint import (
     save_checkpoint,
 )
 from dmdr.config import Config, Settings, parse
+from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.evaluation import evaluate
 from dmdr.export import export
@@ -218,13 +219,16 @@ class Run:
                     )
                     self._log(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
-                        self._grid(self.progress.total)
+                        with self._averaged(trainer):
+                            self._grid(self.progress.total)
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
             except Exception:
                 if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
                     self._save(trainer)
                 raise
+        if trainer.ema and trainer.step == stage.steps:
+            trainer.ema.settle()
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if self.stopped is None:
             self._grid(self.progress.total)
@@ -236,6 +240,11 @@ class Run:
             flag = torch.tensor(self.stopped or 0, device=self.accelerator.device)
             self.stopped = int(self.accelerator.gather(flag[None]).max()) or None
         return self.stopped is not None
+
+    @staticmethod
+    def _averaged(trainer: Trainer) -> AbstractContextManager[None]:
+        """The student as users get it."""
+        return trainer.ema.applied() if trainer.ema else nullcontext()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
@@ -327,7 +336,11 @@ class Run:
             first_step=stage.first_step,
             step=step,
         )
+        if config.ema_decay:
+            trainer.ema = EMA(trainer.student.parameters, config.ema_decay)
         if state:
+            if trainer.ema:
+                load_parameters(state, "ema", trainer.ema.average)
             optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
             extra = load_training(state, optimizers)
             self.scaler.load_state_dict(extra["scaler"])
@@ -366,7 +379,13 @@ class Run:
         }
         optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
         folder = save_checkpoint(
-            self.output / "checkpoints", self.progress, self.job.backend, optimizers, extra, stage_end=stage_end
+            self.output / "checkpoints",
+            self.progress,
+            self.job.backend,
+            optimizers,
+            extra,
+            ema=trainer.ema,
+            stage_end=stage_end,
         )
         logger.debug("saved %s", folder)
         prune(self.output, self.config.save_total_limit)
@@ -379,7 +398,8 @@ class Run:
         rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.active_objectives else {}
         values = {**line, **rewards, "seconds": seconds}
         if evaluated and self.accelerator.is_main_process:
-            found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
+            with self._averaged(trainer):
+                found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
             values |= {f"eval/{name.replace('reward/', '')}": value for name, value in found.items()}
         short = {"stage": self.progress.stage} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dmdr.ema import EMA
 from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeight
@@ -147,6 +148,7 @@ class Trainer:
         rl_weight: lambda of L = L_DMD + lambda L_RL.
         objectives: The RL half; empty in stage 1.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
+        ema: Average of the student over its updates, or None.
         fake_mix, renoise: DynaDG and DynaRS, functions of the step.
         guidance: Range of the teacher's guidance, drawn per sample.
         step: Student updates so far in this stage; `first_step` those before it.
@@ -171,6 +173,7 @@ class Trainer:
     objectives: Sequence[WeightedObjective] = ()
     rewards: Rewards | None = None
     sample_weight: SampleWeight | None = None
+    ema: EMA | None = None
     first_step: int = 0
     step: int = 0
     objective_states: Mapping[str, Any] = field(default_factory=dict)  # of a checkpoint, given back after `setup`
@@ -210,6 +213,8 @@ class Trainer:
                 matched = (matching.anchor(prediction, part, ctx) * g).sum() / direction.numel()
                 ctx.backward(self.dmd_weight * matched + (prediction.x0 * r).sum())
             ctx.log({"grad_norm/student": self.student.update()})
+            if self.ema:
+                self.ema.update()
             self.tell_objectives("after_update", ctx)
 
         self.step += 1

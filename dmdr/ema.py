@@ -1,0 +1,51 @@
+"""Exponential moving average of the student: what is sampled, evaluated and exported where it is on."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """average <- decay average + (1 - decay) parameter, once per optimizer step.
+
+    Every process holds the whole average, and a checkpoint all of it.
+
+    Args:
+        parameters: Followed from their present values on.
+        decay: In [0, 1).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters as they are now."""
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter, 1 - self.decay)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Parameters and average change places."""
+        for name, parameter in self.parameters.items():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name] = kept
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The student is its average inside."""
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The student becomes its average for good."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])
