@@ -63,6 +63,17 @@ class Config:
     dyna_guidance: float = flag(0.25, "DynaDG: share of the fake score's adapter in the teacher at first; 0 is off")
     dyna_renoise: list[float] = flag([4.0, 1.5], "DynaRS: Beta parameters of the renoise time at first; 1 1 is uniform")
     reward_tilt: float = flag(1.5, "RT-DM in stage 1: temperature in standard deviations of the reward; 0 is off")
+    tilt_weight: Literal["exp", "linear", "rank"] = flag(
+        "exp", "RT-DM's weight: exp(z / tau), 1 + z / tau, or exp by rank; z is the standardised reward, tau reward_tilt"
+    )
+    tilt_divergence: Literal[
+        "forward_kl", "js", "softened_reverse_kl", "hellinger", "jeffreys", "neyman", "reverse_kl"
+    ] = flag("forward_kl", "f-distill's weight h of the density ratio exp(z / tau); RT-DM itself is forward_kl")
+    tilt_baseline: Literal["batch", "prompt_group", "ema"] | None = flag(
+        None,
+        "what z compares a reward with: by default the other images of its prompt (prompt_group) if num_generations is "
+        "above 1, earlier updates (ema) in a global batch of one, or else the global batch",
+    )
     # Student and fake score
     full_finetune: bool = flag(False, "train a full copy of the network as the student instead of a LoRA")
     lora_rank: int = flag(64, "rank of the student's LoRA")
@@ -139,6 +150,11 @@ class Config:
             f"divisible by num_generations, {self.num_generations}",
         )
         self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
+        if self.tilt_baseline == "prompt_group":
+            self._require(self.num_generations >= 2, "num_generations", "at least 2 for --tilt_baseline prompt_group")
+        if self.tilt_divergence != "forward_kl":
+            what = f"exp, a density ratio, for --tilt_divergence {self.tilt_divergence}"
+            self._require(self.tilt_weight == "exp", "tilt_weight", what)
         if self.sigmas is not None:
             bounds = [*self.sigmas, 0.0]
             falling = len(bounds) > 1 and all(a > b for a, b in pairwise(bounds))

@@ -332,7 +332,14 @@ class Run:
             rl_weight=0.0 if first else config.rl_weight,
             objectives=() if first else job.objectives,
             rewards=job.rewards,
-            sample_weight=RewardTilt(config.reward_tilt) if first and config.reward_tilt and job.rewards else None,
+            sample_weight=RewardTilt(
+                config.reward_tilt,
+                weight=config.tilt_weight,
+                divergence=config.tilt_divergence,
+                baseline=config.tilt_baseline,
+            )
+            if first and config.reward_tilt and job.rewards
+            else None,
             first_step=stage.first_step,
             step=step,
         )
@@ -345,6 +352,9 @@ class Run:
             extra = load_training(state, optimizers)
             self.scaler.load_state_dict(extra["scaler"])
             trainer.objective_states = extra["objectives"]
+            for name, part in _stateful_parts(trainer).items():
+                if name in extra:
+                    part.load_state_dict(extra[name])
             if job.backend.parameters("reference"):
                 load_parameters(state, "reference", job.backend.parameters("reference"))
         return trainer
@@ -376,6 +386,7 @@ class Run:
         extra = {
             "scaler": self.scaler.state_dict(),
             "objectives": {name: objective.state_dict() for name, objective in stateful.items()},
+            **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
         }
         optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
         folder = save_checkpoint(
@@ -494,6 +505,12 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _stateful_parts(trainer: Trainer) -> dict[str, Any]:
+    """Matching and weight of samples, where they have a state to be saved."""
+    parts = {"matching": trainer.matching, "sample_weight": trainer.sample_weight}
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
 def _factor(step: int, *, name: str, steps: int, warmup_steps: int) -> float:

@@ -1,38 +1,140 @@
 """Reward-tilted distribution matching (RT-DM; DMDR, arXiv 2511.13649, section 2.4, eq. 4) as a weight per sample."""
 
-from dataclasses import dataclass
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dmdr.groups import spread_out
+from dmdr.groups import comparable, group_deviation, spread_out
 from dmdr.protocols import Context
 from dmdr.types import Direction, Draw
 
+logger = logging.getLogger("dmdr")
 
-def standardised(scores: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
+Divergence = Literal["forward_kl", "js", "softened_reverse_kl", "hellinger", "jeffreys", "neyman", "reverse_kl"]
+Baseline = Literal["batch", "prompt_group", "ema"]
+
+ROUNDING = 1e-6  # rewards that differ by less, in their own size or in standard deviations, are equal
+DECAY = 0.99  # of averages over time, per call
+LOGIT_LIMIT = 10.0  # of exponents that enter an average over time, where one of them would stay; as in f-distill
+
+
+def judged(scores: Mapping[str, Tensor]) -> Tensor:
+    """Samples that every reward has a finite score for, [N] bool."""
+    return torch.stack([score.isfinite() for score in scores.values()]).all(0)
+
+
+def standardised(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Weighted sum of rewards, each in units of its own standard deviation over the valid samples.
 
     Args:
         scores: Raw rewards of the global batch by name, each [N] float32, NaN or infinite where not applicable.
         weights: Weight of each name.
+        group: Group of each sample, [N] int64, where rewards count as deviations from the mean of their group. The
+            standard deviation is over all of those.
 
     Returns:
-        The sum [N] float64 (0 where not valid; a constant reward adds 0), and the valid samples [N] bool.
+        The sum [N] float64 (0 where not valid; a constant reward adds 0), and the valid samples [N] bool: those that
+        every reward has judged and, with groups, that have another one to be compared with.
     """
-    valid = torch.stack([score.isfinite() for score in scores.values()]).all(0)
+    finite = judged(scores)
+    valid = finite if group is None else comparable(group, finite)
     total = torch.zeros_like(valid, dtype=torch.float64)
     for name, score in scores.items():
-        usable = score[valid].double()
+        usable = (score.double() if group is None else group_deviation(score, group, finite))[valid]
         if len(usable) > 1 and spread_out(usable):
             total[valid] += weights[name] * (usable - usable.mean()) / usable.std(correction=0)
     return total, valid
 
 
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 0 (least) to 1 (greatest), [N] float64; values that are equal up to rounding share their mean rank."""
+    ordered = values.sort().values
+    below = torch.searchsorted(ordered, values - ROUNDING)
+    up_to = torch.searchsorted(ordered, values + ROUNDING, right=True)
+    return (below + up_to - 1).double() / (2 * max(len(values) - 1, 1))
+
+
+def density_ratio(rewards: Tensor, beta: float, valid: Tensor, *, linear: bool = False) -> Tensor:
+    """Estimate of p_tilted / p at each sample: exp(r / beta) / mean exp(r / beta).
+
+    Args:
+        rewards: [N], the whole global batch.
+        beta: Temperature in units of the reward; > 0.
+        valid: Samples that count, [N] bool.
+        linear: To first order in 1 / beta instead: 1 + (r - mean r) / beta, which may be negative.
+
+    Returns:
+        [N] float64, mean one over the valid samples; exactly 1 for the others, and where the rewards do not differ.
+    """
+    ratio = torch.ones(len(rewards), dtype=torch.float64, device=rewards.device)
+    usable = rewards[valid].double()
+    if len(usable) < 2 or not spread_out(usable):
+        return ratio
+    if linear:
+        ratio[valid] = 1 + (usable - usable.mean()) / beta
+    else:
+        w = ((usable - usable.max()) / beta).exp()
+        ratio[valid] = w / w.mean()
+    return ratio
+
+
+def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
+    """h(rho) of f-distill (Xu et al. 2025, arXiv 2502.15681): the weight that makes DMD descend another f-divergence.
+
+    h(rho) = f''(rho) rho^2 up to a constant, for the divergence E_student f(rho) with rho = p_target / p_student. DMD
+    itself descends the reverse KL divergence, h = 1; RT-DM weighs by rho, the forward one. `neyman` and
+    `softened_reverse_kl` fall with rho: they press harder where the target has little mass.
+
+    Args:
+        ratio: rho, any shape, > 0.
+    """
+    weights: dict[Divergence, Callable[[], Tensor]] = {
+        "forward_kl": lambda: ratio,
+        "js": lambda: 1 - 1 / (1 + ratio),
+        "softened_reverse_kl": lambda: 1 / (1 + ratio),
+        "hellinger": lambda: ratio.sqrt(),
+        "jeffreys": lambda: 1 + ratio,
+        "neyman": lambda: 1 / ratio,
+        "reverse_kl": lambda: torch.ones_like(ratio),
+    }
+    return weights[name]()
+
+
+def bounded(
+    ratio: Tensor,
+    valid: Tensor,
+    clip: tuple[float, float],
+    divergence: Divergence = "forward_kl",
+    mean: Callable[[Tensor], Tensor | float] = torch.mean,
+) -> Tensor:
+    """Weights from density ratios: clipped (as in f-distill, before h: so each h is bounded), h, brought to mean one.
+
+    Args:
+        ratio: [N] float64.
+        valid: Samples that count, [N] bool; the others get the neutral weight 1.
+        mean: What the valid samples' weights are divided by.
+
+    Returns:
+        [N] float32.
+    """
+    weights = torch.ones_like(ratio)
+    h = divergence_weight(divergence, ratio[valid].clamp(*clip))
+    weights[valid] = h / mean(h)
+    return weights.float()
+
+
 def tilt_weights(
     rewards: Tensor, beta: float, *, valid: Tensor | None = None, clip: tuple[float, float] = (0.1, 5.0)
 ) -> Tensor:
-    """w = exp(r / beta) / mean exp(r / beta), clipped to `clip` and brought back to mean one.
+    """RT-DM as published: w = exp(r / beta) / mean exp(r / beta), clipped to `clip` and brought back to mean one.
 
     Args:
         rewards: [N], the whole global batch.
@@ -43,14 +145,7 @@ def tilt_weights(
         [N] float32, mean one over the valid samples; exactly 1 where the rewards do not differ.
     """
     valid = rewards.isfinite() if valid is None else valid
-    weights = torch.ones(len(rewards), dtype=torch.float64, device=rewards.device)
-    usable = rewards[valid].double()
-    if len(usable) < 2 or not spread_out(usable):
-        return weights.float()
-    w = ((usable - usable.max()) / beta).exp()
-    w = (w / w.mean()).clamp(*clip)
-    weights[valid] = w / w.mean()
-    return weights.float()
+    return bounded(density_ratio(rewards, beta, valid), valid, clip)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
@@ -58,7 +153,43 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return weights.sum() ** 2 / (weights**2).sum() / len(weights)
 
 
-@dataclass(frozen=True)
+@dataclass
+class Moments:
+    """Mean and variance over time: exponential moving averages of mean and mean square, corrected for their start.
+
+    Attributes:
+        count: Calls so far.
+        mean, var: Over all values so far; the share of a call falls by `DECAY` with each later one.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    var: float = 0.0
+
+    def add(self, values: Tensor) -> "Moments":
+        """Count in values [n], if any. Written with differences: equal values keep exactly their mean."""
+        if len(values):
+            self.count += 1
+            rate = (1 - DECAY) / (1 - DECAY**self.count)
+            change = values.mean().item() - self.mean
+            self.var = (1 - rate) * (self.var + rate * change**2) + rate * values.var(correction=0).item()
+            self.mean += rate * change
+        return self
+
+    def standardise(self, values: Tensor) -> Tensor:
+        """(values - mean) / std, the values counted in, which bounds it: a few early ones have next to no spread.
+
+        Returns:
+            [n] float64; 0 at the first call, and as long as nothing has differed.
+        """
+        self.add(values)
+        std = math.sqrt(self.var)
+        if self.count < 2 or std <= ROUNDING * max(1.0, abs(self.mean)):
+            return torch.zeros_like(values)
+        return (values - self.mean) / std
+
+
+@dataclass
 class RewardTilt:
     """RT-DM: the reward of the finished image as a constant weight of its sample's DMD gradient.
 
@@ -68,16 +199,86 @@ class RewardTilt:
 
     Attributes:
         tau: Temperature in standard deviations of the (standardised, summed) reward; 1 to 2 is usual.
-        clip: Least and greatest weight, before the mean is brought back to one.
+        clip: Least and greatest density ratio, before the mean is brought back to one.
+        weight: How it rises with z, the reward in standard deviations. "exp" is exp(z / tau). "linear" is 1 + z / tau,
+            its first order, which no outlier dominates. "rank" is exp(z / tau) of the rank, in standard deviations of
+            the ranks: only the order counts.
+        divergence: h of `divergence_weight`, of the ratio that "exp" estimates.
+        baseline: What a reward is compared with, None for the first of these that applies: "prompt_group", the other
+            images of its prompt, where there are any; "ema", those of the last hundred updates or so, for a global
+            batch of one; "batch", the global batch. By group, a sample without another valid one has weight 1.
+            Over time, weights have mean one over time and not over the batch, the first call has weight 1, and the
+            rank is the one of a Gaussian reward.
     """
 
     tau: float
     clip: tuple[float, float] = (0.1, 5.0)
+    weight: Literal["exp", "linear", "rank"] = "exp"
+    divergence: Divergence = "forward_kl"
+    baseline: Baseline | None = None
+    _moments: dict[str, Moments] = field(default_factory=lambda: defaultdict(Moments), init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor:
-        scores, _ = ctx.global_scores()
-        rewards, valid = standardised(scores, {name: weight for name, (weight, _) in ctx.rewards.parts.items()})
-        std = rewards[valid].std(correction=0).item() if valid.any() else 0.0
-        weights = tilt_weights(rewards, max(self.tau * std, 1e-12), valid=valid, clip=self.clip)
-        ctx.log({"tilt/effective_sample_size": effective_sample_size(weights), "tilt/max": weights.max()})
+        scores, group = ctx.global_scores()
+        shares = {name: share for name, (share, _) in ctx.rewards.parts.items()}
+        baseline = self.baseline or automatic_baseline(group)
+        if baseline == "ema":
+            valid = judged(scores)
+            ratio = self._ratio_over_time(scores, shares, valid)
+            weights = bounded(ratio, valid, self.clip, self.divergence, lambda h: self._moments["weight"].add(h).mean)
+        else:
+            rewards, valid = standardised(scores, shares, group if baseline == "prompt_group" else None)
+            if self.weight == "rank":
+                rewards[valid] = ranks(rewards[valid])
+            std = rewards[valid].std(correction=0).item() if valid.any() else 0.0
+            ratio = density_ratio(rewards, max(self.tau * std, 1e-12), valid, linear=self.weight == "linear")
+            weights = bounded(ratio, valid, self.clip, self.divergence)
+            if baseline == "batch" and len(group) == 1:
+                self._warn()
+        low, high = self.clip
+        ctx.log(
+            {
+                "tilt/effective_sample_size": effective_sample_size(weights),
+                "tilt/max": weights.max(),
+                "tilt/clipped": ((ratio < low) | (ratio > high)).double().mean(),
+            }
+        )
         return weights[draw.sample]
+
+    def _ratio_over_time(self, scores: Mapping[str, Tensor], shares: Mapping[str, float], valid: Tensor) -> Tensor:
+        """`density_ratio` of the global batch against the calls so far, [N] float64; they learn from valid samples."""
+        parts = [
+            shares[name] * self._moments[f"reward/{name}"].standardise(score[valid].double())
+            for name, score in scores.items()
+        ]
+        z = self._moments["total"].standardise(torch.stack(parts).sum(0))
+        if self.weight == "rank":
+            z = math.sqrt(12) * (torch.special.ndtr(z) - 0.5)  # ranks in [0, 1] have a variance of 1 / 12
+        ratio = torch.ones_like(valid, dtype=torch.float64)
+        if self.weight == "linear":
+            ratio[valid] = 1 + z / self.tau
+        else:
+            w = (z / self.tau).clamp(-LOGIT_LIMIT, LOGIT_LIMIT).exp()
+            ratio[valid] = w / self._moments["ratio"].add(w).mean
+        return ratio
+
+    def _warn(self) -> None:
+        if not self._warned:
+            logger.warning("a global batch of one, compared with itself, has weight 1: RT-DM needs --tilt_baseline ema")
+            self._warned = True
+
+    def state_dict(self) -> dict[str, tuple[int, float, float]]:
+        """What the averages over time hold; empty for the other baselines."""
+        return {name: astuple(moments) for name, moments in self._moments.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[int, float, float]]) -> None:
+        self._moments.clear()
+        self._moments.update({name: Moments(*values) for name, values in state.items()})
+
+
+def automatic_baseline(group: Tensor) -> Baseline:
+    """By the groups [N] of the global batch: "prompt_group" if two share one, "ema" for a single sample, or "batch"."""
+    if len(group.unique()) < len(group):
+        return "prompt_group"
+    return "ema" if len(group) == 1 else "batch"

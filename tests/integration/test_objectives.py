@@ -1,0 +1,231 @@
+"""Objectives and rewards named on the command line: from files of the user's own, resumed, and on real adapters."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dmdr.run
+from dmdr import train
+from dmdr.assemble import assemble
+from dmdr.config import parse
+from dmdr.errors import ConfigError, TrainingError
+from dmdr.plan import stages
+from dmdr.run import Run
+from dmdr_digits import Digits
+
+FAST: dict[str, Any] = {
+    "model": "toy",
+    "stage1_steps": 3,
+    "stage2_steps": 4,
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "fake_updates": 2,
+    "logging_steps": 1,
+    "sample_steps": 0,
+    "sample_images": 2,
+    "teacher_steps": 2,
+    "report_to": "none",
+}
+SCORES = '''
+from dataclasses import dataclass
+import io
+from PIL import Image
+import torch
+from dmdr.protocols import Needs
+from dmdr.types import Term
+
+def size(images, prompts, **columns):
+    """Bytes of each image as PNG; nothing for one prompt."""
+    assert images.dtype == torch.float32 and images.ndim == 4 and 0 <= images.min() and images.max() <= 1
+    assert len(prompts) == len(images) and not torch.is_grad_enabled()
+    found = []
+    for image, prompt in zip(images, prompts):
+        file = io.BytesIO()
+        Image.fromarray((255 * image.permute(1, 2, 0)).byte().numpy()).save(file, "png")
+        found.append(None if prompt == "mode 2" else len(file.getvalue()))
+    return found
+
+def tensor(images, prompts, **columns):
+    return images.mean((1, 2, 3))
+
+def short(images, prompts, **columns):
+    return [0.0]
+
+def wrong(images):
+    return images
+
+@dataclass
+class Mine:
+    """An objective in a file.
+
+    Attributes:
+        strength: How strong.
+    """
+
+    strength: float = 1.0
+
+    @property
+    def needs(self):
+        return Needs(reward_grad=True)
+
+    def __call__(self, draw, ctx):
+        return Term(-self.strength * ctx.rewards(ctx.backend.decode(draw.leaf), draw.cond.prompts))
+'''
+
+
+@pytest.fixture(autouse=True)
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a file of the user's own, where the command is given."""
+    (tmp_path / "my_file.py").write_text(SCORES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DMDR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
+    return tmp_path
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "student.safetensors")
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_asks_a_function_in_a_file() -> None:
+    folder = train(**FAST, rl="grpo", reward="my_file.py:size", output_dir="run")
+    found = lines(folder)[-1]
+    assert found["grpo/invalid"] > 0  # None is a sample that it cannot judge
+    assert found["reward/my_file.py:size"] > 60  # bytes
+
+
+def test_a_function_joins_a_sum_and_returns_what_it_likes() -> None:
+    folder = train(**FAST, rl="grpo", reward="0.5*toy+2*my_file.py:tensor", output_dir="run")
+    found = lines(folder)[-1]
+    total = found["reward_weighted/toy"] + found["reward_weighted/my_file.py:tensor"]
+    assert found["reward/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_function_of_an_installed_module(monkeypatch: pytest.MonkeyPatch, room: Path) -> None:
+    (room / "site" / "mypackage").mkdir(parents=True)
+    (room / "site" / "mypackage" / "scores.py").write_text(SCORES)
+    monkeypatch.syspath_prepend(room / "site")
+    settings = parse(settings=FAST | {"rl": "grpo", "reward": "mypackage.scores:tensor"})
+    assert [plugin.name for plugin in settings.of("rewards")] == ["mypackage.scores:tensor"]
+
+
+def test_an_objective_in_a_file_has_flags() -> None:
+    settings = parse(["--model=toy", "--rl=my_file.py:Mine", "--strength=3"])
+    (mine,) = settings.of("objectives")
+    assert mine.build().strength == 3.0
+    folder = train(**FAST, rl="my_file.py:Mine", reward="toy", strength=2.0)
+    assert folder == Path("runs/toy-my_file.py_Mine")
+    assert "my_file_py_Mine_strength: 2.0" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reward": "no_file.py:size"}, "'no_file.py:size' cannot be imported: FileNotFoundError: no such file"),
+        ({"reward": "my_file.py:sice"}, "'my_file.py:sice': there is no 'sice' in my_file.py"),
+        ({"reward": "no_module:size"}, "No module named 'no_module'; a file is given as path/to/file.py:name"),
+        ({"reward": "my_file.py:wrong"}, "must be a function score(images, prompts, **columns)"),
+        ({"reward": "my_file.py:size", "rl": "refl"}, "'my_file.py:size' is not differentiable"),
+        ({"rl": "my_file.py:size", "reward": "toy"}, "objective 'my_file.py:size' is no class"),
+        ({"reward": "broken.py:size"}, "'broken.py:size' cannot be imported: SyntaxError"),
+    ],
+)
+def test_refuses_what_cannot_be_used(room: Path, settings: dict[str, Any], said: str) -> None:
+    (room / "broken.py").write_text("def size(:")
+    with pytest.raises(ConfigError) as caught:
+        train(**FAST | {"rl": "grpo", "output_dir": "run"} | settings)
+    assert said in str(caught.value)
+    assert not (room / "run").exists()
+
+
+def test_a_function_that_breaks_its_promise_is_named() -> None:
+    with pytest.raises(TrainingError, match=r"reward 'my_file.py:short' returned torch.float32 \[1\]; expected"):
+        train(**FAST, rl="grpo", reward="my_file.py:short", output_dir="run")
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rl": "grpo", "policy_steps": "random:2", "grpo_beta": 0.5, "num_iterations": 2},
+        {"rl": "grpo+0.1*refl", "ema_decay": 0.9, "refl_steps": "last"},
+    ],
+)
+def test_a_resumed_run_goes_on_to_the_same_bits(settings: dict[str, Any]) -> None:
+    whole = train(**FAST | settings, reward="toy", output_dir="whole", save_steps=1, save_total_limit=None)
+    (at,) = (path for path in (whole / "checkpoints").iterdir() if path.name == "step-000005")
+    for later in ("step-000006", "step-000007"):
+        (whole / "checkpoints" / later).rename(whole / later)
+    before = (whole / "metrics.jsonl").read_text()
+    train(output_dir="whole", resume_from_checkpoint=str(at))
+    for file in (whole / "step-000007").glob("*.safetensors"):
+        now, then = load_file(whole / "checkpoints" / "step-000007" / file.name), load_file(file)
+        assert all(torch.equal(now[name], then[name]) for name in then), file.name
+    drop = "seconds"
+    assert [{k: v for k, v in json.loads(x).items() if k != drop} for x in before.splitlines()] == [
+        {k: v for k, v in line.items() if k != drop} for line in lines(whole)
+    ]
+
+
+def test_the_average_is_what_users_get() -> None:
+    plain = train(**FAST, reward="toy", rl="none", output_dir="plain")
+    averaged = train(**FAST, reward="toy", rl="none", ema_decay=0.9, output_dir="averaged")
+    ends = {
+        name: load_file(f / "student" / "student.safetensors") for name, f in (("plain", plain), ("averaged", averaged))
+    }
+    first = {
+        name: load_file(f / "checkpoints" / "step-000003" / "student.safetensors")
+        for name, f in (("plain", plain), ("averaged", averaged))
+    }
+    moved = {name: sum(t.abs().sum() for n, t in found.items() if "4" in n) for name, found in first.items()}
+    assert 0 < moved["averaged"] < 0.5 * moved["plain"]  # the last layer starts at zero
+    saved = load_file(averaged / "checkpoints" / "step-000007" / "ema.safetensors")
+    assert all(torch.equal(saved[name], ends["averaged"][name]) for name in saved)
+    assert all(torch.equal(student(averaged)[name], saved[name]) for name in saved)
+    assert not (plain / "checkpoints" / "step-000007" / "ema.safetensors").exists()
+
+
+# --- On real adapters -------------------------------------------------------------------------------------------------
+
+
+def test_grpo_on_an_sd3_pipeline_finds_a_lora_weight_that_moved(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short_digits: None
+) -> None:
+    """The first replay of a rollout is bitwise what the rollout computed, and one changed weight stops the run."""
+    monkeypatch.setenv("DMDR_CACHE", str(Path(digits.folder()).parent.parent))
+    settings = {"model": "digits", "rl": "grpo", "num_generations": 4, "per_device_train_batch_size": 8}
+    settings |= {"report_to": "none", "num_eval_samples": 0, "eta": 0.7, "gradient_accumulation_steps": 2}
+    job = assemble(parse(settings=settings))
+    run = Run(job, tmp_path / "run", None, None)
+    job.backend.prepare(run.accelerator, roles=("student", "fake_score"))
+    assert job.rewards is not None
+    job.rewards.prepare(run.accelerator.device, torch.float32)
+    trainer = run.trainer(stages(run.config)[1], None)
+    with torch.no_grad():
+        for name, parameter in trainer.student.parameters.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    ctx = trainer.context(0)
+    draw = trainer.pick(trainer.rollout(ctx, trainer.shared_noise(ctx)), ctx)
+    (term,) = trainer.active_objectives
+    for part in draw.split(trainer.micro_batch_size):
+        for found in term.objective(replace(part, leaf=part.x0), ctx):  # type: ignore[union-attr]
+            assert found.loss.requires_grad
+    with torch.no_grad():
+        next(p for n, p in trainer.student.parameters.items() if "lora_B" in n)[0, 0] += 1e-3
+    with pytest.raises(TrainingError, match="before the first update the log-probability of step 0 is off by"):
+        trainer.climb(draw, ctx)
