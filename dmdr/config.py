@@ -64,7 +64,8 @@ class Config:
     dyna_renoise: list[float] = flag([4.0, 1.5], "DynaRS: Beta parameters of the renoise time at first; 1 1 is uniform")
     reward_tilt: float = flag(1.5, "RT-DM in stage 1: temperature in standard deviations of the reward; 0 is off")
     tilt_weight: Literal["exp", "linear", "rank"] = flag(
-        "exp", "RT-DM's weight: exp(z / tau), 1 + z / tau, or exp by rank; z is the standardised reward, tau reward_tilt"
+        "exp",
+        "RT-DM's weight: exp(z / tau), 1 + z / tau, or exp by rank; z is the standardised reward, tau reward_tilt",
     )
     tilt_divergence: Literal[
         "forward_kl", "js", "softened_reverse_kl", "hellinger", "jeffreys", "neyman", "reverse_kl"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dmdr.paths import Prediction, add_noise, expand
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
@@ -11,6 +12,40 @@ from dmdr.types import Direction, Draw, Renoised, Term
 # Renoise times stay clear of both ends: towards t = 0 the direction is a difference of nearly equal numbers
 # (DMD2 keeps to 2 % .. 98 % of the schedule for the same reason).
 T_MIN, T_MAX = 0.02, 0.98
+
+
+def keyed(purpose: str, draw: Draw) -> str:
+    """Key of a random number that is drawn anew where a rollout is used again."""
+    return f"{purpose}/{draw.iteration}" if draw.iteration else purpose
+
+
+def denoising_error(prediction: Prediction, renoised: Renoised) -> Tensor:
+    """Weighted denoising loss per sample, [B], in the network's own parameterisation."""
+    error = (prediction.value - prediction.target(renoised.x0, renoised.eps)) ** 2
+    return renoised.weight * error.flatten(1).mean(1)
+
+
+def teach(teacher: GuidedDenoiser, renoised: Renoised, draw: Draw, ctx: Context) -> tuple[Tensor, Tensor]:
+    """What the teacher answers at x_t, each [B, *latent]: c, and ca = -(w - 1) (c - u). Guided it answers c - ca."""
+    x_t, t, cond = renoised.x_t, renoised.t, draw.cond
+    c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
+    if ctx.guidance == (1.0, 1.0):
+        return c, torch.zeros_like(c)
+    u = teacher(x_t, t, cond, guidance=0.0, fake_mix=ctx.fake_mix).x0
+    w = expand(ctx.random.uniform("guidance", draw.sample, *ctx.guidance), c).to(c.dtype)
+    return c, -(w - 1) * (c - u)
+
+
+def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: float) -> Direction:
+    """dm + ca over mean|anchor - target| of each sample (DMD, eq. 8); all are [B, *latent].
+
+    Args:
+        target: What the guided teacher makes of the anchor.
+        floor: Lower bound of the normaliser, in latent units.
+    """
+    distance = (anchor - target).abs().flatten(1).mean(1).clamp_min(floor)
+    dm, ca = dm / expand(distance, dm), ca / expand(distance, ca)
+    return Direction(dm + ca, {"dm": dm, "ca": ca})
 
 
 @dataclass(frozen=True)
@@ -28,40 +63,26 @@ class DMD:
 
     floor: float = 1e-6
 
-    def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> torch.Tensor:
+    def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
         """What the direction acts on: the student's clean sample, [B, *latent]."""
         return prediction.x0
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
         """The student's answers at times t ~ Beta(ctx.renoise); the fake score learns exactly where it is asked."""
-        again = f"/{draw.iteration}" if draw.iteration else ""
-        t = ctx.random.beta(f"renoise/t{again}", draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
-        eps = ctx.random.normal(f"renoise/eps{again}", draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
+        t = ctx.random.beta(keyed("renoise/t", draw), draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
+        eps = ctx.random.normal(keyed("renoise/eps", draw), draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
         x_t = add_noise(ctx.backend.path, draw.x0, eps, t)
         return (Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device)),)
 
     def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term:
         """Denoising loss on the student's answers, per sample, in the network's own parameterisation."""
-        losses = []
-        for renoised in self.renoise(draw, ctx):
-            prediction = fake(renoised.x_t, renoised.t, draw.cond)
-            error = (prediction.value - prediction.target(renoised.x0, renoised.eps)) ** 2
-            losses.append(renoised.weight * error.flatten(1).mean(1))
-        return Term(torch.stack(losses).sum(0))
+        errors = [denoising_error(fake(r.x_t, r.t, draw.cond), r) for r in self.renoise(draw, ctx)]
+        return Term(torch.stack(errors).sum(0))
 
     @torch.no_grad()
     def direction(self, draw: Draw, teacher: GuidedDenoiser, fake: Denoiser, ctx: Context) -> Direction:
         """Where matching wants x0 to move from, [B, *latent]; no gradient reaches teacher or fake score."""
         (renoised,) = self.renoise(draw, ctx)
-        x_t, t, cond = renoised.x_t, renoised.t, draw.cond
-        c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
-        dm = fake(x_t, t, cond).x0 - c
-        if ctx.guidance == (1.0, 1.0):
-            ca = torch.zeros_like(dm)
-        else:
-            u = teacher(x_t, t, cond, guidance=0.0, fake_mix=ctx.fake_mix).x0
-            w = expand(ctx.random.uniform("guidance", draw.sample, *ctx.guidance), dm).to(dm.dtype)
-            ca = -(w - 1) * (c - u)
-        distance = (draw.x0 - (c - ca)).abs().flatten(1).mean(1).clamp_min(self.floor)
-        dm, ca = dm / expand(distance, dm), ca / expand(distance, ca)
-        return Direction(dm + ca, {"dm": dm, "ca": ca})
+        c, ca = teach(teacher, renoised, draw, ctx)
+        dm = fake(renoised.x_t, renoised.t, draw.cond).x0 - c
+        return normalised(draw.x0, c - ca, dm, ca, self.floor)

@@ -1,0 +1,237 @@
+"""DPO: preferences between images of a prompt, for rewards that need no gradient, or for none at all.
+
+Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908) compares denoising errors. PSO (arXiv 2410.03190) compares what a
+few-step student really does: the transitions of its own sampler.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from dmdr.errors import ConfigError
+from dmdr.groups import spread_out
+from dmdr.paths import Prediction, add_noise
+from dmdr.protocols import Context, Needs
+from dmdr.types import Condition, Draw, Rollout, Term
+from dmdr_dpo.pairs import Pair, latents_of, read_pairs
+
+logger = logging.getLogger("dmdr")
+
+
+@dataclass
+class DPO:
+    """Direct preference optimisation of winner w over loser l (Rafailov et al. 2023, arXiv 2305.18290, eq. 7):
+
+        L = -log sigmoid(beta z),    z = [log p(w) - log p_ref(w)] - [log p(l) - log p_ref(l)]
+
+    with p of the student, p_ref of the student as stage 1 left it, and by form
+
+        transition    log p(x) = sum_i log N(x_{i + 1}; mu(x_i), std_i^2)       over the stochastic steps that made x
+        diffusion     log p(x) = -D/2 mean (output - target)^2                  at one of the student's own times
+
+    Online, w and l are the best and the worst image of each group. Loss and metrics sit in the row of the winner, and
+    only the images of a pair pass through the networks; all transitions of a pair are one graph.
+
+    Attributes:
+        beta: Strength of the preference on the summed log-ratio z, of all D latent elements. Published values are for
+            the mean, beta_mean = beta D: 5000 at D = 16384 (Diffusion-DPO) is 0.305 here.
+        loss_type: Of u = beta z, as in TRL: "sigmoid" -log sigmoid(u), "hinge" relu(1 - u), or "ipo", which is
+            (z - 1 / (2 beta))^2.
+        label_smoothing: Share of preferences that are taken to be wrong (sigmoid only), in [0, 0.5).
+        margin: Best and worst reward of a group must differ by more than this; equal rewards never make a pair.
+        form: "transition" (PSO) or "diffusion" (Diffusion-DPO); by default transition where the student has stochastic
+            steps, else diffusion. With a single step diffusion is experimental: the network is told a time that does
+            not match its pure noise, so that its clean image is compared instead of its output.
+        pairs: Preferences from a JSONL file instead of a reward, with prompt, chosen and rejected in each line: paths
+            of images of the training resolution, relative to the file. They are of the diffusion form.
+        sync_ref_model: Make the reference what the student is, every ref_model_sync_steps updates.
+        ref_model_sync_steps: Updates between two such.
+    """
+
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+    form: Literal["transition", "diffusion"] | None = None
+    pairs: str | None = None
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    _pairs: list[Pair] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"dpo: beta must be above 0, not {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"dpo: label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ConfigError(f"dpo: label_smoothing is of loss_type sigmoid; {self.loss_type} has none")
+        if not self.margin >= 0:
+            raise ConfigError(f"dpo: margin must be at least 0, not {self.margin}")
+        if self.ref_model_sync_steps < 1:
+            raise ConfigError(f"dpo: ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
+        if self.pairs is not None:
+            if self.form == "transition":
+                raise ConfigError("dpo: form transition needs trajectories of the student; pairs are only images")
+            self._pairs = read_pairs(self.pairs)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            reward=self.pairs is None,
+            group_size=2 if self.pairs is None else 1,
+            roles=("reference",),
+            stochastic_steps=1 if self.form == "transition" else 0,
+        )
+
+    def setup(self, ctx: Context) -> None:
+        if self.form == "transition" and not stochastic_steps(ctx):
+            raise ConfigError("dpo: form transition needs --num_inference_steps of at least 2 and --eta above 0")
+        mean = self.beta * torch.Size(ctx.backend.latent_shape).numel()
+        logger.info(
+            "dpo: form %s; beta %g on the summed log-ratio is %.4g on the mean", self.form_in(ctx), self.beta, mean
+        )
+
+    def form_in(self, ctx: Context) -> str:
+        if self.pairs is not None or not stochastic_steps(ctx):
+            return "diffusion"
+        return self.form or "transition"
+
+    def after_update(self, ctx: Context) -> None:
+        if self.sync_ref_model and (ctx.step + 1) % self.ref_model_sync_steps == 0:
+            ctx.backend.snapshot()
+
+    def __call__(self, draw: Draw, ctx: Context) -> Term:
+        z = draw.x_t.new_zeros(0)  # where there is no pair
+        if self.pairs is not None:
+            rows = (draw.sample % 2 == 0).nonzero().flatten()  # a pair is two images, so half as many pairs as samples
+            if len(rows):
+                z = diffusion(*self.stored_pairs(draw, rows, ctx), draw, rows, ctx)
+            return self.term(draw, rows, z)
+        reward = ctx.rewards.total(ctx.scores(draw.rollout))
+        rows, losers = best_and_worst(reward, draw.group, self.margin)
+        both = torch.cat([rows, losers])
+        cond = select(draw.cond, both)
+        if len(rows) and self.form_in(ctx) == "transition":
+            z = transition(draw.rollout, both, cond, ctx)
+        elif len(rows):
+            z = diffusion(draw.rollout.final[both], cond, draw, rows, ctx)
+        return self.term(draw, rows, z, gap=reward[rows] - reward[losers])
+
+    def term(self, draw: Draw, rows: Tensor, z: Tensor, **metrics: Tensor) -> Term:
+        """Losses and metrics of the pairs, each [P], in the rows of their winners, [B]."""
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(len(draw)).index_copy(0, rows, values)
+
+        told = {"accuracy": (z > 0).float(), "logit": (self.beta * z).detach().abs(), **metrics}
+        valid = torch.zeros_like(draw.mask).index_fill(0, rows, True)
+        return Term(spread(self.loss(z)), valid, metrics={name: spread(values) for name, values in told.items()})
+
+    def loss(self, z: Tensor) -> Tensor:
+        """Loss of each log-ratio z, [P]."""
+        u = self.beta * z
+        if self.loss_type == "hinge":
+            return (1 - u).relu()
+        if self.loss_type == "ipo":
+            return (z - 1 / (2 * self.beta)) ** 2
+        return -(1 - self.label_smoothing) * logsigmoid(u) - self.label_smoothing * logsigmoid(-u)
+
+    def stored_pairs(self, draw: Draw, rows: Tensor, ctx: Context) -> tuple[Tensor, Condition]:
+        """Latents [2 P, *latent] and condition of one drawn pair for each of P rows: the chosen, then the rejected."""
+        index = ctx.random.integers(purpose("pair", draw), draw.sample[rows], len(self._pairs))
+        drawn = [self._pairs[i] for i in index.tolist()]
+        files = [pair.chosen for pair in drawn] + [pair.rejected for pair in drawn]
+        return latents_of(files, ctx.backend).to(draw.x_t), ctx.backend.encode([pair.prompt for pair in drawn] * 2)
+
+
+def best_and_worst(reward: Tensor, group: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Rows of the best and the worst sample of each group, each [P].
+
+    Args:
+        reward: [B]; a sample whose reward is not finite is in no pair.
+        group: Group of each sample, [B] int64.
+        margin: A group whose rewards differ by no more, or only by rounding, has no pair.
+    """
+    pairs = []
+    for one in group.unique():
+        rows = ((group == one) & reward.isfinite()).nonzero().flatten()
+        if len(rows) >= 2 and spread_out(reward[rows]):
+            best, worst = rows[reward[rows].argmax()], rows[reward[rows].argmin()]
+            if reward[best] - reward[worst] > margin:
+                pairs.append(torch.stack([best, worst]))
+    best, worst = torch.stack(pairs, 1) if pairs else group.new_zeros(2, 0)
+    return best, worst
+
+
+def transition(rollout: Rollout, both: Tensor, cond: Condition, ctx: Context) -> Tensor:
+    """z of the transitions that made the images (PSO), [P]; rows `both` are P winners, then their losers."""
+    steps = []
+    for i in range(stochastic_steps(ctx)):
+        log_prob = partial(ctx.sampler.log_prob, i, x_next=rollout.x_t[i + 1, both])
+        t = rollout.t[i].to(both.device).expand(len(both))
+        steps.append(log_ratio(log_prob, rollout.x_t[i, both], t, cond, ctx))
+    return torch.stack(steps).sum(0)
+
+
+def diffusion(x: Tensor, cond: Condition, draw: Draw, rows: Tensor, ctx: Context) -> Tensor:
+    """z of denoising the images at one of the student's own times (Diffusion-DPO, eq. 14), [P].
+
+    Args:
+        x: Clean latents of P winners, then of their losers, [2 P, *latent].
+        rows: Rows of the winners, whose indices in the global batch draw the time and the noise that a pair shares.
+    """
+    key, steps = draw.sample[rows], ctx.sampler.num_inference_steps
+    i = ctx.random.integers(purpose("index", draw), key, steps).repeat(2)
+    eps = torch.cat([ctx.random.normal(purpose("eps", draw), key, tuple(x.shape[1:])).to(x.dtype)] * 2)
+    t = ctx.sampler.t.to(x.device)[i]
+    # The student starts from pure noise, whatever time it is told.
+    start = (i == 0).view(-1, *[1] * (x.ndim - 1))
+    x_t = torch.where(start, eps, add_noise(ctx.backend.path, x, eps, t))
+    # The noise of which x_t is made if x is its image: eps, but at such a start.
+    noise = Prediction(x, "x0", x_t, t, ctx.backend.path).eps
+
+    def log_p(prediction: Prediction) -> Tensor:
+        error = prediction.x0 - x if steps == 1 else prediction.value - prediction.target(x, noise)
+        return -0.5 * (error**2).flatten(1).mean(1)
+
+    return log_ratio(log_p, x_t, t, cond, ctx)
+
+
+def log_ratio(log_p: Callable[[Prediction], Tensor], x_t: Tensor, t: Tensor, cond: Condition, ctx: Context) -> Tensor:
+    """z = [log p - log p_ref](winner) - [log p - log p_ref](loser), summed over the latent, [P].
+
+    Args:
+        log_p: Of a prediction at x_t, [2 P], as the mean over the latent's elements.
+        x_t, t, cond: The networks' input: P winners, then their losers.
+    """
+    with torch.no_grad():
+        reference = log_p(ctx.backend.reference(x_t, t, cond))
+    winner, loser = (log_p(ctx.backend.student(x_t, t, cond)) - reference).chunk(2)
+    return x_t[0].numel() * (winner - loser)
+
+
+def stochastic_steps(ctx: Context) -> int:
+    """Steps of the sampler that have a density: all but the last, or none."""
+    return ctx.sampler.num_inference_steps - 1 if ctx.sampler.eta > 0 else 0
+
+
+def select(cond: Condition, rows: Tensor) -> Condition:
+    """The condition of some rows."""
+    index = rows.tolist()
+    return Condition(
+        [cond.prompts[i] for i in index],
+        {name: tensor[rows] for name, tensor in cond.tensors.items()},
+        {name: [column[i] for i in index] for name, column in cond.columns.items()},
+    )
+
+
+def purpose(name: str, draw: Draw) -> str:
+    """What a random number is for; anew in each update on the same rollout."""
+    return f"dpo/{name}/{draw.iteration}" if draw.iteration else f"dpo/{name}"

@@ -83,7 +83,6 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a file of the user's own, where the command is given."""
     (tmp_path / "my_file.py").write_text(SCORES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DMDR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
     return tmp_path
 
@@ -202,11 +201,8 @@ def test_the_average_is_what_users_get() -> None:
 # --- On real adapters -------------------------------------------------------------------------------------------------
 
 
-def test_grpo_on_an_sd3_pipeline_finds_a_lora_weight_that_moved(
-    digits: Digits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, short_digits: None
-) -> None:
+def test_grpo_on_an_sd3_pipeline_finds_a_lora_weight_that_moved(digits: Digits, tmp_path: Path) -> None:
     """The first replay of a rollout is bitwise what the rollout computed, and one changed weight stops the run."""
-    monkeypatch.setenv("DMDR_CACHE", str(Path(digits.folder()).parent.parent))
     settings = {"model": "digits", "rl": "grpo", "num_generations": 4, "per_device_train_batch_size": 8}
     settings |= {"report_to": "none", "num_eval_samples": 0, "eta": 0.7, "gradient_accumulation_steps": 2}
     job = assemble(parse(settings=settings))

@@ -1,15 +1,31 @@
 """Reward-tilted distribution matching: the weights by hand, their degenerate cases, and what they move."""
 
+import logging
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from dmdr.tilt import RewardTilt, effective_sample_size, spread_out, standardised, tilt_weights
+from dmdr.config import parse
+from dmdr.errors import ConfigError
+from dmdr.tilt import (
+    DECAY,
+    Divergence,
+    Moments,
+    RewardTilt,
+    automatic_baseline,
+    bounded,
+    density_ratio,
+    divergence_weight,
+    effective_sample_size,
+    ranks,
+    standardised,
+    tilt_weights,
+)
 from dmdr.types import Condition, Direction, Draw, Rollout
 
 NAN, INF = math.nan, math.inf
@@ -112,11 +128,102 @@ def test_effective_sample_size_of_gaussian_rewards_follows_the_closed_form() -> 
         assert found.item() == pytest.approx(math.exp(-1 / ratio**2), abs=3e-3)
 
 
-def test_spread_out() -> None:
-    assert not spread_out(torch.full((4,), 0.3))
-    assert not spread_out(torch.tensor([1e4, 1e4 + 1e-3]))
-    assert spread_out(torch.tensor([0.30, 0.31]))
-    assert spread_out(torch.tensor([1e4, 1e4 + 1]))
+def test_the_default_is_the_formula_to_the_bit() -> None:
+    """As it was before there were others: recipes depend on it."""
+
+    def formula(rewards: Tensor, beta: float) -> Tensor:
+        w = ((rewards.double() - rewards.double().max()) / beta).exp()
+        w = (w / w.mean()).clamp(0.1, 5.0)
+        return (w / w.mean()).float()
+
+    generator = torch.Generator().manual_seed(0)
+    for count in (2, 7, 8, 24, 64):
+        a, b = torch.randn(count, generator=generator), 100 * torch.rand(count, generator=generator)
+        for beta in (0.1, 1.5, 30.0):
+            assert torch.equal(tilt_weights(a, beta), formula(a, beta))
+        parts = [(0.3, a.double()), (-2.0, b.double())]
+        total = torch.zeros(count, dtype=torch.float64)
+        for share, score in parts:
+            total += share * (score - score.mean()) / score.std(correction=0)
+        for tau in (0.5, 1.5, 4.0):
+            found, _ = call(RewardTilt(tau), {"a": a, "b": b}, {"a": 0.3, "b": -2.0})
+            assert torch.equal(found, formula(total, tau * total.std(correction=0).item()))
+
+
+# --- Other weights ----------------------------------------------------------------------------------------------------
+
+
+def test_linear_is_the_first_order_of_exp() -> None:
+    rewards, all_ = torch.tensor([0.28, 0.30, 0.26, 0.29]), torch.ones(4, dtype=torch.bool)
+    linear = density_ratio(rewards, 0.05, all_, linear=True)
+    torch.testing.assert_close(linear, torch.tensor([0.95, 1.35, 0.55, 1.15]).double(), rtol=0, atol=1e-6)
+    for beta in (10.0, 100.0):
+        gap = density_ratio(rewards, beta, all_) - density_ratio(rewards, beta, all_, linear=True)
+        assert gap.abs().max() < (0.04 / beta) ** 2
+    assert density_ratio(rewards, 1e-3, all_, linear=True).min() < 0  # for the clip to deal with
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([3.0, -1.0, 7.0, 0.0, 5.0], [0.5, 0.0, 1.0, 0.25, 0.75]),
+        ([1.0, 2.0, 2.0, 3.0], [0.0, 0.5, 0.5, 1.0]),
+        ([2.0, 1.0, 2.0, 2.0, 1.0], [0.75, 0.125, 0.75, 0.75, 0.125]),
+        ([0.1, 0.1, 0.1], [0.5, 0.5, 0.5]),
+        ([4.0], [0.0]),
+        ([], []),
+    ],
+)
+def test_ranks(values: list[float], expected: list[float]) -> None:
+    found = ranks(torch.tensor(values, dtype=torch.float64))
+    assert found.dtype == torch.float64
+    assert found.tolist() == expected
+    assert ranks(torch.tensor(values, dtype=torch.float64) + 1e-9 * torch.rand(len(values))).tolist() == expected
+
+
+TABLE: dict[Divergence, list[float]] = {
+    "forward_kl": [0.1, 1, 10],
+    "js": [1 / 11, 0.5, 10 / 11],
+    "softened_reverse_kl": [10 / 11, 0.5, 1 / 11],
+    "hellinger": [0.1**0.5, 1, 10**0.5],
+    "jeffreys": [1.1, 2, 11],
+    "neyman": [10, 1, 0.1],
+    "reverse_kl": [1, 1, 1],
+}
+GENERATORS: dict[Divergence, Callable[[Tensor], Tensor]] = {  # f of E_q f(p / q), f-distill's table 1
+    "forward_kl": lambda r: r * r.log(),
+    "js": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+    "softened_reverse_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
+    "hellinger": lambda r: (r.sqrt() - 1) ** 2,
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "neyman": lambda r: (1 - r) ** 2 / r,
+    "reverse_kl": lambda r: -r.log(),
+}
+
+
+@pytest.mark.parametrize("name", get_args(Divergence))
+def test_table_of_divergences(name: Divergence) -> None:
+    ratio = torch.tensor([0.1, 1, 10], dtype=torch.float64)
+    found = divergence_weight(name, ratio)
+    torch.testing.assert_close(found, torch.tensor(TABLE[name], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", get_args(Divergence))
+def test_divergence_weight_comes_from_its_divergence(name: Divergence) -> None:
+    """h(rho) = f''(rho) rho^2, up to a constant."""
+    ratio = torch.linspace(0.1, 5, 50, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(GENERATORS[name](ratio).sum(), ratio, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), ratio)
+    found, expected = divergence_weight(name, ratio.detach()), (second * ratio**2).detach()
+    torch.testing.assert_close(found / found[0], expected / expected[0], rtol=1e-9, atol=0)
+
+
+def test_a_divergence_weighs_the_clipped_ratio() -> None:
+    ratio, valid = torch.tensor([0.01, 1.0, 3.0, 100.0, 1.0]).double(), torch.tensor([True] * 4 + [False])
+    found = bounded(ratio, valid, (0.1, 5.0), "neyman")
+    h = torch.tensor([10, 1, 1 / 3, 0.2])
+    torch.testing.assert_close(found[:4], h / h.mean())
+    assert found[4] == 1
 
 
 # --- Several rewards --------------------------------------------------------------------------------------------------
@@ -158,22 +265,23 @@ def test_nobody_judged_is_zero_and_invalid() -> None:
 
 
 def call(
-    tilt: RewardTilt, scores: dict[str, Tensor], weights: dict[str, float], rows: slice = slice(None)
+    tilt: RewardTilt,
+    scores: dict[str, Tensor],
+    weights: dict[str, float],
+    rows: slice = slice(None),
+    group: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Weights of the rows of one process, which sees its own scores and gathers those of all."""
-    index = torch.arange(len(next(iter(scores.values()))))[rows]
+    """Weights of the rows of one process, for scores and groups (by default, of one) of the global batch."""
+    whole = torch.arange(len(next(iter(scores.values()))))
+    index, group = whole[rows], whole if group is None else group
     state = torch.zeros(len(index), 2)
     cond = Condition([""] * len(index))
-    rollout = Rollout(cond, torch.tensor([1.0, 0.0]), torch.stack([state, state]), state[None], index, index)
+    states = torch.stack([state, state])
+    rollout = Rollout(cond, torch.tensor([1.0, 0.0]), states, state[None], index, group[rows])
     logged: dict[str, Any] = {}
 
-    def gather(values: Tensor) -> Tensor:
-        (whole,) = (score for score in scores.values() if torch.equal(score[rows].nan_to_num(9), values.nan_to_num(9)))
-        return whole
-
     ctx: Any = SimpleNamespace(
-        scores=lambda rollout: {name: score[rollout.sample] for name, score in scores.items()},
-        gather=gather,
+        global_scores=lambda: (scores, group),
         rewards=SimpleNamespace(parts={name: (weight, None) for name, weight in weights.items()}),
         log=logged.update,
     )
