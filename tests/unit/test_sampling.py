@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from dmdr.errors import ConfigError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, VariancePreserving
 from dmdr.sampling import FewStepSampler, shift_times, time_grid, unshift_times
 from dmdr.types import Condition
@@ -185,6 +186,104 @@ def test_a_posterior_mean_keeps_the_variance_on_the_ode_only(eta: float, expecte
         variance = a**2 * variance + b**2
     assert variance == pytest.approx(expected, abs=2e-3)
     assert variance == pytest.approx((1 + math.cos(eta * math.pi / 2)) / 2, abs=0.021)
+
+
+# --- Other stochastic steps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_the_stock_schedulers_step(eta: float) -> None:
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(4)
+    sampler = FewStepSampler(VP, torch.tensor([0.999, 0.749, 0.499, 0.249, 0], dtype=torch.float64), eta, "ddim")
+    for i, timestep in enumerate(scheduler.timesteps):
+        prediction, noise = predictions(VP, sampler.t[i].item())
+        stock = scheduler.step(prediction.value, timestep, prediction.x_t, eta=eta, variance_noise=noise)
+        torch.testing.assert_close(sampler.step(i, prediction, noise), stock.prev_sample, rtol=1e-5, atol=1e-5)
+
+
+def test_ddim_has_the_published_spread_on_sdxls_grid() -> None:
+    sampler = FewStepSampler(VP, torch.tensor([0.999, 0.749, 0.5, 0.25, 0], dtype=torch.float64), 1.0, "ddim")
+    for i, expected in enumerate([0.9326, 0.7810, 0.5157, 0.0]):
+        prediction, _ = predictions(VP, sampler.t[i].item())
+        assert sampler.moments(i, prediction)[1].flatten()[0].item() == pytest.approx(expected, abs=5e-4)
+
+
+def test_euler_maruyama_steps_are_the_published_ones() -> None:
+    """Flow-GRPO: x (1 + s^2 dt / 2t) + v (1 + s^2 (1 - t) / 2t) dt; DanceGRPO: x + v dt - s^2 score dt / 2."""
+    grid, eta = time_grid(4, 3.0), 0.7
+    flow, dance = (FewStepSampler(FLOW, grid, eta, name) for name in ("flow_sde", "dance_sde"))
+    for i, published in enumerate([0.700, 0.813, 0.606]):
+        prediction, noise = predictions(FLOW, grid[i].item())
+        x, v, t = prediction.x_t, prediction.value, grid[i]
+        dt = grid[i + 1] - t
+        s = eta * (t / (1 - (grid[1] if i == 0 else t))) ** 0.5
+        mean = x * (1 + s**2 * dt / (2 * t)) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
+        std = s * (-dt) ** 0.5
+        assert std.item() == pytest.approx(published, abs=1e-3)
+        torch.testing.assert_close(flow.step(i, prediction, noise), mean + std * noise, rtol=0, atol=1e-12)
+        score = -(x - (1 - t) * prediction.x0) / t**2
+        mean, std = x + v * dt - eta**2 * score * dt / 2, eta * (-dt) ** 0.5
+        torch.testing.assert_close(dance.step(i, prediction, noise), mean + std * noise, rtol=0, atol=1e-12)
+    prediction, noise = predictions(FLOW, grid[3].item())
+    for sampler in (flow, dance):  # the last step is the ODE's
+        torch.testing.assert_close(sampler.step(3, prediction, noise), prediction.x0, rtol=0, atol=1e-12)
+
+
+def test_euler_maruyama_adds_variance_where_steps_are_few() -> None:
+    """Data are one point m: the mean is kept, the variance exceeds t'^2 by s^2 dt^2 / t + s^4 dt^2 / (4 t^2)."""
+    grid, m, count = time_grid(4, 3.0), 1.7, 200_000
+    for sde_type, excess in (("flow_sde", [0.109, 0.245, 0.1825]), ("dance_sde", [0.0055, 0.0139, 0.0475])):
+        sampler = FewStepSampler(FLOW, grid, 0.7, sde_type)  # type: ignore[arg-type]
+        for i in range(3):
+            t = grid[i].expand(count)
+            x_t = (1 - grid[i]) * m + grid[i] * normal(count, 1, seed=1)
+            x_next = sampler.step(i, Prediction(torch.full_like(x_t, m), "x0", x_t, t, FLOW), normal(count, 1, seed=2))
+            variance = grid[i + 1].item() ** 2 + excess[i]
+            assert x_next.mean().item() == pytest.approx(
+                (1 - grid[i + 1].item()) * m, abs=4 * (variance / count) ** 0.5
+            )
+            assert x_next.var().item() == pytest.approx(variance, rel=4 * (2 / count) ** 0.5 + 2e-3)
+
+
+@pytest.mark.parametrize(("sde_type", "eta", "expected"), [("flow_sde", 0.7, 1.004), ("dance_sde", 0.3, 0.98)])
+def test_euler_maruyama_keeps_the_variance_where_steps_are_many(sde_type: str, eta: float, expected: float) -> None:
+    """Data N(0, 1), a posterior mean, 200 steps: where cps loses variance (above), these keep it."""
+    sampler = FewStepSampler(FLOW, time_grid(200), eta, sde_type)  # type: ignore[arg-type]
+    x = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    variance = 1.0
+    for i in range(200):
+        t = sampler.t[i].expand(2)
+        gain = (FLOW.alpha(t) / (FLOW.alpha(t) ** 2 + FLOW.sigma(t) ** 2))[:, None]
+        a, b = sampler.step(i, Prediction(gain * x, "x0", x, t, FLOW), x.flip(0)).flatten().tolist()
+        variance = a**2 * variance + b**2
+    assert variance == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("sde_type", ["flow_sde", "dance_sde"])
+def test_steps_of_rectified_flow_are_refused_elsewhere(sde_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"--sde_type {sde_type} is a step of rectified flow"):
+        FewStepSampler(VP, time_grid(4), 0.7, sde_type)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sde_type", ["cps", "ddim", "flow_sde", "dance_sde"])
+def test_each_sample_may_take_a_step_of_its_own(sde_type: str) -> None:
+    sampler = FewStepSampler(FLOW, time_grid(4, 3.0), 0.6, sde_type)  # type: ignore[arg-type]
+    index = torch.tensor([2, 0, 3, 1])
+    value, x_t = normal(4, 3, 2), normal(4, 3, 2, seed=1)
+    mean, std = sampler.moments(index, Prediction(value, "velocity", x_t, sampler.t[index], FLOW))
+    for row, i in enumerate(index.tolist()):
+        part = slice(row, row + 1)
+        alone = sampler.moments(i, Prediction(value[part], "velocity", x_t[part], sampler.t[i].expand(1), FLOW))
+        torch.testing.assert_close(mean[part], alone[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(std[part].flatten(), alone[1].flatten(), rtol=0, atol=1e-12)
 
 
 # --- Log-probability --------------------------------------------------------------------------------------------------
