@@ -170,14 +170,25 @@ class Toy:
 
 @dataclass
 class Redness:
-    """`--reward toy`: how red the image is, that is, how far to the right the point lies; in [0, 1]."""
+    """`--reward toy`: how red the image is, that is, how far to the right the point lies; in [0, 1].
+
+    A `FeatureReward`: the mean colour along the text's, which is red unless the text begins with "Green".
+    """
 
     differentiable: ClassVar[bool] = True
     calls: int = field(default=0, init=False, repr=False)
+    _device: torch.device = field(default=torch.device("cpu"), init=False, repr=False)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        pass
+        self._device = device
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3))
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        green = torch.tensor([prompt.startswith("Green") for prompt in prompts], device=self._device)
+        return nn.functional.one_hot(green.long(), 3).float()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         self.calls += 1
-        return images[:, 0].float().mean((1, 2))
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1)

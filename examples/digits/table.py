@@ -64,15 +64,15 @@ def measure(root: Path, seeds: list[int]) -> Cells:
     return rows
 
 
-def markdown(rows: Cells) -> str:
+def markdown(rows: Cells, metrics: dict[str, str] = METRICS) -> str:
     """Mean over the seeds, and half their range."""
-    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    lines = ["| | " + " | ".join(metrics.values()) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, seeds in rows.items():
         texts = []
-        for metric in METRICS:
+        for metric in metrics:
             values = [seed[metric] for seed in seeds]
             mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
-            digits = 1 if metric == "frechet_distance" else 3
+            digits = 1 if max(map(abs, values)) >= 2 else 3
             texts.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)

@@ -36,9 +36,10 @@ class SRPO:
         template: How a word and the prompt make a text, with {word} and {prompt}.
         steps: Student step that is trained: "any" (the drawn one), "last" (what users see), or an index.
         hinge: Margin above which a score is good enough and has no gradient; unset means no hinge. Scores are near 0,
-            so that the published margin 0.7 is out of reach: it is the plain negative score.
-        direct_align: Judge a short ODE step at noisy times instead of x0 (Direct-Align, see `_aligned`). Most of these
-            times are not on the student's grid and foreign to a few-step student: an option, not the default.
+            so that the published margin 0.7 is out of reach: with it the loss is the plain negative score.
+        direct_align: Score a short ODE step of the noised image, with the known noise taken away again, instead of the
+            student's answer (Direct-Align). Most of these times are off the student's grid and foreign to a few-step
+            student, and gradients are smaller: an option, not the default.
         span: Length of that step as a share of its time, above 0 and below 1.
     """
 
@@ -126,7 +127,7 @@ class SRPO:
             x0 = recovered(ctx.backend.student(x_t, start, draw.cond), eps, end)
         term = self._judged(x0.requires_grad_(), ctx, texts)
         assert term.valid is not None
-        (grad,) = torch.autograd.grad(torch.where(term.valid, term.loss, 0.0).sum(), x0)
+        (grad,) = torch.autograd.grad(term.loss.sum(), x0)
         grad = torch.where(term.valid.view(-1, *[1] * (grad.ndim - 1)), grad, 0.0)
         pull = (recovered(ctx.backend.student(x_t, start, draw.cond), eps, end) * grad).flatten(1).sum(1)
         return replace(term, loss=(term.loss.detach() + pull - pull.detach()) / 2)  # its value, with pull's gradient

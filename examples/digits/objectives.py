@@ -1,0 +1,138 @@
+"""The README's table of objectives: each jointly with DMD and alone, from one stage 1, in about the same time.
+
+    python examples/digits/objectives.py             # seeds 0-2; about an hour on two cores, after table.py
+    python examples/digits/objectives.py --seeds 0   # one seed
+
+Every cell is an ordinary run folder under --output_dir, which it shares with table.py; finished ones are not repeated.
+Prints two tables in markdown and whether each claim holds with its figures, and exits with 1 if one does not.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from table import METRICS, REWARD, Cells, cell, markdown
+
+# Updates of the joint run and of the objective alone that take as long as 60 of ReFL jointly; the table measures it.
+STEPS = {
+    "refl": (60, 400),
+    "grpo": (50, 175),
+    "dpo": (50, 175),
+    "srpo": (60, 400),
+    "grpo+0.1*refl": (50, 175),
+}
+SIZE = "examples/digits/png_size.py:score"
+AGGREGATIONS = ("normalize_then_sum", "sum_then_normalize")
+
+
+def seconds(folder: Path) -> float:
+    """Time spent in training steps of stage 2, by the log."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found = [(line["step"], line["seconds"]) for line in lines if line["stage"] == 2]
+    first = min(step for step, _ in found)
+    return sum(time for _, time in found) / len(found) * (max(step for step, _ in found) - first + 1)
+
+
+def measure(root: Path, seeds: list[int]) -> Cells:
+    """Rows of the table, each with one evaluation per seed."""
+    rows: Cells = {}
+    for seed in seeds:
+        first = root / f"stage1-seed{seed}"
+        stage1 = cell(first, seed=seed, stage2_steps=0)["stage 1"]
+        rows.setdefault("stage 1", []).append(stage1 | {"seconds": 0.0})
+        for rl, (joint, alone) in STEPS.items():
+            for kind, steps, weight in (("joint", joint, 1.0), ("only", alone, 0.0)):
+                folder = root / f"{rl.replace('*', 'x')}-{kind}-seed{seed}"
+                settings = {"seed": seed, "rl": rl, "init_student": str(first), "stage2_steps": steps}
+                found = cell(folder, **settings, dmd_weight=weight)["stage 2"]
+                name = f"{rl} + DMD" if kind == "joint" else f"{rl} only"
+                rows.setdefault(name, []).append(found | {"seconds": seconds(folder)})
+    return rows
+
+
+def measure_aggregation(root: Path, seeds: list[int]) -> Cells:
+    """GRPO on a network's reward near 0.6 and one of some hundred bytes, by way of adding them up."""
+    rows: Cells = {}
+    for seed in seeds:
+        first = root / f"stage1-seed{seed}"
+        settings = {"seed": seed, "init_student": str(first), "rl": "grpo", "stage2_steps": 50}
+        start = cell(root / f"size-none-seed{seed}", **settings | {"rl": "none", "reward": f"hps+{SIZE}"})
+        rows.setdefault("DMD only", []).append(start["stage 2"])
+        for how in AGGREGATIONS:
+            folder = root / f"size-{how}-seed{seed}"
+            found = cell(folder, **settings, reward=f"hps+{SIZE}", multi_objective_aggregation=how)
+            rows.setdefault(how, []).append(found["stage 2"])
+        found = cell(root / f"size-alone-seed{seed}", **settings, reward=SIZE)
+        rows.setdefault("the size alone", []).append(found["stage 2"])
+    return rows
+
+
+def gates(rows: Cells) -> list[tuple[bool, str]]:
+    """What must hold for each objective, as (holds, text with the figures)."""
+    found = []
+    base = {metric: [seed[metric] for seed in rows["stage 1"]] for metric in METRICS}
+    for rl in STEPS:
+        joint, alone = rows[f"{rl} + DMD"], rows[f"{rl} only"]
+        found.append(
+            (
+                min(seed[REWARD] for seed in joint) > max(base[REWARD]),
+                f"{rl}: every joint seed's reward above every stage 1's: "
+                + ", ".join(f"{seed[REWARD]:.3f}" for seed in joint)
+                + f" above {max(base[REWARD]):.3f}",
+            )
+        )
+        distances = [seed["frechet_distance"] for seed in joint]
+        limits = [max(1.5 * first, first + 8) for first in base["frechet_distance"]]
+        holds = all(d <= limit for d, limit in zip(distances, limits, strict=True))
+        pairs = ", ".join(f"{d:.1f} (at most {limit:.1f})" for d, limit in zip(distances, limits, strict=True))
+        found.append((holds, f"{rl}: joint Frechet distance within 1.5 x stage 1's or 8 points: {pairs}"))
+        ratios = [a["frechet_distance"] / j["frechet_distance"] for a, j in zip(alone, joint, strict=True)]
+        margins = [a[REWARD] - j[REWARD] for a, j in zip(alone, joint, strict=True)]
+        texts = ", ".join(f"{r:.1f} x at {m:+.3f}" for r, m in zip(ratios, margins, strict=True))
+        worse = all(r >= 2 and m >= -0.01 for r, m in zip(ratios, margins, strict=True))
+        found.append(
+            (worse, f"{rl}: without DMD the distance is at least twice the joint one's, reward no lower: {texts}")
+        )
+    return found
+
+
+def aggregation_gates(rows: Cells) -> list[tuple[bool, str]]:
+    """Whether the small reward is heard."""
+
+    def gains(name: str, metric: str) -> list[float]:
+        return [a[metric] - b[metric] for a, b in zip(rows[name], rows["DMD only"], strict=True)]
+
+    apart, summed = (gains(how, "reward/hps") for how in AGGREGATIONS)
+    size = gains("the size alone", f"reward/{SIZE}")
+    return [
+        (
+            all(a > 0.02 and a > b + 0.02 for a, b in zip(apart, summed, strict=True)),
+            "hps rises only where each reward is normalised first: "
+            + ", ".join(f"{a:+.3f} against {b:+.3f}" for a, b in zip(apart, summed, strict=True)),
+        ),
+        (
+            all(gain > 0 for gain in size),
+            "a function in a file moves its score: " + ", ".join(f"{g:+.1f}" for g in size),
+        ),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/digits-table"))
+    args = parser.parse_args()
+    rows = measure(args.output_dir, args.seeds)
+    print(markdown(rows, METRICS | {"seconds": "seconds"}) + "\n")
+    aggregation = measure_aggregation(args.output_dir, args.seeds)
+    names = {"reward/hps": "hps", f"reward/{SIZE}": "minus bytes", "frechet_distance": METRICS["frechet_distance"]}
+    print(markdown(aggregation, names) + "\n")
+    results = [*gates(rows), *aggregation_gates(aggregation)]
+    for holds, text in results:
+        print(f"{'holds ' if holds else 'FAILED'}  {text}")
+    return 0 if all(holds for holds, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
