@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dmdr.errors import ConfigError
-from dmdr.groups import spread_out
 from dmdr.paths import Prediction, add_noise
 from dmdr.protocols import Context, Needs
 from dmdr.types import Condition, Draw, Rollout, Term
-from dmdr_dpo.pairs import Pair, latents_of, read_pairs
+from dmdr_dpo.pairs import Pair, best_and_worst, latents_of, read_pairs
 
 logger = logging.getLogger("dmdr")
 
@@ -149,25 +148,6 @@ class DPO:
         drawn = [self._pairs[i] for i in index.tolist()]
         files = [pair.chosen for pair in drawn] + [pair.rejected for pair in drawn]
         return latents_of(files, ctx.backend).to(draw.x_t), ctx.backend.encode([pair.prompt for pair in drawn] * 2)
-
-
-def best_and_worst(reward: Tensor, group: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Rows of the best and the worst sample of each group, each [P].
-
-    Args:
-        reward: [B]; a sample whose reward is not finite is in no pair.
-        group: Group of each sample, [B] int64.
-        margin: A group whose rewards differ by no more, or only by rounding, has no pair.
-    """
-    pairs = []
-    for one in group.unique():
-        rows = ((group == one) & reward.isfinite()).nonzero().flatten()
-        if len(rows) >= 2 and spread_out(reward[rows]):
-            best, worst = rows[reward[rows].argmax()], rows[reward[rows].argmin()]
-            if reward[best] - reward[worst] > margin:
-                pairs.append(torch.stack([best, worst]))
-    best, worst = torch.stack(pairs, 1) if pairs else group.new_zeros(2, 0)
-    return best, worst
 
 
 def transition(rollout: Rollout, both: Tensor, cond: Condition, ctx: Context) -> Tensor:

@@ -61,10 +61,17 @@ class Sleepy(Redness):
         return super().__call__(images, prompts)
 
 @dataclass
+class Plain(Opaque):
+    differentiable: ClassVar[bool] = True
+
+@dataclass
 class Picky(Opaque):
     def prepare(self, device, dtype):
         raise ValueError("no such\\ncheckpoint")
 """
+
+
+GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4}
 
 
 def flags(**settings: Any) -> list[str]:
@@ -78,7 +85,8 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     info = site / "stranger-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
-    points = ["opaque = stranger_cli:Opaque", "picky = stranger_cli:Picky", "sleepy = stranger_cli:Sleepy"]
+    names = ("Opaque", "Picky", "Plain", "Sleepy")
+    points = [f"{name.lower()} = stranger_cli:{name}" for name in names]
     points = ["[dmdr.rewards]", *points, "absent = stranger_gone:Absent"]
     (info / "entry_points.txt").write_text("\n".join(points))
     (site / "stranger_cli.py").write_text(MODULE)
@@ -232,6 +240,21 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"steps": 4}, "acts on step 4, but the student's last step is 3"),
         ({"steps": 2, "sigmas": 1}, "acts on step 2, but the student's last step is 0"),
         ({"steps": "first"}, "'first'"),
+        ({"rl": "grpo"}, "--rl grpo needs --num_generations of at least 2"),
+        (GROUPS | {"rl": "grpo", "num_inference_steps": 1}, "it needs --num_inference_steps of at least 2 and --eta"),
+        (GROUPS | {"rl": "grpo", "eta": 0}, "it needs --num_inference_steps of at least 2 and --eta above 0"),
+        (GROUPS | {"rl": "grpo", "policy_steps": "random:4"}, "--num_inference_steps of at least 5"),
+        (GROUPS | {"rl": "grpo", "beta": -1}, "beta must be at least 0, not -1.0"),
+        (GROUPS | {"rl": "grpo", "num_generations": 3}, "divisible by num_generations, 3"),
+        ({"rl": "grpo+dpo", "beta": 1}, "unknown argument --beta=1"),
+        ({"rl": "dpo"}, "--rl dpo needs --num_generations of at least 2"),
+        (GROUPS | {"rl": "dpo", "beta": -1}, "beta must be above 0, not -1.0"),
+        (GROUPS | {"rl": "dpo", "form": "transition", "num_inference_steps": 1}, "of at least 2 and --eta above 0"),
+        ({"rl": "dpo", "pairs": "pairs.jsonl"}, "pairs.jsonl line 2: no such image: there.png"),
+        ({"rl": "srpo", "reward": "opaque"}, "--rl srpo needs the gradient of the reward, and 'opaque' is not"),
+        ({"rl": "srpo", "reward": "plain"}, "--rl srpo needs a reward with text features, and 'plain' has none"),
+        ({"rl": "srpo", "template": "{prompt}"}, "template must hold {word} and {prompt}"),
+        ({"matching": "ac_dmd", "sde_type": "odd"}, "--sde_type"),
         ({"prompts": "none.txt"}, "none.txt"),
         ({"prompts": "."}, "--prompts"),
         ({"prompts": "empty.txt"}, "empty.txt holds no prompt"),
@@ -253,6 +276,9 @@ def test_bad_input(refused: Callable[..., str], room: Path, settings: dict[str, 
     (room / "empty.txt").write_text(" \n\n")
     (room / "noise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     (room / "typo.yaml").write_text("lerning_rate: 1.0e-4\n")
+    Image.new("RGB", (4, 4)).save(room / "here.png")
+    pairs = [{"prompt": "mode 0", "chosen": "here.png", "rejected": name} for name in ("here.png", "there.png")]
+    (room / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (room / "stray").mkdir()
     (room / "stray" / "thesis.tex").write_text("years of work")
     assert said in refused(*flags(**{"output_dir": "run"} | settings))
