@@ -252,7 +252,9 @@ class RewardTilt:
             shares[name] * self._moments[f"reward/{name}"].standardise(score[valid].double())
             for name, score in scores.items()
         ]
-        z = self._moments["total"].standardise(torch.stack(parts).sum(0))
+        total = torch.stack(parts).sum(0)  # of deviations, so that its mean is 0 already
+        size = math.sqrt(self._moments["square"].add(total**2).mean)
+        z = total / size if size > ROUNDING else torch.zeros_like(total)
         if self.weight == "rank":
             z = math.sqrt(12) * (torch.special.ndtr(z) - 0.5)  # ranks in [0, 1] have a variance of 1 / 12
         ratio = torch.ones_like(valid, dtype=torch.float64)

@@ -22,6 +22,7 @@ from dmdr.checkpoint import checkpoints, read_progress
 from dmdr.cli.train import main
 from dmdr.config import parse
 from dmdr.errors import ConfigError, TrainingError
+from dmdr.matching import DMD
 from dmdr.run import Trainer, train
 
 # A schedule that moves with the step, so that a resumed run at the wrong one would show.
@@ -403,6 +404,31 @@ def test_resuming_from_a_saved_step(whole: Path, copy: Path, step: int) -> None:
     assert steps(copy) == LOGGED
     for line in lines(copy):
         assert line | {"seconds": 0} == before[line["step"]] | {"seconds": 0}
+
+
+def test_weight_and_matching_that_keep_a_state_go_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(DMD, "state_dict", lambda self: {"age": torch.tensor(7)}, raising=False)
+    monkeypatch.setattr(DMD, "load_state_dict", lambda self, state: loaded.append(state), raising=False)
+    settings = FAST | {"tilt_baseline": "ema", "stage2_steps": 0, "save_steps": 3, "logging_steps": 1}
+    smooth = train(**settings, output_dir=str(tmp_path / "smooth"))
+    copy = shutil.copytree(smooth, tmp_path / "copy")
+    train(**settings, resume_from_checkpoint=str(copy / "checkpoints" / "step-000003"))
+    assert loaded == [{"age": torch.tensor(7)}]
+    assert same(student(copy), student(smooth))
+    for found, expected in zip(lines(copy), lines(smooth), strict=True):
+        assert found | {"seconds": 0} == expected | {"seconds": 0}
+    assert len({line["tilt/max"] for line in lines(smooth)}) == 6
+
+    older = copy / "checkpoints" / "step-000003" / "training.pt"  # of before there was such a state
+    saved = torch.load(older, weights_only=True)
+    assert saved["extra"].pop("sample_weight")["reward/toy"][0] == 3
+    del saved["extra"]["matching"]
+    torch.save(saved, older)
+    train(**settings, resume_from_checkpoint=str(older.parent))
+    assert not same(student(copy), student(smooth))
 
 
 def test_resuming_a_finished_run_changes_nothing(whole: Path, copy: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "groups": {"group_size": 2, "eta": 0.5},
     "tilt": {"rewards": Plain(), "sample_weight": RewardTilt(1.5)},
     "tilt_invalid": {"rewards": Plain(BROKEN), "sample_weight": RewardTilt(1.5)},
+    "tilt_groups": {"rewards": Plain(), "sample_weight": RewardTilt(1.5, baseline="prompt_group"), "group_size": 2},
+    "tilt_ema": {"rewards": Plain(BROKEN), "sample_weight": RewardTilt(1.5, baseline="ema")},
     "refl": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 2.0},
     "refl_invalid": {"rewards": Plain(BROKEN), "objectives": [ReFL()], "rl_weight": 2.0},
     "refl_last": {"rewards": Plain(BROKEN), "objectives": [ReFL(steps="last")], "rl_weight": 2.0, "dmd_weight": 0.0},
@@ -36,7 +39,8 @@ def slowly(parameters: list[Any]) -> torch.optim.Optimizer:
 
 
 def train(case: str, processes: int) -> dict[str, Any]:
-    running = trainer(prepared(), batch=BATCH // processes, optimize=slowly, **CASES[case])
+    settings = deepcopy(CASES[case])  # some parts keep a state
+    running = trainer(prepared(), batch=BATCH // processes, optimize=slowly, **settings)
     lines = [running.train_step() for _ in range(STEPS)]
     rewards = running.reward_metrics()
     assert running.last_context is not None

@@ -324,6 +324,362 @@ def test_tilt_without_differences_is_plain_matching(score: Tensor) -> None:
     assert logged["tilt/max"] == logged["tilt/effective_sample_size"] == 1
 
 
+def test_share_of_clipped_weights() -> None:
+    scores = {"a": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, NAN, NAN])}
+    _, logged = call(RewardTilt(0.5), scores, {"a": 1.0})
+    assert logged["tilt/clipped"] == pytest.approx(0.8)  # the ratios are e^-6 and nearly 8
+    _, logged = call(RewardTilt(0.5, clip=(0.1, 9.0)), scores, {"a": 1.0})
+    assert logged["tilt/clipped"] == pytest.approx(0.7)
+    _, logged = call(RewardTilt(50.0), scores, {"a": 1.0})
+    assert logged["tilt/clipped"] == 0
+
+
+def test_linear_and_rank_by_hand() -> None:
+    scores = {"a": torch.tensor([1.0, 2.0, 2.0, 4.0, 6.0])}  # mean 3, variance 3.2
+    found, _ = call(RewardTilt(2.0, weight="linear"), scores, {"a": 0.7})
+    torch.testing.assert_close(found.double(), 1 + (scores["a"].double() - 3) / 3.2**0.5 / 2, rtol=1e-6, atol=0)
+    found, _ = call(RewardTilt(2.0, weight="rank"), scores, {"a": 0.7})
+    z = torch.tensor([-0.5, -0.125, -0.125, 0.25, 0.5], dtype=torch.float64)
+    z = z / z.std(correction=0)
+    expected = (z / 2).exp() / (z / 2).exp().mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    far, _ = call(RewardTilt(2.0, weight="rank"), {"a": torch.tensor([-1e4, 2.0, 2.0, 2.1, 1e4])}, {"a": 0.7})
+    assert torch.equal(far, found)
+
+
+# --- What holds for all of them ---------------------------------------------------------------------------------------
+
+SETTINGS = [
+    *(
+        {"weight": weight, "baseline": b}
+        for weight in ("exp", "linear", "rank")
+        for b in ("batch", "prompt_group", "ema")
+    ),
+    *(
+        {"divergence": divergence, "baseline": b}
+        for divergence in get_args(Divergence)[1:]
+        for b in ("batch", "prompt_group", "ema")
+    ),
+]
+PAIRS = torch.arange(8) // 2
+RISING = {"forward_kl", "js", "hellinger", "jeffreys"}
+every = pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
+
+
+def experienced(settings: dict[str, Any], tau: float = 1.5, names: str = "a") -> RewardTilt:
+    """A tilt that has been at it for a while, which matters over time only."""
+    tilt, generator = RewardTilt(tau, **settings), torch.Generator().manual_seed(5)
+    for _ in range(20):
+        scores = {name: torch.randn(8, generator=generator) for name in names}
+        call(tilt, scores, dict.fromkeys(names, 1.0), group=PAIRS)
+    return tilt
+
+
+@every
+@pytest.mark.parametrize("value", [0.3, 22.3, -1e4, 0.0])
+def test_equal_rewards_weigh_exactly_one_in_all(settings: dict[str, Any], value: float) -> None:
+    for count, dtype in ((8, torch.float32), (12, torch.float32), (16, torch.bfloat16), (24, torch.float16)):
+        score = torch.full((count,), value, dtype=dtype).float()
+        tilt = RewardTilt(1.5, **settings)
+        for _ in range(4):
+            found, logged = call(tilt, {"a": score}, {"a": 0.3}, group=torch.arange(count) // 4)
+            assert torch.equal(found, torch.ones(count))
+            assert logged == {"tilt/effective_sample_size": 1, "tilt/max": 1, "tilt/clipped": 0}
+
+
+@every
+@pytest.mark.parametrize("missing", [NAN, INF, -INF])
+def test_what_cannot_be_judged_is_neutral_in_all(settings: dict[str, Any], missing: float) -> None:
+    scores, weights = {name: score.clone() for name, score in SCORES.items()}, {"a": 1.0, "b": 0.3}
+    scores["a"][5], scores["b"][6:] = missing, missing
+    kept = torch.arange(5)  # 5 and the last pair are not judged: with groups, 4 has nobody to be compared with
+    tilt, other = experienced(settings, names="ab"), experienced(settings, names="ab")
+    for _ in range(2):  # the second call would show what the first has learned from the others
+        found, _ = call(tilt, scores, weights, group=PAIRS)
+        alone, _ = call(other, {name: score[kept] for name, score in scores.items()}, weights, group=PAIRS[kept])
+        assert found[5:].tolist() == [1, 1, 1]
+        assert torch.equal(found[kept], alone)
+        assert len(found[:4].unique()) > 1 or settings.get("divergence") == "reverse_kl"
+        assert found[4] == 1 or settings["baseline"] != "prompt_group"
+
+
+@every
+def test_nobody_judged_is_plain_matching_in_all(settings: dict[str, Any]) -> None:
+    tilt = experienced(settings)
+    before = tilt.state_dict()
+    found, logged = call(tilt, {"a": torch.full((8,), NAN)}, {"a": 1.0}, group=PAIRS)
+    assert torch.equal(found, torch.ones(8))
+    assert logged == {"tilt/effective_sample_size": 1, "tilt/max": 1, "tilt/clipped": 0}
+    assert tilt.state_dict() == before
+
+
+@every
+@pytest.mark.parametrize("tau", [1e-9, 0.5, 1e9])
+def test_weights_are_finite_and_have_mean_one_in_all(settings: dict[str, Any], tau: float) -> None:
+    tilt = experienced(settings, tau)
+    for scale in (1e-3, 1.0, 1e4, 1e30):
+        found, _ = call(tilt, {"a": scale * SCORES["a"]}, {"a": 1.0}, group=PAIRS)
+        assert found.isfinite().all()
+        assert found.max() / found.min() <= 50 * (1 + 1e-6)
+        if settings["baseline"] != "ema":
+            assert found.mean().item() == pytest.approx(1, abs=1e-6)
+        if tau == 1e9:
+            torch.testing.assert_close(found, torch.ones(8), rtol=0, atol=1e-6)
+
+
+@every
+def test_weights_follow_the_reward_in_all(settings: dict[str, Any]) -> None:
+    score = torch.tensor([0.1, 0.4, 0.1, 0.4, 0.2, 0.3, 0.4, 0.1])  # of each pair, the mean is the same
+    found, _ = call(experienced(settings), {"a": score}, {"a": 1.0}, group=PAIRS)
+    steps = found[[0, 4, 5, 1]].diff()
+    divergence = settings.get("divergence", "forward_kl")
+    assert (steps > 0).all() if divergence in RISING else (steps <= 0).all()
+    for equal in ([0, 2, 7], [1, 3, 6]):
+        torch.testing.assert_close(found[equal], found[equal[:1]].expand(3), rtol=1e-6, atol=0)
+
+
+@every
+def test_shards_and_order_do_not_matter_in_all(settings: dict[str, Any]) -> None:
+    scores, weights = {**SCORES, "a": SCORES["a"].clone()}, {"a": 1.0, "b": 1.0}
+    scores["a"][5] = NAN
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    whole, *shards = (
+        call(experienced(settings, names="ab"), scores, weights, rows, PAIRS)[0]
+        for rows in (slice(None), slice(0, 4), slice(4, 8))
+    )
+    assert torch.equal(torch.cat(shards), whole)
+    mixed = {name: score[order] for name, score in scores.items()}
+    found, _ = call(experienced(settings, names="ab"), mixed, weights, group=PAIRS[order])
+    torch.testing.assert_close(found, whole[order], rtol=1e-6, atol=0)
+
+
+@every
+def test_rewards_that_differ_by_rounding_weigh_exactly_one_in_all(settings: dict[str, Any]) -> None:
+    alike = torch.full((8,), 22.3)
+    alike[::3] = torch.nextafter(alike[0], torch.tensor(INF))
+    generator = torch.Generator().manual_seed(0)
+    tilt, other = RewardTilt(1e-3, **settings), RewardTilt(1e-3, **settings)
+    for _ in range(4):
+        found, _ = call(tilt, {"a": alike.roll(1)}, {"a": 1.0}, group=PAIRS)
+        assert torch.equal(found, torch.ones(8))
+        score = torch.randn(8, generator=generator)
+        found, _ = call(other, {"a": score, "b": -3 * score}, {"a": 0.3, "b": 0.3}, group=PAIRS)  # they cancel
+        assert torch.equal(found, torch.ones(8))
+
+
+@every
+def test_the_first_sample_of_all_has_weight_one(settings: dict[str, Any]) -> None:
+    found, _ = call(RewardTilt(1.5, **settings), {"a": torch.tensor([0.7])}, {"a": 1.0})
+    assert found.tolist() == [1]
+
+
+# --- What a reward is compared with -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group", "baseline"),
+    [([0], "ema"), ([0, 1, 2], "batch"), ([0, 0, 1, 1], "prompt_group"), ([3, 3], "prompt_group")],
+)
+def test_automatic_baseline(group: list[int], baseline: Any) -> None:
+    assert automatic_baseline(torch.tensor(group)) == baseline
+    score = {"a": torch.linspace(0, 1, len(group))}
+    found, expected = RewardTilt(1.5), RewardTilt(1.5, baseline=baseline)
+    for _ in range(2):
+        score = {"a": score["a"] ** 2 + 0.1}
+        weights, _ = call(found, score, {"a": 1.0}, group=torch.tensor(group))
+        assert torch.equal(weights, call(expected, score, {"a": 1.0}, group=torch.tensor(group))[0])
+
+
+@pytest.mark.parametrize("weight", ["exp", "linear", "rank"])
+def test_by_group_the_level_of_a_prompt_does_not_matter(weight: Any) -> None:
+    score = torch.tensor([1.0, 3, 4, 2, 1, 1, 5, 2], dtype=torch.float64) / 16
+    group = torch.tensor([7, 2, 7, 2, 7, 2, 7, 2])
+    tilt = RewardTilt(1.5, weight=weight, baseline="prompt_group")
+    found, _ = call(tilt, {"a": score}, {"a": 1.0}, group=group)
+    assert len(found.unique()) > 4
+    for constant in (-3.0, 1000.0):
+        moved, _ = call(tilt, {"a": score + constant * (group == 2)}, {"a": 1.0}, group=group)
+        torch.testing.assert_close(moved, found, rtol=1e-6, atol=0)
+        total, valid = standardised({"a": score + constant * (group == 2)}, {"a": 1.0}, group)
+        torch.testing.assert_close(total, standardised({"a": score}, {"a": 1.0}, group)[0], rtol=0, atol=1e-12)
+        assert valid.all()
+    others, _ = call(RewardTilt(1.5, weight=weight, baseline="batch"), {"a": score + 1000.0 * (group == 2)}, {"a": 1.0})
+    assert others[group == 2].min() > others[group == 7].max()  # which the batch prefers
+
+
+def test_by_group_by_hand() -> None:
+    """Deviations -1, 1 of a prompt at 1 and -3, 3 of one at 103, in units of their common spread sqrt(5)."""
+    scores, group = {"a": torch.tensor([0.0, 2.0, 100.0, 106.0])}, torch.tensor([0, 0, 1, 1])
+    found, _ = call(RewardTilt(2.0), scores, {"a": 0.4}, group=group)
+    w = (torch.tensor([-1.0, 1.0, -3.0, 3.0]).double() / 5**0.5 / 2).exp()
+    torch.testing.assert_close(found.double(), w / w.mean(), rtol=1e-6, atol=0)
+
+
+def test_by_group_a_sample_alone_is_neutral() -> None:
+    scores = {"a": torch.tensor([0.1, 0.5, 9.0, 0.3, NAN, 0.2, 0.4]), "b": torch.tensor([1.0, 2, 0, 3, 1, 5, 2])}
+    group, weights = torch.tensor([0, 0, 1, 2, 2, 3, 3]), {"a": 1.0, "b": 1.0}
+    found, _ = call(RewardTilt(1.5, baseline="prompt_group"), scores, weights, group=group)
+    assert found[[2, 3, 4]].tolist() == [1, 1, 1]
+    kept = torch.tensor([0, 1, 5, 6])
+    alone, _ = call(RewardTilt(1.5), {n: score[kept] for n, score in scores.items()}, weights, group=group[kept])
+    assert torch.equal(found[kept], alone)
+    assert found.mean().item() == pytest.approx(1, abs=1e-6)
+    singles, _ = call(RewardTilt(1.5, baseline="prompt_group"), SCORES, weights)
+    assert torch.equal(singles, torch.ones(8))
+
+
+def test_a_batch_of_one_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    tilt = RewardTilt(1.5, baseline="batch")
+    with caplog.at_level(logging.WARNING, logger="dmdr"):
+        for value in (0.1, 0.7, 0.3):
+            assert call(tilt, {"a": torch.tensor([value])}, {"a": 1.0})[0].tolist() == [1]
+        call(RewardTilt(1.5), {"a": torch.tensor([0.3])}, {"a": 1.0})
+    assert [record.getMessage() for record in caplog.records] == [
+        "a global batch of one, compared with itself, has weight 1: RT-DM needs --tilt_baseline ema"
+    ]
+
+
+# --- Over time --------------------------------------------------------------------------------------------------------
+
+
+def decaying(count: int) -> Tensor:
+    """Shares of calls in their average, the oldest first, [count]."""
+    shares = DECAY ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
+    return shares / shares.sum()
+
+
+def test_moments_are_corrected_moving_averages() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [50 + torch.randn(count, generator=generator, dtype=torch.float64) for count in (1, 3, 1, 2, 0, 5)]
+    moments = Moments()
+    for batch in batches:
+        moments.add(batch)
+    counted = [batch for batch in batches if len(batch)]
+    shares = decaying(len(counted))
+    mean = sum(share * batch.mean() for share, batch in zip(shares, counted, strict=True))
+    square = sum(share * (batch**2).mean() for share, batch in zip(shares, counted, strict=True))
+    assert (moments.count, moments.mean) == (5, pytest.approx(float(mean), rel=1e-12))
+    assert moments.var == pytest.approx(float(square - mean**2), rel=1e-9)
+
+
+def test_over_time_by_hand() -> None:
+    """As in a batch: standardised, summed, in units of the spread of the sum; exp over its mean, twice."""
+    tilt = RewardTilt(2.0, baseline="ema")
+    raw, total, w, ratio = (torch.zeros(0, dtype=torch.float64) for _ in range(4))
+    for count, value in enumerate([3.0, 5.0, 4.5, 1.0], start=1):
+        found, _ = call(tilt, {"a": torch.tensor([value])}, {"a": 0.3})
+        shares = decaying(count)
+        raw = torch.cat([raw, torch.tensor([value]).double()])
+        mean = (shares * raw).sum()
+        std = (shares * (raw - mean) ** 2).sum().sqrt()
+        total = torch.cat([total, 0.3 * (raw[-1:] - mean) / std.clamp_min(1e-9)])
+        z = total[-1:] / (shares * total**2).sum().sqrt().clamp_min(1e-9)
+        w = torch.cat([w, (z / 2).exp()])
+        ratio = torch.cat([ratio, w[-1:] / (shares * w).sum()])
+        expected = ratio[-1:] / (shares * ratio).sum()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+        assert (expected > 1).item() == (count == 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight": "linear"}, {"weight": "rank"}, {"divergence": "js"}], ids=str)
+def test_over_time_the_first_call_only_learns(settings: dict[str, Any]) -> None:
+    tilt = RewardTilt(1.5, baseline="ema", **settings)
+    assert torch.equal(call(tilt, SCORES, {"a": 1.0, "b": 1.0})[0], torch.ones(8))
+    assert len(call(tilt, SCORES, {"a": 1.0, "b": 1.0})[0].unique()) > 6
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight": "linear"}, {"weight": "rank"}, {"divergence": "jeffreys"}, {"divergence": "neyman"}],
+    ids=str,
+)
+def test_over_time_weights_have_mean_one(settings: dict[str, Any], count: int) -> None:
+    """For a reward whose level and scale drift slowly."""
+    tilt, generator = RewardTilt(1.5, baseline="ema", **settings), torch.Generator().manual_seed(0)
+    found, z = [], []
+    for step in range(1500):
+        z.append(torch.randn(count, generator=generator))
+        score = 20 + step / 1000 + (1 + step / 1500) * z[-1]
+        found.append(call(tilt, {"a": score, "b": -score}, {"a": 1.0, "b": -0.5})[0])
+    weights, z = torch.cat(found[100:]), torch.cat(z[100:])
+    assert weights.mean().item() == pytest.approx(1, abs=0.02)
+    assert 0.2 < weights.std() < 1.5
+    assert torch.corrcoef(torch.stack([weights, z]))[0, 1].abs() > 0.8
+    if settings in ({}, {"weight": "rank"}):
+        uniform = math.sqrt(12) * (torch.special.ndtr(z) - 0.5)
+        exact = ((uniform if settings else z) / 1.5).exp()
+        exact = (exact / exact.mean()).clamp(0.1, 5)
+        assert (weights - exact).square().mean().sqrt() < 0.2
+
+
+def test_over_time_a_jump_is_bounded_after_a_constant() -> None:
+    tilt = RewardTilt(1.5, baseline="ema")
+    for _ in range(50):
+        assert call(tilt, {"a": torch.tensor([0.3])}, {"a": 1.0})[0].tolist() == [1]
+    for value in (1e4, -1e4, 0.3):
+        found, _ = call(tilt, {"a": torch.tensor([value])}, {"a": 1.0})
+        assert found.isfinite().all()
+        assert 0 < found.item() <= 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight": "linear"}, {"weight": "rank"}, {"divergence": "js"}], ids=str)
+def test_over_time_the_state_is_all_there_is(settings: dict[str, Any]) -> None:
+    def tilts() -> RewardTilt:
+        return RewardTilt(1.5, baseline="ema", **settings)
+
+    whole, generator = tilts(), torch.Generator().manual_seed(0)
+    scores = [{n: torch.randn(2, generator=generator) for n in "ab"} for _ in range(12)]
+    weights = {"a": 1.0, "b": 0.3}
+    expected = [call(whole, score, weights)[0] for score in scores]
+    first, second = tilts(), tilts()
+    for score in scores[:6]:
+        call(first, score, weights)
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    found = [call(second, score, weights)[0] for score in scores[6:]]
+    assert torch.equal(torch.cat(found), torch.cat(expected[6:]))
+    fresh = [call(tilts(), score, weights)[0] for score in scores[6:]]
+    assert not torch.equal(torch.cat(fresh), torch.cat(expected[6:]))
+
+
+def test_without_time_there_is_no_state() -> None:
+    for baseline in ("batch", "prompt_group"):
+        assert experienced({"baseline": baseline}).state_dict() == {}
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+
+def test_flags() -> None:
+    assert parse(["--model", "toy"]).config.tilt_baseline is None
+    given = ["--model", "toy", "--tilt_weight", "rank", "--tilt_baseline", "prompt_group", "--num_generations", "2"]
+    config = parse(given).config
+    assert (config.tilt_weight, config.tilt_divergence, config.tilt_baseline) == ("rank", "forward_kl", "prompt_group")
+    assert parse(["--model", "toy", "--tilt_divergence", "js"]).config.tilt_divergence == "js"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"tilt_baseline": "prompt_group"},
+            "--num_generations must be at least 2 for --tilt_baseline prompt_group, not 1",
+        ),
+        (
+            {"tilt_weight": "linear", "tilt_divergence": "js"},
+            "--tilt_weight must be exp, a density ratio, for --tilt_divergence js, not linear",
+        ),
+        ({"tilt_divergence": "kl"}, "--tilt_divergence must be one of forward_kl, js,"),
+        ({"tilt_baseline": "none"}, "--tilt_baseline must be one of batch, prompt_group, ema or null, not 'none'"),
+    ],
+)
+def test_flags_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(settings={"model": "toy", **settings})
+    assert said in str(error.value)
+
+
 # --- What it optimises ------------------------------------------------------------------------------------------------
 
 
