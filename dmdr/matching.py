@@ -19,6 +19,13 @@ def keyed(purpose: str, draw: Draw) -> str:
     return f"{purpose}/{draw.iteration}" if draw.iteration else purpose
 
 
+def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
+    """The student's answers at times t [B], with noise named after its purpose."""
+    eps = ctx.random.normal(keyed(f"{purpose}/eps", draw), draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
+    x_t = add_noise(ctx.backend.path, draw.x0, eps, t)
+    return Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device))
+
+
 def denoising_error(prediction: Prediction, renoised: Renoised) -> Tensor:
     """Weighted denoising loss per sample, [B], in the network's own parameterisation."""
     error = (prediction.value - prediction.target(renoised.x0, renoised.eps)) ** 2
@@ -70,9 +77,7 @@ class DMD:
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
         """The student's answers at times t ~ Beta(ctx.renoise); the fake score learns exactly where it is asked."""
         t = ctx.random.beta(keyed("renoise/t", draw), draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
-        eps = ctx.random.normal(keyed("renoise/eps", draw), draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
-        x_t = add_noise(ctx.backend.path, draw.x0, eps, t)
-        return (Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device)),)
+        return (renoised_at(t, "renoise", draw, ctx),)
 
     def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term:
         """Denoising loss on the student's answers, per sample, in the network's own parameterisation."""

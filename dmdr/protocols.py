@@ -260,7 +260,10 @@ class Matching(Protocol):
 
 
 class SampleWeight(Protocol):
-    """A weight of each sample's direction, [B] float32, mean one over the global batch; it may read the direction."""
+    """A weight of each sample's direction, [B] float32; it may read the direction.
+
+    Mean one over the global batch, or over time where the batch is too small to compare.
+    """
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor: ...
 

@@ -131,23 +131,6 @@ def bounded(
     return weights.float()
 
 
-def tilt_weights(
-    rewards: Tensor, beta: float, *, valid: Tensor | None = None, clip: tuple[float, float] = (0.1, 5.0)
-) -> Tensor:
-    """RT-DM as published: w = exp(r / beta) / mean exp(r / beta), clipped to `clip` and brought back to mean one.
-
-    Args:
-        rewards: [N], the whole global batch.
-        beta: Temperature in units of the reward; > 0.
-        valid: Samples that count, [N] bool; the others get the neutral weight 1 and enter no statistic.
-
-    Returns:
-        [N] float32, mean one over the valid samples; exactly 1 where the rewards do not differ.
-    """
-    valid = rewards.isfinite() if valid is None else valid
-    return bounded(density_ratio(rewards, beta, valid), valid, clip)
-
-
 def effective_sample_size(weights: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2 as a share of N: 1 for equal weights, 1 / N if one sample takes all."""
     return weights.sum() ** 2 / (weights**2).sum() / len(weights)

@@ -13,11 +13,18 @@ from accelerate import PartialState
 from torch import Tensor
 from toy_trainer import Plain, Policy, prepared, state, trainer
 
+from dmdr.backends.toy import Redness
 from dmdr.protocols import Needs
 from dmdr.tilt import RewardTilt
+from dmdr_ac_dmd import ACDMD
+from dmdr_decoupled import Decoupled
+from dmdr_dpo import DPO
+from dmdr_grpo import GRPO
 from dmdr_refl import ReFL
+from dmdr_srpo import SRPO
 
 BATCH, STEPS = 8, 2
+WORDS: dict[str, Any] = {"positive": ["Red", ""], "negative": ["Green"]}
 BROKEN = {"mode 1": math.nan}
 CASES: dict[str, dict[str, Any]] = {
     "dmd": {"guidance": (2.0, 4.0), "fake_updates": 2},
@@ -29,6 +36,28 @@ CASES: dict[str, dict[str, Any]] = {
     "refl": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 2.0},
     "refl_invalid": {"rewards": Plain(BROKEN), "objectives": [ReFL()], "rl_weight": 2.0},
     "refl_last": {"rewards": Plain(BROKEN), "objectives": [ReFL(steps="last")], "rl_weight": 2.0, "dmd_weight": 0.0},
+    "grpo": {
+        "rewards": Plain(BROKEN),
+        "objectives": [GRPO(policy_steps="random:2")],
+        "group_size": 2,
+        "rl_weight": 3.0,
+    },
+    "grpo_again": {
+        "rewards": Plain(),
+        "objectives": [GRPO(num_iterations=2, beta=0.1, scale_rewards="group"), (0.1, ReFL(steps="last"))],
+        "group_size": 4,
+    },
+    "dpo": {"rewards": Plain(BROKEN), "objectives": [DPO(beta=1.0)], "group_size": 4},
+    "dpo_diffusion": {
+        "rewards": Plain(),
+        "objectives": [DPO(beta=1.0, form="diffusion")],
+        "group_size": 4,
+        "rl_weight": 3.0,
+    },
+    "srpo": {"rewards": Redness(), "objectives": [SRPO(**WORDS)], "rl_weight": 2.0},
+    "srpo_aligned": {"rewards": Redness(), "objectives": [SRPO(direct_align=True, **WORDS)], "rl_weight": 4.0},
+    "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
+    "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
     "policy": {"rewards": Plain(), "objectives": [Policy(Needs(steps="stochastic"))], "rl_weight": 0.1},
     "refl_balanced": {"rewards": Plain(), "objectives": [ReFL(balance="grad_norm")], "rl_weight": 2.0},
 }
@@ -40,7 +69,9 @@ def slowly(parameters: list[Any]) -> torch.optim.Optimizer:
 
 def train(case: str, processes: int) -> dict[str, Any]:
     settings = deepcopy(CASES[case])  # some parts keep a state
-    running = trainer(prepared(), batch=BATCH // processes, optimize=slowly, **settings)
+    running = trainer(
+        prepared(roles=("student", "fake_score", "reference")), batch=BATCH // processes, optimize=slowly, **settings
+    )
     lines = [running.train_step() for _ in range(STEPS)]
     rewards = running.reward_metrics()
     assert running.last_context is not None

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from toy_trainer import tilt_weights
 
 from dmdr.config import parse
 from dmdr.errors import ConfigError
@@ -24,7 +25,6 @@ from dmdr.tilt import (
     effective_sample_size,
     ranks,
     standardised,
-    tilt_weights,
 )
 from dmdr.types import Condition, Direction, Draw, Rollout
 

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_trainer import Constant, DoubleToy, Plain, Policy, adam, cpu, flat, prepared, state, step_of, trainer
+from toy_trainer import (
+    Constant,
+    DoubleToy,
+    Plain,
+    Policy,
+    adam,
+    cpu,
+    flat,
+    prepared,
+    state,
+    step_of,
+    tilt_weights,
+    trainer,
+)
 
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
 from dmdr.errors import TrainingError
@@ -18,7 +31,7 @@ from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
-from dmdr.tilt import RewardTilt, standardised, tilt_weights
+from dmdr.tilt import RewardTilt, standardised
 from dmdr.trainer import Step, Trainer, WeightedObjective, combined_needs
 from dmdr.types import Draw, Term
 from dmdr_refl import ReFL

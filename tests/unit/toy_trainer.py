@@ -16,6 +16,7 @@ from dmdr.prompts import PromptStream
 from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.tilt import bounded, density_ratio
 from dmdr.trainer import Learner, Trainer, WeightedObjective
 from dmdr.types import Draw, Term
 
@@ -152,6 +153,14 @@ def trainer(
         sample_weight=sample_weight,
         **{**settings, **kwargs},
     )
+
+
+def tilt_weights(
+    rewards: Tensor, beta: float, *, valid: Tensor | None = None, clip: tuple[float, float] = (0.1, 5.0)
+) -> Tensor:
+    """The weights of RT-DM as published, in [N] float32 for rewards [N]."""
+    valid = rewards.isfinite() if valid is None else valid
+    return bounded(density_ratio(rewards, beta, valid), valid, clip)
 
 
 def state(trainer: Trainer, role: Any = "student") -> dict[str, Tensor]:
