@@ -370,7 +370,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     chosen = [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
     options, short = _plugin_options(chosen)
 
-    for plugin in chosen:
+    for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
     given = {short.get(key, key): value for key, value in given.items()}

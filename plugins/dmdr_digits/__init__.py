@@ -57,6 +57,12 @@ class Digits:
         "sample_steps": 20,
         "sample_images": 40,
         "num_eval_samples": 1000,
+        "objectives": {
+            "grpo": {"num_generations": 8, "rl_weight": 1.0},
+            "dpo": {"num_generations": 8, "rl_weight": 0.3},
+            # These small rewards know no control words: the bare prompt is set against words that they never saw.
+            "srpo": {"srpo_positive": [""], "srpo_k": 1.0},
+        },
     }
 
     def __init__(self) -> None:

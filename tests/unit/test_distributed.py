@@ -14,6 +14,7 @@ from torch import Tensor
 from toy_trainer import Plain, Policy, prepared, state, trainer
 
 from dmdr.backends.toy import Redness
+from dmdr.ema import EMA
 from dmdr.protocols import Needs
 from dmdr.tilt import RewardTilt
 from dmdr_ac_dmd import ACDMD
@@ -72,12 +73,13 @@ def train(case: str, processes: int) -> dict[str, Any]:
     running = trainer(
         prepared(roles=("student", "fake_score", "reference")), batch=BATCH // processes, optimize=slowly, **settings
     )
+    running.ema = EMA(running.student.parameters, 0.5)
     lines = [running.train_step() for _ in range(STEPS)]
     rewards = running.reward_metrics()
     assert running.last_context is not None
     assert running.last_context.rollout is not None
     return {
-        "parameters": {role: state(running, role) for role in ("student", "fake_score")},
+        "parameters": {role: state(running, role) for role in ("student", "fake_score")} | {"ema": running.ema.average},
         "lines": lines,
         "rewards": rewards,
         "states": running.last_context.rollout.x_t,
@@ -114,8 +116,9 @@ def flat(found: dict[str, Any], role: str) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(both: list[dict[str, Any]], case: str) -> None:
     alone, (first, second) = train(case, 1), (found[case] for found in both)
-    start = {"parameters": {role: state(trainer(), role) for role in ("student", "fake_score")}}
-    for role in ("student", "fake_score"):
+    start = {role: state(trainer(), role) for role in ("student", "fake_score")}
+    start = {"parameters": start | {"ema": start["student"]}}
+    for role in ("student", "fake_score", "ema"):
         assert torch.equal(flat(first, role), flat(second, role))
         torch.testing.assert_close(flat(first, role), flat(alone, role), rtol=0, atol=1e-6)
         moved = (flat(alone, role) - flat(start, role)).abs().max()
