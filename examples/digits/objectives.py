@@ -16,11 +16,11 @@ from table import METRICS, REWARD, Cells, cell, markdown
 
 # Updates of the joint run and of the objective alone that take as long as 60 of ReFL jointly; the table measures it.
 STEPS = {
-    "refl": (60, 400),
-    "grpo": (50, 175),
-    "dpo": (50, 175),
-    "srpo": (60, 400),
-    "grpo+0.1*refl": (50, 175),
+    "refl": (60, 300),
+    "grpo": (52, 176),
+    "dpo": (53, 222),
+    "srpo": (59, 298),
+    "grpo+0.1*refl": (49, 151),
 }
 SIZE = "examples/digits/png_size.py:score"
 AGGREGATIONS = ("normalize_then_sum", "sum_then_normalize")
@@ -44,7 +44,13 @@ def measure(root: Path, seeds: list[int]) -> Cells:
         for rl, (joint, alone) in STEPS.items():
             for kind, steps, weight in (("joint", joint, 1.0), ("only", alone, 0.0)):
                 folder = root / f"{rl.replace('*', 'x')}-{kind}-seed{seed}"
-                settings = {"seed": seed, "rl": rl, "init_student": str(first), "stage2_steps": steps}
+                settings = {
+                    "seed": seed,
+                    "rl": rl,
+                    "init_student": str(first),
+                    "stage2_steps": steps,
+                    "teacher_steps": 4,
+                }
                 found = cell(folder, **settings, dmd_weight=weight)["stage 2"]
                 name = f"{rl} + DMD" if kind == "joint" else f"{rl} only"
                 rows.setdefault(name, []).append(found | {"seconds": seconds(folder)})
@@ -56,7 +62,7 @@ def measure_aggregation(root: Path, seeds: list[int]) -> Cells:
     rows: Cells = {}
     for seed in seeds:
         first = root / f"stage1-seed{seed}"
-        settings = {"seed": seed, "init_student": str(first), "rl": "grpo", "stage2_steps": 50}
+        settings = {"seed": seed, "init_student": str(first), "rl": "grpo", "stage2_steps": 50, "teacher_steps": 4}
         start = cell(root / f"size-none-seed{seed}", **settings | {"rl": "none", "reward": f"hps+{SIZE}"})
         rows.setdefault("DMD only", []).append(start["stage 2"])
         for how in AGGREGATIONS:

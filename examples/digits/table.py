@@ -70,7 +70,10 @@ def markdown(rows: Cells, metrics: dict[str, str] = METRICS) -> str:
     for name, seeds in rows.items():
         texts = []
         for metric in metrics:
-            values = [seed[metric] for seed in seeds]
+            values = [seed[metric] for seed in seeds if metric in seed]
+            if not values:
+                texts.append("")
+                continue
             mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
             digits = 1 if max(map(abs, values)) >= 2 else 3
             texts.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
