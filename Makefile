@@ -22,6 +22,7 @@ verify: $(READY)
 
 bench: $(READY)
 	$(BIN)/python examples/digits/table.py
+	$(BIN)/python examples/digits/objectives.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON3) -m venv .venv

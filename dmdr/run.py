@@ -227,8 +227,8 @@ class Run:
                 if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
                     self._save(trainer)
                 raise
-        if trainer.ema and trainer.step == stage.steps:
-            trainer.ema.settle()
+        if trainer.student.ema and trainer.step == stage.steps:
+            trainer.student.ema.settle()
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if self.stopped is None:
             self._grid(self.progress.total)
@@ -244,7 +244,7 @@ class Run:
     @staticmethod
     def _averaged(trainer: Trainer) -> AbstractContextManager[None]:
         """The student as users get it."""
-        return trainer.ema.applied() if trainer.ema else nullcontext()
+        return trainer.student.ema.applied() if trainer.student.ema else nullcontext()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
@@ -343,11 +343,9 @@ class Run:
             first_step=stage.first_step,
             step=step,
         )
-        if config.ema_decay:
-            trainer.ema = EMA(trainer.student.parameters, config.ema_decay)
         if state:
-            if trainer.ema:
-                load_parameters(state, "ema", trainer.ema.average)
+            if trainer.student.ema:
+                load_parameters(state, "ema", trainer.student.ema.average)
             optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
             extra = load_training(state, optimizers)
             self.scaler.load_state_dict(extra["scaler"])
@@ -377,7 +375,8 @@ class Run:
         name, warmup = (config.lr_scheduler_type, config.warmup_steps) if role == "student" else ("constant", 0)
         factor = partial(_factor, name=name, steps=stage.steps, warmup_steps=warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
-        return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm)
+        ema = EMA(parameters, config.ema_decay) if role == "student" and config.ema_decay else None
+        return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm, ema)
 
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         if not self.accelerator.is_main_process:
@@ -395,7 +394,7 @@ class Run:
             self.job.backend,
             optimizers,
             extra,
-            ema=trainer.ema,
+            ema=trainer.student.ema,
             stage_end=stage_end,
         )
         logger.debug("saved %s", folder)

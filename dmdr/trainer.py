@@ -34,12 +34,13 @@ class Learner:
         accelerator: Accelerator,
         scaler: torch.amp.GradScaler,
         max_grad_norm: float,
+        ema: EMA | None = None,
     ) -> None:
         self.name, self.parameters, self.optimizer, self.scheduler = name, dict(parameters), optimizer, scheduler
-        self.accelerator, self.scaler, self.max_grad_norm = accelerator, scaler, max_grad_norm
+        self.accelerator, self.scaler, self.max_grad_norm, self.ema = accelerator, scaler, max_grad_norm, ema
 
     def update(self) -> float:
-        """Average, unscale and clip the gradients, then step.
+        """Average, unscale and clip the gradients, then step, and take the new parameters into their average.
 
         Returns:
             The gradient norm before clipping.
@@ -63,6 +64,8 @@ class Learner:
             raise TrainingError(f"the gradient norm of the {self.name} is {norm}; nothing was updated")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.ema:
+            self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -148,7 +151,6 @@ class Trainer:
         rl_weight: lambda of L = L_DMD + lambda L_RL.
         objectives: The RL half; empty in stage 1.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
-        ema: Average of the student over its updates, or None.
         fake_mix, renoise: DynaDG and DynaRS, functions of the step.
         guidance: Range of the teacher's guidance, drawn per sample.
         step: Student updates so far in this stage; `first_step` those before it.
@@ -173,7 +175,6 @@ class Trainer:
     objectives: Sequence[WeightedObjective] = ()
     rewards: Rewards | None = None
     sample_weight: SampleWeight | None = None
-    ema: EMA | None = None
     first_step: int = 0
     step: int = 0
     objective_states: Mapping[str, Any] = field(default_factory=dict)  # of a checkpoint, given back after `setup`
@@ -213,8 +214,6 @@ class Trainer:
                 matched = (matching.anchor(prediction, part, ctx) * g).sum() / direction.numel()
                 ctx.backward(self.dmd_weight * matched + (prediction.x0 * r).sum())
             ctx.log({"grad_norm/student": self.student.update()})
-            if self.ema:
-                self.ema.update()
             self.tell_objectives("after_update", ctx)
 
         self.step += 1
@@ -292,11 +291,15 @@ class Trainer:
 
     def learn_fake_score(self, draw: Draw, ctx: Step) -> None:
         """One update of the fake score on the student's answers."""
-        total = 0.0
+        total, metrics = 0.0, []
         for part in draw.split(self.micro_batch_size):
-            loss = self.matching.fake_loss(part, self.backend.fake_score, ctx).loss.sum() / len(draw)
+            term = self.matching.fake_loss(part, self.backend.fake_score, ctx)
+            loss = term.loss.sum() / len(draw)
             ctx.backward(loss)
             total += loss.item()
+            metrics.append({name: torch.as_tensor(value).detach().float() for name, value in term.metrics.items()})
+        everyone = ctx.gather(torch.ones_like(draw.mask))
+        ctx.log({f"fake/{name}": value for name, value in over_the_batch(metrics, everyone, ctx).items()})
         ctx.log({"loss/fake": total, "grad_norm/fake_score": self.fake_score.update()})
 
     @torch.no_grad()
@@ -367,11 +370,8 @@ class Trainer:
         """Objective and backward on a micro-batch: scaled gradient at x0, losses, valid samples, metrics."""
         leaf = part.x0.detach().requires_grad_()
         answer = term.objective(replace(part, leaf=leaf), ctx)
-        grad, losses, counted = (
-            torch.zeros_like(leaf),
-            torch.zeros(len(part), device=leaf.device),
-            torch.zeros_like(part.mask),
-        )
+        grad, counted = torch.zeros_like(leaf), torch.zeros_like(part.mask)
+        losses = torch.zeros(len(part), device=leaf.device)
         metrics: dict[str, list[Tensor]] = {}
         for found in terms_of(answer):
             valid = part.mask if found.valid is None else part.mask & found.valid

@@ -65,7 +65,7 @@ def measure(root: Path, seeds: list[int]) -> Cells:
 
 
 def markdown(rows: Cells, metrics: dict[str, str] = METRICS) -> str:
-    """Mean over the seeds, and half their range."""
+    """Mean over the seeds, and half their range; nothing where a row was not measured."""
     lines = ["| | " + " | ".join(metrics.values()) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, seeds in rows.items():
         texts = []

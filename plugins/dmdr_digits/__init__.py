@@ -59,7 +59,7 @@ class Digits:
         "num_eval_samples": 1000,
         "objectives": {
             "grpo": {"num_generations": 8, "rl_weight": 1.0},
-            "dpo": {"num_generations": 8, "rl_weight": 0.3},
+            "dpo": {"num_generations": 8, "rl_weight": 0.2},
             # These small rewards know no control words: the bare prompt is set against words that they never saw.
             "srpo": {"srpo_positive": [""], "srpo_k": 1.0},
         },

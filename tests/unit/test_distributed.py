@@ -73,13 +73,13 @@ def train(case: str, processes: int) -> dict[str, Any]:
     running = trainer(
         prepared(roles=("student", "fake_score", "reference")), batch=BATCH // processes, optimize=slowly, **settings
     )
-    running.ema = EMA(running.student.parameters, 0.5)
+    average = running.student.ema = EMA(running.student.parameters, 0.5)
     lines = [running.train_step() for _ in range(STEPS)]
     rewards = running.reward_metrics()
     assert running.last_context is not None
     assert running.last_context.rollout is not None
     return {
-        "parameters": {role: state(running, role) for role in ("student", "fake_score")} | {"ema": running.ema.average},
+        "parameters": {role: state(running, role) for role in ("student", "fake_score")} | {"ema": average.average},
         "lines": lines,
         "rewards": rewards,
         "states": running.last_context.rollout.x_t,

@@ -61,7 +61,7 @@ def test_average_moves_once_per_optimizer_step(iterations: int, micro_batch: int
         fake_updates=3,
         optimize=lambda p: torch.optim.SGD(p, lr=0.01),
     )
-    toy.ema = EMA(toy.student.parameters, 0.9)
+    toy.student.ema = EMA(toy.student.parameters, 0.9)
     averages, expected = [], {name: p.clone() for name, p in state(toy).items()}
     steps = 0
     update = toy.student.update
@@ -77,11 +77,11 @@ def test_average_moves_once_per_optimizer_step(iterations: int, micro_batch: int
     toy.student.update = spy  # type: ignore[method-assign]
     for _ in range(2):
         toy.train_step()
-        averages.append(toy.ema.average["net.0.weight"].clone())
+        averages.append(toy.student.ema.average["net.0.weight"].clone())
     assert steps == 2 * iterations
     assert not torch.equal(*averages)
     for name, value in expected.items():
-        torch.testing.assert_close(toy.ema.average[name], value)
+        torch.testing.assert_close(toy.student.ema.average[name], value)
 
 
 def test_a_checkpoint_holds_the_whole_average(tmp_path: Path) -> None:
