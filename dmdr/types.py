@@ -97,7 +97,8 @@ class Draw:
         mask: Samples whose step the objective declared, [B] bool.
         rollout: The whole trajectories (of these samples) that the states came from.
         leaf: x0 as a leaf that takes the objective's gradient; None outside of the objective's call.
-        direction: Gradient of the distribution-matching loss at x0 times numel, [B, *latent]; None before it is known.
+        direction: Gradient of the distribution-matching loss at the matching's anchor, x0 for DMD, times numel,
+            [B, *latent]; None before it is known.
         iteration: How often this rollout has been used before, 0 at first.
     """
 
