@@ -168,7 +168,7 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("dmdr-train", "--help"), ["objectives: refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl RL"]),
+        (("dmdr-train", "--help"), ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl RL"]),
         (("dmdr-plugins",), ["refl", "opaque", "stranger 1.0", "dmdr_sd3:SD3Backend", "dmdr.backends.toy:Toy"]),
         (("dmdr-sample", "--help"), ["--prompt", "--num_images"]),
         (("dmdr-plugins", "--help"), ["usage: dmdr-plugins"]),

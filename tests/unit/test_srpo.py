@@ -274,7 +274,7 @@ def test_bad_flags_are_one_line(flags: dict[str, Any], message: str) -> None:
 
 
 def test_flags_and_a_reward_without_text_features() -> None:
-    flags = ["--model", "digits", "--rl", "srpo", "--positive", "Fine", "CG Render", "--direct_align", "true"]
+    flags = ["--model", "toy", "--rl", "srpo", "--positive", "Fine", "CG Render", "--direct_align", "true"]
     settings = parse([*flags, "--reward", "hps"])
     (chosen,) = settings.of("objectives")
     objective = chosen.build()
