@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
-from toy_trainer import Constant, DoubleToy, EpsToy, Plain, adam, flat, prepared, state, step_of, trainer
+from toy_trainer import Constant, DoubleToy, EpsToy, Meter, Plain, adam, flat, prepared, state, step_of, trainer
 
 from dmdr.backends.toy import Redness, ToyBackend
 from dmdr.errors import ConfigError, TrainingError
@@ -348,22 +348,10 @@ def test_one_graph_at_a_time() -> None:
         toy = running(GRPO(policy_steps=policy_steps))
         draw, ctx = drawn(toy)
         ctx.global_scores()
-        alive, most = 0, 0
-
-        class Saved:
-            def __init__(self, tensor: Tensor) -> None:
-                nonlocal alive, most
-                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-                alive += self.size
-                most = max(most, alive)
-
-            def __del__(self) -> None:
-                nonlocal alive
-                alive -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        with Meter(toy.backend) as meter:  # type: ignore[arg-type]
             toy.gradient_of(toy.objectives[0], draw, ctx)
-        return most
+        assert meter.alive == 0
+        return meter.peak
 
     assert peak("all") <= 1.02 * peak("early:1")
 

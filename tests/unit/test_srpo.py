@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toy_trainer import DoubleToy, EpsToy, adam, flat, prepared, state, step_of, trainer
+from toy_trainer import DoubleToy, EpsToy, Meter, adam, flat, prepared, state, step_of, trainer
 
 from dmdr.assemble import check_needs
 from dmdr.backends.toy import PROMPTS, ToyBackend
@@ -382,34 +382,6 @@ def test_random_numbers_are_keyed_by_sample_and_use() -> None:
     assert ((again - parts).abs() > 1e-6).all()
 
 
-class Meter:
-    """Bytes of the tensors that autograd keeps for backward."""
-
-    def __init__(self) -> None:
-        self.alive = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> "Saved":
-        return Saved(self, tensor)
-
-    def __enter__(self) -> "Meter":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
-
-class Saved:
-    def __init__(self, meter: Meter, tensor: Tensor) -> None:
-        self.meter, self.tensor, self.size = meter, tensor, tensor.numel() * tensor.element_size()
-        meter.alive += self.size
-        meter.peak = max(meter.peak, meter.alive)
-
-    def __del__(self) -> None:
-        self.meter.alive -= self.size
-
-
 class Bulky(ToyBackend):
     """A decoder that keeps about as much as the student."""
 
@@ -421,14 +393,14 @@ class Bulky(ToyBackend):
 def test_one_graph_is_alive_at_a_time() -> None:
     objective = SRPO(direct_align=True, **RED_NOT_GREEN)
     running, ctx, draw = step(objective, Colour(), batch=32, backend=prepared(Bulky))
-    with Meter() as student:
+    with Meter(running.backend) as student:
         prediction = ctx.backend.student(draw.x_t, draw.t, draw.cond)
-    with Meter() as reward:
+    with Meter(running.backend) as reward:
         images = ctx.backend.decode(draw.leaf)
     assert prediction.x0.requires_grad and images.requires_grad
     larger, smaller = sorted([student.peak, reward.peak], reverse=True)
     assert smaller > larger / 2 > 0
-    with Meter() as whole:
+    with Meter(running.backend) as whole:
         terms: Iterator[Term] = iter(terms_of(objective(draw, ctx)))
         assert whole.peak == 0  # nothing is computed before it is asked for
         for term in terms:
@@ -436,7 +408,7 @@ def test_one_graph_is_alive_at_a_time() -> None:
             term.loss.sum().backward()
             assert whole.alive == 0
     assert larger <= whole.peak <= 1.25 * larger
-    with Meter() as whole:
+    with Meter(running.backend) as whole:
         running.train_step()
     assert whole.peak <= 1.25 * larger
     assert whole.alive == 0

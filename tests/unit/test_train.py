@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toy_trainer import (
     Constant,
     DoubleToy,
+    Meter,
     Plain,
     Policy,
     adam,
@@ -695,38 +696,6 @@ def test_refl_climbs() -> None:
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
-
-
-class Meter:
-    """Bytes of the tensors that autograd keeps for backward, parameters aside."""
-
-    def __init__(self, backend: ToyBackend) -> None:
-        self.alive = self.peak = 0
-        modules = [*backend.residuals.values(), getattr(backend, "decoder", nn.Identity())]
-        self.parameters = {p.data_ptr() for module in modules for p in module.parameters()}
-
-    def pack(self, tensor: Tensor) -> "Saved":
-        return Saved(
-            self, tensor, 0 if tensor.data_ptr() in self.parameters else tensor.numel() * tensor.element_size()
-        )
-
-    def __enter__(self) -> "Meter":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
-
-class Saved:
-    def __init__(self, meter: Meter, tensor: Tensor, size: int) -> None:
-        self.meter, self.tensor, self.size = meter, tensor, size
-        meter.alive += size
-        meter.peak = max(meter.peak, meter.alive)
-
-    def __del__(self) -> None:
-        self.meter.alive -= self.size
 
 
 class Bulky(ToyBackend):
