@@ -78,7 +78,7 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
             raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
         if config.num_generations < needs.group_size:
             raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
-        noisy = max(needs.stochastic_steps, needs.steps == "stochastic" or needs.log_prob)
+        noisy = max(needs.stochastic_steps, int(needs.steps == "stochastic" or needs.log_prob))
         if noisy and (last < noisy or config.eta == 0):
             raise ConfigError(
                 f"{who} acts on stochastic steps, and the last is deterministic: it needs --num_inference_steps of at "

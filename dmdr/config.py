@@ -260,7 +260,8 @@ class Settings:
 
 
 def _key(plugin: str, name: str) -> str:
-    return f"{re.sub(r'[^0-9a-zA-Z]', '_', plugin)}_{name}"
+    key = f"{re.sub(r'[^0-9a-zA-Z]', '_', plugin)}_{name}"
+    return f"_{key}" if key[0].isdigit() else key
 
 
 def _named(group: str, expression: str) -> list[tuple[str, float, str]]:

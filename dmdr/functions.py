@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,9 +33,11 @@ def load_object(target: str) -> Any:
 
 
 def _execute(file: Path) -> Any:
+    file = file.expanduser().resolve()
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
-    spec = importlib.util.spec_from_file_location(f"dmdr_file_{file.stem}", file)
+    name = f"dmdr_file_{file.stem}_{blake2b(bytes(file), digest_size=4).hexdigest()}"  # files may share a stem
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where the types of dataclass fields are looked up
@@ -51,10 +54,11 @@ def as_reward(function: Callable[..., Any], target: str) -> type:
     Raises:
         ConfigError: If it cannot be called like that.
     """
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if sum(kind in positional for kind in kinds) < 2 or inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise ConfigError(f"reward '{target}' must be a function score(images, prompts, **columns)")
+    try:
+        inspect.signature(function).bind(None, None, **{"any column": None})
+    except (TypeError, ValueError) as error:
+        text = f"reward '{target}' must be callable as score(images, prompts, **columns): {error}"
+        raise ConfigError(text) from error
 
     @dataclass
     class FunctionReward:

@@ -5,17 +5,24 @@ rounding, has deviation exactly 0: a mean of equal float32 numbers is not, and d
 advantages of nothing.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 
 def spread_out(values: Tensor) -> bool:
     """Whether values [N] differ by more than rounding."""
-    return _differ(values.max(), values.min(), values.abs().mean()).item() is True
+    return bool(_differ(values.max(), values.min(), values.abs().mean()))
 
 
 def _differ(greatest: Tensor, least: Tensor, size: Tensor) -> Tensor:
     return greatest - least > 1e-6 * size.clamp_min(1.0)
+
+
+def judged(scores: Mapping[str, Tensor]) -> Tensor:
+    """Samples that every reward has a finite score for, [N] bool."""
+    return torch.stack([score.isfinite() for score in scores.values()]).all(0)
 
 
 def comparable(group: Tensor, valid: Tensor) -> Tensor:

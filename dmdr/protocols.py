@@ -213,7 +213,7 @@ class Context(Protocol):
 
     @property
     def step(self) -> int:
-        """Student updates so far in this stage."""
+        """Steps so far in this stage; each is one student update, or several on one rollout."""
 
     @property
     def renoise(self) -> tuple[float, float]:
@@ -272,8 +272,9 @@ class SampleWeight(Protocol):
 class RewardObjective(Protocol):
     """The one thing an RL plugin writes: a dataclass whose fields are its flags.
 
-    Optional methods: `setup(ctx)` before the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)`;
-    `state_dict()` for checkpoints, and `load_state_dict(state)`, which comes after `setup` where a run is resumed.
+    Optional methods: `setup(ctx)` before the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)`
+    after the updates of a step; `state_dict()` for checkpoints, and `load_state_dict(state)`, which comes after `setup`
+    where a run is resumed.
     `shared_noise` names the noises that all images of a group shall share: 0 is the initial state, i + 1 the fresh
     noise of step i. Several objectives share what all of them name.
     """

@@ -11,6 +11,7 @@ from typing import Any
 from dmdr.errors import ConfigError
 from dmdr.functions import as_reward, load_object
 
+PROMISED = {"objectives": ("needs", "__call__"), "rewards": ("differentiable", "prepare", "__call__")}
 GROUPS = ("objectives", "rewards", "matchings", "backends", "models")
 
 
@@ -90,11 +91,11 @@ def load(group: str, name: str) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 
     Raises:
-        PluginError: If it is unknown, cannot be imported, or is not what its group promises.
+        ConfigError: If it is unknown, cannot be imported, or is not what its group promises.
     """
     if ":" in name:
         found = load_object(name)
-        if group == "rewards" and inspect.isfunction(found):
+        if group == "rewards" and callable(found) and not inspect.isclass(found):
             return as_reward(found, name)
         return _checked(group, found, f"{group[:-1]} '{name}'")
     plugin = find(group, name)
@@ -115,4 +116,7 @@ def _checked(group: str, target: Any, where: str) -> Any:
         raise PluginError(f"{where} is no class")
     if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):
         raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
+    missing = [name for name in PROMISED.get(group, ()) if not hasattr(target, name)]
+    if missing:
+        raise PluginError(f"{where} has no {' and no '.join(missing)}; dmdr.protocols says what it needs")
     return target

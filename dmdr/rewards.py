@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError
+from dmdr.groups import judged
 from dmdr.protocols import Reward
 
 
@@ -89,17 +90,19 @@ class Rewards:
 
     @staticmethod
     def require_finite(scores: Mapping[str, Tensor]) -> None:
-        """Stop on a reward that judged nothing at all.
+        """Stop on rewards that have judged nothing.
 
         Args:
             scores: name -> scores of the global batch: one process alone may well hold no finite one.
 
         Raises:
-            RewardError: If a reward has no finite score; names the first.
+            RewardError: If a reward has no finite score, which it names, or no sample has one of every reward.
         """
         for name, score in scores.items():
             if not score.isfinite().any():
                 raise RewardError(f"reward '{name}' has no finite score among the {score.numel()} of the global batch")
+        if not judged(scores).any():
+            raise RewardError(f"no sample of the global batch has a finite score of every reward: {', '.join(scores)}")
 
 
 def _line(error: Exception) -> str:

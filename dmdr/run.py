@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,10 +78,13 @@ def run(settings: Settings) -> Path:
     Returns:
         The run folder.
     """
-    if torch.backends.mps.is_available():  # it has no float64, in which times and weights are kept
+    # MPS has no float64, in which times and weights are kept.
+    if torch.backends.mps.is_available() or not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    # The others wait while the main process draws grids and evaluates, which takes longer than the usual ten minutes.
-    config, state = settings.config, PartialState(timeout=timedelta(hours=6))
+    # Processes on CPUs find each other only if told that they are. The others wait while the main process draws grids
+    # and evaluates, which takes longer than the usual ten minutes.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    config, state = settings.config, PartialState(cpu=cpu, timeout=timedelta(hours=6))
     check_tracker(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = find_initial(config.init_student) if config.init_student and not resume else None
@@ -156,6 +159,10 @@ class Run:
             progress = read_progress(self.resume)
             for role in ("student", "fake_score"):
                 load_parameters(self.resume, role, backend.parameters(role))
+            if progress.stage == 2 and backend.parameters("reference"):
+                load_parameters(self.resume, "reference", backend.parameters("reference"))
+            if config.ema_decay and not (self.resume / "ema.safetensors").is_file():
+                raise ConfigError(f"--ema_decay: {self.resume} holds no average of the student to go on with")
         self._load_initial()
         if accelerator.is_main_process:
             self._open_folder(progress)
@@ -181,8 +188,9 @@ class Run:
             return
         backend = self.job.backend
         if (self.initial / "progress.json").is_file():
-            for role in ("student", "fake_score"):
-                load_parameters(self.initial, role, backend.parameters(role))
+            average = (self.initial / "ema.safetensors").is_file()  # what its users got
+            load_parameters(self.initial, "ema" if average else "student", backend.parameters("student"))
+            load_parameters(self.initial, "fake_score", backend.parameters("fake_score"))
         else:
             backend.load_export(self.initial)
 
@@ -227,9 +235,9 @@ class Run:
                 if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
                     self._save(trainer)
                 raise
+        self._save(trainer, stage_end=trainer.step == stage.steps)
         if trainer.student.ema and trainer.step == stage.steps:
             trainer.student.ema.settle()
-        self._save(trainer, stage_end=trainer.step == stage.steps)
         if self.stopped is None:
             self._grid(self.progress.total)
             self._evaluate_student(stage)
@@ -265,8 +273,8 @@ class Run:
                 rewards=self.config.reward if self.job.rewards else "",
             )
             write_report(self.output)
-        self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _leave(self) -> None:
         """End early, after the checkpoint: Ctrl-C exits with 130, SIGTERM with 143."""
@@ -353,7 +361,7 @@ class Run:
             for name, part in _stateful_parts(trainer).items():
                 if name in extra:
                     part.load_state_dict(extra[name])
-            if job.backend.parameters("reference"):
+            if not first and job.backend.parameters("reference"):
                 load_parameters(state, "reference", job.backend.parameters("reference"))
         return trainer
 
@@ -381,10 +389,9 @@ class Run:
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         if not self.accelerator.is_main_process:
             return
-        stateful = {t.name: t.objective for t in trainer.objectives if hasattr(t.objective, "state_dict")}
         extra = {
             "scaler": self.scaler.state_dict(),
-            "objectives": {name: objective.state_dict() for name, objective in stateful.items()},
+            "objectives": trainer.states_of_objectives(),
             **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
         }
         optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
@@ -410,7 +417,7 @@ class Run:
         if evaluated and self.accelerator.is_main_process:
             with self._averaged(trainer):
                 found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
-            values |= {f"eval/{name.replace('reward/', '')}": value for name, value in found.items()}
+            values |= {f"eval/{name.removeprefix('reward/')}": value for name, value in found.items()}
         short = {"stage": self.progress.stage} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
             for key, value in values.items()

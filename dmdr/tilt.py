@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmdr.groups import comparable, group_deviation, spread_out
+from dmdr.groups import comparable, group_deviation, judged, spread_out
 from dmdr.protocols import Context
 from dmdr.types import Direction, Draw
 
@@ -22,11 +22,6 @@ Baseline = Literal["batch", "prompt_group", "ema"]
 ROUNDING = 1e-6  # rewards that differ by less, in their own size or in standard deviations, are equal
 DECAY = 0.99  # of averages over time, per call
 LOGIT_LIMIT = 10.0  # of exponents that enter an average over time, where one of them would stay; as in f-distill
-
-
-def judged(scores: Mapping[str, Tensor]) -> Tensor:
-    """Samples that every reward has a finite score for, [N] bool."""
-    return torch.stack([score.isfinite() for score in scores.values()]).all(0)
 
 
 def standardised(

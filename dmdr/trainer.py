@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
+from dmdr.groups import judged
 from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeight
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
 from dmdr.types import Direction, Draw, Rollout, terms_of
+
+PATIENCE = 10  # batches in a row without a judged sample, before the run stops: a small one may have none by chance
 
 
 class Learner:
@@ -153,7 +156,8 @@ class Trainer:
         sample_weight: Weight of each sample's direction (RT-DM), or None.
         fake_mix, renoise: DynaDG and DynaRS, functions of the step.
         guidance: Range of the teacher's guidance, drawn per sample.
-        step: Student updates so far in this stage; `first_step` those before it.
+        step: Steps so far in this stage; `first_step` those before it.
+        silent: Batches in a row that no reward could judge.
     """
 
     backend: Backend
@@ -178,6 +182,7 @@ class Trainer:
     first_step: int = 0
     step: int = 0
     objective_states: Mapping[str, Any] = field(default_factory=dict)  # of a checkpoint, given back after `setup`
+    silent: int = 0
     last_context: Step | None = None  # of the last step, for its log line
     _set_up: bool = field(default=False, init=False)
 
@@ -210,12 +215,14 @@ class Trainer:
             reward_grad = self.climb(draw, ctx)  #    ... and climb the reward; its graphs are freed here
 
             for part, g, r in self.parts(draw, direction, reward_grad):  # 3. the only student graph alive
+                if not self.dmd_weight and not r.any():
+                    continue  # the objective has reached the student's parameters itself
                 prediction = backend.student(part.x_t, part.t, part.cond)
                 matched = (matching.anchor(prediction, part, ctx) * g).sum() / direction.numel()
                 ctx.backward(self.dmd_weight * matched + (prediction.x0 * r).sum())
             ctx.log({"grad_norm/student": self.student.update()})
-            self.tell_objectives("after_update", ctx)
 
+        self.tell_objectives("after_update", ctx)
         self.step += 1
         for learner in (self.student, self.fake_score) if self.fake_updates_due else (self.student,):
             learner.scheduler.step()
@@ -354,7 +361,7 @@ class Trainer:
             counted = valid.sum()
             rescale(asked / counted.clamp_min(1))
         if asked and not counted:
-            ctx.scores(draw.rollout)  # raises for a reward that judges nothing, and names it
+            ctx.scores(draw.rollout)  # raises for a reward that goes on judging nothing, and names it
         ctx.log(
             {
                 f"loss/{term.name}": ctx.gather(torch.cat(losses)).sum() / counted.clamp_min(1),
@@ -385,7 +392,7 @@ class Trainer:
                 leaf.grad = None
             if taken is not None:
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
-            losses, counted = losses + loss.detach(), counted | valid
+            losses, counted = losses + loss.detach().float(), counted | valid  # one dtype for all processes
             for name, value in found.metrics.items():
                 metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
         return grad, losses, counted, {name: torch.stack(values).mean(0) for name, values in metrics.items()}
@@ -417,6 +424,12 @@ class Trainer:
             if hasattr(term.objective, event):
                 getattr(term.objective, event)(ctx)
 
+    def states_of_objectives(self) -> Mapping[str, Any]:
+        """For a checkpoint; what the last one held as long as no objective has been set up since."""
+        if not self._set_up:
+            return self.objective_states
+        return {t.name: t.objective.state_dict() for t in self.objectives if hasattr(t.objective, "state_dict")}
+
     def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""
         return zip(draw.split(self.micro_batch_size), *(t.split(self.micro_batch_size) for t in tensors), strict=True)
@@ -432,7 +445,10 @@ class Trainer:
             for name, score in self.rewards.each(images, cond.prompts, **cond.columns).items():
                 scores[name].append(score)
         found = {name: torch.cat(score) for name, score in scores.items()}
-        self.rewards.require_finite({name: self.accelerator.gather(score) for name, score in found.items()})
+        everyone = {name: self.accelerator.gather(score) for name, score in found.items()}
+        self.silent = 0 if judged(everyone).any() else self.silent + 1
+        if self.silent >= PATIENCE:
+            self.rewards.require_finite(everyone)
         return found
 
     # --- What the run asks of it -----------------------------------------------------------------------------------

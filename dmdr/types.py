@@ -48,7 +48,7 @@ class Rollout:
         x0: The student's prediction at each step, [K, B, *latent] float32.
         sample: Index of each sample in the global batch, [B] int64; the key of its random numbers.
         group: Index of each sample's group (same prompt) in the global batch, [B] int64.
-        log_prob: Log-probability of each stochastic transition, [K - 1, B] float32, or None where nobody asked.
+        log_prob: Log-probability of each stochastic transition, [K - 1, B] float64, or None where nobody asked.
     """
 
     cond: Condition

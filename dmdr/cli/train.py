@@ -8,10 +8,14 @@ from dmdr.config import parse
 
 def run(arguments: list[str]) -> None:
     settings = parse(arguments)
-    from dmdr.run import run  # torch is imported only after the settings have been found good
+    # torch is imported only after the settings have been found good
+    from accelerate import PartialState
+
+    from dmdr.run import run
 
     folder = run(settings)
-    print(f"done: {folder}/report.html")
+    if PartialState().is_main_process:
+        print(f"done: {folder}/report.html")
 
 
 def main() -> None:

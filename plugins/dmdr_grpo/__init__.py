@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.groups import comparable, group_deviation, group_std
+from dmdr.groups import comparable, group_deviation, group_std, judged
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs
 from dmdr.types import Draw, Term
@@ -43,11 +43,12 @@ class GRPO:
         num_iterations: Updates per rollout; the fake score stays fixed meanwhile.
         beta: Weight of the KL divergence to the stage-1 student; 0 needs no reference.
         scale_rewards: What an advantage, reward minus mean of the group, is divided by: the standard deviation of its
-            "group", of the whole "batch" (Flow-GRPO), or nothing ("none").
-        multi_objective_aggregation: "normalize_then_sum" scales each reward before the weighted sum (GDPO, arXiv
-            2601.05242), so that none is silenced by another's variance; "sum_then_normalize" only the sum.
+            "group", of the whole "batch", or nothing ("none").
+        multi_objective_aggregation: "normalize_then_sum" scales each reward before the weighted sum, so that none is
+            silenced by another's variance, and brings the sum, of one or several, to unit size over the batch (GDPO,
+            arXiv 2601.05242; TRL). "sum_then_normalize" scales the sum alone, by scale_rewards (Flow-GRPO).
         policy_steps: Student steps that are trained: "all" stochastic ones, "early:N" the first N, or "random:N" drawn
-            anew for each update. The images of a group share the noise of the others.
+            anew for each rollout. The images of a group share the noise of the others.
         init_same_noise: The images of a group share their initial noise, so that only trained steps tell them apart.
     """
 
@@ -110,12 +111,11 @@ class GRPO:
             x_t, x_next, t = rollout.x_t[i], rollout.x_t[i + 1], rollout.t[i].to(draw.x_t.device).expand(len(draw))
             prediction = ctx.backend.student(x_t, t, draw.cond)
             mean, std = ctx.sampler.moments(i, prediction)
-            log_prob = ctx.sampler.log_prob(i, prediction, x_next)
             if draw.iteration == 0:
-                self.require_reproduced(i, log_prob.detach(), draw, ctx)
+                self.require_reproduced(i, prediction, draw, ctx)
             if self.ratio == "plain":
                 assert rollout.log_prob is not None
-                log_ratio, balance = log_prob - rollout.log_prob[i], 1.0
+                log_ratio, balance = ctx.sampler.log_prob(i, prediction, x_next) - rollout.log_prob[i], 1.0
             else:  # (log-ratio + its bias) std = mean(noise (mean - old mean)), the noise being that of the rollout
                 old, _ = ctx.sampler.moments(i, Prediction(rollout.x0[i], "x0", x_t, t, ctx.backend.path))
                 log_ratio = ((x_next - old) / std * (mean - old)).flatten(1).mean(1)
@@ -147,7 +147,7 @@ class GRPO:
             Advantages [N] float64, exactly 0 in a group of equal rewards, and the valid samples [N] bool: those with
             finite rewards whose group holds another such.
         """
-        valid = comparable(group, torch.stack([score.isfinite() for score in scores.values()]).all(0))
+        valid = comparable(group, judged(scores))
         if self.multi_objective_aggregation == "sum_then_normalize":
             total = torch.stack([weights[name] * score.double() for name, score in scores.items()]).sum(0)
             advantage = self.scaled(total, group, valid)
@@ -167,8 +167,9 @@ class GRPO:
         usable = values[valid].double()
         return deviation / (rms(usable - usable.mean()) + STD_FLOOR)
 
-    def require_reproduced(self, i: int, log_prob: Tensor, draw: Draw, ctx: Context) -> None:
-        """Stop if the student's log-probability before the first update is not the rollout's.
+    @torch.no_grad()
+    def require_reproduced(self, i: int, prediction: Prediction, draw: Draw, ctx: Context) -> None:
+        """Stop if the log-probability of step i before the first update is not the rollout's.
 
         Ratios would be wrong from the start, without a word. Bitwise on the CPU; elsewhere a tenth of the clip range.
 
@@ -176,6 +177,7 @@ class GRPO:
             TrainingError: In every process, if it differs in any.
         """
         assert draw.rollout.log_prob is not None
+        log_prob = ctx.sampler.log_prob(i, prediction, draw.rollout.x_t[i + 1])
         allowed = 0.0 if log_prob.device.type == "cpu" else 0.1 * self.epsilon / draw.x0[0].numel()
         off = ctx.gather((log_prob - draw.rollout.log_prob[i]).abs().max()[None]).max().item()
         if not off <= allowed:

@@ -1,6 +1,9 @@
 """Objectives and rewards named on the command line: from files of the user's own, resumed, and on real adapters."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ FAST: dict[str, Any] = {
 }
 SCORES = '''
 from dataclasses import dataclass
+from functools import partial
 import io
 from PIL import Image
 import torch
@@ -59,6 +63,24 @@ def short(images, prompts, **columns):
 def wrong(images):
     return images
 
+def more(images, prompts, threshold, **columns):
+    return images
+
+def len_of_prompt(factor, images, prompts, **columns):
+    return [factor * len(prompt) for prompt in prompts]
+
+sized = partial(len_of_prompt, 1)
+
+class Callable:
+    def __call__(self, images, prompts, **columns):
+        return [0.5 * number for number in range(len(images))]
+
+callable_object = Callable()
+
+@dataclass
+class Unfinished:
+    strength: float = 1.0
+
 @dataclass
 class Mine:
     """An objective in a file.
@@ -74,7 +96,16 @@ class Mine:
         return Needs(reward_grad=True)
 
     def __call__(self, draw, ctx):
+        self.calls = getattr(self, "calls", 0) + 1
         return Term(-self.strength * ctx.rewards(ctx.backend.decode(draw.leaf), draw.cond.prompts))
+
+@dataclass
+class Counting(Mine):
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
 '''
 
 
@@ -112,6 +143,25 @@ def test_a_function_joins_a_sum_and_returns_what_it_likes() -> None:
     assert found["reward/total"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sized", "callable_object"])
+def test_whatever_can_be_called_is_a_reward(name: str) -> None:
+    train(**FAST, rl="grpo", reward=f"my_file.py:{name}", output_dir="run")
+
+
+def test_files_of_one_name_and_names_that_begin_with_a_digit(room: Path) -> None:
+    (room / "a").mkdir()
+    (room / "a" / "2.py").write_text(
+        "from __future__ import annotations\n"
+        + SCORES.replace("float", "Real").replace("import io", "import io\nReal = float")
+    )
+    (room / "2.py").write_text(SCORES)
+    settings = parse(settings=FAST | {"rl": "a/2.py:Mine+2.py:Mine", "reward": "toy"})
+    assert [plugin.options for plugin in settings.of("objectives")] == [{"strength": 1.0}] * 2
+    assert parse(["--model=toy", "--rl=2.py:Mine", "--_2_py_Mine_strength=3"]).of("objectives")[0].options == {
+        "strength": 3.0
+    }
+
+
 def test_a_function_of_an_installed_module(monkeypatch: pytest.MonkeyPatch, room: Path) -> None:
     (room / "site" / "mypackage").mkdir(parents=True)
     (room / "site" / "mypackage" / "scores.py").write_text(SCORES)
@@ -135,7 +185,10 @@ def test_an_objective_in_a_file_has_flags() -> None:
         ({"reward": "no_file.py:size"}, "'no_file.py:size' cannot be imported: FileNotFoundError: no such file"),
         ({"reward": "my_file.py:sice"}, "'my_file.py:sice': there is no 'sice' in my_file.py"),
         ({"reward": "no_module:size"}, "No module named 'no_module'; a file is given as path/to/file.py:name"),
-        ({"reward": "my_file.py:wrong"}, "must be a function score(images, prompts, **columns)"),
+        ({"reward": "my_file.py:wrong"}, "must be callable as score(images, prompts, **columns)"),
+        ({"reward": "my_file.py:more"}, "missing a required argument: 'threshold'"),
+        ({"reward": "my_file.py:Unfinished"}, "has no differentiable and no prepare"),
+        ({"rl": "my_file.py:Unfinished", "reward": "toy"}, "has no needs"),
         ({"reward": "my_file.py:size", "rl": "refl"}, "'my_file.py:size' is not differentiable"),
         ({"rl": "my_file.py:size", "reward": "toy"}, "objective 'my_file.py:size' is no class"),
         ({"reward": "broken.py:size"}, "'broken.py:size' cannot be imported: SyntaxError"),
@@ -183,19 +236,82 @@ def test_a_resumed_run_goes_on_to_the_same_bits(settings: dict[str, Any]) -> Non
 def test_the_average_is_what_users_get() -> None:
     plain = train(**FAST, reward="toy", rl="none", output_dir="plain")
     averaged = train(**FAST, reward="toy", rl="none", ema_decay=0.9, output_dir="averaged")
-    ends = {
-        name: load_file(f / "student" / "student.safetensors") for name, f in (("plain", plain), ("averaged", averaged))
-    }
-    first = {
-        name: load_file(f / "checkpoints" / "step-000003" / "student.safetensors")
-        for name, f in (("plain", plain), ("averaged", averaged))
-    }
-    moved = {name: sum(t.abs().sum() for n, t in found.items() if "4" in n) for name, found in first.items()}
-    assert 0 < moved["averaged"] < 0.5 * moved["plain"]  # the last layer starts at zero
-    saved = load_file(averaged / "checkpoints" / "step-000007" / "ema.safetensors")
-    assert all(torch.equal(saved[name], ends["averaged"][name]) for name in saved)
-    assert all(torch.equal(student(averaged)[name], saved[name]) for name in saved)
+    first, last = (averaged / "checkpoints" / f"step-{step:06d}" for step in (3, 7))
+    export = load_file(averaged / "student" / "student.safetensors")
+    saved, raw = load_file(last / "ema.safetensors"), load_file(last / "student.safetensors")
+    assert all(torch.equal(saved[name], export[name]) for name in saved)
+    assert not all(torch.equal(saved[name], raw[name]) for name in saved)  # where the optimizer stands
+    other = plain / "checkpoints" / "step-000003" / "student.safetensors"
+    moved = [
+        sum(t.abs().sum() for n, t in load_file(f).items() if "4" in n) for f in (first / "ema.safetensors", other)
+    ]
+    assert 0 < moved[0] < 0.5 * moved[1]  # the last layer starts at zero
     assert not (plain / "checkpoints" / "step-000007" / "ema.safetensors").exists()
+
+
+def test_a_run_with_an_average_may_be_made_longer() -> None:
+    settings = FAST | {"reward": "toy", "rl": "none", "ema_decay": 0.9}
+    whole = train(**settings | {"stage2_steps": 6}, output_dir="whole")
+    train(**settings, output_dir="run")
+    longer = train(output_dir="run", resume_from_checkpoint="latest", stage2_steps=6)
+    for file in ("student.safetensors", "ema.safetensors"):
+        one, two = (load_file(folder / "checkpoints" / "step-000009" / file) for folder in (whole, longer))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_another_run_starts_from_the_average() -> None:
+    first = train(**FAST, reward="toy", rl="none", ema_decay=0.9, output_dir="first")
+    rest = {"init_student": str(first), "output_dir": "second", "stage2_learning_rate": 1e-30}
+    second = train(**FAST, reward="toy", rl="none", **rest)
+    average = load_file(first / "checkpoints" / "step-000003" / "ema.safetensors")
+    export = load_file(second / "student" / "student.safetensors")
+    torch.testing.assert_close(export["net.0.weight"], average["net.0.weight"], rtol=0, atol=1e-9)
+    raw = load_file(first / "checkpoints" / "step-000003" / "student.safetensors")
+    assert not torch.equal(raw["net.0.weight"], average["net.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"ema_decay": 0.9}, "holds no average"), ({"grpo_beta": 0.1}, "holds no reference")]
+)
+def test_what_a_checkpoint_lacks_is_found_before_anything_is_written(settings: dict[str, Any], said: str) -> None:
+    folder = train(**FAST, reward="toy", rl="grpo", output_dir="run")
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=said):
+        train(output_dir="run", resume_from_checkpoint="latest", **settings)
+    assert (folder / "config.yaml").read_text() == before
+    train(output_dir="run", resume_from_checkpoint="latest")
+
+
+def test_a_finished_run_that_is_resumed_keeps_the_state_of_its_objective() -> None:
+    def count(folder: Path) -> Any:
+        file = folder / "checkpoints" / "step-000007" / "training.pt"
+        return torch.load(file, weights_only=True)["extra"]["objectives"]["my_file.py:Counting"]
+
+    folder = train(**FAST, reward="toy", rl="my_file.py:Counting", output_dir="run")
+    assert count(folder) == {"calls": 4}
+    train(output_dir="run", resume_from_checkpoint="latest")
+    assert count(folder) == {"calls": 4}
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one_run(room: Path) -> None:
+    """As a user starts them, with everything that is gathered: groups, rewards, a KL, an average of the student."""
+    settings = FAST | {"rl": "grpo+0.1*refl", "reward": "toy", "num_iterations": 2, "grpo_beta": 0.1, "ema_decay": 0.5}
+    one = train(**settings, output_dir="one")
+    flags = [f"--{name}={value}" for name, value in (settings | {"per_device_train_batch_size": 8}).items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "dmdr.cli.train", *flags, "--output_dir=two"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done: two/report.html\n"
+    apart = [load_file(folder / "student" / "student.safetensors") for folder in (one, room / "two")]
+    for name, tensor in apart[0].items():
+        torch.testing.assert_close(apart[1][name], tensor, rtol=0, atol=1e-5)
+    assert len(lines(room / "two")) == len(lines(one))
 
 
 # --- On real adapters -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dmdr.run
+import dmdr.trainer
 from dmdr.checkpoint import checkpoints, read_progress
 from dmdr.cli.train import main
 from dmdr.config import parse
@@ -581,6 +582,7 @@ def failing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, Path]]:
     """Run with the reward `moody` from the command line: its last line on stderr, and the run folder."""
+    monkeypatch.setattr(dmdr.trainer, "PATIENCE", 1)
 
     def run(**settings: Any) -> tuple[str, Path]:
         flags = [f"--{name}={value}" for name, value in (FAST | {"reward": "toy+moody"} | settings).items()]

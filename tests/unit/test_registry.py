@@ -65,7 +65,9 @@ def test_our_own_plugins_come_in_by_entry_points() -> None:
 
 
 def test_a_strangers_plugin_is_found_and_loaded(install: Install) -> None:
-    source = "from dataclasses import dataclass\n@dataclass\nclass Egg:\n    size: int = 1\n"
+    source = (
+        "from dataclasses import dataclass\n@dataclass\nclass Egg:\n    size: int = 1\n    needs = __call__ = None\n"
+    )
     install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=source)
     assert find("objectives", "egg") == Plugin("objectives", "egg", "spam_mod:Egg", "spam", "1.2")
     assert "refl" in plugins("objectives")

@@ -24,6 +24,7 @@ from toy_trainer import (
     trainer,
 )
 
+import dmdr.trainer
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
@@ -33,7 +34,7 @@ from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
 from dmdr.tilt import RewardTilt, standardised
-from dmdr.trainer import Step, Trainer, WeightedObjective, combined_needs
+from dmdr.trainer import PATIENCE, Step, Trainer, WeightedObjective, combined_needs
 from dmdr.types import Draw, Term
 from dmdr_refl import ReFL
 
@@ -438,12 +439,48 @@ def test_samples_that_a_reward_cannot_judge_are_left_out_and_counted(value: floa
     assert train(running, 2)["student.net.0.weight"].isfinite().all()
 
 
-def test_a_reward_that_judges_nothing_stops_the_training_and_is_named() -> None:
+def test_a_reward_that_judges_nothing_stops_the_training_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmdr.trainer, "PATIENCE", 1)
     running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)))
     before = state(running)
     with pytest.raises(RewardError, match="reward 'toy' has no finite score among the 8 of the global batch"):
         running.train_step()
     assert_equal(state(running), before)
+
+
+def test_a_batch_without_a_judged_sample_is_plain_matching_but_many_in_a_row_stop_the_training() -> None:
+    """A small batch of few prompts may hold none that a reward is made for."""
+    running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)), optimize=adam)
+    line = running.train_step()
+    plain = trainer(optimize=adam)
+    plain.train_step()
+    assert_equal(state(running), state(plain))
+    assert (line["refl/invalid"], line["refl/coverage"]) == (8, 0.0)
+    for _ in range(PATIENCE - 2):
+        running.train_step()
+    with pytest.raises(RewardError, match="reward 'toy' has no finite score"):
+        running.train_step()
+
+
+def test_rewards_that_never_judge_the_same_sample_stop_the_training() -> None:
+    halves = {
+        name: Plain(dict.fromkeys(PROMPTS[part], math.nan)) for name, part in (("one", slice(2)), ("two", slice(2, 4)))
+    }
+    rewards = Rewards({name: (1.0, half) for name, half in halves.items()})
+    running = trainer(objectives=[ReFL()], rewards=rewards, optimize=adam)
+    for _ in range(PATIENCE - 1):
+        running.train_step()
+    with pytest.raises(RewardError, match="no sample of the global batch has a finite score of every reward: one, two"):
+        running.train_step()
+
+
+def test_an_objective_alone_that_left_nothing_at_x0_costs_no_pass_of_the_student() -> None:
+    running = trainer(objectives=[Policy()], rewards=Plain(), dmd_weight=0.0)
+    calls = []
+    student = running.backend.student
+    running.backend.student = lambda *args: calls.append(torch.is_grad_enabled()) or student(*args)  # type: ignore[method-assign,func-returns-value]
+    running.train_step()
+    assert calls == [False] * 4 + [True]
 
 
 def test_a_reward_that_judges_finished_images_only_leaves_plain_matching() -> None:
@@ -519,7 +556,7 @@ def test_several_updates_of_one_rollout_answer_anew() -> None:
     running.matching = Recording()
     running.train_step()
     assert [draw.iteration for draw in spy.draws] == [0, 0, 1, 1, 2, 2]
-    assert (spy.updates, running.step, running.prompts.consumed) == (3, 1, 1)
+    assert (spy.updates, running.step, running.prompts.consumed) == (1, 1, 1)
     assert not torch.equal(answers[0], answers[2])
     first, second = spy.draws[0], spy.draws[4]
     assert torch.equal(first.x_t, second.x_t)
