@@ -8,7 +8,7 @@ deterministic, never enters a ratio.
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError, TrainingError
 from dmdr.groups import comparable, group_deviation, group_std, judged
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs
-from dmdr.types import Draw, Term
+from dmdr.types import Draw, Rollout, Term
 
 logger = logging.getLogger("dmdr")
 
@@ -108,23 +108,17 @@ class GRPO:
         rollout, steps = draw.rollout, self.trained_steps(ctx)
         low, high = (e / draw.x0[0].numel() for e in (self.epsilon, self.epsilon_high or self.epsilon))
         for i in steps:
-            x_t, x_next, t = rollout.x_t[i], rollout.x_t[i + 1], rollout.t[i].to(draw.x_t.device).expand(len(draw))
+            x_t, t = rollout.x_t[i], rollout.t[i].to(draw.x_t.device).expand(len(draw))
             prediction = ctx.backend.student(x_t, t, draw.cond)
-            mean, std = ctx.sampler.moments(i, prediction)
             if draw.iteration == 0:
                 self.require_reproduced(i, prediction, draw, ctx)
-            if self.ratio == "plain":
-                assert rollout.log_prob is not None
-                log_ratio, balance = ctx.sampler.log_prob(i, prediction, x_next) - rollout.log_prob[i], 1.0
-            else:  # (log-ratio + its bias) std = mean(noise (mean - old mean)), the noise being that of the rollout
-                old, _ = ctx.sampler.moments(i, Prediction(rollout.x0[i], "x0", x_t, t, ctx.backend.path))
-                log_ratio = ((x_next - old) / std * (mean - old)).flatten(1).mean(1)
-                balance = 1 / (rollout.t[i] - rollout.t[i + 1]).item()
+            log_ratio, balance = self.log_ratio(i, prediction, rollout, ctx)
             rho = log_ratio.double().exp()
             clipped = rho.clamp(1 - low, 1 + high)
             loss = balance * torch.maximum(-advantage * rho, -advantage * clipped)
             metrics = {"clip_fraction": (rho != clipped).float(), "log_ratio": log_ratio * draw.x0[0].numel()}
             if self.beta:
+                mean, std = ctx.sampler.moments(i, prediction)
                 with torch.no_grad():
                     reference, _ = ctx.sampler.moments(i, ctx.backend.reference(x_t, t, draw.cond))
                 kl = ((mean - reference) ** 2 / (2 * std**2)).flatten(1).mean(1)
@@ -132,6 +126,20 @@ class GRPO:
             # What is not valid has advantage 0, but its KL must not count either.
             loss = torch.where(valid, loss, 0.0) / len(steps)
             yield Term(loss.float(), valid, metrics=metrics | {"advantage": advantage.abs()})
+
+    def log_ratio(self, i: int, prediction: Prediction, rollout: Rollout, ctx: Context) -> tuple[Tensor, float]:
+        """Logarithm of step i's ratio, [B] and a mean over the elements, and what its loss is multiplied with.
+
+        GRPO-Guard's is (log-ratio + its bias) std = mean(noise (mean - old mean)), the noise being the rollout's; its
+        loss is divided by the length of the step.
+        """
+        if self.ratio == "plain":
+            assert rollout.log_prob is not None
+            return ctx.sampler.log_prob(i, prediction, rollout.x_t[i + 1]) - rollout.log_prob[i], 1.0
+        mean, std = ctx.sampler.moments(i, prediction)
+        old, _ = ctx.sampler.moments(i, replace(prediction, value=rollout.x0[i], kind="x0"))
+        log_ratio = ((rollout.x_t[i + 1] - old) / std * (mean - old)).flatten(1).mean(1)
+        return log_ratio, 1 / (rollout.t[i] - rollout.t[i + 1]).item()
 
     def advantages(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor
