@@ -34,11 +34,17 @@ def full_digits(short_digits: None) -> Digits:
     patch.undo()
 
 
-def test_table_and_gates(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of both tables, which share their first stage."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("table", ["table.py", "objectives.py"])
+def test_tables_and_gates(runs: Path, table: str) -> None:
     """Every gate, seeds 0-2, 2,000 samples each, as the README prints them."""
-    table = ROOT / "examples" / "digits" / "table.py"
     found = subprocess.run(
-        [sys.executable, str(table), "--output_dir", str(tmp_path)],
+        [sys.executable, str(ROOT / "examples" / "digits" / table), "--output_dir", str(runs)],
         env=FULL,
         cwd=ROOT,
         stdout=subprocess.PIPE,
