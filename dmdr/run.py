@@ -41,6 +41,7 @@ from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.evaluation import evaluate
 from dmdr.export import export
+from dmdr.learner import Learner
 from dmdr.plan import Stage, check_resumable, choose_folder, stages
 from dmdr.prompts import PromptStream, Row, split_columns
 from dmdr.protocols import Denoiser, Role
@@ -49,7 +50,7 @@ from dmdr.report import write_report
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
 from dmdr.tilt import RewardTilt
-from dmdr.trainer import Learner, Trainer, combined_needs
+from dmdr.trainer import Trainer, combined_needs
 
 logger = logging.getLogger("dmdr")
 T = TypeVar("T")

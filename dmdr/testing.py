@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
+from dmdr.learner import Learner
 from dmdr.matching import DMD
 from dmdr.paths import add_noise
 from dmdr.prompts import PromptStream
@@ -21,7 +22,7 @@ from dmdr.protocols import Backend, BackendOptions, Reward, RewardObjective, Sam
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
-from dmdr.trainer import Learner, Trainer, WeightedObjective
+from dmdr.trainer import Trainer, WeightedObjective
 from dmdr.types import terms_of
 
 

@@ -143,9 +143,10 @@ def test_a_function_joins_a_sum_and_returns_what_it_likes() -> None:
     assert found["reward/total"] == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sized", "callable_object"])
-def test_whatever_can_be_called_is_a_reward(name: str) -> None:
-    train(**FAST, rl="grpo", reward=f"my_file.py:{name}", output_dir="run")
+@pytest.mark.parametrize(("name", "mean"), [("sized", 6.0), ("callable_object", 3.75)])
+def test_whatever_can_be_called_is_a_reward(name: str, mean: float) -> None:
+    folder = train(**FAST, rl="grpo", reward=f"my_file.py:{name}", output_dir="run")
+    assert lines(folder)[-1][f"reward/my_file.py:{name}"] == mean
 
 
 def test_files_of_one_name_and_names_that_begin_with_a_digit(room: Path) -> None:

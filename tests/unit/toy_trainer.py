@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, ToyBackend
+from dmdr.learner import Learner
 from dmdr.matching import DMD
 from dmdr.paths import Prediction, VariancePreserving, expand
 from dmdr.prompts import PromptStream
@@ -17,7 +18,7 @@ from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.tilt import bounded, density_ratio
-from dmdr.trainer import Learner, Trainer, WeightedObjective
+from dmdr.trainer import Trainer, WeightedObjective
 from dmdr.types import Draw, Term
 
 Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
