@@ -1,6 +1,9 @@
-"""Rewards made of rewards: a weighted sum whose parts stay visible."""
+"""Rewards made of rewards: a weighted sum whose parts stay visible and share what they have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +16,47 @@ from dmdr.protocols import Reward
 
 class RewardError(TrainingError):
     """A reward that failed, or broke its contract; one line that names it."""
+
+
+_known: ContextVar[dict[Hashable, tuple[Tensor, Tensor]] | None] = ContextVar("_known", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """A scope in which `once` remembers; one within another is the same scope. Nothing outlives it."""
+    if _known.get() is not None:
+        yield
+        return
+    known: dict[Hashable, tuple[Tensor, Tensor]] = {}
+    token = _known.set(known)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+        known.clear()  # a task started within holds a copy of the context
+
+
+def once(images: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    """What several rewards need of the same images, such as the features of one network.
+
+    Args:
+        images: The very tensor that the rewards are given. After a change in place it is another one; of an inference
+            tensor, such a change goes unnoticed.
+        key: What is computed: the network, the size, and whatever else the result depends on.
+        compute: Computes it.
+
+    Returns:
+        compute(), or within `sharing` its earlier result for the same images and key, graph included. A result without
+        a graph is never passed off as one with.
+    """
+    known = _known.get()
+    if known is None:
+        return compute()
+    version = None if images.is_inference() else images._version
+    address = (id(images), version, images.requires_grad, torch.is_grad_enabled(), key)
+    if address not in known:
+        known[address] = compute(), images  # kept, so that no other tensor can get its id
+    return known[address][0]
 
 
 class Rewards:
@@ -49,8 +93,9 @@ class Rewards:
             except ValueError as error:
                 raise ConfigError(f"reward '{name}': {_line(error)}") from error
 
+    @sharing()
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
-        """Raw scores, before their weights.
+        """Raw scores, before their weights; rewards that wait for an answer wait side by side.
 
         Args:
             images: [B, 3, H, W] float32 in [0, 1]; gradients flow back where a part is differentiable.
@@ -68,17 +113,25 @@ class Rewards:
         for name, column in {"prompts": prompts, **columns}.items():
             if len(column) != count:
                 raise ValueError(f"{count} images, but {len(column)} {name}")
+        waiting: dict[str, Future[Tensor]] = {}
         scores: dict[str, Tensor] = {}
-        for name, (_, reward) in self.parts.items():
-            try:
-                score = reward(images, prompts, **columns)
-            except Exception as error:
-                raise RewardError(f"reward '{name}' failed: {type(error).__name__}: {_line(error)}") from error
-            if not isinstance(score, Tensor) or score.shape != (count,) or score.dtype != torch.float32:
-                got = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-                raise RewardError(f"reward '{name}' returned {got}; expected torch.float32 [{count}]")
-            scores[name] = score
-        return scores
+        try:
+            for name, (_, reward) in self.parts.items():
+                if hasattr(reward, "submit"):
+                    with _named(name):
+                        waiting[name] = reward.submit(images, prompts, **columns)
+            for name in [*(name for name in self.parts if name not in waiting), *waiting]:
+                with _named(name):
+                    local = self.parts[name][1]
+                    score = waiting[name].result() if name in waiting else local(images, prompts, **columns)
+                if not isinstance(score, Tensor) or score.shape != (count,) or score.dtype != torch.float32:
+                    got = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+                    raise RewardError(f"reward '{name}' returned {got}; expected torch.float32 [{count}]")
+                scores[name] = score
+        finally:
+            for future in waiting.values():
+                future.cancel()
+        return {name: scores[name] for name in self.parts}
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of what `each` returned, [B] float32; NaN where any part is."""
@@ -103,6 +156,14 @@ class Rewards:
                 raise RewardError(f"reward '{name}' has no finite score among the {score.numel()} of the global batch")
         if not judged(scores).any():
             raise RewardError(f"no sample of the global batch has a finite score of every reward: {', '.join(scores)}")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RewardError(f"reward '{name}' failed: {type(error).__name__}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

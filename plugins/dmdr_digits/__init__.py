@@ -5,6 +5,7 @@ on first use, in a few minutes on one CPU core, and kept in `~/.cache/dmdr` (or 
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,12 @@ LAYERS = [
     *("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
     *("pos_embed.proj", "context_embedder", "linear_1", "linear_2"),
 ]
+
+# Where each small checkpoint is built.
+REWARDS = {
+    **dict.fromkeys(("hps", "clip", "pickscore", "aesthetic", "dinov2"), "dmdr_digits.rewards"),
+    "imagereward": "dmdr_digits.imagereward",
+}
 
 
 class Digits:
@@ -85,12 +92,11 @@ class Digits:
 
     def reward_checkpoint(self, reward: str) -> Path | None:
         """A folder in the layout of the published checkpoint, trained on first use; None for a reward not known."""
-        if reward not in ("hps", "clip", "dinov2"):
+        if reward not in REWARDS:
             return None
         from dmdr_digits.cache import cached
-        from dmdr_digits.rewards import BUILDERS
 
-        return cached(f"reward-{reward}", BUILDERS[reward])
+        return cached(f"reward-{reward}", getattr(import_module(REWARDS[reward]), f"build_{reward}"))
 
     def judge(self) -> "DigitJudge":
         """A classifier of real scans, trained on first use."""

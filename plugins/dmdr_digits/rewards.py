@@ -1,25 +1,30 @@
-"""Small reward checkpoints in the layouts of the published ones, trained on the scans."""
+"""Small CLIP and DINOv2 reward checkpoints in the layouts of the published ones, trained on the scans."""
 
 import json
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+)
 
 from dmdr_digits.cache import scaled
-from dmdr_digits.data import PROMPTS, WORDS, Scans, train_scans
+from dmdr_digits.data import PROMPTS, WORDS, train_scans
 from dmdr_digits.fit import fit
+from dmdr_digits.lessons import CLIP_NORM, IMAGENET_NORM, SIZE, degrade, preprocess, rated
 from dmdr_digits.quiet import quiet
-
-SIZE = 32
-CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from dmdr_digits.text import build_tokenizer
 
 
 def build_clip(folder: Path) -> None:
@@ -71,7 +76,61 @@ def build_dinov2(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-BUILDERS: dict[str, Callable[[Path], None]] = {"hps": build_hps, "clip": build_clip, "dinov2": build_dinov2}
+def build_pickscore(folder: Path) -> None:
+    """As yuvalkirstain/PickScore_v1: a CLIP of transformers, GELU, with processor and tokenizer; taught preferences."""
+    model, tokens = build_transformers_clip(folder)
+    train = train_scans()
+
+    def similarity(images: Tensor) -> Tensor:
+        found = model(input_ids=tokens, pixel_values=preprocess(images, CLIP_NORM))
+        return found.logits_per_image
+
+    def loss(rows: Tensor) -> Tensor:
+        labels = train.labels[rows]
+        better, worse = similarity(torch.cat([train.images[rows], degrade(train, rows)])).chunk(2)
+        margin = (better - worse).gather(1, labels[:, None])
+        return F.cross_entropy(better, labels) - F.logsigmoid(margin).mean()
+
+    fit(model, loss, "digits: reward pickscore", examples=len(train), steps=scaled(1000), weight_decay=0.1)
+    with quiet():
+        model.save_pretrained(folder)
+
+
+def build_aesthetic(folder: Path) -> None:
+    """As LAION's predictor: five linear layers on the unit image feature of a CLIP of transformers, whose text tower is
+    not trained here; taught to tell how much an image was degraded."""
+    model, _ = build_transformers_clip(folder)
+    train = train_scans()
+    widths = (model.config.projection_dim, 1024, 128, 64, 16, 1)
+    layers = [nn.Linear(*pair) for pair in pairwise(widths)]
+    dropouts = [nn.Dropout(0.2), nn.Dropout(0.2), nn.Dropout(0.1)]
+    head = nn.Sequential(*(m for pair in zip(layers[:3], dropouts, strict=True) for m in pair), *layers[3:])
+
+    def loss(rows: Tensor) -> Tensor:
+        images, ratings = rated(train, rows)
+        features = model.get_image_features(preprocess(images, CLIP_NORM)).pooler_output
+        return F.mse_loss(head(F.normalize(features, dim=-1)).squeeze(-1), ratings)
+
+    both = nn.ModuleList([model.vision_model, model.visual_projection, head])
+    fit(both, loss, "digits: reward aesthetic", examples=len(train), steps=scaled(1000), weight_decay=0.1)
+    torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    with quiet():
+        model.save_pretrained(folder)
+
+
+def build_transformers_clip(folder: Path) -> tuple[Any, Tensor]:
+    """A fresh `CLIPModel`, and the tokens of the ten prompts; writes its processor and tokenizer."""
+    tokenizer: Any = build_tokenizer()
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
+    text = {"hidden_size": 32, "intermediate_size": 128, "max_position_embeddings": 16, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "image_size": SIZE, "patch_size": 8}
+    config = CLIPConfig(text_config=text | size | ends, vision_config=vision | size, projection_dim=32)
+    square = {"height": SIZE, "width": SIZE}
+    with quiet():
+        tokenizer.save_pretrained(folder)
+        CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=square).save_pretrained(folder)
+    return CLIPModel(config), tokenizer(list(PROMPTS), padding=True, return_tensors="pt").input_ids
 
 
 def clip_config(**flags: bool) -> dict[str, Any]:
@@ -85,14 +144,6 @@ def write_config(folder: Path, config: dict[str, Any], resize_mode: str) -> None
     preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": resize_mode}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n")
-
-
-def preprocess(images: Tensor, norm: tuple[tuple[float, ...], tuple[float, ...]], clamp: bool = True) -> Tensor:
-    """[B, 3, H, W] in [0, 1] to the square input of a model, as the reward plugins do it."""
-    images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
-    images = images.clamp(0, 1) if clamp else images  # HPSv2 does not
-    mean, std = (torch.tensor(values)[:, None, None] for values in norm)
-    return (images - mean) / std
 
 
 def train_contrastive(model: open_clip.CLIP, label: str, clamp: bool = True) -> None:
@@ -123,19 +174,6 @@ def train_preferences(model: open_clip.CLIP, label: str) -> None:
     model.requires_grad_(True)
     model.token_embedding.requires_grad_(False)
     fit(model, loss, label, examples=len(train), steps=scaled(600), learning_rate=1e-3, weight_decay=0.1)
-
-
-def degrade(scans: Scans, rows: Tensor) -> Tensor:
-    """Worse images for the same prompts, a quarter each: blurred, noisy, of another digit, with broken strokes."""
-    images, labels = scans.images[rows], scans.labels[rows]
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1)), 3, stride=1)
-    noisy = (images + (0.1 + 0.3 * torch.rand(len(rows), 1, 1, 1)) * torch.randn(len(rows), 1, 8, 8)).clamp(0, 1)
-    others = torch.randint(len(scans), (len(rows), 20))
-    differs = scans.labels[others] != labels[:, None]
-    other = scans.images[others.gather(1, differs.int().argmax(1, keepdim=True)).flatten()]
-    keep = F.interpolate((torch.rand(len(rows), 1, 4, 4) > 0.3).float(), scale_factor=2)
-    kinds = torch.stack([blurred, noisy, other, images * keep])
-    return kinds[torch.randint(4, (len(rows),)), torch.arange(len(rows))]
 
 
 def similarity(model: open_clip.CLIP, images: Tensor, tokens: Tensor) -> Tensor:

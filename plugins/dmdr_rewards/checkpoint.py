@@ -1,4 +1,4 @@
-"""Finding, reading and checking checkpoints of open_clip's layouts; every failure is one line."""
+"""Finding, reading and checking checkpoints; every failure is one line."""
 
 import json
 import pickle
@@ -10,41 +10,112 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError
+from dmdr.states import refuse_misfits
 
-CONFIG = "open_clip_config.json"
-# Tried in this order, in a folder as on the hub; a folder may hold a single file of another name instead.
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def locate(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
-    """The weights file of a checkpoint, and its `open_clip_config.json`; None where it is a bare weights file.
+class Source:
+    """A checkpoint: a local file, a local folder, or on the Hugging Face hub `org/name` or `org/name:file`.
 
-    Args:
-        checkpoint: A local file, a local folder, or on the Hugging Face hub `org/name` or `org/name:file`.
-
-    Raises:
-        ConfigError: If there is none, or a folder is incomplete.
+    Attributes:
+        name: What messages call it.
+        file: The one file that was named, on disk; None where files are looked up by name.
     """
-    path = Path(checkpoint).expanduser()
-    if path.is_file():
-        return path, None
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise ConfigError(f"checkpoint folder {path} has no {CONFIG}; add it, or name the weights file itself")
-        return _weights_in(path), _read_config(path / CONFIG)
-    return _download(str(checkpoint))
 
+    def __init__(self, checkpoint: str) -> None:
+        """Look for it; a single file on the hub is fetched.
 
-def require_hub_id(checkpoint: str) -> None:
-    """Before the hub is asked for what is not here.
+        Raises:
+            ConfigError: If there is none.
+        """
+        path = Path(checkpoint).expanduser()
+        self.name = f"checkpoint {checkpoint}"
+        self.folder = path if path.is_dir() else None
+        self.file = path if path.is_file() else None
+        if path.exists() and not (self.folder or self.file):
+            raise ConfigError(f"{self.name} is neither a file nor a folder")
+        self._repo = ""
+        self._unreachable = ""  # why the hub could not be asked for what is not in its cache
+        if not path.exists():
+            hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(:.+)?", checkpoint)
+            if not hub_id or (not hub_id[2] and checkpoint.endswith(SUFFIXES)):
+                raise ConfigError(f"{self.name} does not exist; give a local path or a hub id such as org/name")
+            self._repo = hub_id[1]
+            if hub_id[2]:
+                self.file = self._fetch(hub_id[2][1:])
+                if self.file is None:
+                    raise self.lacks(hub_id[2][1:])
 
-    Raises:
-        ConfigError: If it can only have been meant as a local path.
-    """
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", checkpoint)
-    if not hub_id or (not hub_id[1] and checkpoint.endswith(SUFFIXES)):
-        raise ConfigError(f"checkpoint {checkpoint} does not exist; give a local path or a hub id such as org/name")
+    @property
+    def pretrained(self) -> str:
+        """What transformers' `from_pretrained` is given.
+
+        Raises:
+            ConfigError: If it is a single file.
+        """
+        if self.file:
+            raise ConfigError(
+                f"{self.name} is a single file; give the folder, or the hub id, that holds its config.json"
+            )
+        return str(self.folder) if self.folder else self._repo
+
+    def find(self, *names: str) -> Path | None:
+        """The first of these files that the folder holds, on disk."""
+        for name in names:
+            path = self.folder / name if self.folder else self._fetch(name) if self._repo else None
+            if path is not None and path.is_file():
+                return path
+        return None
+
+    def require(self, *names: str) -> Path:
+        """The first of these files that the folder holds.
+
+        Raises:
+            ConfigError: If it holds none of them.
+        """
+        path = self.find(*names)
+        if path is None:
+            raise self.lacks(*names)
+        return path
+
+    def lacks(self, *names: str) -> ConfigError:
+        """The error that none of these files is there."""
+        if self._unreachable:
+            return ConfigError(
+                f"{self.name} is no local path and cannot be fetched from the hub ({self._unreachable}); "
+                "download it and give its local path"
+            )
+        return ConfigError(f"{self.name} holds none of {', '.join(names)}")
+
+    def only(self, *suffixes: str) -> Path:
+        """The one file of a local folder with one of these suffixes.
+
+        Raises:
+            ConfigError: If there is none, or more than one.
+        """
+        if self.folder is None:
+            raise ConfigError(f"{self.name} does not say which file it means; give org/name:file")
+        found = sorted(path for path in self.folder.iterdir() if path.suffix in suffixes)
+        if len(found) != 1:
+            names = ", ".join(path.name for path in found) or "none"
+            raise ConfigError(f"{self.name} must hold one file that ends with {' or '.join(suffixes)}; found {names}")
+        return found[0]
+
+    def _fetch(self, file: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self._repo, file))
+        except LocalEntryNotFoundError as error:  # offline; it may be optional, and the others in the cache
+            self._unreachable = reason(error)
+            return None
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            self._unreachable = reason(error)
+            raise self.lacks(file) from error
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -61,6 +132,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":
+                raise ConfigError(f"checkpoint {path} is a Git LFS pointer; fetch the file itself") from error
         raise ConfigError(
             f"checkpoint {path} cannot be read ({reason(error)}); download it again, or convert it to safetensors"
         ) from error
@@ -73,51 +147,78 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({reason(error)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return values
+
+
+def from_pretrained(kind: Any, source: Source) -> Any:
+    """A model of transformers in float32, its weights checked strictly.
+
+    Raises:
+        ConfigError: If it cannot be loaded as `kind`, or a weight is missing or unexpected.
+    """
+    from transformers.utils import logging
+
+    pretrained = source.pretrained
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its table of missing names would bury our line
+    logging.disable_progress_bar()
+    try:
+        # float32: transformers otherwise follows the dtype that the file's configuration names.
+        model, report = kind.from_pretrained(
+            pretrained, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"{source.name} cannot be loaded as {kind.__name__} ({reason(error)}); "
+            "give a folder or hub id that holds one"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    refuse_misfits(source.name, report["missing_keys"], report["unexpected_keys"])
+    return model
+
+
+def tokenizer_of(source: Source, vocabulary: int) -> Any:
+    """The tokenizer beside a model of transformers that knows so many tokens.
+
+    Raises:
+        ConfigError: If there is none, or it is another model's.
+    """
+    from transformers import AutoTokenizer
+
+    source.require("tokenizer.json", "vocab.json", "vocab.txt")  # without, transformers makes up an empty one
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.pretrained)
+    except Exception as error:
+        raise ConfigError(
+            f"{source.name} has no tokenizer that can be loaded ({reason(error)}); put its files beside the weights"
+        ) from error
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(f"{source.name}: its tokenizer has {len(tokenizer)} tokens, its network knows {vocabulary}")
+    return tokenizer
+
+
 def reason(error: Exception) -> str:
     """Why something could not be read, in one line."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to turn its safety off
         return "it is damaged, or holds more than tensors and is refused"
+    if isinstance(error, KeyError) and isinstance(error.args[0], str):
+        return f"it lacks '{error.args[0]}'"
+    if isinstance(error, KeyError | EOFError):  # of the unpickler, which counts what it has read
+        return f"it is damaged, or of another kind: {type(error).__name__}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"checkpoint folder {folder} must hold one weights file; found {names}")
-    return found[0]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-        return {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg", {}))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no configuration of open_clip ({reason(error)})") from error
-
-
-def _download(checkpoint: str) -> tuple[Path, dict[str, Any] | None]:
-    require_hub_id(checkpoint)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    repo, _, file = checkpoint.partition(":")
-    try:
-        if file:
-            return Path(hf_hub_download(repo, file)), None
-        config = _read_config(Path(hf_hub_download(repo, CONFIG)))
-        for name in WEIGHTS:
-            try:
-                return Path(hf_hub_download(repo, name)), config
-            except EntryNotFoundError:
-                continue
-        raise ConfigError(f"none of {', '.join(WEIGHTS)} is there")
-    except Exception as error:
-        raise ConfigError(
-            f"checkpoint {checkpoint} is no local path and cannot be fetched from the hub "
-            f"({reason(error)}); download it and give its local path"
-        ) from error

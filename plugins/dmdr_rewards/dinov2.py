@@ -1,112 +1,233 @@
 """ImageNet classes: DINOv2 with its linear classifier."""
 
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmdr.errors import ConfigError
-from dmdr.states import refuse_misfits
-from dmdr_rewards.checkpoint import reason, require_hub_id
-from dmdr_rewards.preprocess import IMAGENET_NORM, Geometry, fit, normalise
+from dmdr.states import load_strict
+from dmdr_rewards.checkpoint import Source, from_pretrained, read_json, read_state, reason
+from dmdr_rewards.network import ResizingReward, frozen
+from dmdr_rewards.preprocess import IMAGENET_NORM, Preprocess
+
+PUBLISHED = "facebook/dinov2-large-imagenet1k-1-layer"
+URL = "https://dl.fbaipublicfiles.com/dinov2"
+EVALUATED = Preprocess(224, edge=256, mean=IMAGENET_NORM[0], std=IMAGENET_NORM[1])
+OFFSET = 0.1  # by which the authors' code enlarges a grid of positions before it scales
 
 
 @dataclass
-class DINOv2:
-    """log p(label | image), at most 0, of a DINOv2 classifier; reads the column `label`.
+class DINOv2(ResizingReward):
+    """log p(label | image), at most 0, of a DINOv2 classifier; reads the column `label`, where None is not judged.
 
     Attributes:
-        checkpoint: A folder or hub id of transformers' `Dinov2ForImageClassification`; None for the published one.
-        resize: "squash" ignores the aspect ratio; "crop" is the published evaluation: shortest edge, then the centre.
+        checkpoint: A folder or hub id of transformers' `Dinov2ForImageClassification`; a folder with the two files of
+            torch.hub, `*_pretrain.pth` and `*_linear_head.pth` or `*_linear4_head.pth`; or `dinov2_vitl14_lc` (or vits,
+            vitb, vitg), which fetches the first and the last of these as torch.hub does; None for the published
+            one-layer ViT-L/14 of transformers.
+        geometry: "squash" ignores the aspect ratio, as the paper does with its 256-pixel samples; "crop" is the
+            published evaluation: shortest edge to 256, then the centre.
 
-    Source: Oquab et al. 2023, arXiv:2304.07193, and the model card of facebook/dinov2-large-imagenet1k-1-layer.
-        Deviates: away from the pre-training size, transformers interpolates position embeddings by size, the authors'
-        code by a scale factor with an offset of 0.1.
+    Source: Oquab et al. 2023, arXiv:2304.07193, and github.com/facebookresearch/dinov2. Away from the size of
+        pre-training, 518 pixels, transformers interpolates position embeddings by size, the authors' code by a factor
+        with an offset of 0.1: each layout is scored as its own library does.
     """
 
-    differentiable = True  # not annotated, hence no flag
-    checkpoint: str | None = None
-    resize: Literal["squash", "crop"] = "squash"
+    columns: ClassVar[tuple[str, ...]] = ("label",)
+    reads_prompts = False
+    geometry: Literal["squash", "crop"] = "squash"
 
     def __post_init__(self) -> None:
-        if self.resize not in ("squash", "crop"):
-            raise ConfigError(f"resize is 'squash' or 'crop', not {self.resize!r}")
-        self._model: Any = None
+        super().__post_init__()
+        if self.geometry not in ("squash", "crop"):
+            raise ConfigError(f"geometry is 'squash' or 'crop', not {self.geometry!r}")
+        self._model: Classifier | None = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the frozen weights.
-
-        Raises:
-            ConfigError: A ValueError that says what is wrong with the checkpoint.
-        """
-        from transformers import Dinov2ForImageClassification
-        from transformers.image_processing_base import ImageProcessingMixin
-        from transformers.utils import logging
-
-        name = str(self.checkpoint or "facebook/dinov2-large-imagenet1k-1-layer")
-        path = Path(name).expanduser()
-        source = str(path) if path.exists() else name
-        if not path.exists():
-            require_hub_id(name)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # its table of missing names would bury our line
-        try:
-            # float32 first: transformers otherwise follows the dtype that the file's configuration names.
-            loaded: Any = Dinov2ForImageClassification.from_pretrained(
-                source, dtype=torch.float32, weights_only=True, output_loading_info=True
-            )
-        except Exception as error:
-            raise ConfigError(
-                f"checkpoint {name} cannot be loaded as Dinov2ForImageClassification "
-                f"({reason(error)}); give a folder or hub id that holds one"
-            ) from error
-        finally:
-            logging.set_verbosity(verbosity)
-        model, report = loaded
-        refuse_misfits(f"checkpoint {name}", report["missing_keys"], report["unexpected_keys"])
-        try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        except OSError:  # it is optional
-            processor = {}
-        # The published network was pre-trained at 518 pixels, which is what its config says, and is evaluated at 224.
-        self._size = _side(processor.get("crop_size") or model.config.image_size)
-        self._edge = max(self._size, _side(processor.get("size") or self._size * 8 // 7))
-        self._model = model.to(device, dtype).eval().requires_grad_(False)
+        """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
+        checkpoint = self.checkpoint or PUBLISHED
+        if match := re.fullmatch(r"dinov2_(vit[sblg]14)_lc", checkpoint):
+            folder = f"{URL}/dinov2_{match[1]}/dinov2_{match[1]}"
+            model, preprocess = of_torch_hub(_fetch(f"{folder}_pretrain.pth"), _fetch(f"{folder}_linear4_head.pth"))
+        else:
+            source = Source(checkpoint)
+            backbone, head = (_hub_file(source, end) for end in ("_pretrain.pth", "_head.pth"))
+            if backbone and head:
+                model, preprocess = of_torch_hub(backbone, head)
+            elif backbone or head:
+                raise ConfigError(f"{source.name} holds only one of the two files *_pretrain.pth and *_head.pth")
+            else:
+                model, preprocess = of_transformers(source)
+        self._model = model
+        frozen(model, device, dtype)
+        self._dtype = dtype
+        squashed = Preprocess(preprocess.size, "squash", mean=preprocess.mean, std=preprocess.std)
+        self._preprocess = squashed if self.geometry == "squash" else preprocess
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        """[B, 3, H, W] in [0, 1], prompts (unused) and the column `label` -> [B] float32.
+        """[B, 3, H, W] in [0, 1], prompts (unused) and the column `label` -> [B] float32, NaN where the label is None.
 
         Raises:
             ValueError: If the column is missing, or a label is not one of the classifier's.
         """
         if self._model is None:
             raise RuntimeError("DINOv2 has no weights yet; call prepare(device, dtype) first")
-        labels = self._labels(columns.get("label")).to(images.device)
-        geometry: Geometry = "squash" if self.resize == "squash" else "shortest"
-        pixels = normalise(fit(images, self._size, geometry, edge=self._edge), *IMAGENET_NORM)
-        with torch.autocast(images.device.type, enabled=False):  # the precision is what `prepare` was told
-            logits = self._model(pixel_values=pixels.to(self._model.dtype)).logits
-        return logits.float().log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+        labels = self._labels(columns.get("label"), len(images)).to(images.device)
+        logits = self.look(self._logits, self._preprocess(images, self.method))
+        scores = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
+        return scores.masked_fill(labels < 0, float("nan"))
 
-    def _labels(self, column: Sequence[Any] | None) -> Tensor:
-        """[B] int64, checked here: on a GPU a class that does not exist would end the process."""
+    def _logits(self, pixels: Tensor) -> Tensor:
+        assert self._model
+        return self._model(pixels.to(self._dtype))
+
+    def _labels(self, column: Sequence[Any] | None, count: int) -> Tensor:
+        """[B] int64, -1 for None; checked here: on a GPU a class that does not exist would end the process."""
+        assert self._model
         if column is None:
             raise ValueError("the prompts have no column 'label' (the class of each image, an integer)")
-        count = self._model.config.num_labels
+        classes = self._model.head.out_features
         try:
-            labels = [int(label) for label in column]
-        except (TypeError, ValueError) as error:
+            labels = [None if label is None else operator.index(label) for label in column]
+        except TypeError as error:
             raise ValueError(f"the column 'label' is not all integers: {error}") from error
-        if wrong := [label for label in labels if not 0 <= label < count]:
-            raise ValueError(f"the label {wrong[0]} is not one of the classifier's 0 to {count - 1}")
-        return torch.tensor(labels)
+        if wrong := [label for label in labels if label is not None and not 0 <= label < classes]:
+            raise ValueError(f"the label {wrong[0]} is not one of the classifier's 0 to {classes - 1}")
+        return torch.tensor([-1 if label is None else label for label in labels]).reshape(count)
 
 
-def _side(size: Any) -> int:
-    """Pixels: transformers writes 224, [224, 224], {"height": 224, "width": 224} or {"shortest_edge": 224}."""
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or size["height"]
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
+class Classifier(nn.Module):
+    """A linear layer on the class tokens of the backbone's last blocks and the mean patch token of the last."""
+
+    def __init__(self, backbone: Any, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.blocks = head.in_features // backbone.config.hidden_size - 1
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, size, size] -> logits [B, classes]."""
+        hidden = self.backbone(pixels, output_hidden_states=True).hidden_states[-self.blocks :]
+        normed = [self.backbone.layernorm(state) for state in hidden]
+        return self.head(torch.cat([*(state[:, 0] for state in normed), normed[-1][:, 1:].mean(1)], 1))
+
+
+def of_transformers(source: Source) -> tuple[Classifier, Preprocess]:
+    """The one-layer classifier of a `Dinov2ForImageClassification`."""
+    from transformers import Dinov2ForImageClassification
+
+    model = from_pretrained(Dinov2ForImageClassification, source)
+    found = source.find("preprocessor_config.json")
+    # The published network was pre-trained at 518 pixels, which is what its config says, and is evaluated at 224.
+    size = model.config.image_size
+    defaults = (
+        EVALUATED
+        if size == 518
+        else Preprocess(size, "shortest", size * 8 // 7, "round", EVALUATED.mean, EVALUATED.std)
+    )
+    return Classifier(model.dinov2, model.classifier), Preprocess.of_processor(
+        read_json(found) if found else {}, defaults, source.name
+    )
+
+
+def of_torch_hub(backbone: Path, head: Path) -> tuple[Classifier, Preprocess]:
+    """The classifier of the authors' two files, at 224 pixels.
+
+    Raises:
+        ConfigError: If a file cannot be read, or is of another architecture.
+    """
+    from transformers import Dinov2Config, Dinov2Model
+
+    given, linear = read_state(backbone), read_state(head)
+    what = f"checkpoint {backbone}"
+    try:
+        width, patch = given["pos_embed"].shape[-1], given["patch_embed.proj.weight"].shape[-1]
+        depth = 1 + max(int(match[1]) for name in given if (match := re.match(r"blocks\.(\d+)\.", name)))
+        gated = "blocks.0.mlp.w12.weight" in given
+        config = Dinov2Config(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=width // 64,
+            mlp_ratio=4 if gated else given["blocks.0.mlp.fc1.weight"].shape[0] // width,
+            use_swiglu_ffn=gated,
+            patch_size=patch,
+            image_size=224,
+        )
+        state = _renamed({**given, "pos_embed": positions(given["pos_embed"], EVALUATED.size // patch)})
+        classes, inputs = linear["weight"].shape
+        model = Dinov2Model(config)
+    except (KeyError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{what} and {head.name} are no DINOv2 classifier of torch.hub ({reason(error)})") from error
+    load_strict(model.state_dict(), state, what)
+    classifier = Classifier(model, nn.Linear(inputs, classes))
+    if inputs not in (2 * width, 5 * width):
+        raise ConfigError(
+            f"checkpoint {head} takes {inputs} features; a backbone of width {width} gives {2 * width} or {5 * width}"
+        )
+    load_strict(classifier.head.state_dict(), linear, f"checkpoint {head}")
+    return classifier, EVALUATED
+
+
+def positions(embeddings: Tensor, side: int) -> Tensor:
+    """Position embeddings [1, 1 + n * n, D] for a grid of `side` x `side`, interpolated as the authors' code does."""
+    grid = int((embeddings.shape[1] - 1) ** 0.5)
+    if grid == side:
+        return embeddings
+    patches = embeddings[:, 1:].float().reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    factor = (side + OFFSET) / grid
+    patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat([embeddings[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def _renamed(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names as those of transformers' `Dinov2Model`."""
+    renamed = {
+        r"^(cls_token|mask_token)$": r"embeddings.\1",
+        r"^pos_embed$": "embeddings.position_embeddings",
+        r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+        r"^norm\.": "layernorm.",
+        r"^blocks\.(\d+)\.attn\.proj\.": r"encoder.layer.\1.attention.o_proj.",
+        r"^blocks\.(\d+)\.ls([12])\.gamma$": r"encoder.layer.\1.layer_scale\2.lambda1",
+        r"^blocks\.(\d+)\.mlp\.w12\.": r"encoder.layer.\1.mlp.weights_in.",
+        r"^blocks\.(\d+)\.mlp\.w3\.": r"encoder.layer.\1.mlp.weights_out.",
+        r"^blocks\.": "encoder.layer.",
+    }
+    state: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name):
+            for role, part in zip("qkv", value.chunk(3), strict=True):
+                state[f"encoder.layer.{match[1]}.attention.{role}_proj.{match[2]}"] = part
+            continue
+        for pattern, replacement in renamed.items():
+            new, hits = re.subn(pattern, replacement, name)
+            if hits:
+                name = new
+                break
+        state[name] = value
+    return state
+
+
+def _hub_file(source: Source, end: str) -> Path | None:
+    """A file of torch.hub's layout in a local folder."""
+    found = sorted(source.folder.glob(f"*{end}")) if source.folder else []
+    if len(found) > 1:
+        raise ConfigError(f"{source.name} holds {', '.join(path.name for path in found)}; leave one")
+    return found[0] if found else None
+
+
+def _fetch(url: str) -> Path:
+    """A published file, in the cache of torch.hub."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except Exception as error:
+            raise ConfigError(f"{url} cannot be fetched ({reason(error)}); give a folder with the file") from error
+    return path

@@ -1,7 +1,8 @@
-"""What rewards on an open_clip model share: its two frozen towers, and the cosine between them."""
+"""CLIP models in open_clip's layout."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,30 +11,22 @@ from torch.nn import functional as F
 
 from dmdr.errors import ConfigError
 from dmdr.states import load_strict
-from dmdr_rewards.checkpoint import locate, read_state, reason
-from dmdr_rewards.preprocess import CLIP_NORM
+from dmdr_rewards.checkpoint import SUFFIXES, Source, read_json, read_state, reason
+from dmdr_rewards.network import at_least_float32
+from dmdr_rewards.preprocess import CLIP_NORM, Preprocess
 
-CACHED_PROMPTS = 4096
+CONFIG = "open_clip_config.json"
+# Tried in this order; a local folder may hold a single file of another name instead.
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-class Towers:
-    """A frozen open_clip model in eval mode.
+class OpenCLIP:
+    """`Towers` of an open_clip model. In half precision norms and embeddings stay float32."""
 
-    Attributes:
-        size: Side of the input, in pixels.
-        geometry: How images are brought to a square: `resize_mode` of the folder's `preprocess_cfg`; where that says
-            none, "shortest" as open_clip does. "squash" for a bare weights file.
-        mean, std: Of the input's three channels; of OpenAI's CLIP where nothing else is said.
-    """
-
-    def __init__(self, checkpoint: str, architecture: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Find, build and load it.
-
-        Args:
-            checkpoint: See `checkpoint.locate`. A folder's own configuration wins over `architecture`.
-            architecture: open_clip's name of what a bare weights file holds.
-            device: Where it runs.
-            dtype: Of the matrices; norms and embeddings stay float32.
+    def __init__(
+        self, source: Source, device: torch.device, dtype: torch.dtype, architecture: str, preprocess: Preprocess
+    ) -> None:
+        """Build and load it; see `towers.open_towers`.
 
         Raises:
             ConfigError: If open_clip is not installed, or the checkpoint missing, damaged or of another architecture.
@@ -42,96 +35,59 @@ class Towers:
             import open_clip
         except ModuleNotFoundError as error:
             raise ConfigError(f"needs the package '{error.name}': pip install 'dmdr[clip]'") from error
-        path, config = locate(checkpoint)
-        if config is None:
-            config = {
-                "model_cfg": open_clip.get_model_config(architecture),
-                "preprocess_cfg": {"resize_mode": "squash"},
-            }
-        self._read_preprocess(config["preprocess_cfg"], checkpoint)
+        if source.file:
+            path, config = source.file, open_clip.get_model_config(architecture)
+        else:
+            path, config, preprocess = self._of_folder(source)
         half = dtype if dtype in (torch.float16, torch.bfloat16) else None
         try:
-            text_config = config["model_cfg"]["text_cfg"]
-            if text_config.get("hf_tokenizer_name") or config["model_cfg"]["vision_cfg"].get("timm_model_name"):
+            text_config = config["text_cfg"]
+            if text_config.get("hf_tokenizer_name") or config["vision_cfg"].get("timm_model_name"):
                 raise ValueError("towers and tokenizers of other libraries are not supported")
             with device:
-                model = open_clip.CLIP(**config["model_cfg"], cast_dtype=half)
+                model = open_clip.CLIP(**config, cast_dtype=half)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"checkpoint {checkpoint} is no plain CLIP ({reason(error)})") from error
+            raise ConfigError(f"{source.name} is no plain CLIP ({reason(error)})") from error
         load_strict(model.state_dict(), read_state(path), f"checkpoint {path}")
         if half:
             open_clip.convert_weights_to_lp(model, half)
-        self._model = model.to(device).eval().requires_grad_(False)
+        else:
+            model.to(dtype)
+        self._model: Any = model.eval().requires_grad_(False)
+        self._device = device
         options = text_config.get("tokenizer_kwargs") or {}
         self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
-        self._device = device
         size = model.visual.image_size
-        self.size: int = size if isinstance(size, int) else size[0]
+        self.preprocess = replace(preprocess, size=size if isinstance(size, int) else size[0])
 
-    def _read_preprocess(self, given: dict[str, Any], checkpoint: str) -> None:
-        defaults = {"mean": CLIP_NORM[0], "std": CLIP_NORM[1], "resize_mode": "shortest", "interpolation": "bicubic"}
-        config = defaults | {key: value for key, value in given.items() if value is not None}
-        self.mean, self.std, self.geometry = config["mean"], config["std"], config["resize_mode"]
-        supported = self.geometry in ("squash", "longest", "shortest") and config["interpolation"] == "bicubic"
-        if not supported or config.get("fill_color"):
-            raise ConfigError(f"checkpoint {checkpoint}: this preprocess_cfg is not supported: {given}")
+    @staticmethod
+    def _of_folder(source: Source) -> tuple[Path, dict[str, Any], Preprocess]:
+        """Weights file, architecture and preprocessing, as the folder's own configuration says."""
+        found = source.find(CONFIG)
+        if found is None and source.folder:
+            raise ConfigError(f"{source.name} is a folder without {CONFIG}; add it, or name the weights file itself")
+        if found is None:
+            raise source.lacks(CONFIG, "config.json")
+        config = read_json(found)
+        if not isinstance(config.get("model_cfg"), dict):
+            raise ConfigError(f"{found} is no configuration of open_clip: it has no model_cfg")
+        defaults = {"resize_mode": "shortest", "interpolation": "bicubic"}
+        given = {key: value for key, value in (config.get("preprocess_cfg") or {}).items() if value is not None}
+        about = defaults | given
+        geometry, bicubic = about["resize_mode"], about["interpolation"] == "bicubic"
+        if geometry not in ("squash", "longest", "shortest") or not bicubic or about.get("fill_color"):
+            raise ConfigError(f"{source.name}: this preprocess_cfg is not supported: {given}")
+        mean, std = (tuple(about.get(key, norm)) for key, norm in zip(("mean", "std"), CLIP_NORM, strict=True))
+        weights = source.find(*WEIGHTS) or (source.only(*SUFFIXES) if source.folder else source.require(*WEIGHTS))
+        return weights, config["model_cfg"], Preprocess(size=0, geometry=geometry, mean=mean, std=std)
 
     def image(self, pixels: Tensor) -> Tensor:
-        """Features of preprocessed images [B, 3, size, size]: [B, D] float32 of length one."""
-        with torch.autocast(pixels.device.type, enabled=False):  # the precision is what `prepare` was told
-            features = self._model.encode_image(pixels.to(self._model.visual.conv1.weight.dtype))
-            return F.normalize(features.float(), dim=-1)
+        """[B, 3, size, size] -> [B, D] of length one, at least float32."""
+        features = self._model.encode_image(pixels.to(self._model.visual.conv1.weight.dtype))
+        return F.normalize(at_least_float32(features), dim=-1)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Features of prompts, computed once each and kept for the last 4096: [B, D] float32 of length one."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
-        if new:
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-                features = self._model.encode_text(self._tokenizer(new).to(self._device))
-                rows = F.normalize(features.float(), dim=-1)
-            self._features.update((prompt, row.clone()) for prompt, row in zip(new, rows, strict=True))
-        for prompt in prompts:
-            self._features.move_to_end(prompt)
-        # A new tensor, even of rows made in inference mode, which a backward pass could not save.
-        found = torch.stack([self._features[prompt] for prompt in prompts])
-        while len(self._features) > CACHED_PROMPTS:
-            self._features.popitem(last=False)
-        return found
-
-
-class CosineReward:
-    """score = cos(image features, text features), in [-1, 1]; a `FeatureReward`.
-
-    A subclass loads its towers in `prepare` and says what their pixels are.
-    """
-
-    differentiable = True
-    _towers: Towers | None = None
-
-    @property
-    def towers(self) -> Towers:
-        """The loaded towers.
-
-        Raises:
-            RuntimeError: Before `prepare`.
-        """
-        if self._towers is None:
-            raise RuntimeError(f"{type(self).__name__} has no weights yet; call prepare(device, dtype) first")
-        return self._towers
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """The towers' input for images [B, 3, H, W] in [0, 1]; differentiable."""
-        raise NotImplementedError
-
-    def image_features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> [B, D] float32 of length one; differentiable."""
-        return self.towers.image(self.pixels(images))
-
-    def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> [B, D] float32 of length one; constants, on the device of the weights."""
-        return self.towers.text(prompts)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        """[B, 3, H, W] in [0, 1] and B prompts -> [B] float32."""
-        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        """B prompts -> [B, D] of length one, at least float32."""
+        with torch.autocast(self._device.type, enabled=False):
+            features = self._model.encode_text(self._tokenizer(list(prompts)).to(self._device))
+            return F.normalize(at_least_float32(features), dim=-1)

@@ -4,21 +4,96 @@ Clamps and roundings pass gradients straight through (Bengio et al. 2013, arXiv:
 beyond its bounds, and in recent releases none at them, so that saturated pixels of an image could never change.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmdr.errors import ConfigError
+from dmdr.rewards import once
+
 CLIP_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+BICUBIC = 3  # as Pillow numbers it
+
 Geometry = Literal["squash", "longest", "shortest"]
 Method = Literal["float", "exact", "unclamped"]
+Offset = Literal["round", "floor"]
 
 
-def fit(images: Tensor, size: int, geometry: Geometry, method: Method = "float", edge: int | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Preprocess:
+    """What one network is fed.
+
+    Attributes:
+        size, geometry, edge, offset: See `fit`.
+        mean, std: Of the three channels.
+    """
+
+    size: int
+    geometry: Geometry = "shortest"
+    edge: int | None = None
+    offset: Offset = "round"
+    mean: tuple[float, ...] = CLIP_NORM[0]
+    std: tuple[float, ...] = CLIP_NORM[1]
+
+    def __call__(self, images: Tensor, method: Method = "float") -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, 3, size, size]; rewards of one sum that are fed alike share it."""
+        how = self
+        if images.shape[-1] == images.shape[-2] and self.edge in (None, self.size):
+            how = replace(self, geometry="squash", edge=None, offset="round")  # all the same for a square
+        return once(
+            images,
+            (how, method),
+            lambda: normalise(
+                fit(images, how.size, how.geometry, method, edge=how.edge, offset=how.offset), how.mean, how.std
+            ),
+        )
+
+    @classmethod
+    def of_processor(cls, config: Mapping[str, Any], defaults: "Preprocess", what: str) -> "Preprocess":
+        """What transformers' `preprocessor_config.json` says; `defaults` where it is silent.
+
+        Raises:
+            ConfigError: If it does anything but a bicubic resize of the shortest edge, a square crop in the centre, and
+                the normalisation of three channels.
+        """
+        try:
+            size = _side(config.get("crop_size") or defaults.size, "height", "width")
+            grown = size * (defaults.edge or defaults.size) // defaults.size
+            edge = _side(config.get("size") or grown, "shortest_edge")
+            mean, std = (
+                tuple(float(x) for x in config.get(key) or default)
+                for key, default in (("image_mean", defaults.mean), ("image_std", defaults.std))
+            )
+            usual = (
+                all(config.get(name, True) for name in STEPS)
+                and not config.get("do_pad")
+                and config.get("resample", BICUBIC) == BICUBIC
+                and abs(config.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-3
+                and edge >= size
+                and len(mean) == len(std) == 3
+            )
+        except (TypeError, ValueError):
+            usual = False
+        if not usual:
+            raise ConfigError(f"{what}: what its preprocessor_config.json asks for is not supported: {dict(config)}")
+        return replace(defaults, size=size, edge=edge, offset="floor", mean=mean, std=std)
+
+
+def fit(
+    images: Tensor,
+    size: int,
+    geometry: Geometry,
+    method: Method = "float",
+    edge: int | None = None,
+    offset: Offset = "round",
+) -> Tensor:
     """Bring images to a square.
 
     Args:
@@ -28,6 +103,7 @@ def fit(images: Tensor, size: int, geometry: Geometry, method: Method = "float",
             "shortest" scales the shortest edge to `edge` and crops the centre.
         method: How `resize` treats values.
         edge: Length of the shortest edge before the crop, in pixels, >= size; None for `size`.
+        offset: Of the crop, where half a pixel is left: "round" as torchvision (to even), "floor" as transformers.
 
     Returns:
         [B, 3, size, size], at least float32.
@@ -51,7 +127,8 @@ def fit(images: Tensor, size: int, geometry: Geometry, method: Method = "float",
         return F.pad(images, (left, size - new_width - left, top, size - new_height - top))
     edge = edge or size
     new_height, new_width = (int(edge * side / min(height, width)) for side in (height, width))
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    half = round if offset == "round" else int
+    top, left = half((new_height - size) / 2), half((new_width - size) / 2)
     return resize(images, new_height, new_width, method)[..., top : top + size, left : left + size]
 
 
@@ -67,6 +144,10 @@ def resize(images: Tensor, height: int, width: int, method: Method = "float") ->
 
     Returns:
         [B, 3, height, width], same dtype.
+
+    "float" differs from "exact" by about 0.2 of 255 on average. Behind a ViT-H/14 and a ViT-L/14 with random weights,
+    at 224 pixels, that moved dot products with unit features by at most 1.6e-4 for images like photographs (1/f noise)
+    and 8.6e-4 for bars of pure black and white, from 512 x 512, 768 x 512 and 1024 x 1024.
 
     Source: Pillow's ImagingResample (src/libImaging/Resample.c), as of every release before 13. Pillow 13 begins with
         the vertical pass where the height shrinks much more than the width (its pull request 9549), which published
@@ -111,3 +192,16 @@ def _checked(images: Tensor) -> Tensor:
             f"images are {images.dtype} {list(images.shape)}; expected floating point [B, 3, H, W] in [0, 1]"
         )
     return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def _side(size: Any, *keys: str) -> int:
+    """Pixels: transformers writes 224, [224, 224], {"height": 224, "width": 224} or {"shortest_edge": 224}.
+
+    Raises:
+        ValueError: If it has other keys than these, or is no square.
+    """
+    if isinstance(size, dict) and set(size) != set(keys):
+        raise ValueError(f"{size} has not the keys {', '.join(keys)}")
+    sides = size.values() if isinstance(size, dict) else size if isinstance(size, (list, tuple)) else [size]
+    (side,) = {int(side) for side in sides}
+    return side

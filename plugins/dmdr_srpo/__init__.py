@@ -16,6 +16,7 @@ from torch import Tensor
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise, expand
 from dmdr.protocols import Context, Needs
+from dmdr.rewards import sharing
 from dmdr.types import Draw, Term
 
 Texts = tuple[list[str], list[str]]  # positive and negative, B each
@@ -86,6 +87,7 @@ class SRPO:
         texts = [self.template.replace("{word}", word) if word else "{prompt}" for word in drawn]
         return [text.replace("{prompt}", prompt) for text, prompt in zip(texts, draw.cond.prompts, strict=True)]
 
+    @sharing()
     def _judged(self, x0: Tensor, ctx: Context, texts: Texts) -> Term:
         """How much latents [B, *latent] look like the one text and unlike the other."""
         images = ctx.backend.decode(x0)

@@ -226,7 +226,8 @@ def test_clip_layouts_load_strictly(digits: Digits, name: str, activation: str) 
 
 
 def clip_accuracy(model: torch.nn.Module) -> float:
-    from dmdr_digits.rewards import CLIP_NORM, preprocess, prompt_tokens, similarity
+    from dmdr_digits.lessons import CLIP_NORM, preprocess
+    from dmdr_digits.rewards import prompt_tokens, similarity
 
     held_out = held_out_scans()
     with torch.no_grad():
@@ -237,7 +238,7 @@ def clip_accuracy(model: torch.nn.Module) -> float:
 def test_dinov2_layout_loads(digits: Digits) -> None:
     from transformers import Dinov2ForImageClassification
 
-    from dmdr_digits.rewards import IMAGENET_NORM, preprocess
+    from dmdr_digits.lessons import IMAGENET_NORM, preprocess
 
     folder = digits.reward_checkpoint("dinov2")
     model, report = Dinov2ForImageClassification.from_pretrained(folder, output_loading_info=True)
@@ -249,12 +250,31 @@ def test_dinov2_layout_loads(digits: Digits) -> None:
     assert (logits.argmax(1) == held_out_scans().labels).float().mean() > 0.4  # a short training; chance is 0.1
 
 
-def test_other_rewards_have_no_checkpoint(digits: Digits) -> None:
-    assert digits.reward_checkpoint("pickscore") is None
+@pytest.mark.parametrize("name", ["pickscore", "aesthetic", "imagereward"])
+def test_other_rewards_tell_scans_from_degraded_ones(digits: Digits, name: str) -> None:
+    from dmdr import registry
+    from dmdr_digits.lessons import degrade, rated
+
+    held_out = held_out_scans()
+    rows = torch.arange(len(held_out))
+    with isolated():
+        worse = rated(held_out, rows)[0] if name == "aesthetic" else degrade(held_out, rows)
+    reward = registry.load("rewards", name)(checkpoint=str(digits.reward_checkpoint(name)))
+    reward.prepare(torch.device("cpu"), torch.float32)
+    prompts, others = ([PROMPTS[(label + shift) % 10] for label in held_out.labels] for shift in (0, 3))
+    with torch.no_grad():
+        scores = reward(held_out.images, prompts)
+        assert (scores > reward(worse, prompts)).float().mean() > 0.6  # a short training; chance is 0.5
+        mistaken = (scores > reward(held_out.images, others)).float().mean()
+    assert mistaken == 0 if name == "aesthetic" else mistaken > 0.6
+
+
+def test_unknown_rewards_have_no_checkpoint(digits: Digits) -> None:
+    assert digits.reward_checkpoint("toy") is None
 
 
 def test_degraded_scans_are_worse_in_four_ways() -> None:
-    from dmdr_digits.rewards import degrade
+    from dmdr_digits.lessons import degrade
 
     rows = torch.arange(200)
     with isolated():

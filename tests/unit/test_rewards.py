@@ -11,19 +11,34 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
-from transformers import Dinov2Config, Dinov2ForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+)
 
 from dmdr.protocols import FeatureReward, Reward
 from dmdr.rewards import RewardError, Rewards
+from dmdr_digits.text import build_tokenizer
+from dmdr_rewards import dinov2, preprocess, towers
+from dmdr_rewards.aesthetic import Aesthetic
 from dmdr_rewards.clip import CLIP
 from dmdr_rewards.dinov2 import DINOv2
 from dmdr_rewards.hps import HPS
+from dmdr_rewards.imagereward import ImageReward
+from dmdr_rewards.pickscore import PickScore
 from dmdr_rewards.preprocess import CLIP_NORM, IMAGENET_NORM, fit, resize
 
 SIZE = 28
@@ -70,7 +85,41 @@ def write_dinov2(folder: Path, safe: bool = True, **settings: Any) -> str:
     return str(folder)
 
 
-WRITERS: dict[type, Any] = {HPS: write_hps, CLIP: write_clip, DINOv2: write_dinov2}
+def write_pickscore(folder: Path, **processor: Any) -> str:
+    """A transformers CLIP with its processor and tokenizer; GELU, as laion's ViT-H/14."""
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
+    tokenizer = build_tokenizer()
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 12}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "image_size": SIZE, "patch_size": 14}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(text_config=text | tower | ends, vision_config=vision | tower, projection_dim=16)
+    model = CLIPModel(config)
+    model.load_state_dict(randomised(model))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    CLIPImageProcessor(**(side | processor)).save_pretrained(folder)
+    return str(folder)
+
+
+def write_aesthetic(folder: Path) -> str:
+    """A CLIP of transformers, and LAION's head: five linear layers, between them dropout and no activation."""
+    write_pickscore(folder)
+    layers = {0: (16, 32), 2: (32, 8), 4: (8, 8), 6: (8, 4), 7: (4, 1)}
+    torch.manual_seed(1)
+    state = {f"layers.{i}.weight": torch.randn(out, width) / width**0.5 for i, (width, out) in layers.items()}
+    state |= {f"layers.{i}.bias": torch.randn(out) for i, (_, out) in layers.items()}
+    torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    return str(folder)
+
+
+WRITERS: dict[type, Any] = {
+    HPS: write_hps,
+    CLIP: write_clip,
+    PickScore: write_pickscore,
+    Aesthetic: write_aesthetic,
+    DINOv2: write_dinov2,
+}
 
 
 def prepared(reward: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -151,78 +200,303 @@ def test_hps_scores_as_its_authors_do(tmp_path: Path) -> None:
     assert (prepared(HPS(str(tmp_path)))(images, PROMPTS) - reward(images, PROMPTS)).abs().max() > 1e-3
 
 
+def test_pickscore_scores_as_its_model_card_does(tmp_path: Path) -> None:
+    norm = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+    folder = write_pickscore(tmp_path, **norm)
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokens = tokenizer(PROMPTS, padding=True, truncation=True, max_length=12, return_tensors="pt")
+    reward = prepared(PickScore(folder, resize="exact"))
+    # Where nothing is resized the pixels are the same, elsewhere the odd one differs by 1/255; Pillow 13 resizes tall
+    # images in another order than the releases that published scores were made with.
+    for shape, tolerance in (((SIZE, SIZE), 1e-5), ((512, 512), 3e-4), ((41, 64), 3e-4), ((90, 41), 5e-3)):
+        images = pixels(3, *shape)
+        with torch.no_grad():
+            seen = processor([pil(image) for image in images], return_tensors="pt")
+            image = model.get_image_features(**seen).pooler_output
+            text = model.get_text_features(**tokens).pooler_output
+            theirs = model.logit_scale.exp() * F.cosine_similarity(image, text)
+        ours = reward(images, PROMPTS)
+        torch.testing.assert_close(ours / reward.scale, theirs / reward.scale, atol=tolerance, rtol=0)
+    torch.testing.assert_close(  # linear in its text features, which SRPO builds on
+        (reward.image_features(images) * reward.text_features(PROMPTS)).sum(-1), reward(images, PROMPTS)
+    )
+    # The same folder is a CLIP for `clip`, without the scale.
+    cosine = prepared(CLIP(folder, resize="exact"))(images, PROMPTS)
+    torch.testing.assert_close(cosine * model.logit_scale.exp(), reward(images, PROMPTS))
+
+
+def test_aesthetic_scores_as_its_authors_do(tmp_path: Path) -> None:
+    folder = write_aesthetic(tmp_path)
+    head = torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.Dropout(0.2), torch.nn.Linear(32, 8), torch.nn.Dropout(0.2),
+        torch.nn.Linear(8, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1),
+    )  # fmt: skip
+    file = tmp_path / "sac+logos+ava1-l14-linearMSE.pth"
+    state = torch.load(file)
+    head.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
+    model = CLIPModel.from_pretrained(folder).eval()
+    reward = prepared(Aesthetic(folder, resize="exact"))
+    for shape, tolerance in (((SIZE, SIZE), 1e-5), ((512, 512), 3e-3), ((41, 63), 3e-3), ((300, 200), 3e-3)):
+        images = pixels(3, *shape)
+        cropped = [TF.center_crop(TF.resize(pil(image), SIZE, TF.InterpolationMode.BICUBIC), SIZE) for image in images]
+        seen = torch.stack([TF.normalize(TF.to_tensor(image), *CLIP_NORM) for image in cropped])
+        with torch.no_grad():
+            features = F.normalize(model.get_image_features(seen).pooler_output, dim=-1)
+            theirs = head.eval()(features).squeeze(-1)
+        torch.testing.assert_close(reward(images, PROMPTS), theirs, atol=tolerance, rtol=0)
+    file.rename(tmp_path.parent / "head.pth")  # a head alone, and its CLIP
+    apart = prepared(Aesthetic(str(tmp_path.parent / "head.pth"), clip=folder, resize="exact"))
+    torch.testing.assert_close(apart(images, PROMPTS), reward(images, PROMPTS), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("processor", [None, {"crop_size": {"height": 14, "width": 14}, "size": {"shortest_edge": 20}}])
 def test_dinov2_gives_the_log_probability_of_the_label(tmp_path: Path, processor: dict[str, Any] | None) -> None:
     folder, side, edge = write_dinov2(tmp_path), (14 if processor else SIZE), (20 if processor else 32)
-    if processor:  # the published config.json says 518 pixels, and its preprocessor_config.json 224
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    # The published config.json says 518 pixels, and its preprocessor_config.json 224.
+    given = processor or {"crop_size": {"height": SIZE, "width": SIZE}, "size": {"shortest_edge": 32}}
+    given |= {"image_mean": IMAGENET_NORM[0], "image_std": IMAGENET_NORM[1]}
+    if processor:
+        BitImageProcessor(**given).save_pretrained(folder)
     model = Dinov2ForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    images = pixels(3, 41, 63)
-    squashed = TF.resize(images, [side, side], TF.InterpolationMode.BICUBIC, antialias=True)
-    cropped = TF.center_crop(TF.resize(images, edge, TF.InterpolationMode.BICUBIC, antialias=True), side)
-    for resize_mode, seen in (("squash", squashed), ("crop", cropped)):
-        with torch.no_grad():
-            logits = model(TF.normalize(seen.clamp(0, 1), *IMAGENET_NORM)).logits
-        ours = prepared(DINOv2(folder, resize=resize_mode))(images, PROMPTS, label=LABELS)  # type: ignore[arg-type]
-        torch.testing.assert_close(ours, -F.cross_entropy(logits, torch.tensor(LABELS), reduction="none"))
+    theirs = BitImageProcessorPil(**given)
+    for shape, tolerance in (((side, side), 1e-5), ((512, 512), 2e-3), ((41, 63), 2e-3)):
+        images = pixels(3, *shape)
+        pictures = [pil(image) for image in images]
+        squashed = torch.stack([TF.to_tensor(picture.resize((side, side), Image.BICUBIC)) for picture in pictures])
+        for geometry, seen in (
+            ("squash", TF.normalize(squashed, *IMAGENET_NORM)),
+            ("crop", theirs(pictures, return_tensors="pt").pixel_values),
+        ):
+            with torch.no_grad():
+                logits = model(seen).logits
+            reward: Any = prepared(DINOv2(folder, geometry=geometry, resize="exact"))  # type: ignore[arg-type]
+            ours = reward(images, PROMPTS, label=LABELS)
+            expected = -F.cross_entropy(logits, torch.tensor(LABELS), reduction="none")
+            atol = tolerance if geometry == "squash" or shape != (side, side) else 2e-3  # the crop resizes even then
+            torch.testing.assert_close(ours, expected, atol=atol, rtol=0)
+    assert edge > side
+    some = reward(images, PROMPTS, label=[0, None, 2])
+    assert some.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("kind", [HPS, CLIP, DINOv2])
-def test_gradients_reach_every_pixel_and_are_right(tmp_path: Path, kind: type) -> None:
-    reward = prepared(kind(WRITERS[kind](tmp_path)))
+def write_dinov2_of_torch_hub(folder: Path, blocks: int) -> dict[str, Tensor]:
+    """The authors' two files, 64 wide: a backbone of three blocks for 518 pixels, and a head on one or four of them."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    shapes = {
+        "cls_token": (1, 1, 64), "pos_embed": (1, 1 + 37 * 37, 64), "mask_token": (1, 64),
+        "patch_embed.proj.weight": (64, 3, 14, 14), "patch_embed.proj.bias": (64,),
+        "norm.weight": (64,), "norm.bias": (64,),
+    }  # fmt: skip
+    for i in range(5):
+        block = {
+            "norm1.weight": (64,), "norm1.bias": (64,), "attn.qkv.weight": (192, 64), "attn.qkv.bias": (192,),
+            "attn.proj.weight": (64, 64), "attn.proj.bias": (64,), "ls1.gamma": (64,), "norm2.weight": (64,),
+            "norm2.bias": (64,), "mlp.fc1.weight": (256, 64), "mlp.fc1.bias": (256,), "mlp.fc2.weight": (64, 256),
+            "mlp.fc2.bias": (64,), "ls2.gamma": (64,),
+        }  # fmt: skip
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    state = {name: 0.15 * torch.randn(shape) for name, shape in shapes.items()}
+    state |= {name: value + 1 for name, value in state.items() if re.search(r"norm\d?\.weight|gamma", name)}
+    head = {"weight": 0.2 * torch.randn(7, 64 * (blocks + 1)), "bias": torch.randn(7)}
+    torch.save(state, folder / "dinov2_vitl14_pretrain.pth")
+    torch.save(head, folder / f"dinov2_vitl14_linear{'4' if blocks == 4 else ''}_head.pth")
+    return {**state, "head.weight": head["weight"], "head.bias": head["bias"]}
+
+
+def logits_of_torch_hub(w: dict[str, Tensor], x: Tensor, blocks: int) -> Tensor:
+    """The authors' vision transformer, written down from its definition (Oquab et al. 2023; one head of 64)."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (64,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    side = x.shape[-1] // 14
+    x = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14).flatten(2).transpose(1, 2)
+    grid = w["pos_embed"][:, 1:].reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=((side + 0.1) / 37,) * 2, mode="bicubic", antialias=False)
+    x = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), x + grid.flatten(2).mT], 1)
+    normed = []
+    for i in range(5):
+        b = f"blocks.{i}"
+        q, k, v = F.linear(norm(x, f"{b}.norm1"), w[f"{b}.attn.qkv.weight"], w[f"{b}.attn.qkv.bias"]).chunk(3, -1)
+        mixed = (q @ k.mT / 8).softmax(-1) @ v
+        x = x + w[f"{b}.ls1.gamma"] * F.linear(mixed, w[f"{b}.attn.proj.weight"], w[f"{b}.attn.proj.bias"])
+        hidden = F.gelu(F.linear(norm(x, f"{b}.norm2"), w[f"{b}.mlp.fc1.weight"], w[f"{b}.mlp.fc1.bias"]))
+        x = x + w[f"{b}.ls2.gamma"] * F.linear(hidden, w[f"{b}.mlp.fc2.weight"], w[f"{b}.mlp.fc2.bias"])
+        normed.append(norm(x, "norm"))
+    features = torch.cat([*(y[:, 0] for y in normed[-blocks:]), normed[-1][:, 1:].mean(1)], 1)
+    return F.linear(features, w["head.weight"], w["head.bias"])
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_dinov2_of_torch_hub_is_the_authors_network(tmp_path: Path, blocks: int) -> None:
+    folder = tmp_path / "hub"
+    weights = write_dinov2_of_torch_hub(folder, blocks)
+    reward = prepared(DINOv2(str(folder), geometry="crop"))
+    images = pixels(2, 256, 300)
+    seen = TF.normalize(TF.center_crop(images, 224), *IMAGENET_NORM)
+    expected = logits_of_torch_hub(weights, seen, blocks).log_softmax(-1)[torch.arange(2), torch.tensor([6, 2])]
+    torch.testing.assert_close(reward(images, ["", ""], label=[6, 2]), expected, atol=1e-5, rtol=1e-5)
+    # Without the authors' offset of 0.1 the positions, and so the scores, are others.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dinov2, "OFFSET", 0.0)
+        other = prepared(DINOv2(str(folder), geometry="crop"))(images, ["", ""], label=[6, 2])
+    assert (other - expected).abs().max() > 1e-4
+    head = next(folder.glob("*_head.pth"))
+    torch.save({"weight": torch.ones(7, 3 * 64), "bias": torch.ones(7)}, head)
+    with pytest.raises(ValueError, match="takes 192 features; a backbone of width 64 gives 128 or 320"):
+        prepared(DINOv2(str(folder)))
+    head.unlink()
+    with pytest.raises(ValueError, match="holds only one of the two files"):
+        prepared(DINOv2(str(folder)))
+
+
+def test_every_clip_folder_says_how_it_is_fed(tmp_path: Path) -> None:
+    for number, (settings, refused) in enumerate(
+        (
+            ({"resample": 2}, True),
+            ({"do_center_crop": False}, True),
+            ({"size": {"height": SIZE, "width": SIZE}}, True),
+            ({"size": {"longest_edge": SIZE}}, True),
+            ({"image_mean": 0.5}, True),
+            ({"image_mean": [0.5]}, True),
+            ({"rescale_factor": 1 / 127.5}, True),
+            ({"size": {"shortest_edge": 32}}, False),
+        )
+    ):
+        folder = write_pickscore(tmp_path / str(number), **settings)
+        if refused:
+            with pytest.raises(ValueError, match=r"what its preprocessor_config\.json asks for is not supported"):
+                prepared(PickScore(folder))
+        else:
+            assert prepared(PickScore(folder)).towers.preprocess.edge == 32
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_gradients_are_right_and_reach_every_pixel(tmp_path: Path, kind: type) -> None:
+    folder = WRITERS[kind](tmp_path)
     assert kind().differentiable
     order = torch.tensor([2, 0, 1])
 
-    def score(images: Tensor, rows: Sequence[int] = (0, 1, 2)) -> Tensor:
+    def score(reward: Any, images: Tensor, rows: Sequence[int] = (0, 1, 2)) -> Tensor:
         return reward(images, [PROMPTS[i] for i in rows], label=[LABELS[i] for i in rows])
 
-    images = (0.25 + 0.5 * pixels(3, 40, 33)).requires_grad_()
-    assert not score(images.detach()).requires_grad  # the weights are frozen
-    (grad,) = torch.autograd.grad(score(images).sum(), images)
-    direction = grad / grad.norm()
+    precise = prepared(kind(folder), torch.float64)
+    images = (0.25 + 0.5 * pixels(3, 40, 33)).double().requires_grad_()
+    assert not score(precise, images.detach()).requires_grad  # the weights are frozen
+    (grad,) = torch.autograd.grad(score(precise, images).sum(), images)
+    torch.manual_seed(1)
     with torch.no_grad():
-        slope = (score(images + 0.02 * direction) - score(images - 0.02 * direction)).double().sum() / 0.04
-        torch.testing.assert_close(slope.float(), grad.norm(), rtol=3e-3, atol=0)
-        torch.testing.assert_close(score(images[order], order.tolist()), score(images)[order])
-    black_and_white = images.detach().gt(0.5).float().requires_grad_()
-    (grad,) = torch.autograd.grad(score(black_and_white).sum(), black_and_white)
+        for direction in (grad / grad.norm(), torch.randn_like(grad) / grad.numel() ** 0.5):
+            slope = sum(sign * score(precise, images + sign * 1e-4 * direction) for sign in (1, -1)).sum() / 2e-4
+            torch.testing.assert_close(slope, (grad * direction).sum(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(score(precise, images[order], order.tolist()), score(precise, images)[order])
+
+    reward = prepared(kind(folder))
+    images = images.detach().float()
+    black_and_white = pixels(3, 40, 40).gt(0.5).float().requires_grad_()
+    (grad,) = torch.autograd.grad(score(reward, black_and_white).sum(), black_and_white)
     assert (grad != 0).float().mean() > 0.99
 
-    half = prepared(kind(reward.checkpoint), torch.bfloat16)
-    close = half(images, PROMPTS, label=LABELS)
+    half = prepared(kind(folder), torch.bfloat16)
+    close = score(half, images)
     assert close.dtype == torch.float32
-    assert 0 < (close - score(images)).abs().max() < 0.05
+    unit = reward.scale if kind is PickScore else 1.0
+    assert 0 < (close - score(reward, images)).abs().max() < 0.05 * unit
     with torch.autocast("cpu", torch.bfloat16):  # precision is what `prepare` was told, not what the caller runs in
-        inside = score(images)
-    torch.testing.assert_close(inside, score(images), rtol=0, atol=0)
+        inside = score(reward, images)
+    torch.testing.assert_close(inside, score(reward, images), rtol=0, atol=0)
 
 
-def test_prompts_are_encoded_once_and_their_features_survive_inference_mode(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [CLIP, PickScore, Aesthetic, DINOv2])
+def test_the_exact_resize_has_the_gradient_of_the_cheap_one(tmp_path: Path, kind: type) -> None:
+    folder = WRITERS[kind](tmp_path)
+    found = {}
+    for resize_method in ("float", "exact"):
+        images = pixels(3).requires_grad_()
+        reward = prepared(kind(folder, resize=resize_method))
+        (found[resize_method],) = torch.autograd.grad(reward(images, PROMPTS, label=LABELS).sum(), images)
+    torch.testing.assert_close(found["exact"], found["float"])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_chunks_and_checkpointing_change_memory_only(tmp_path: Path, kind: type) -> None:
+    folder = WRITERS[kind](tmp_path)
+    found, kept = [], []
+    for settings in ({}, {"chunk_size": 2}, {"chunk_size": 2, "gradient_checkpointing": True}):
+        reward = prepared(kind(folder, **settings))
+        reward(pixels(3), PROMPTS, label=LABELS)  # the prompts are cached
+        images, sizes = pixels(3).requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            scores = reward(images, PROMPTS, label=LABELS)
+        (grad,) = torch.autograd.grad(scores.sum(), images)
+        found.append((scores.detach(), grad))
+        kept.append(sum(sizes))
+    for scores, grad in found[1:]:
+        torch.testing.assert_close(scores, found[0][0])
+        torch.testing.assert_close(grad, found[0][1])
+    assert kept[2] < kept[0] / 3
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):
+        kind(chunk_size=0)
+
+
+def test_rewards_that_are_fed_alike_share_the_resize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: dict[str, type] = {"pickscore": PickScore, "aesthetic": Aesthetic, "clip": CLIP}
+    rewards = Rewards({name: (1.0, kind(WRITERS[kind](tmp_path / name))) for name, kind in kinds.items()})
+    rewards.prepare(CPU, torch.float32)
+    resized: list[tuple[int, ...]] = []
+    interpolate = preprocess._bicubic
+    monkeypatch.setattr(
+        preprocess, "_bicubic", lambda images, *size: resized.append(images.shape) or interpolate(images, *size)
+    )
+    images = pixels(3, 64, 64).requires_grad_()
+    shared = rewards.each(images, PROMPTS)
+    assert len(resized) == 1  # a square has one geometry only
+    (together,) = torch.autograd.grad(sum(shared.values()).sum(), images)
+    apart = torch.zeros_like(images)
+    for name, (_, reward) in rewards.parts.items():
+        alone = reward(images, PROMPTS)
+        torch.testing.assert_close(alone, shared[name])
+        apart += torch.autograd.grad(alone.sum(), images)[0]
+    assert len(resized) == 4
+    torch.testing.assert_close(together, apart)
+    rewards.each(pixels(3, 64, 50), PROMPTS)
+    assert len(resized) == 7  # clip squashes, and the others take the middle of 35 pixels for another one
+
+
+def test_prompts_are_encoded_once_and_their_features_survive_inference_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reward = prepared(CLIP(write_clip(tmp_path)))
     encoded: list[int] = []
     encode = reward.towers._model.encode_text
     reward.towers._model.encode_text = lambda tokens: encoded.append(len(tokens)) or encode(tokens)
     with torch.inference_mode():
         first = reward.text_features([*PROMPTS, *PROMPTS])
-    assert encoded == [3]
+    assert encoded == [1, 1, 1]  # one by one: what a prompt's feature is must not depend on the others
     torch.testing.assert_close(first.norm(dim=-1), torch.ones(6))
     images = pixels(3).requires_grad_()
     reward(images, PROMPTS).sum().backward()
     assert images.grad is not None
-    assert encoded == [3]
-    many = [f"prompt {i}" for i in range(4097)]
-    assert len(reward.text_features(many)) == 4097
+    assert encoded == [1, 1, 1]
+    monkeypatch.setattr(towers, "CACHED_PROMPTS", 8)
+    many = [f"prompt {i}" for i in range(9)]
+    assert len(reward.text_features(many)) == 9
     reward.text_features([many[0], PROMPTS[0], many[-1]])
-    assert encoded == [3, 4097, 2]  # the two that were used least recently had gone
+    assert len(encoded) == 3 + 9 + 2  # the two that were used least recently had gone
     for prompts in ([many[3]], ["new"], [many[3]]):
         reward.text_features(prompts)
-    assert encoded == [3, 4097, 2, 1]
+    assert len(encoded) == 3 + 9 + 2 + 1
     assert isinstance(reward, FeatureReward)
 
 
 def test_construction_is_cheap() -> None:
     code = (
-        "import sys; from dmdr_rewards import clip, dinov2, hps; clip.CLIP('x'), dinov2.DINOv2('x'), hps.HPS('x');"
+        "import sys; from dmdr_rewards import aesthetic, clip, dinov2, hps, imagereward, pickscore;"
+        "clip.CLIP('x'), dinov2.DINOv2('x'), hps.HPS('x'), pickscore.PickScore('x'), aesthetic.Aesthetic('x');"
+        "imagereward.ImageReward('x');"
         "print([name for name in ('open_clip', 'transformers', 'torchvision') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -257,7 +531,7 @@ def test_the_default_is_the_published_file(
     if architecture:
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, clip_config())
     score = prepared(kind())(pixels(3), PROMPTS)
-    assert fetched == files
+    assert list(dict.fromkeys(fetched)) == files  # the hub keeps what it gave
     torch.testing.assert_close(score, prepared(kind(str(folder)))(pixels(3), PROMPTS))
 
 
@@ -270,6 +544,44 @@ def test_a_bare_clip_file_is_quick_gelu_and_squashed(tmp_path: Path, monkeypatch
     torch.testing.assert_close(bare, prepared(CLIP(folder))(pixels(3, 20, 50), PROMPTS))
 
 
+@pytest.mark.parametrize("kind", [CLIP, PickScore])
+def test_a_missing_tokenizer_is_refused(tmp_path: Path, kind: type) -> None:
+    folder = write_pickscore(tmp_path)
+    for file in (*tmp_path.glob("tokenizer*"), *tmp_path.glob("vocab*"), *tmp_path.glob("merges*")):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"holds none of tokenizer\.json, vocab\.json, vocab\.txt"):
+        prepared(kind(folder))
+
+
+def test_parts_that_do_not_fit_are_refused_before_a_run(tmp_path: Path) -> None:
+    folder = write_aesthetic(tmp_path)
+    with pytest.raises(ValueError, match=r"--?clip|checkpoint no/such/clip does not exist"):
+        prepared(Aesthetic(folder, clip="no/such/clip"))  # what is named is not passed over
+    head = next(tmp_path.glob("*.pth"))
+    torch.save(torch.load(head) | {"layers.0.weight": torch.ones(32, 17)}, head)
+    with pytest.raises(ValueError, match=r"takes features of 17, checkpoint \S+ gives 16"):
+        prepared(Aesthetic(folder))
+    CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its processor crops to 56 pixels, its network takes 28"):
+        prepared(PickScore(folder))
+    with pytest.raises(ValueError, match="checkpoint /dev/null is neither a file nor a folder"):
+        prepared(CLIP("/dev/null"))
+
+
+@pytest.mark.parametrize("kind", [HPS, CLIP, Aesthetic, ImageReward])
+def test_what_the_hub_does_not_give_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    def absent(repo: str, name: str) -> str:
+        raise LocalEntryNotFoundError("cannot find the requested files in the disk cache\nand offline mode is on")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"checkpoint \S+ (is no local path and cannot be fetched|cannot be loaded)"
+    ) as e:
+        kind().prepare(CPU, torch.float32)
+    assert "\n" not in str(e.value)
+
+
 class Malicious:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -280,7 +592,13 @@ class Malicious:
 
 @pytest.mark.parametrize(
     ("kind", "weights"),
-    [(HPS, "HPS_v2.1_compressed.pt"), (CLIP, "open_clip_model.safetensors"), (DINOv2, "model.safetensors")],
+    [
+        (HPS, "HPS_v2.1_compressed.pt"),
+        (CLIP, "open_clip_model.safetensors"),
+        (PickScore, "model.safetensors"),
+        (Aesthetic, "sac+logos+ava1-l14-linearMSE.pth"),
+        (DINOv2, "model.safetensors"),
+    ],
 )
 def test_bad_checkpoints_are_one_clear_line(tmp_path: Path, kind: type, weights: str) -> None:
     folder = Path(WRITERS[kind](tmp_path / "it")) if kind is not HPS else Path(write_hps(tmp_path))
@@ -295,7 +613,8 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path: Path, kind: type, weights:
 
     for absent in ("no/such/folder", "runs/absent.pt"):  # without asking the hub
         assert f"checkpoint {absent} does not exist" in refusal(absent)
-    good = load_file(path) if safe else torch.load(path)["state_dict"]
+    good = load_file(path) if safe else torch.load(path)
+    good = good.get("state_dict", good)
     names = sorted(good)[:5]
     for added in ([], ["z1", "z2"]):
         state = {name: value for name, value in good.items() if name not in names} | {n: torch.ones(1) for n in added}
@@ -304,10 +623,14 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path: Path, kind: type, weights:
         assert f"5 missing ({', '.join(names[:3])})" in message
         assert ("2 unexpected (z1, z2)" in message) == bool(added)
     path.write_bytes(path.read_bytes()[:1000])
-    assert str(path if kind is not DINOv2 else folder) in refusal()
+    of_transformers = kind in (DINOv2, PickScore)
+    assert str(folder if of_transformers else path) in refusal()
+    if not of_transformers:
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+        assert "is a Git LFS pointer; fetch the file itself" in refusal()
     path.unlink()
     assert str(folder) in refusal()
-    pickled = folder / ("pytorch_model.bin" if kind is DINOv2 else "weights.pt")
+    pickled = folder / ("pytorch_model.bin" if of_transformers else "weights.pt")
     torch.save({"state_dict": Malicious(tmp_path / "owned")}, pickled)
     assert "holds more than tensors and is refused" in refusal()
     assert not (tmp_path / "owned").exists()
@@ -332,9 +655,9 @@ def test_shapes_configurations_and_first_use_are_checked(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=problem):
             prepared(CLIP(str(folder)))
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no open_clip_config.json; add it"):
+    with pytest.raises(ValueError, match=r"is a folder without open_clip_config.json; add it"):
         prepared(CLIP(str(folder)))
-    for kind in (CLIP, DINOv2):
+    for kind in (CLIP, PickScore, Aesthetic, DINOv2):
         with pytest.raises(RuntimeError, match="call prepare"):
             kind()(pixels(1), PROMPTS[:1], label=[0])
         with pytest.raises(ValueError, match="not 'nearest'"):

@@ -1,0 +1,92 @@
+"""Rewards at their published size, with random weights in the published layouts: they load, score, and fit."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmdr_digits.text import build_tokenizer
+
+pytestmark = pytest.mark.verify
+
+GIB = 2**30
+SCORE = """
+import resource, sys, torch
+from dmdr import registry
+from dmdr.rewards import Rewards
+
+name, options = sys.argv[1], dict(pair.split("=", 1) for pair in sys.argv[2:])
+rewards = Rewards({name: (1.0, registry.load("rewards", name)(**options))})
+rewards.prepare(torch.device("cpu"), torch.float32)
+images = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)).requires_grad_()
+score = rewards(images, ["a red fox"], label=[3])
+score.sum().backward()
+assert score.isfinite().all() and images.grad.isfinite().all() and images.grad.any()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def write_hps(folder: Path) -> dict[str, str]:
+    import open_clip
+
+    model = open_clip.create_model("ViT-H-14")
+    state = model.state_dict()
+    assert sum(value.numel() for value in model.parameters()) == 986_109_441
+    torch.save({"state_dict": {name: value.half() for name, value in state.items()}}, folder / "HPS_v2.1_compressed.pt")
+    return {"checkpoint": str(folder / "HPS_v2.1_compressed.pt")}
+
+
+def write_clip(folder: Path) -> dict[str, str]:
+    import open_clip
+
+    torch.save(open_clip.create_model("ViT-H-14-quickgelu").state_dict(), folder / "open_clip_pytorch_model.bin")
+    return {"checkpoint": str(folder / "open_clip_pytorch_model.bin")}
+
+
+def write_pickscore(folder: Path) -> dict[str, str]:
+    return {"checkpoint": write_transformers_clip(folder, width=1280, layers=32, text=1024, text_layers=24, out=1024)}
+
+
+def write_aesthetic(folder: Path) -> dict[str, str]:
+    write_transformers_clip(folder, width=1024, layers=24, text=768, text_layers=12, out=768)
+    sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    state = {f"layers.{i}.weight": torch.randn(out, width) / width**0.5 for i, (width, out) in sizes.items()}
+    state |= {f"layers.{i}.bias": torch.randn(out) for i, (_, out) in sizes.items()}
+    assert sum(value.numel() for value in state.values()) == 927_969
+    torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    return {"checkpoint": str(folder)}
+
+
+def write_transformers_clip(folder: Path, *, width: int, layers: int, text: int, text_layers: int, out: int) -> str:
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": 16, "patch_size": 14}
+    words = {"intermediate_size": 4 * text, "num_hidden_layers": text_layers, "num_attention_heads": text // 64}
+    config = CLIPConfig(
+        vision_config={"hidden_size": width, "hidden_act": "gelu", **tower},
+        text_config={"hidden_size": text, "hidden_act": "gelu", **words},
+        projection_dim=out,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write_imagereward(folder: Path) -> dict[str, str]:
+    script = Path(__file__).parents[1] / "parity" / "image_reward" / "checkpoint.py"
+    subprocess.run([sys.executable, str(script), "--full", str(folder)], check=True)
+    return {"checkpoint": str(folder)}
+
+
+@pytest.mark.parametrize("write", [write_hps, write_clip, write_pickscore, write_aesthetic, write_imagereward])
+def test_a_published_size_loads_and_scores(tmp_path: Path, write: Callable[[Path], dict[str, str]]) -> None:
+    name = write.__name__.removeprefix("write_")
+    options = [f"{key}={value}" for key, value in write(tmp_path).items()]
+    found = subprocess.run([sys.executable, "-c", SCORE, name, *options], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    peak = int(found.stdout.split()[-1]) * 1024
+    print(f"{name}: peak memory of loading, scoring and the gradient of one image {peak / GIB:.1f} GiB")
+    assert peak < 24 * GIB
