@@ -1,0 +1,355 @@
+"""The server of a remote reward: one function of images behind an address.
+
+    from dmdr.remote.server import serve
+
+    def score(images, prompts, **columns):
+        return [float(image.mean()) for image in images]
+
+    serve(score, port=8000)
+
+Of dmdr it imports only the errors and the wire format, so that it runs among libraries that the trainer could not live
+with: `pip install --no-deps dmdr`, and starlette, uvicorn, safetensors and torch.
+"""
+
+import asyncio
+import hmac
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from torch import Tensor
+
+from dmdr.errors import ConfigError
+from dmdr.remote.wire import SERVICE, TOKEN, VERSION, Request, merge
+
+logger = logging.getLogger("dmdr")
+
+Score = Callable[..., Any]
+Scores = list[float | None]
+
+
+@dataclass(eq=False)
+class _Job:
+    asked: Request
+    answer: Future[Scores] = field(default_factory=Future)
+
+    def fits(self, first: "_Job") -> bool:
+        """Whether both can be scored in one batch."""
+        ours, theirs = self.asked, first.asked
+        return ours.images.shape[1:] == theirs.images.shape[1:] and ours.columns.keys() == theirs.columns.keys()
+
+
+class Scorer:
+    """One thread that does all the scoring, in batches merged from the requests that wait."""
+
+    def __init__(self, score: Score, max_batch_size: int) -> None:
+        self.score, self.max_batch_size = score, max_batch_size
+        self.batches = 0
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        # A daemon, because a reward that hangs must not keep the process.
+        threading.Thread(target=self._work, name="dmdr-scorer", daemon=True).start()
+
+    def submit(self, asked: Request) -> Future[Scores]:
+        """Score a request when its turn comes; its answer may be cancelled until then, and is then never scored."""
+        job = _Job(asked)
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+        job.answer.add_done_callback(lambda answer: self._forget(job) if answer.cancelled() else None)
+        return job.answer
+
+    def close(self) -> None:
+        """End the thread after the batch that it is at."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _forget(self, job: _Job) -> None:
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def _work(self) -> None:
+        while not self._closed:
+            if jobs := self._next():
+                self._answer(jobs)
+
+    def _next(self) -> list[_Job]:
+        """The request that has waited longest, and what fits with it into one batch."""
+        jobs: list[_Job] = []
+        count = 0
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            for job in list(self._waiting):
+                if not jobs or (job.fits(jobs[0]) and count + len(job.asked) <= self.max_batch_size):
+                    self._waiting.remove(job)  # a cancelled one, too: it must not be asked twice
+                    if job.answer.set_running_or_notify_cancel():
+                        jobs.append(job)
+                        count += len(job.asked)
+        return jobs
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        try:
+            scores = iter(self._scores(merge([job.asked for job in jobs])))
+        except BaseException as error:  # panics of Rust libraries are no Exceptions
+            if len(jobs) > 1:  # only the guilty one shall fail
+                for job in jobs:
+                    self._answer([job])
+            else:
+                jobs[0].answer.set_exception(_refusal(error))
+        else:
+            for job in jobs:
+                job.answer.set_result(list(islice(scores, len(job.asked))))
+
+    def _scores(self, asked: Request) -> Scores:
+        found: Scores = []
+        for start in range(0, len(asked), self.max_batch_size):
+            part = asked[start : start + self.max_batch_size]
+            self.batches += 1
+            with torch.no_grad():
+                scores = self.score(part.images.float() / 255, list(part.prompts), **part.columns)
+            numbers = _numbers(scores)
+            if len(numbers) != len(part):
+                raise TypeError(f"the reward returned {len(numbers)} scores for {len(part)} images")
+            found += numbers
+        return found
+
+
+def _numbers(scores: Any) -> Scores:
+    """Scores as JSON has them: None for what could not be judged."""
+    numbers = [math.nan if score is None else float(score) for score in _listed(scores)]
+    return [number if math.isfinite(number) else None for number in numbers]
+
+
+def _listed(scores: Any) -> list[Any]:
+    return scores.tolist() if isinstance(scores, Tensor) else list(scores)
+
+
+def _refusal(error: BaseException) -> HTTPException:
+    """What the client is told of a reward that raised; a ValueError is about its images, the rest is ours."""
+    line = " ".join(str(error).split())
+    if isinstance(error, ValueError):
+        return HTTPException(422, line)
+    logger.error("the reward failed", exc_info=error)
+    return HTTPException(500, f"{type(error).__name__}: {line}")
+
+
+@dataclass(eq=False)
+class _Service:
+    """The two addresses; its fields are the arguments of `application`."""
+
+    score: Score
+    name: str
+    max_batch_size: int
+    max_queue: int
+    max_request_mb: float
+    request_timeout: float
+    token: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_queue", "max_request_mb", "request_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        self.max_request_bytes = int(self.max_request_mb * 2**20)
+        self.requests = self.images = self.inside = 0
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.scorer = Scorer(self.score, self.max_batch_size)
+        try:
+            yield
+        finally:
+            self.scorer.close()
+
+    async def health(self, request: HTTPRequest) -> Response:
+        known = self._knows(request)
+        about: dict[str, Any] = {"service": SERVICE, "version": VERSION, "authorized": known}
+        if known:
+            limits = ("name", "max_batch_size", "max_queue", "max_request_bytes", "request_timeout")
+            about |= {name: getattr(self, name) for name in limits}
+            about |= {"requests": self.requests, "images": self.images, "queue": self.inside}
+            about |= {"batches": self.scorer.batches}
+        return JSONResponse(about)
+
+    async def answer(self, request: HTTPRequest) -> Response:
+        if not self._knows(request):
+            raise HTTPException(401, "this server asks for a bearer token, and not for this one")
+        if self.inside >= self.max_queue:  # asked before the body is read: what waits is bounded in bytes, too
+            raise HTTPException(503, f"{self.max_queue} requests wait already", {"Retry-After": "1"})
+        self.inside += 1
+        try:
+            async with asyncio.timeout(self.request_timeout):
+                asked = Request.read(await self._body(request))
+                scores = await _unless_gone(request, self.scorer.submit(asked))
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        except TimeoutError:
+            raise HTTPException(504, f"not scored within {self.request_timeout:g} s") from None
+        except asyncio.CancelledError:  # by uvicorn, which would say 500, and that is for good
+            raise HTTPException(503, "the server is leaving") from None
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        finally:
+            self.inside -= 1
+        self.requests += 1
+        self.images += len(scores)
+        return JSONResponse({"scores": scores})
+
+    def _knows(self, request: HTTPRequest) -> bool:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        return not self.token or hmac.compare_digest(given, f"Bearer {self.token}".encode())
+
+    async def _body(self, request: HTTPRequest) -> bytes:
+        """The body, of which nothing is kept once it is larger than the limit."""
+        size, chunks = int(request.headers.get("content-length") or 0), []
+        if size <= self.max_request_bytes:
+            size = 0
+            async for chunk in request.stream():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > self.max_request_bytes:
+                    break
+        if size > self.max_request_bytes:
+            raise HTTPException(413, f"a request may have {self.max_request_mb:g} MB")
+        return b"".join(chunks)
+
+
+async def _unless_gone(request: HTTPRequest, job: Future[Scores]) -> Scores:
+    """The answer, which is no longer wanted where its client leaves or its time is up."""
+    answer = asyncio.wrap_future(job)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        gone.cancel()
+        job.cancel()  # at once; through `answer` it would be a turn of the loop later
+        answer.cancel()
+
+
+async def _disconnected(request: HTTPRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _as_line(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+def application(
+    score: Score,
+    *,
+    name: str = "reward",
+    max_batch_size: int = 32,
+    max_queue: int = 64,
+    max_request_mb: float = 64.0,
+    request_timeout: float = 120.0,
+    token: str | None = None,
+) -> Starlette:
+    """The reward server as an ASGI application.
+
+    `POST /score` takes what `dmdr.remote.wire` writes. It answers 200 with the scores, or {"error": ...} of one line:
+    400 for no such body, 401 for the token, 413 for the size, 422 where the reward raised a ValueError, 500 where it
+    raised anything else; and, worth another try, 503 for a full queue or a server that leaves, 504 for time that is
+    up. `GET /health` says which service and version this is, to anyone; name, limits and counters only to those with
+    the token.
+
+    Args:
+        score: As `serve` describes it; called in one thread only. A score must not depend on the rest of the batch, in
+            which the images of several requests may meet.
+        name: What it is called in /health.
+        max_batch_size: Images of one call of `score`; larger requests are split.
+        max_queue: Requests that may be read, wait or be scored at a time.
+        max_request_mb: Size of a body, in MiB.
+        request_timeout: Seconds until a request that is not scored is given up.
+        token: Bearer token that a request must have; None for none.
+
+    Raises:
+        ConfigError: For a limit that is not above 0.
+    """
+    service = _Service(score, name, max_batch_size, max_queue, max_request_mb, request_timeout, token)
+    routes = [Route("/health", service.health), Route("/score", service.answer, methods=["POST"])]
+    return Starlette(routes=routes, lifespan=service.lifespan, exception_handlers={HTTPException: _as_line})
+
+
+class _Server(uvicorn.Server):
+    """Says where it is as soon as it is there."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in (sockets or ()) if self.started else ():
+            print(f"reward server at {_url(bound)}", flush=True)
+
+
+def _url(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(score: Score, host: str = "127.0.0.1", port: int = 8000, **settings: Any) -> None:
+    """Serve a reward until Ctrl-C or SIGTERM, after which what has been asked is still answered.
+
+    One line on stdout says the address, once there is an answer to be had.
+
+    Args:
+        score: `score(images, prompts, **columns)`: images [B, 3, H, W] float32 in [0, 1] on the CPU, B prompts and the
+            further columns; B numbers, or None where it cannot judge.
+        host: Interface; anything but the loopback is open to others.
+        port: TCP port; 0 for a free one.
+        settings: What `application` takes: the name, the limits, the token, which is otherwise that of the environment
+            variable DMDR_REWARD_TOKEN.
+
+    Raises:
+        ConfigError: If the port cannot be had, or a limit is not above 0.
+    """
+    settings.setdefault("token", os.environ.get(TOKEN) or None)
+    app = application(score, **settings)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        bound = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
+    address = bound.getsockname()[0]
+    if not settings.get("token") and address != "::1" and not address.startswith("127."):
+        logger.warning("anyone who reaches %s can use this server: it asks for no token", _url(bound))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(settings.get("request_timeout", 120.0)) + 1,  # by then, each is answered
+    )
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    try:
+        _Server(config).run(sockets=[bound])
+    except KeyboardInterrupt:
+        pass  # uvicorn raises the signal again once it has answered
+    finally:
+        bound.close()
+        if main:
+            signal.signal(signal.SIGTERM, before)
