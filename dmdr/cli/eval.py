@@ -1,0 +1,77 @@
+"""`dmdr-eval`: scores of a folder of images."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmdr.cli.common import command, open_rewards
+from dmdr.config import REQUIRED, Chosen, RewardFlags, flag, parse_command
+from dmdr.errors import ConfigError
+
+DESCRIPTION = "Score a folder of images: a CSV, and a table of means. Rewards resize as their published evaluations do."
+
+
+@dataclass(kw_only=True)
+class EvalFlags(RewardFlags):
+    """The flags of the command."""
+
+    images: str = flag(
+        REQUIRED,
+        "folder of images, by natural order of name (2.png before 10.png); alpha and EXIF rotation do not count",
+    )
+    prompts: str | None = flag(
+        None, "prompt i of image i: one a line, or .jsonl: one object a line with 'prompt' and further columns"
+    )
+    output: str = flag("scores.csv", "CSV file to write")
+    batch_size: int = flag(16, "images that are scored at a time")
+
+    def validate(self) -> None:
+        super().validate()
+        self._require(self.batch_size >= 1, "batch_size", "at least 1")
+
+
+def run(arguments: list[str]) -> None:
+    flags, chosen = parse_command(EvalFlags, arguments, prog="dmdr-eval", description=DESCRIPTION)
+    # torch is imported only after the flags have been found good
+    from dmdr import images, scoring
+
+    warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
+    scoring.require_writable(Path(flags.output))
+    paths = scoring.find_images(flags.images)
+    rows = read_rows(flags, chosen, len(paths))
+    rewards, device = open_rewards(flags, chosen)
+    scores = scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device)
+    scores["total"] = rewards.total(scores)
+    # where a link leads to, or the file would take the link's place
+    images.write_atomically(Path(flags.output).resolve(), scoring.as_csv(paths, rows, scores))
+    print(scoring.table(scores))
+    print(f"\nsaved as {flags.output}")
+
+
+def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[dict[str, Any]]:
+    """One prompt row per image; without `--prompts` the empty prompt, if no reward reads it.
+
+    Raises:
+        ConfigError: If there are more or fewer of them, or a reward asks for what they lack.
+    """
+    from dmdr.assemble import check_columns
+    from dmdr.prompts import read_prompts
+
+    rows = [{"prompt": ""}] * count if flags.prompts is None else read_prompts(flags.prompts, repeated=True)
+    if len(rows) != count:
+        raise ConfigError(
+            f"--images {flags.images} holds {count} images, but --prompts {flags.prompts} has {len(rows)} prompts "
+            "(blank lines do not count)"
+        )
+    for reward in chosen:
+        if flags.prompts is None and getattr(reward.cls, "reads_prompts", True):
+            raise ConfigError(f"--prompts is missing: reward '{reward.name}' reads the prompt of each image")
+    check_columns(chosen, rows)
+    return rows
+
+
+def main() -> None:
+    sys.exit(command(run))

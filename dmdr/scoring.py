@@ -1,0 +1,175 @@
+"""A folder of images and its scores: read in order, streamed through the rewards in batches, and summarised."""
+
+import csv
+import io
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dmdr.errors import ConfigError
+from dmdr.prompts import Row, split_columns
+from dmdr.rewards import Rewards
+
+
+def find_images(folder: str) -> list[Path]:
+    """The images that lie directly in a folder, by natural order of their names: 2.png before 10.png.
+
+    Images are the files whose suffix Pillow opens, hidden ones aside. Of each no more than the header is read.
+
+    Raises:
+        ConfigError: If there is no such folder, it holds none, or one of them cannot be read.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--images: no such folder: {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = (path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    paths = sorted((path for path in found if not path.name.startswith(".")), key=_natural)
+    if not paths:
+        raise ConfigError(f"--images: {folder} holds no image")
+    for path in paths:
+        _open(path).close()
+    return paths
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", path.stem)  # text and number in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except Exception as error:  # each decoder has its own
+        raise _unreadable(path, error) from error
+    if image.mode.startswith(("I", "F")):
+        image.close()
+        raise ConfigError(f"--images: {path} has more than 8 bits a channel, which RGB would cut off; convert it first")
+    return image
+
+
+def read_image(path: Path) -> Tensor:
+    """An image as [3, H, W] uint8, converted to RGB as in published evaluations: alpha and EXIF rotation are ignored.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    with _open(path) as image:
+        try:
+            pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # each decoder has its own
+            raise _unreadable(path, error) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ConfigError(f"--images: {path} is no image")
+    return ConfigError(f"--images: {path} cannot be read: {error}")
+
+
+def batches(paths: Sequence[Path], rows: Sequence[Row], size: int) -> Iterator[tuple[Tensor, list[Row]]]:
+    """Images with their rows, in order; a few batches at most are in memory.
+
+    Args:
+        paths, rows: As many of each.
+        size: Images per batch; fewer where the size of the images changes.
+
+    Returns:
+        Batches [B, 3, H, W] uint8, each with B rows.
+    """
+    pairs = zip(_read_ahead(paths, size), rows, strict=True)
+    for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
+        while part := list(islice(same, size)):
+            yield torch.stack([image for image, _ in part]), [row for _, row in part]
+
+
+def _read_ahead(paths: Sequence[Path], count: int) -> Iterator[Tensor]:
+    """The images in order, of which threads decode the next `count` meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        for path in paths:
+            ahead.append(pool.submit(read_image, path))
+            if len(ahead) > count:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+@torch.no_grad()
+def score_images(
+    rewards: Rewards, paths: Sequence[Path], rows: Sequence[Row], *, batch_size: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The raw scores of all images, with a progress bar.
+
+    Args:
+        rewards: Prepared for `device`.
+        paths, rows: The images and their prompt rows, as many of each.
+        batch_size: Images that are scored at a time.
+        device: Where the rewards run.
+
+    Returns:
+        name -> [N] float32 on the CPU; NaN where a reward could not judge.
+
+    Raises:
+        ConfigError: If an image is damaged.
+        RewardError: If a reward fails.
+    """
+    found: list[dict[str, Tensor]] = []
+    with tqdm(total=len(paths), desc="score", unit="image", leave=False) as bar:
+        for images, part in batches(paths, rows, batch_size):
+            prompts, columns = split_columns(part)
+            scores = rewards.each(images.to(device).float() / 255, prompts, **columns)
+            found.append({name: score.cpu() for name, score in scores.items()})
+            bar.update(len(part))
+    return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+
+
+def as_csv(paths: Sequence[Path], rows: Sequence[Row], scores: Mapping[str, Tensor]) -> bytes:
+    """A line per image: its name, its prompt and its scores, empty where a reward could not judge."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "prompt", *scores])
+    columns = (values.tolist() for values in scores.values())
+    for path, row, *values in zip(paths, rows, *columns, strict=True):
+        cells = (f"{value:.9g}" if math.isfinite(value) else "" for value in values)  # 9 digits are all of a float32
+        writer.writerow([path.name, row["prompt"], *cells])
+    return text.getvalue().encode("utf-8", "backslashreplace")  # a file's name need not be text
+
+
+def table(scores: Mapping[str, Tensor]) -> str:
+    """A line per reward: mean and standard error over the images that it judged, and their number."""
+    lines = [["reward", "mean", "standard error", "images"]]
+    for name, values in scores.items():
+        judged = values[values.isfinite()].double()
+        mean = judged.mean()
+        error = ((judged - mean).square().mean() / (len(judged) - 1)).sqrt()  # NaN of a single image
+        figures = (f"{figure.item():.5g}" if figure.isfinite() else "-" for figure in (mean, error))
+        lines.append([name, *figures, str(len(judged))])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def require_writable(output: Path) -> None:
+    """Refuse a place for a file that cannot be had, before anything is computed.
+
+    Raises:
+        ConfigError: If it is anything but a file, or cannot be made.
+    """
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder")
+    if output.exists() and not output.is_file():  # to write it atomically would replace /dev/null itself
+        raise ConfigError(f"--output {output} is a device or a pipe; it must be a file")
+    nearest = next(folder for folder in output.resolve().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--output {output} cannot be written: {nearest} is no folder that may be written to")

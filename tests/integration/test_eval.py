@@ -1,0 +1,286 @@
+"""`dmdr-eval` and `dmdr-reward-server` as their users meet them: scores, help, and refusals in one line."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmdr import images
+from dmdr.cli import eval as evaluate
+from dmdr.cli import reward_server
+from dmdr_digits import Digits
+from dmdr_digits.data import PROMPTS, held_out_scans
+from dmdr_rewards.clip import CLIP
+from dmdr_rewards.dinov2 import DINOv2
+from dmdr_rewards.hps import HPS
+
+BIN = Path(sys.executable).parent
+COUNT = 25
+KINDS: dict[str, type] = {"hps": HPS, "clip": CLIP, "dinov2": DINOv2}
+
+REWARD = """
+def fails(images, prompts, **columns):
+    raise RuntimeError("out of order")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a folder of real scans, 0.png to 24.png, their prompts, and their prompts with labels."""
+    monkeypatch.chdir(tmp_path)
+    scans = held_out_scans()[:COUNT]
+    for i, scan in enumerate(images.to_pil(scans.images)):
+        images.save(scan, tmp_path / "scans" / f"{i}.png")
+    labels = scans.labels.tolist()
+    rows = [{"prompt": PROMPTS[label], "label": label} for label in labels]
+    (tmp_path / "prompts.txt").write_text("".join(f"{row['prompt']}\n\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.fixture
+def call(room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run dmdr-eval on the scans in this process: its exit code, stdout and stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-eval", "--images=scans", "--model=digits", *arguments])
+        with pytest.raises(SystemExit) as end:
+            evaluate.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def seen() -> tuple[Tensor, list[str], list[int]]:
+    """The scans as their files hold them, their prompts and labels."""
+    scans = held_out_scans()[:COUNT]
+    return (scans.images * 255).round() / 255, [PROMPTS[label] for label in scans.labels], scans.labels.tolist()
+
+
+def directly(digits: Digits, name: str) -> Tensor:
+    """The scores of one reward, asked for without any command."""
+    reward = KINDS[name](checkpoint=str(digits.reward_checkpoint(name)))
+    if hasattr(reward, "resize"):
+        reward.resize = "exact"
+    reward.prepare(torch.device("cpu"), torch.float32)
+    pictures, prompts, labels = seen()
+    with torch.no_grad():
+        scores: Tensor = reward(pictures, prompts, label=labels)
+    return scores
+
+
+def read(file: Path) -> tuple[list[str], list[list[str]]]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        header, *rows = csv.reader(lines)
+    return header, rows
+
+
+def column(rows: list[list[str]], i: int) -> Tensor:
+    return torch.tensor([float(row[i]) for row in rows])
+
+
+# --- Scores --------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_the_command_are_those_of_the_rewards(room: Path, digits: Digits) -> None:
+    expected = {name: directly(digits, name) for name in ("hps", "clip")}
+    arguments = ("--images=scans", "--prompts=prompts.txt", "--reward=0.3*hps+2*clip", "--model=digits")
+    done = subprocess.run(
+        [BIN / "dmdr-eval", *arguments, "--output=out/scores.csv", "--batch_size=10"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "score: " in done.stderr  # the progress bar
+    header, rows = read(room / "out" / "scores.csv")
+    assert header == ["image", "prompt", "hps", "clip", "total"]
+    assert [row[:2] for row in rows] == [[f"{i}.png", prompt] for i, prompt in enumerate(seen()[1])]
+    assert [path.name for path in (room / "out").iterdir()] == ["scores.csv"]
+    expected["total"] = 0.3 * expected["hps"] + 2 * expected["clip"]
+    for i, scores in enumerate(expected.values(), 2):
+        torch.testing.assert_close(column(rows, i), scores, atol=1e-5, rtol=0)
+
+    table, last = done.stdout.splitlines()[:4], done.stdout.splitlines()[-1]
+    assert last == "saved as out/scores.csv"
+    assert table[0].split() == ["reward", "mean", "standard", "error", "images"]
+    for line, (name, scores) in zip(table[1:], expected.items(), strict=True):
+        said, mean, error, count = line.split()
+        assert (said, count) == (name, str(COUNT))
+        assert float(mean) == pytest.approx(scores.mean().item(), abs=1e-4)
+        assert float(error) == pytest.approx((scores.std() / COUNT**0.5).item(), rel=1e-3)
+
+
+def test_rows_with_columns(room: Path, digits: Digits, call: Callable[..., Any]) -> None:
+    assert call("--prompts=rows.jsonl", "--reward=dinov2", "--dtype=bf16", "--device=cpu")[0] == 0
+    rough = column(read(room / "scores.csv")[1], 2)
+    (room / "latest.csv").symlink_to("scores.csv")
+    assert call("--prompts=rows.jsonl", "--reward=dinov2", "--output=latest.csv")[0] == 0  # over the first
+    assert (room / "latest.csv").is_symlink()
+    _, rows = read(room / "scores.csv")
+    torch.testing.assert_close(column(rows, 2), directly(digits, "dinov2"), atol=1e-5, rtol=0)
+    assert 0 < (column(rows, 2) - rough).abs().max() < 0.2
+
+
+def test_a_server_scores_as_the_command_does(room: Path, call: Callable[..., Any]) -> None:
+    command = [BIN / "dmdr-reward-server", "--reward=2*toy", "--port=0", "--max_batch_size=8"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"DMDR_REWARD_TOKEN": "open sesame"}
+    ) as server:
+        try:
+            assert server.stdout
+            address = server.stdout.readline().split()[-1]
+            assert "asks for a token" in call("--prompts=rows.jsonl", f"--reward={address}")[2]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DMDR_REWARD_TOKEN", "open sesame")
+                code, _, err = call("--prompts=rows.jsonl", f"--reward={address}")
+        finally:
+            server.terminate()
+    assert (code, server.wait()) == (0, 0), err
+    header, rows = read(room / "scores.csv")
+    assert header == ["image", "prompt", address, "total"]
+    torch.testing.assert_close(column(rows, 2), 2 * seen()[0][:, 0].mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--port=70000", "--port must be between 0 and 65535, not 70000"),
+        ("--max_queue=0", "--max_queue must be above 0, not 0"),
+        ("--max_request_mb=nan", "--max_request_mb must be a finite number"),
+    ],
+)
+def test_bad_flags_of_the_server(
+    flag: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-reward-server", "--reward=toy", flag])
+    with pytest.raises(SystemExit) as end:
+        reward_server.main()
+    captured = capsys.readouterr()
+    assert (end.value.code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith(f"dmdr-reward-server: {said}")
+
+
+# --- Help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("dmdr-eval", ["--images IMAGES", "--batch_size"]), ("dmdr-reward-server", ["--port", "DMDR_REWARD_TOKEN"])],
+)
+def test_help_comes_at_once(name: str, said: list[str]) -> None:
+    before = os.times()
+    done = subprocess.run([sys.executable, "-X", "importtime", BIN / name, "--help"], capture_output=True, text=True)
+    after = os.times()  # of the processor, which a busy machine does not stretch as it does the clock
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+    assert done.returncode == 0
+    for text in (f"usage: {name}", "--reward REWARD", "dinov2", "digits", *said):
+        assert text in done.stdout
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "dmdr" in imported
+    assert not imported & {"torch", "diffusers", "transformers", "accelerate", "open_clip", "uvicorn", "dmdr_rewards"}
+
+
+def test_help_of_a_reward(call: Callable[..., Any]) -> None:
+    code, out, _ = call("--reward=clip", "--help")
+    assert code == 0
+    assert all(flag in out for flag in ("--clip_checkpoint", "--checkpoint", "--resize", "--batch_size"))
+
+
+# --- Bad input -----------------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--images=nowhere",), "--images: no such folder: nowhere"),
+        (("--images=empty",), "--images: empty holds no image"),
+        (("--images=noise",), "--images: noise/2.png is no image"),
+        (
+            ("--prompts=few.txt",),
+            "scans holds 25 images, but --prompts few.txt has 2 prompts (blank lines do not count)",
+        ),
+        (("--prompts=none.txt",), "--prompts: no such file: none.txt"),
+        (("--prompts=torn.jsonl",), "--prompts: torn.jsonl line 1 is no JSON: Expecting"),
+        (("--reward=dinov2",), "reward 'dinov2' needs the prompts to have a column 'label'; they have none"),
+        (("--reward=hsp",), "unknown reward 'hsp' (did you mean 'hps'?)"),
+        (("--reward=none",), "--reward none leaves nothing to score with"),
+        (("--rewards=hps",), "unknown argument --rewards=hps (did you mean 'reward'?)"),
+        (("--checkpoint=none.pt",), "reward 'hps': checkpoint none.pt does not exist"),
+        (("--batch_size=0",), "--batch_size must be at least 1, not 0"),
+        (("--device=gpu",), "--device gpu: "),
+        (("--device=cuda:99",), "--device cuda:99: "),
+        (("--model=digit",), "unknown model 'digit' (did you mean 'digits'?)"),
+        (("--output=scans",), "--output scans is a folder"),
+        (("--output=few.txt/scores.csv",), "--output few.txt/scores.csv cannot be written"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input(room: Path, digits: Digits, call: Callable[..., Any], arguments: tuple[str, ...], said: str) -> None:
+    (room / "few.txt").write_text("one\n\ntwo\n")
+    (room / "torn.jsonl").write_text("{'prompt': 'one'}\n")
+    (room / "empty").mkdir()
+    images.save(images.to_pil(torch.zeros(1, 3, 4, 4))[0], room / "noise" / "1.png")
+    (room / "noise" / "2.png").write_text("a text file")
+    before = everything(room)
+    code, out, err = call("--reward=hps", "--prompts=prompts.txt", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("dmdr-eval: ")
+    assert said in err
+    assert everything(room) == before
+
+
+def test_prompts_are_needed_where_a_reward_reads_them(room: Path, call: Callable[..., Any]) -> None:
+    code, _, err = call("--reward=hps")
+    assert (code, err) == (2, "dmdr-eval: --prompts is missing: reward 'hps' reads the prompt of each image\n")
+    blind = "from dmdr.backends.toy import Redness\n\nclass Blind(Redness):\n    reads_prompts = False\n"
+    (room / "blind.py").write_text(blind)
+    assert call("--reward=blind.py:Blind")[0] == 0
+    header, rows = read(room / "scores.csv")
+    assert header == ["image", "prompt", "blind.py:Blind", "total"]
+    assert {row[1] for row in rows} == {""}
+    torch.testing.assert_close(column(rows, 2), seen()[0][:, 0].mean((1, 2)))
+
+
+def test_a_failure_on_the_way_leaves_the_old_file(room: Path, call: Callable[..., Any]) -> None:
+    (room / "mine.py").write_text(REWARD)
+    (room / "scores.csv").write_text("of yesterday")
+    code, out, err = call("--reward=mine.py:fails", "--prompts=prompts.txt")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].endswith("reward 'mine.py:fails' failed: RuntimeError: out of order")
+    broken = room / "scans" / "23.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    code, out, err = call("--reward=toy", "--prompts=prompts.txt", "--batch_size=2")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith("dmdr-eval: --images: scans/23.png cannot be read: image file is truncated")
+    assert "Traceback" not in err
+    assert {path.name for path in room.iterdir() if path.suffix in (".csv", ".tmp")} == {"scores.csv"}
+    assert (room / "scores.csv").read_text() == "of yesterday"
+
+
+def test_a_refusal_in_a_process_of_its_own(room: Path) -> None:
+    for name, arguments in (
+        ("dmdr-eval", ["--reward=hsp", "--images=scans"]),
+        ("dmdr-reward-server", ["--reward=hsp"]),
+    ):
+        done = subprocess.run([BIN / name, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith(f"{name}: unknown reward 'hsp' (did you mean 'hps'?)")
