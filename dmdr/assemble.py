@@ -1,6 +1,7 @@
 """From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from dmdr import registry
-from dmdr.config import Config, Settings
+from dmdr.config import Chosen, Config, Settings
 from dmdr.errors import ConfigError
 from dmdr.prompts import Row, read_prompts
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
@@ -56,9 +57,10 @@ def assemble(settings: Settings) -> Job:
     if config.prompts is None and model is None:
         raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
     rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]
+    check_columns(settings.of("rewards"), rows)
     folder = str(model.folder()) if model else config.model
     backend = open_backend(folder, config)
-    rewards = build_rewards(settings, model)
+    rewards = build_rewards(settings.of("rewards"), model) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
 
 
@@ -88,16 +90,34 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
             raise ConfigError(f"{who} acts on step {max(needs.steps)}, but the student's last step is {last}")
 
 
-def build_rewards(settings: Settings, model: NamedModel | None) -> Rewards | None:
-    """The weighted sum of the named rewards; a named model supplies their checkpoints unless a flag does."""
+def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
+    """Refuse rewards that need a column which the prompt rows lack."""
+    there = [name for name in rows[0] if name != "prompt"]
+    for reward in chosen:
+        for name in getattr(reward.cls, "columns", ()):
+            if name not in there:
+                raise ConfigError(
+                    f"reward '{reward.name}' needs the prompts to have a column '{name}'; they have "
+                    f"{', '.join(there) or 'none'}"
+                )
+
+
+def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults: Any) -> Rewards:
+    """The weighted sum of the named rewards; a named model supplies their checkpoints unless a flag does.
+
+    Args:
+        chosen: At least one.
+        model: The named model, if any.
+        defaults: Values of options that were left unset (None), for the rewards that have them.
+    """
     parts: dict[str, tuple[float, Any]] = {}
-    for plugin in settings.of("rewards"):
-        own: dict[str, Any] = {}
+    for plugin in chosen:
+        own = {name: value for name, value in defaults.items() if name in plugin.options}
         if model is not None and plugin.options.get("checkpoint", "") is None:
             path = model.reward_checkpoint(plugin.name)
-            own = {"checkpoint": str(path)} if path else {}
+            own |= {"checkpoint": str(path)} if path else {}
         parts[plugin.name] = (plugin.weight, plugin.build(**own))
-    return Rewards(parts) if parts else None
+    return Rewards(parts)
 
 
 def pipeline_class(folder: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import math
 import re
 import typing
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 from trl import TrlParser
@@ -18,21 +19,42 @@ from dmdr import registry
 from dmdr.errors import ConfigError
 from dmdr.expression import parse_sum
 
+REQUIRED = dataclasses.MISSING
+F = TypeVar("F", bound="Flags")
+
 
 def flag(default: Any, help: str) -> Any:
-    """A field with its help text."""
+    """A field with its help text; REQUIRED is no default."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
+class Flags:
+    """A dataclass of a command's own flags."""
+
+    def validate(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: Names the flag, its value and what it may be.
+        """
+        check_types(self)
+
+    def _require(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise ConfigError(f"--{name} must be {what}, not {getattr(self, name)}")
+
+
 @dataclass
-class Config:
+class Config(Flags):
     """Every setting of a run; each field is the flag `--<name>` and the YAML key `<name>`."""
 
     # What is trained, on what, towards what
     model: str = flag("digits", "registered name, local pipeline folder, or hub id")
-    prompts: str | None = flag(None, "text file with one prompt a line; a named model brings its own")
+    prompts: str | None = flag(
+        None, "one prompt a line, or .jsonl: one object a line with 'prompt' and columns; a named model brings its own"
+    )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
     matching: str = flag("dmd", "how student and teacher are compared")
@@ -118,12 +140,7 @@ class Config:
     teacher_steps: int = flag(28, "steps of the teacher in grids and evaluation")
 
     def validate(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            ConfigError: Names the flag, its value and what it may be.
-        """
-        check_types(self)
+        super().validate()
         at_least_one = """num_inference_steps fake_updates lora_rank fake_lora_rank num_generations sample_images
             per_device_train_batch_size gradient_accumulation_steps logging_steps teacher_steps"""
         for name in at_least_one.split():
@@ -167,9 +184,15 @@ class Config:
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
 
-    def _require(self, holds: bool, name: str, what: str) -> None:
-        if not holds:
-            raise ConfigError(f"--{name} must be {what}, not {getattr(self, name)}")
+
+@dataclass(kw_only=True)
+class RewardFlags(Flags):
+    """The flags of every command that only scores."""
+
+    reward: str = flag(REQUIRED, "sum of rewards, e.g. 'hps+0.5*clip'")
+    model: str | None = flag(None, "registered model that brings the checkpoints of its rewards, e.g. digits")
+    device: str = flag("auto", "where the rewards run, e.g. cpu or cuda:1; auto is the accelerator, if there is one")
+    dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "precision of the rewards' networks")
 
 
 def check_types(config: Any) -> None:
@@ -273,28 +296,37 @@ def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
         raise ConfigError(str(error)) from error
 
 
+def _load(parts: Sequence[tuple[str, float, str]]) -> list[Chosen]:
+    return [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
+
+
 def _help_of(cls: type) -> dict[str, str]:
-    """Field descriptions from the `Attributes:` section of a class docstring."""
-    _, _, section = (cls.__doc__ or "").partition("Attributes:")
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in entries}
+    """Field descriptions from the `Attributes:` sections of a class and its bases; a subclass's text wins."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")
+        found |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in found.items()}
 
 
-def _plugin_options(chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
+def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
     """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous."""
-    taken = {f.name for f in dataclasses.fields(Config)}
+    taken = {f.name for f in dataclasses.fields(command)}
     count: dict[str, int] = {}
     for plugin in chosen:
         for f in dataclasses.fields(plugin.cls):
             if f.init:
                 count[f.name] = count.get(f.name, 0) + 1
-    fields, short = [], {}
+    fields: list[tuple[str, Any, Any]] = []
+    short: dict[str, str] = {}
     for plugin in chosen:
         hints, help_texts = typing.get_type_hints(plugin.cls), _help_of(plugin.cls)
         for f in dataclasses.fields(plugin.cls):
             if not f.init:
                 continue
             key = _key(plugin.name, f.name)
+            if key in (name for name, _, _ in fields):
+                raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
             metadata = {"help": help_texts.get(f.name, "")}
             if count[f.name] == 1 and f.name not in taken:
                 short[f.name] = key
@@ -309,8 +341,8 @@ def _plugin_options(chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
 class Parser(TrlParser):
     """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
 
-    def __init__(self, *types: Any, description: str, epilog: str = "") -> None:
-        super().__init__(types, description=description, epilog=epilog, allow_abbrev=False, prog="dmdr-train")
+    def __init__(self, *types: Any, prog: str, description: str, epilog: str) -> None:
+        super().__init__(types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
         self.add_argument_group("settings").add_argument(
             "--config", metavar="YAML", help="settings; flags override them"
         )
@@ -352,31 +384,68 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         SystemExit: After printing `--help`.
     """
     arguments = _joined(arguments)
-    first, _ = _first_look().parse_known_args(arguments)
+    names = ("model", "rl", "reward", "matching")
+    first = _first_look(arguments, *names, "resume_from_checkpoint", "output_dir")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
     file = first.config or (resume and _config_of(resume, output))
     given = (read_yaml(file) if file else {}) | settings
-    names = {f.name: f.default for f in dataclasses.fields(Config)}
-    look = {key: _first_given(getattr(first, key), given.get(key)) for key in ("model", "rl", "reward", "matching")}
+    look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
+    hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
+    about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{hints} {installed(*registry.GROUPS)}"}
     if first.help and all(value is None for value in look.values()):
-        Parser(Config, description=DESCRIPTION, epilog=installed()).parse_args(["--help"])
+        Parser(Config, **about).parse_args(["--help"])
 
-    recipe = dict(model_recipe(str(_first_given(look["model"], names["model"]))))
+    default = {f.name: f.default for f in dataclasses.fields(Config)}
+    recipe = dict(model_recipe(str(_first_given(look["model"], default["model"]))))
     per_objective = recipe.pop("objectives", {})
-    rl, reward, matching = (
-        str(_first_given(look[key], recipe.get(key), names[key])) for key in ("rl", "reward", "matching")
-    )
-    parts = [*_named("objectives", rl), *_named("rewards", reward), ("matchings", 1.0, matching)]
-    chosen = [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
-    options, short = _plugin_options(chosen)
-
+    rl, reward, matching = (str(_first_given(look[key], recipe.get(key), default[key])) for key in names[1:])
+    chosen = _load([*_named("objectives", rl), *_named("rewards", reward), ("matchings", 1.0, matching)])
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
+    return Settings(*_parse(Config, chosen, arguments, given, recipe, **about))
+
+
+def parse_command(
+    command: type[F], arguments: Sequence[str], *, prog: str, description: str
+) -> tuple[F, tuple[Chosen, ...]]:
+    """The flags of a command that only scores, over `--config`, and the rewards that it names.
+
+    Args:
+        command: The command's own flags, a dataclass.
+        arguments: Command-line flags.
+        prog, description: What `--help` says of the command.
+
+    Raises:
+        ConfigError: For anything unknown, malformed or missing.
+        SystemExit: After printing `--help`.
+    """
+    arguments = _joined(arguments)
+    first = _first_look(arguments, "reward")
+    given = read_yaml(first.config) if first.config else {}
+    reward = _first_given(first.reward, given.get("reward"))
+    chosen = _load(_named("rewards", str(reward))) if reward is not None else []
+    epilog = f"--reward NAME --help adds the flags of NAME. {installed('rewards', 'models')}"
+    options, rewards = _parse(command, chosen, arguments, given, {}, prog=prog, description=description, epilog=epilog)
+    if not rewards:
+        raise ConfigError(f"--reward {options.reward} leaves nothing to score with")
+    return options, rewards
+
+
+def _parse(
+    command: type[Any],
+    chosen: Sequence[Chosen],
+    arguments: Sequence[str],
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    **about: str,
+) -> tuple[Any, tuple[Chosen, ...]]:
+    """The values of a command's flags and of those of its plugins: `arguments` over `given` over `recipe`."""
+    options, short = _plugin_options(command, chosen)
     given = {short.get(key, key): value for key, value in given.items()}
-    parser = Parser(Config, options, description=DESCRIPTION, epilog=installed())
-    known = [*names, *(f.name for f in dataclasses.fields(options)), *short]
+    parser = Parser(command, options, **about)
+    known = [f.name for kind in (command, options) for f in dataclasses.fields(kind)] + list(short)
     parser.set_defaults_with_config(**recipe)
     for key in given:
         if key not in known:
@@ -399,7 +468,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         )
         for plugin in chosen
     )
-    return Settings(config, plugins)
+    return config, plugins
 
 
 def model_recipe(name: str) -> Mapping[str, Any]:
@@ -410,11 +479,10 @@ def model_recipe(name: str) -> Mapping[str, Any]:
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
 
 
-def installed() -> str:
-    """A line of the installed names by group; imports no plugin."""
-    names = "; ".join(f"{group}: {', '.join(registry.plugins(group))}" for group in registry.GROUPS)
-    hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
-    return f"{hints} Installed {names}."
+def installed(*groups: str) -> str:
+    """A sentence of the installed names by group; imports no plugin."""
+    names = "; ".join(f"{group}: {', '.join(registry.plugins(group))}" for group in groups)
+    return f"Installed {names}."
 
 
 def _first_given(*values: Any) -> Any:
@@ -443,10 +511,10 @@ class _FirstLook(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
-def _first_look() -> argparse.ArgumentParser:
+def _first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
     """The few flags that decide which others there are."""
     parser = _FirstLook(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
-    for name in ("config", "model", "rl", "reward", "matching", "resume_from_checkpoint", "output_dir"):
+    for name in ("config", *names):
         parser.add_argument(f"--{name}")
-    return parser
+    return parser.parse_known_args(arguments)[0]

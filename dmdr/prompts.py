@@ -1,33 +1,59 @@
 """The stream of prompts: grouped, sharded, endless, and resumable by counting."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl.trainer.utils import RepeatSampler
-
 from dmdr.errors import ConfigError
 
 Row = dict[str, Any]
+ARGUMENTS = {"self", "images", "prompts"}  # of a reward, which is given the further columns by name
 
 
-def read_prompts(path: str) -> list[Row]:
-    """One prompt a line; blank lines are skipped, repeated ones kept once.
+def read_prompts(path: str, *, repeated: bool = False) -> list[Row]:
+    """One prompt a line or, of a `.jsonl` file, one JSON object a line: `prompt`, and further columns of any kind.
+
+    Args:
+        path: The file, UTF-8. Blank lines are skipped.
+        repeated: Keep a row as often as it is there, not just once.
 
     Raises:
-        ConfigError: If the file is missing, not text, or holds no prompt.
+        ConfigError: If the file is missing, not text, or holds no prompt; if a line is no such object, or its keys are
+            not those of the first.
     """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"--prompts: no such file: {path}")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines, for which a form feed or a U+2028 within a prompt ends a line, too.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    prompts = dict.fromkeys(line.strip() for line in lines if line.strip())
-    if not prompts:
+    filled = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    if not filled:
         raise ConfigError(f"--prompts: {path} holds no prompt; write one a line")
-    return [{"prompt": prompt} for prompt in prompts]
+    if file.suffix.lower() == ".jsonl":
+        rows = [_row_of(line, f"--prompts: {path} line {number}") for number, line in filled.items()]
+        for number, row in zip(filled, rows, strict=True):
+            if row.keys() != rows[0].keys():
+                keys, first = ", ".join(sorted(row)), ", ".join(sorted(rows[0]))
+                raise ConfigError(f"--prompts: {path} line {number} has the keys {keys}, but the first has {first}")
+    else:
+        rows = [{"prompt": line} for line in filled.values()]
+    return rows if repeated else list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+
+
+def _row_of(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ConfigError(f"{where} is no object with a text under the key 'prompt'")
+    if taken := sorted(ARGUMENTS & row.keys()):
+        raise ConfigError(f"{where}: '{taken[0]}' cannot name a column; it is an argument of every reward")
+    return row
 
 
 def split_columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -65,6 +91,8 @@ class PromptStream:
         self._indices = self._order()
 
     def _order(self) -> Iterator[int]:
+        from trl.trainer.utils import RepeatSampler  # takes seconds, which who only reads prompts need not wait
+
         sampler = RepeatSampler(self.rows, mini_repeat_count=self.group_size, seed=self.seed)
         while True:
             yield from sampler

@@ -147,7 +147,12 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A score of images; higher is better. Construction is cheap; `prepare` loads the weights, frozen."""
+    """A score of images; higher is better. Construction is cheap; `prepare` loads the weights, frozen.
+
+    Optional: `columns: ClassVar[tuple[str, ...]]`, the columns of the prompt rows that it cannot do without;
+    `reads_prompts = False`, of one that looks at images only; and, of a reward that waits for something else,
+    `submit(images, prompts, **columns) -> concurrent.futures.Future[Tensor]`.
+    """
 
     differentiable: bool
 

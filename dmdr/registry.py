@@ -90,16 +90,28 @@ def find(group: str, name: str) -> Plugin:
 def load(group: str, name: str) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 
+    A class with a classmethod `at(address) -> type` is registered under what its addresses begin with, up to the colon
+    (`http` for http://127.0.0.1:8000). It is asked for the class of the whole name.
+
     Raises:
-        ConfigError: If it is unknown, cannot be imported, or is not what its group promises.
+        ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.
     """
-    if ":" in name:
-        found = load_object(name)
-        if group == "rewards" and callable(found) and not inspect.isclass(found):
-            return as_reward(found, name)
-        return _checked(group, found, f"{group[:-1]} '{name}'")
-    plugin = find(group, name)
-    where = f"{group[:-1]} '{name}' of {plugin.distribution} {plugin.version} ({plugin.target})"
+    kind, colon, _ = name.partition(":")
+    if not colon or kind in plugins(group):
+        found = _imported(find(group, kind))
+        if inspect.ismethod(getattr(found, "at", None)):
+            return found.at(name)
+        if not colon:
+            return found
+    found = load_object(name)
+    if group == "rewards" and callable(found) and not inspect.isclass(found):
+        return as_reward(found, name)
+    return _checked(group, found, f"{group[:-1]} '{name}'")
+
+
+def _imported(plugin: Plugin) -> Any:
+    """The class of a registered plugin."""
+    where = f"{plugin.group[:-1]} '{plugin.name}' of {plugin.distribution} {plugin.version} ({plugin.target})"
     module, _, attribute = plugin.target.partition(":")
     try:
         target = getattr(importlib.import_module(module), attribute)
@@ -108,7 +120,7 @@ def load(group: str, name: str) -> Any:
         raise PluginError(f"{where} needs the package '{error.name}': pip install '{wanted}'") from error
     except Exception as error:
         raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    return _checked(group, target, where)
+    return _checked(plugin.group, target, where)
 
 
 def _checked(group: str, target: Any, where: str) -> Any:

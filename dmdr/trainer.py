@@ -15,7 +15,7 @@ from dmdr.learner import Learner
 from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeight
 from dmdr.randomness import Random
-from dmdr.rewards import Rewards
+from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler
 from dmdr.types import Direction, Draw, Rollout, terms_of
 
@@ -388,11 +388,18 @@ class Trainer:
         """Raw rewards of the finished images, by name, each [B] float32."""
         assert self.rewards is not None
         scores: dict[str, list[Tensor]] = {name: [] for name in self.rewards.parts}
-        for start in range(0, len(rollout.cond), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            images, cond = self.backend.decode(rollout.final[part]), rollout.cond[part]
-            for name, score in self.rewards.each(images, cond.prompts, **cond.columns).items():
-                scores[name].append(score)
+        failure: RewardError | None = None
+        try:
+            for start in range(0, len(rollout.cond), self.micro_batch_size):
+                part = slice(start, start + self.micro_batch_size)
+                images, cond = self.backend.decode(rollout.final[part]), rollout.cond[part]
+                for name, score in self.rewards.each(images, cond.prompts, **cond.columns).items():
+                    scores[name].append(score)
+        except RewardError as error:
+            failure = error
+        failed = torch.tensor([failure is not None], device=rollout.final.device)
+        if self.accelerator.gather(failed).any():  # all processes stop, and the main one saves
+            raise failure or RewardError("a reward failed in another process")
         found = {name: torch.cat(score) for name, score in scores.items()}
         everyone = {name: self.accelerator.gather(score) for name, score in found.items()}
         self.silent = 0 if judged(everyone).any() else self.silent + 1

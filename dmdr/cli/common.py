@@ -1,13 +1,19 @@
-"""What all commands share: errors in one line, exit codes, quiet libraries."""
+"""What all commands share: errors in one line, exit codes, quiet libraries, rewards to score with."""
 
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from dmdr.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dmdr.config import Chosen, RewardFlags
+    from dmdr.rewards import Rewards
 
 
 def refuse(message: str) -> NoReturn:
@@ -34,3 +40,41 @@ def command(function: Callable[[list[str]], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def open_rewards(flags: "RewardFlags", chosen: "Sequence[Chosen]") -> "tuple[Rewards, torch.device]":
+    """The rewards that a command scores with, loaded, and their device; they resize as published evaluations do.
+
+    Raises:
+        ConfigError: If the device, the model or a checkpoint is not to be had.
+    """
+    import torch
+
+    from dmdr import registry
+    from dmdr.assemble import build_rewards
+
+    device = find_device(flags.device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(flags.dtype, torch.float32)
+    model = registry.load("models", flags.model)() if flags.model else None
+    rewards = build_rewards(chosen, model, resize="exact")
+    rewards.prepare(device, dtype)
+    return rewards, device
+
+
+def find_device(name: str) -> "torch.device":
+    """The device of this name; `auto` is the accelerator, or else the CPU.
+
+    Raises:
+        ConfigError: If it is not there.
+    """
+    import torch
+
+    if name == "auto":
+        usable = torch.accelerator.is_available() and not torch.backends.mps.is_available()  # which has no float64
+        name = str(torch.accelerator.current_accelerator()) if usable else "cpu"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # meta tensors have no values
+        return probe.device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -60,11 +60,16 @@ def tensor(images, prompts, **columns):
 def short(images, prompts, **columns):
     return [0.0]
 
-def wrong(images):
-    return images
+def wrong(pictures, prompts):
+    return pictures
 
 def more(images, prompts, threshold, **columns):
     return images
+
+async def width_of(image: Image.Image, label, prompt: str):
+    """The label, seen from within the picture; nothing for one label."""
+    assert image.mode == "RGB" and prompt == f"mode {label}"
+    return None if label == 2 else image.width + label
 
 def len_of_prompt(factor, images, prompts, **columns):
     return [factor * len(prompt) for prompt in prompts]
@@ -149,6 +154,19 @@ def test_whatever_can_be_called_is_a_reward(name: str, mean: float) -> None:
     assert lines(folder)[-1][f"reward/my_file.py:{name}"] == mean
 
 
+def test_grpo_asks_a_coroutine_about_pictures_and_a_column(room: Path) -> None:
+    rows = [{"prompt": f"mode {label}", "label": label} for label in range(4)]
+    (room / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = FAST | {"rl": "grpo", "reward": "my_file.py:width_of", "max_concurrency": 2}
+    folder = train(**settings, prompts="rows.jsonl", output_dir="run")
+    found = lines(folder)[-1]
+    assert found["grpo/invalid"] > 0
+    assert found["reward/my_file.py:width_of"] > 1
+    assert "my_file_py_width_of_max_concurrency: 2" in (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="needs the prompts to have a column 'label'; they have none"):
+        train(**settings, output_dir="other")
+
+
 def test_files_of_one_name_and_names_that_begin_with_a_digit(room: Path) -> None:
     (room / "a").mkdir()
     (room / "a" / "2.py").write_text(
@@ -187,7 +205,10 @@ def test_an_objective_in_a_file_has_flags() -> None:
         ({"reward": "my_file.py:sice"}, "'my_file.py:sice': there is no 'sice' in my_file.py"),
         ({"reward": "no_module:size"}, "No module named 'no_module'; a file is given as path/to/file.py:name"),
         ({"reward": "my_file.py:wrong"}, "must be callable as score(images, prompts, **columns)"),
-        ({"reward": "my_file.py:more"}, "missing a required argument: 'threshold'"),
+        (
+            {"reward": "my_file.py:more"},
+            "reward 'my_file.py:more' needs the prompts to have a column 'threshold'; they have none",
+        ),
         ({"reward": "my_file.py:Unfinished"}, "has no differentiable and no prepare"),
         ({"rl": "my_file.py:Unfinished", "reward": "toy"}, "has no needs"),
         ({"reward": "my_file.py:size", "rl": "refl"}, "'my_file.py:size' is not differentiable"),
@@ -204,7 +225,7 @@ def test_refuses_what_cannot_be_used(room: Path, settings: dict[str, Any], said:
 
 
 def test_a_function_that_breaks_its_promise_is_named() -> None:
-    with pytest.raises(TrainingError, match=r"reward 'my_file.py:short' returned torch.float32 \[1\]; expected"):
+    with pytest.raises(TrainingError, match=r"'my_file\.py:short' returned 1 scores for 16 images"):
         train(**FAST, rl="grpo", reward="my_file.py:short", output_dir="run")
 
 

@@ -7,12 +7,23 @@ import pytest
 import torch
 
 from dmdr.errors import ConfigError
-from dmdr.prompts import PromptStream, Row, read_prompts
+from dmdr.prompts import PromptStream, Row, read_prompts, split_columns
 
 
-def write(folder: Path, content: bytes) -> str:
-    (folder / "prompts.txt").write_bytes(content)
-    return str(folder / "prompts.txt")
+def write(folder: Path, content: bytes, name: str = "prompts.txt") -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+def refusal(path: str) -> str:
+    """The one line with which a file is refused."""
+    with pytest.raises(ConfigError) as error:
+        read_prompts(path)
+    line = str(error.value)
+    assert line.startswith("--prompts: ")
+    assert path in line
+    assert "\n" not in line
+    return line
 
 
 def test_one_prompt_a_line(tmp_path: Path) -> None:
@@ -34,20 +45,77 @@ def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
     ],
 )
 def test_unfit_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = write(tmp_path, content)
-    with pytest.raises(ConfigError) as error:
-        read_prompts(path)
-    assert str(error.value).startswith("--prompts: ")
-    assert str(error.value).endswith(message)
-    assert path in str(error.value)
-    assert "\n" not in str(error.value)
+    assert refusal(write(tmp_path, content)).endswith(message)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.txt", tmp_path):
-        with pytest.raises(ConfigError, match="--prompts: no such file") as error:
-            read_prompts(str(path))
-        assert str(path) in str(error.value)
+        assert refusal(str(path)).startswith("--prompts: no such file")
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    text = "a red\u2028fox\r\na\x0cboat\ra\x85day"
+    assert [row["prompt"] for row in read_prompts(write(tmp_path, text.encode()))] == [
+        "a red\u2028fox",
+        "a\x0cboat",
+        "a\x85day",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "b\n\na\nb\n"), ("p.JSONL", '{"prompt": "b"}\n\n{"prompt": "a"}\n{"prompt": "b"}')]
+)
+def test_repeated_rows_stay_where_they_are_wanted(tmp_path: Path, name: str, text: str) -> None:
+    path = write(tmp_path, text.encode(), name)
+    assert [row["prompt"] for row in read_prompts(path)] == ["b", "a"]
+    assert [row["prompt"] for row in read_prompts(path, repeated=True)] == ["b", "a", "b"]
+
+
+# --- With further columns ---------------------------------------------------------------------------------------------
+
+
+def test_one_object_a_line(tmp_path: Path) -> None:
+    lines = [
+        '\ufeff{"prompt": "a fox", "label": 3, "tags": ["red", null]}',
+        "",
+        '  {"tags": [], "label": 3, "prompt": "a fox"}  ',
+        '{"prompt": "a fox", "tags": ["red", null], "label": 3}',
+        '{"prompt": "", "tags": {}, "label": 3.5}',
+    ]
+    rows = read_prompts(write(tmp_path, "\r\n".join(lines).encode(), "prompts.jsonl"))
+    assert rows == [
+        {"prompt": "a fox", "label": 3, "tags": ["red", None]},
+        {"prompt": "a fox", "label": 3, "tags": []},  # once each by the whole row
+        {"prompt": "", "label": 3.5, "tags": {}},
+    ]
+    assert split_columns(rows) == (["a fox", "a fox", ""], {"label": [3, 3, 3.5], "tags": [["red", None], [], {}]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a fox", "line 3 is no JSON: Expecting value"),
+        ('{"prompt": "a fox"', "line 3 is no JSON: Expecting ',' delimiter"),
+        ("[" * 100_000, "line 3 is no JSON: "),
+        ('"a fox"', "line 3 is no object with a text under the key 'prompt'"),
+        ('["prompt"]', "line 3 is no object with a text under the key 'prompt'"),
+        ('{"text": "a fox", "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
+        ('{"prompt": 3, "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
+        ('{"prompt": "a fox"}', "line 3 has the keys prompt, but the first has label, prompt"),
+        (
+            '{"prompt": "a", "label": 1, "x": 1}',
+            "line 3 has the keys label, prompt, x, but the first has label, prompt",
+        ),
+        ('{"prompt": "a", "images": 1}', "line 3: 'images' cannot name a column; it is an argument of every reward"),
+    ],
+)
+def test_a_line_that_is_no_row(tmp_path: Path, line: str, message: str) -> None:
+    text = f'{{"prompt": "a fox", "label": 3}}\n\n{line}\n'
+    assert message in refusal(write(tmp_path, text.encode(), "prompts.jsonl"))
+
+
+def test_rows_need_a_prompt_file_that_holds_some(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path, b"\n\n", "prompts.jsonl")).endswith("holds no prompt; write one a line")
 
 
 # --- Stream -----------------------------------------------------------------------------------------------------------
