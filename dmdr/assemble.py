@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def assemble(settings: Settings) -> Job:
 
 def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:
     """Refuse objectives whose declared needs the run does not meet."""
-    last = len(config.sigmas or range(config.num_inference_steps)) - 1
+    last = len(config.sigmas or config.timesteps or range(config.num_inference_steps)) - 1
     for term in objectives:
         needs, who = term.objective.needs, f"--rl {term.name}"
         if needs.reward and not settings.of("rewards"):
@@ -157,18 +157,8 @@ def open_backend(folder: str, config: Config) -> Backend:
             f"--model {folder} is a {name}, which no backend trains; there are backends for {known} "
             "(a package adds one under the entry-point group 'dmdr.backends')"
         )
-    options = BackendOptions(
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        fake_lora_rank=config.fake_lora_rank,
-        fake_lora_alpha=config.fake_lora_alpha,
-        lora_target_modules=tuple(config.lora_target_modules or ()),
-        full_finetune=config.full_finetune,
-        gradient_checkpointing=config.gradient_checkpointing,
-        resolution=config.resolution,
-        shift=config.shift,
-        max_sequence_length=config.max_sequence_length,
-        seed=config.seed,
-    )
+    given = {option.name: getattr(config, option.name) for option in fields(BackendOptions)}
+    lists = {name: tuple(given[name] or ()) for name in ("lora_target_modules", "drop_text_encoders")}
+    options = BackendOptions(**(given | lists))
     backend: Backend = registry.load("backends", name)(folder, options)
     return backend

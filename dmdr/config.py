@@ -68,6 +68,9 @@ class Config(Flags):
     # Distillation
     num_inference_steps: int = flag(4, "steps of the student")
     sigmas: list[float] | None = flag(None, "the student's grid itself, decreasing from 1; overrides steps and shift")
+    timesteps: list[int] | None = flag(
+        None, "the same in the network's unit, decreasing within 1000 .. 1, e.g. 999 749 500 250"
+    )
     shift: float | None = flag(None, "timestep shift of the student's grid; the model's own by default")
     eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them an SDE")
     sde_type: Literal["cps", "ddim", "flow_sde", "dance_sde"] = flag(
@@ -122,8 +125,23 @@ class Config(Flags):
     num_generations: int = flag(1, "images per prompt")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
+    attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
+    cpu_offload: bool = flag(False, "keep text encoders and VAE on the CPU while they are idle")
+    vae_tiling: bool = flag(False, "decode by tiles")
+    decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
+    # The model
     resolution: int | None = flag(None, "image size in pixels; the model's own by default")
     max_sequence_length: int | None = flag(None, "tokens of the longest text encoder; the model's own by default")
+    drop_text_encoders: list[str] | None = flag(None, "text encoders to do without, e.g. text_encoder_3 (T5) of SD3")
+    zero_empty_prompt: bool | None = flag(
+        None, "guidance leads away from zeros (true) or the empty prompt (false); as the model says by default"
+    )
+    teacher_lora: str | None = flag(None, "LoRA that is merged into the teacher first: a file, folder or hub id")
+    student_weights: str | None = flag(None, "weights file that a full student (--full_finetune) starts from")
+    reward_vae: str | None = flag(None, "tiny decoder for the rewards (AutoencoderTiny): a folder or hub id")
+    prompt_cache: str | None = flag(
+        None, "folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by default"
+    )
     seed: int = flag(0, "of everything")
     # What is written
     output_dir: str | None = flag(None, "run folder; runs/<model>-<rl>, numbered, by default")
@@ -150,7 +168,7 @@ class Config(Flags):
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "at least 0")
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
-            lora_alpha fake_lora_alpha shift resolution adam_epsilon max_sequence_length"""
+            lora_alpha fake_lora_alpha shift resolution adam_epsilon max_sequence_length decode_chunk_size"""
         for name in positive.split():
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("eta", "dyna_guidance"):
@@ -177,6 +195,11 @@ class Config(Flags):
             bounds = [*self.sigmas, 0.0]
             falling = len(bounds) > 1 and all(a > b for a, b in pairwise(bounds))
             self._require(falling and bounds[0] <= 1, "sigmas", "decreasing within (0, 1]")
+        if self.timesteps is not None:
+            bounds = [1001, *self.timesteps, 0]
+            falling = len(bounds) > 2 and all(a > b for a, b in pairwise(bounds))
+            self._require(falling, "timesteps", "decreasing within 1000 .. 1")
+            self._require(self.sigmas is None, "timesteps", "left out where --sigmas are given")
         if self.stage2_steps == 0 and (self.stage1_steps == 0 or self.init_student):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:

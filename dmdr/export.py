@@ -64,7 +64,7 @@ def export(
         objectives=objectives,
         rewards=rewards,
         version=version("dmdr"),
-        snippet=backend.snippet(base, prompt),
+        snippet=backend.snippet(base, prompt, sampler),
         lora=(partial / "pytorch_lora_weights.safetensors").exists(),
         stochastic=sampler.eta == 1 and len(sampler.t) > 2,
     )

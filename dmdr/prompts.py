@@ -103,6 +103,11 @@ class PromptStream:
         share = self.batch_size // self.num_processes
         return batch[self.process_index * share : (self.process_index + 1) * share]
 
+    def first(self, batches: int) -> list[Row]:
+        """The rows of the first global batches, each once per group; moves nothing."""
+        order = self._order()
+        return [self.rows[next(order)] for _ in range(batches * self.batch_size)][:: self.group_size]
+
     def skip_to(self, consumed: int) -> None:
         """Continue as if `consumed` batches had been read from the start."""
         self._indices, self.consumed = self._order(), consumed

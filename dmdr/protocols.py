@@ -50,6 +50,17 @@ class BackendOptions:
         resolution: Image size in pixels; None for the model's own.
         shift: Timestep shift of the student's grid; None for the model's own.
         max_sequence_length: Tokens of the longest text encoder; None for the model's own.
+        drop_text_encoders: Text encoders to do without.
+        zero_empty_prompt: Guidance leads away from zeros (or the empty prompt's embeddings); None for the model's own.
+        guidance_scale: Of the teacher; a guidance-distilled network takes it as an input.
+        student_weights: File of a network's weights that a full student starts from.
+        teacher_lora: LoRA that is merged into the teacher.
+        reward_vae: Small decoder (`AutoencoderTiny`) for the rewards, a folder or hub id; None for the model's own.
+        vae_tiling: Decode by tiles.
+        decode_chunk_size: Images that are decoded at a time; None for all.
+        attention_backend: Attention kernel by diffusers' name; None for its default.
+        cpu_offload: Keep text encoders and VAE on the CPU while they are idle.
+        prompt_cache: Folder of prompt embeddings on disk, "off" for none; None for the usual one.
         seed: Seed of the adapters' initial values.
     """
 
@@ -63,6 +74,17 @@ class BackendOptions:
     resolution: int | None = None
     shift: float | None = None
     max_sequence_length: int | None = None
+    drop_text_encoders: tuple[str, ...] = ()
+    zero_empty_prompt: bool | None = None
+    guidance_scale: float = 1.0
+    student_weights: str | None = None
+    teacher_lora: str | None = None
+    reward_vae: str | None = None
+    vae_tiling: bool = False
+    decode_chunk_size: int | None = None
+    attention_backend: str | None = None
+    cpu_offload: bool = False
+    prompt_cache: str | None = None
     seed: int = 0
 
 
@@ -71,13 +93,16 @@ class Backend(Protocol):
     """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
-    (`ConfigError`).
+    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step.
     """
 
     options: BackendOptions
     path: NoisePath
     latent_shape: tuple[int, ...]
     shift: float  # timestep shift of the student's grid; 1 where the family has none
+
+    def grid(self, num_inference_steps: int) -> Tensor:
+        """The student's times where the user names none, [K + 1] float64 from noise to exactly 0."""
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
         """Load weights onto the device and create the trainable roles; the only expensive call."""
@@ -87,8 +112,11 @@ class Backend(Protocol):
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> latents [B, *latent]."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> [B, 3, H, W] float32 in [0, 1]; differentiable, the clamp passes gradients straight through."""
+    def decode(self, latents: Tensor, *, exact: bool = False) -> Tensor:
+        """Latents -> [B, 3, H, W] float32 in [0, 1]; differentiable, the clamp passes gradients straight through.
+
+        `exact` asks for what users see, where rewards are content with a cheaper decoder.
+        """
 
     def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
 
@@ -109,7 +137,7 @@ class Backend(Protocol):
     def export(self, directory: Path, sampler: "Sampler") -> Mapping[str, Any]:
         """Write the student as its family's stock pipeline loads it; return that pipeline's call arguments."""
 
-    def snippet(self, base: str, prompt: str) -> str:
+    def snippet(self, base: str, prompt: str, sampler: "Sampler") -> str:
         """Python that samples the export with the stock pipeline, for the model card."""
 
     def load_export(self, directory: Path) -> None:

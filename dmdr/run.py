@@ -47,7 +47,7 @@ from dmdr.prompts import PromptStream, Row, split_columns
 from dmdr.protocols import Denoiser, Role
 from dmdr.randomness import Random
 from dmdr.report import write_report
-from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.sampling import FewStepSampler
 from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
 from dmdr.tilt import RewardTilt
 from dmdr.trainer import Trainer, combined_needs
@@ -134,11 +134,8 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         backend = job.backend
-        grid = (
-            torch.tensor([*config.sigmas, 0.0], dtype=torch.float64)
-            if config.sigmas
-            else time_grid(config.num_inference_steps, backend.shift)
-        )
+        times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
+        grid = torch.tensor([*times, 0.0], dtype=torch.float64) if times else backend.grid(config.num_inference_steps)
         self.sampler = FewStepSampler(backend.path, grid, config.eta, config.sde_type)
         renoising = config.sde_type == "cps" and config.eta >= 0.5  # the others keep the ODE's marginals
         sample_eta = renoising if config.sample_eta is None else config.sample_eta
@@ -152,6 +149,8 @@ class Run:
         objectives = self.job.objectives
         roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(objectives).roles)
         backend.prepare(accelerator, roles=roles)
+        if hasattr(backend, "cache_prompts"):
+            backend.cache_prompts(self._upcoming_prompts())
         if self.job.rewards:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
             self.job.rewards.prepare(accelerator.device, dtype)
@@ -313,19 +312,11 @@ class Run:
         step = resumed.step if resumed else 0
         state = self.resume if resumed else None
         dyna = min(config.stage1_steps if config.dyna_steps is None else config.dyna_steps, config.stage1_steps)
-        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
         jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
         trainer = Trainer(
             backend=job.backend,
             sampler=self.sampler,
-            prompts=PromptStream(
-                job.rows,
-                local * accelerator.num_processes,
-                group_size=config.num_generations,
-                seed=config.seed,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-            ),
+            prompts=self.prompts(),
             student=self.learner("student", stage.learning_rate, stage, step, state),
             fake_score=self.learner("fake_score", stage.fake_learning_rate, stage, step, state),
             matching=job.matching,
@@ -365,6 +356,28 @@ class Run:
             if not first and job.backend.parameters("reference"):
                 load_parameters(state, "reference", job.backend.parameters("reference"))
         return trainer
+
+    def prompts(self) -> PromptStream:
+        """The prompts of the run, this process's share, from the start."""
+        config, accelerator = self.config, self.accelerator
+        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return PromptStream(
+            self.job.rows,
+            local * accelerator.num_processes,
+            group_size=config.num_generations,
+            seed=config.seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+
+    def _upcoming_prompts(self) -> list[str]:
+        """Those that the run will read, of all processes."""
+        config, rows = self.config, self.job.rows
+        batches = sum(stage.steps for stage in stages(config)) * (config.fake_updates if config.dmd_weight else 1)
+        stream = self.prompts()
+        drawn = stream.first(batches) if batches * stream.batch_size < len(rows) * config.num_generations else rows
+        shown = self._rows(max(config.sample_images, config.num_eval_samples))
+        return [row["prompt"] for row in (*drawn, *shown)]
 
     def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""
@@ -453,7 +466,7 @@ class Run:
             noise = random.normal("noise", sample, shape).transpose(0, 1)
             prompts, columns = split_columns(part)
             cond = backend.encode(prompts, **columns)
-            found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final).cpu())
+            found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
         return torch.cat(found)
 
     def _rows(self, count: int) -> list[Row]:
@@ -463,7 +476,7 @@ class Run:
         """The teacher as its users run it: guided, many ODE steps."""
         denoiser = partial(self.job.backend.teacher, guidance=self.config.guidance_scale)
         backend = self.job.backend
-        return denoiser, FewStepSampler(backend.path, time_grid(self.config.teacher_steps, backend.shift), 0.0)
+        return denoiser, FewStepSampler(backend.path, backend.grid(self.config.teacher_steps), 0.0)
 
     def _grid(self, step: int) -> None:
         if not self.accelerator.is_main_process:

@@ -166,3 +166,44 @@ class LoRARoles:
         student = self.parameters("student")
         for name, parameter in self.parameters("reference").items():
             parameter.copy_(student[name])
+
+
+def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two adapters of one network as one that adds both: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
+
+    Args:
+        first, second: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...] at full strength;
+            all of the first have one rank. Modules may be missing from either.
+
+    Returns:
+        The same names for the modules of both, all of one rank: loaders assume the rank of one module of all.
+    """
+    if not second:
+        return dict(first)
+    ours, theirs = (max(a.shape[0] for name, a in part.items() if ".lora_A." in name) for part in (first, second))
+    result = {}
+    for name in sorted(first.keys() | second.keys()):
+        rank_dim = 0 if ".lora_A." in name else 1
+        like = first.get(name, second.get(name))
+        assert like is not None
+        parts = []
+        for part, rank in ((first, ours), (second, theirs)):
+            padded = like.new_zeros([rank if dim == rank_dim else size for dim, size in enumerate(like.shape)])
+            if name in part:
+                padded.narrow(rank_dim, 0, part[name].shape[rank_dim]).copy_(part[name])
+            parts.append(padded)
+        result[name] = torch.cat(parts, rank_dim).contiguous()
+    return result
+
+
+def parted(both: Mapping[str, Tensor], second: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first of two adapters that were `joined`: of the modules and ranks of `own`."""
+    if not second:
+        return dict(both)
+    result = {}
+    for name, tensor in both.items():
+        if name in own or name not in second:
+            rank_dim = 0 if ".lora_A." in name else 1
+            rank = own[name].shape[rank_dim] if name in own else tensor.shape[rank_dim]
+            result[name] = tensor.narrow(rank_dim, 0, min(rank, tensor.shape[rank_dim])).contiguous()
+    return result

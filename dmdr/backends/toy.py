@@ -6,7 +6,6 @@ zero, as LoRA adapters do. Images show the point as their colour: red is x, gree
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmdr.backends.images import to_unit_range
+from dmdr.cache import cache_folder
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
 from dmdr.protocols import BackendOptions, Role, Sampler
+from dmdr.sampling import time_grid
 from dmdr.types import Condition
 
 CENTRES = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]])
@@ -79,6 +80,9 @@ class ToyBackend:
             self.residuals["reference"].requires_grad_(False)
             self.snapshot()
 
+    def grid(self, num_inference_steps: int) -> Tensor:
+        return time_grid(num_inference_steps, self.shift)
+
     def snapshot(self) -> None:
         self.residuals["reference"].load_state_dict(deepcopy(self.residuals["student"].state_dict()))
 
@@ -86,7 +90,7 @@ class ToyBackend:
         labels = [PROMPTS.index(prompt) if prompt in PROMPTS else 0 for prompt in prompts]
         return Condition(tuple(prompts), {"label": torch.tensor(labels, device=self.device)}, columns)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, exact: bool = False) -> Tensor:
         colour = torch.cat([latents / 4, torch.zeros_like(latents[:, :1])], 1)
         return to_unit_range(colour)[:, :, None, None].expand(-1, -1, 4, 4)
 
@@ -130,7 +134,7 @@ class ToyBackend:
         save_file(self.residuals["student"].state_dict(), directory / "student.safetensors")
         return {"sigmas": sampler.t[:-1].tolist()}
 
-    def snippet(self, base: str, prompt: str) -> str:
+    def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
         return "# the toy has no stock pipeline: dmdr-sample draws from it"
 
     def load_export(self, directory: Path) -> None:
@@ -153,7 +157,7 @@ class Toy:
     }
 
     def folder(self) -> Path:
-        folder = Path(os.environ.get("DMDR_CACHE", Path.home() / ".cache" / "dmdr")) / "toy"
+        folder = cache_folder() / "toy"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
         return folder

@@ -73,7 +73,7 @@ def draw(
     cond = backend.encode(prompts)
     shape = (len(prompts), *backend.latent_shape)
     noise = [torch.randn(shape, device=accelerator.device) for _ in range(sampler.num_inference_steps)]
-    pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final)
+    pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{i:04d}.png" for i in range(len(prompts))]
     for picture, path in zip(images.to_pil(pictures.cpu()), paths, strict=True):

@@ -121,7 +121,7 @@ def test_export_comes_back(tmp_path: Path) -> None:
     other.load_export(tmp_path)
     for name, value in backend.parameters("student").items():
         assert torch.equal(value, other.parameters("student")[name])
-    assert "dmdr-sample" in backend.snippet("base", "prompt")
+    assert "dmdr-sample" in backend.snippet("base", "prompt", sampler)
 
 
 def test_preparing_leaves_the_global_generator_alone() -> None:

@@ -1,0 +1,59 @@
+"""Flow-matching families: the straight path, a shifted grid, and the scheduler that takes a student's steps."""
+
+import math
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from dmdr.backends.pipeline import PipelineBackend, read_config
+from dmdr.paths import RectifiedFlow
+from dmdr.protocols import BackendOptions, Sampler
+from dmdr.sampling import time_grid, unshift_times
+
+
+class FlowBackend(PipelineBackend):
+    """A pipeline with a `FlowMatchEulerDiscreteScheduler`."""
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        self.path = RectifiedFlow()
+        self.scheduler_config = read_config(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
+        self.shift = float(options.shift or self.own_shift())
+
+    def own_shift(self) -> float:
+        """The shift that the pipeline itself applies at this resolution.
+
+        Source: with `use_dynamic_shifting` exp(mu), where mu is linear in the number of image tokens (diffusers'
+            `calculate_shift` and `_time_shift_exponential`).
+        """
+        config = self.scheduler_config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift", 1.0))
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        _, height, width = self.latent_shape
+        tokens = height * width // self.patch_size**2
+        return math.exp(low + (high - low) * (tokens - few) / (many - few))
+
+    def grid(self, num_inference_steps: int) -> Tensor:
+        return time_grid(num_inference_steps, self.shift)
+
+    def scheduler(self, sampler: Sampler) -> FlowMatchEulerDiscreteScheduler:
+        config = self.scheduler_config | {
+            "shift": self.shift,
+            "use_dynamic_shifting": False,
+            "shift_terminal": None,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "stochastic_sampling": sampler.eta == 1,
+        }
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+    def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
+        """The grid before the shift, which the scheduler applies: shifted sigmas would be shifted twice."""
+        return super().call_arguments(sampler) | {
+            "sigmas": unshift_times(sampler.t[:-1], self.shift).tolist(),
+            "guidance_scale": 1.0,
+        }

@@ -1,0 +1,181 @@
+"""Reading what diffusers and transformers saved, strictly: a weight that is missing or unknown is an error."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from dmdr.errors import ConfigError
+from dmdr.states import refuse_misfits
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' warnings and bars, where we say ourselves what is wrong."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+def read_config(cls: Any, folder: str, subfolder: str = "") -> dict[str, Any]:
+    """The configuration of a component, or of the pipeline itself where no subfolder is named.
+
+    Raises:
+        ConfigError: If it is missing or no JSON.
+    """
+    try:
+        with quiet():
+            config: dict[str, Any] = dict(cls.load_config(folder, **({"subfolder": subfolder} if subfolder else {})))
+    except Exception as error:  # OSError, hub and JSON errors, each in several lines
+        raise ConfigError(f"{_where(folder, subfolder)} has no readable configuration: {one_line(error)}") from error
+    return config
+
+
+def load_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """A network of diffusers with its weights, in eval mode.
+
+    Raises:
+        ConfigError: If weights are missing, unexpected or of another shape; names the first three of each.
+    """
+    where = _where(folder, subfolder)
+    extra = {"subfolder": subfolder} if subfolder else {}
+    try:
+        with quiet():
+            network, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
+    except Exception as error:
+        raise ConfigError(f"{where} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    refuse_misfits(where, found["missing_keys"], found["unexpected_keys"])
+    return network.eval()
+
+
+def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """A text encoder of transformers, frozen and in eval mode.
+
+    Raises:
+        ConfigError: If weights are missing. Others than its own, such as an image tower's, are left out.
+    """
+    where = _where(folder, subfolder)
+    try:
+        with quiet():
+            model, found = cls.from_pretrained(folder, subfolder=subfolder, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        raise ConfigError(f"{where} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    refuse_misfits(where, found["missing_keys"], ())
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(cls: Any, folder: str, subfolder: str) -> Any:
+    """A tokenizer of transformers.
+
+    Raises:
+        ConfigError: If its files are missing or damaged.
+    """
+    try:
+        with quiet():
+            return cls.from_pretrained(folder, subfolder=subfolder)
+    except Exception as error:
+        raise ConfigError(f"{_where(folder, subfolder)} holds no {cls.__name__}: {one_line(error)}") from error
+
+
+def identity(folder: str, components: Iterable[str]) -> object:
+    """What changes whenever the files of these components do: sizes and times, or the commit on the hub."""
+    if Path(folder).is_dir():
+        files = sorted(file for name in components for file in (Path(folder) / name).rglob("*") if file.is_file())
+        return [(file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(folder, "model_index.json")).parent.name
+
+
+def load_pipeline(cls: Any, folder: str, dtype: torch.dtype, **parts: Any) -> Any:
+    """A pipeline around parts that are loaded already; None is a part that it does without.
+
+    Raises:
+        ConfigError: If another part is missing or damaged.
+    """
+    try:
+        with quiet():
+            pipeline = cls.from_pretrained(folder, dtype=dtype, **parts)
+    except Exception as error:
+        raise ConfigError(f"{folder} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a weights file: safetensors, or what `torch.save` wrote of a state dict.
+
+    Raises:
+        ConfigError: If there is no such file, or it holds anything but tensors: a pickle that could run code is refused.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{path} is no file; expected weights, as .safetensors or a torch state dict")
+    try:
+        state: Any = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        )
+    except Exception as error:
+        raise ConfigError(f"{path} is damaged, or holds more than tensors and is refused") from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{path} is no table of tensors; expected a state dict")
+    return dict(state)
+
+
+def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]:
+    """Merge a LoRA file into the pipeline's network, as its user would with `load_lora_weights` and `fuse_lora`.
+
+    Returns:
+        The merged layers at full strength, float32: `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+
+    Raises:
+        ConfigError: If it cannot be read, or no layer of the network is among it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    network: nn.Module = getattr(pipeline, network_name)
+    try:
+        with quiet():
+            pipeline.load_lora_weights(path, adapter_name="teacher")
+    except Exception as error:
+        raise ConfigError(f"--teacher_lora {path} cannot be loaded: {one_line(error)}") from error
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer) and "teacher" in m.lora_A}
+    if not layers:
+        raise ConfigError(f"--teacher_lora {path}: no key of it belongs to a layer of the {network_name}")
+    merged: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        a, b = (getattr(layer, part)["teacher"].weight.detach().float().cpu() for part in ("lora_A", "lora_B"))
+        merged[f"{name}.lora_A.weight"], merged[f"{name}.lora_B.weight"] = a.clone(), b * layer.scaling["teacher"]
+    with quiet():
+        pipeline.fuse_lora(adapter_names=["teacher"])
+        pipeline.unload_lora_weights()
+    return merged
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _where(folder: str, subfolder: str) -> str:
+    return f"{folder}/{subfolder}" if subfolder else folder
