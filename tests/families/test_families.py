@@ -1,0 +1,287 @@
+"""What every model family must show, on a small random pipeline of its real classes, against stock diffusers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.utils import logging
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dmdr import registry
+from dmdr.assemble import assemble, pipeline_class
+from dmdr.cli.sample import draw
+from dmdr.config import parse
+from dmdr.protocols import BackendOptions
+from dmdr.run import Run
+from dmdr.sampling import FewStepSampler
+from dmdr.testing import check_backend
+from family import FAMILIES, Family
+
+PROMPTS = ["a handwritten seven", "a handwritten two"]
+ROLES = ("student", "fake_score")
+CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
+OPTIONS = set(BackendOptions.__dataclass_fields__)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pipelines, built once."""
+    built: dict[str, Path] = {}
+    for name, family in FAMILIES.items():
+        built[name] = tmp_path_factory.mktemp("pipelines") / name
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            family.build(built[name])
+    return built
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def prepared(folder: Path, family: Family, *, roles: Any = ROLES, **options: Any) -> Any:
+    """The family's backend in float32 on the CPU."""
+    own = {key: value for key, value in family.settings.items() if key in OPTIONS}
+    small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2, "fake_lora_alpha": 3.0}
+    given = BackendOptions(**(small | own | {"guidance_scale": family.guidance} | options))
+    backend = registry.load("backends", pipeline_class(str(folder)))(str(folder), given)
+    backend.prepare(Accelerator(cpu=True), roles=roles)
+    return backend
+
+
+def shaken(backend: Any, roles: Any = ROLES) -> Any:
+    """With adapters (or a full student) far from their initial values."""
+    for number, role in enumerate(roles):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in backend.parameters(role).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return backend
+
+
+def states(backend: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noisy latents and their times."""
+    x_t = torch.randn(len(PROMPTS), *backend.latent_shape, generator=torch.Generator().manual_seed(seed))
+    return x_t, torch.tensor([0.35, 0.8], dtype=torch.float64)
+
+
+def test_contract(folders: dict[str, Path], name: str) -> None:
+    folder, family = folders[name], FAMILIES[name]
+    own = {key: value for key, value in family.settings.items() if key in OPTIONS}
+    options = BackendOptions(lora_rank=4, fake_lora_rank=4, guidance_scale=family.guidance, **own)
+    check_backend(registry.load("backends", pipeline_class(str(folder)))(str(folder), options), PROMPTS)
+
+
+# --- Against the stock pipeline ---------------------------------------------------------------------------------------
+
+
+def test_teacher_is_the_stock_pipeline(folders: dict[str, Path], name: str) -> None:
+    """Its own noise prediction, at its own latents and times, with and without guidance."""
+    family, backend = FAMILIES[name], prepared(folders[name], FAMILIES[name])
+    cond = backend.encode(PROMPTS)
+    for guidance in (1.0, family.guidance):
+        for output, timestep, latents in stock_steps(folders[name], family, guidance):
+            x_t = family.unpacked(latents, backend.latent_shape)
+            t = family.timestep(timestep).expand(len(PROMPTS))
+            found = backend.teacher(x_t, t, cond, guidance=guidance).value
+            expected = family.unpacked(output, backend.latent_shape)
+            # Stock pipelines run both branches of guidance in one batch, whose last bits differ.
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(guidance, 1.0))
+
+
+def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Prediction, timestep and latents of each step of the stock pipeline."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    step = pipe.scheduler.step
+
+    def spy(output: Tensor, t: Tensor, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((output.clone(), torch.as_tensor(t), latents.clone()))
+        return step(output, t, latents, *args, **kwargs)
+
+    pipe.scheduler.step = spy
+    torch.manual_seed(0)
+    pipe(PROMPTS, num_inference_steps=3, output_type="latent", **{"guidance_scale": guidance, **family.call})
+    assert len(seen) == 3
+    return seen
+
+
+STOCK = """
+import json, re, sys
+sys.modules["dmdr"] = None  # importing it is an error from here on
+prompts, jobs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+for student, output in jobs:
+    code = re.search("```python\\n(.*?)```", open(student + "/README.md").read(), re.S)[1]
+    code = code.replace("path/to/this/folder", student).replace(".images[0]", ".images")
+    code = re.sub(r"pipe\\('[^']*'", f"pipe({prompts!r}", code)
+    code = code.replace('image.save("image.png")', 'for i, one in enumerate(image): one.save(f"{output}/{i:04d}.png")')
+    exec(code)
+"""
+
+
+def test_the_model_card_reproduces_dmdr_sample(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """The card's own snippet, in a process that cannot import dmdr: same seed, same images (under 2/255)."""
+    family, jobs = FAMILIES[name], []
+    for i, variant in enumerate(family.variants):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        run = trained(folders[name], family, folder, "none", stage1_steps=2, stage2_steps=0, **variant)
+        student = run.output / "student"
+        (folder / "stock").mkdir()
+        about = json.loads((student / "sampling.json").read_text())
+        draw(student, about, PROMPTS, 0, None, folder / "ours")
+        jobs.append([str(student), str(folder / "stock")])
+    command = [sys.executable, "-c", STOCK, json.dumps(PROMPTS), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for i, variant in enumerate(family.variants):
+        for k in range(len(PROMPTS)):
+            a, b = (
+                np.asarray(Image.open(tmp_path / str(i) / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock")
+            )
+            assert np.abs(a - b).max() < 2, variant
+            assert a.std() > 2  # a picture, not a flat field
+
+
+def test_stock_diffusers_loads_the_lora_in_full(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A student trained at alpha / rank = 2, layer by layer; keys have the prefix that loaders look for."""
+    backend = shaken(prepared(folders[name], FAMILIES[name]))
+    backend.export(tmp_path, FewStepSampler(backend.path, backend.grid(2), 1.0))
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    prefix = f"{backend.network_name}."
+    keys = load_file(file).keys()
+    assert keys and all(re.fullmatch(rf"{prefix}.*\.lora_[AB]\.weight", key) for key in keys)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
+    pipe.load_lora_weights(file)
+    pipe.fuse_lora()
+    merged = dict(getattr(pipe, backend.network_name).named_parameters())
+    checked = 0
+    for module, layer in backend.roles.layers.items():
+        delta = layer.get_delta_weight("student")
+        theirs = merged.get(f"{module}.base_layer.weight", merged.get(f"{module}.weight"))
+        assert theirs is not None
+        torch.testing.assert_close(theirs, layer.base_layer.weight + delta, rtol=0, atol=1e-5)
+        checked += bool(delta.abs().max() > 1e-3)
+    assert checked == len(keys) // 2
+    other = prepared(folders[name], FAMILIES[name], lora_alpha=4.0)
+    other.load_export(tmp_path)
+    x_t, t = states(backend)
+    cond = backend.encode(PROMPTS)
+    with torch.no_grad():
+        torch.testing.assert_close(other.student(x_t, t, cond).value, backend.student(x_t, t, cond).value)
+
+
+def test_a_teachers_lora_is_merged_and_exported_with_the_students(
+    folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """The one exported file acts on the published model; loaded beside the merged teacher it is the student again."""
+    family = FAMILIES[name]
+    author = shaken(prepared(folders[name], family, lora_rank=3, lora_alpha=6.0), ("student",))
+    grid = FewStepSampler(author.path, author.grid(2), 1.0)
+    author.export(tmp_path / "teacher", grid)
+    merged = {"teacher_lora": str(tmp_path / "teacher")}
+    backend = prepared(folders[name], family, **merged)
+    x_t, t = states(backend)
+    cond = backend.encode(PROMPTS)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backend.teacher(x_t, t, cond).value, author.student(x_t, t, cond).value, rtol=0, atol=1e-4
+        )
+    shaken(backend)
+    backend.export(tmp_path / "both", grid)
+    again, on_published = prepared(folders[name], family, **merged), prepared(folders[name], family, lora_rank=7)
+    again.load_export(tmp_path / "both")
+    on_published.load_export(tmp_path / "both")
+    with torch.no_grad():
+        expected = backend.student(x_t, t, cond).value
+        torch.testing.assert_close(again.student(x_t, t, cond).value, expected)
+        torch.testing.assert_close(on_published.student(x_t, t, cond).value, expected, rtol=0, atol=1e-4)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, family: Family, tmp_path: Path, rl: str, **settings: Any) -> Run:
+    """A finished run."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([*PROMPTS, "a handwritten zero"]))
+    given = {
+        "model": str(folder), "prompts": str(prompts), "rl": rl, "reward": "none" if rl == "none" else "toy",
+        "num_inference_steps": 2, "guidance_scale": family.guidance, "guidance_jitter": 0.0, "fake_updates": 2,
+        "learning_rate": 1e-3, "fake_learning_rate": 1e-3, "lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2,
+        "per_device_train_batch_size": 4, "sample_images": 1, "sample_steps": 0, "save_steps": 0, "teacher_steps": 2,
+        "logging_steps": 1, "report_to": "none", "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    job = assemble(parse(settings=given | dict(family.settings) | settings))
+    run = Run(job, tmp_path / "run", None, None)
+    run()
+    return run
+
+
+@pytest.mark.parametrize(("name", "objective"), CASES)
+def test_ten_steps_move_student_and_fake_score_only(
+    folders: dict[str, Path], tmp_path: Path, name: str, objective: str
+) -> None:
+    family = FAMILIES[name]
+    stages = {"stage1_steps": 10, "stage2_steps": 0} if objective == "none" else {"stage1_steps": 1, "stage2_steps": 9}
+    run = trained(folders[name], family, tmp_path, objective, **stages, **family.objectives[objective])
+    lines = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 10
+    for line in lines:
+        values = {key: value for key, value in line.items() if key.startswith(("loss/", "grad_norm/"))}
+        assert {"loss/dmd", "loss/fake", "grad_norm/student", "grad_norm/fake_score"} <= values.keys()
+        assert all(value is not None and abs(value) < 1e6 for value in values.values()), values
+    if objective != "none":
+        assert all(f"loss/{objective}" in line for line in lines[1:])
+
+    after, before = run.job.backend, prepared(folders[name], family, lora_rank=4)
+    for role in ROLES:
+        initial = before.parameters(role)
+        moved = [not torch.equal(value, initial[key]) for key, value in after.parameters(role).items()]
+        assert sum(moved) > len(moved) / 2  # the last block's text stream reaches nothing
+    own = {key.replace("base_layer.", ""): value for key, value in after.roles.network.state_dict().items()}
+    published = getattr(diffusers.DiffusionPipeline.from_pretrained(folders[name]), after.network_name).state_dict()
+    assert all(torch.equal(own[key], value) for key, value in published.items())
+    x_t, t = states(after)
+    cond = before.encode(PROMPTS)
+    for guidance in (1.0, family.guidance):
+        ours, fresh = (b.teacher(x_t, t, cond, guidance=guidance).value for b in (after, before))
+        assert torch.equal(ours, fresh)
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score"])
+@pytest.mark.parametrize("full_finetune", [False, True])
+def test_gradients_with_checkpointing_are_those_without(
+    folders: dict[str, Path], name: str, role: str, full_finetune: bool
+) -> None:
+    """While another role is active at another strength when the recomputation runs."""
+    found = []
+    for gradient_checkpointing in (False, True):
+        options = {"gradient_checkpointing": gradient_checkpointing, "full_finetune": full_finetune}
+        if full_finetune and role == "fake_score":
+            options["full_finetune"] = False
+        backend = shaken(prepared(folders[name], FAMILIES[name], **options))
+        x_t, t = states(backend)
+        cond = backend.encode(PROMPTS)
+        loss = getattr(backend, role)(x_t, t, cond).x0.square().mean()
+        backend.teacher(x_t, t, cond, fake_mix=0.5)
+        with backend.roles._as(("fake_score" if role == "student" else "student", 0.3)):
+            loss.backward()
+        found.append({key: p.grad for key, p in backend.parameters(role).items() if p.grad is not None})
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and sum(bool(g.any()) for g in plain.values()) > len(plain) / 2
+    for key, grad in plain.items():
+        assert (recomputed[key] - grad).norm() <= 1e-5 * grad.norm() + 1e-9, key
