@@ -48,19 +48,30 @@ def assemble(settings: Settings) -> Job:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
     config = settings.config
-    if config.model not in registry.plugins("models"):
-        pipeline_class(config.model)  # refuse a wrong folder before anything else
+    named = config.model in registry.plugins("models")
+    bare = config.architecture if config.dry_run else None
+    if bare or not named:
+        pipeline_class(bare or config.model)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
-    model = registry.load("models", config.model)() if config.model in registry.plugins("models") else None
-    if config.prompts is None and model is None:
+    if config.dry_run and named and not bare:
+        raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
+    model = registry.load("models", config.model)() if named else None
+    if config.prompts:
+        rows = read_prompts(config.prompts)
+    elif model:
+        rows = model.prompts()
+    elif config.dry_run:  # a recipe names none; this one has all that a reward could ask for
+        columns = [name for reward in settings.of("rewards") for name in getattr(reward.cls, "columns", ())]
+        rows = [{"prompt": "", **dict.fromkeys(columns)}]
+    else:
         raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
-    rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]
     check_columns(settings.of("rewards"), rows)
-    folder = str(model.folder()) if model else config.model
+    folder = bare or (str(model.folder()) if model else config.model)
     backend = open_backend(folder, config)
-    rewards = build_rewards(settings.of("rewards"), model) if settings.of("rewards") else None
+    checkpoints = None if config.dry_run else model  # which builds them
+    rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
 
 

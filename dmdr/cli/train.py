@@ -11,7 +11,12 @@ def run(arguments: list[str]) -> None:
     # torch is imported only after the settings have been found good
     from accelerate import PartialState
 
+    from dmdr.dry_run import estimate
     from dmdr.run import run
+
+    if settings.config.dry_run:
+        print(f"{estimate(settings)}\nnothing was loaded, nothing was written")
+        return
 
     folder = run(settings)
     if PartialState().is_main_process:

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: flow matching on an MMDiT, as diffusers' `StableDiffusion3Pipeline`."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ class SD3Backend(FlowBackend):
             max_sequence_length=self.max_sequence_length,
         )
         return {"sequence": sequence, "pooled": pooled}
+
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        widths = self.network_config["joint_attention_dim"], self.network_config["pooled_projection_dim"]
+        assert self.max_sequence_length is not None
+        empty = partial(torch.empty, device=self.device, dtype=self.dtype)
+        return {"sequence": empty(count, 77 + self.max_sequence_length, widths[0]), "pooled": empty(count, widths[1])}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = network(
