@@ -120,9 +120,20 @@ class GPUKernels(TorchFunctionMode):
             if name == "rms_norm" and args[0].is_meta:
                 return rms_norm(*args, **kwargs)
         if func in BACKWARD:
-            with self:  # which is off within this method, where backward recomputes what was checkpointed
+            with self:  # off within this method, while backward may recompute what was checkpointed
                 return BACKWARD[func](*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def backward(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """`Tensor.backward`, straight to the engine."""
+    _engine((tensor,), (gradient,), bool(retain_graph), create_graph, tuple(inputs or ()), accumulate_grad=True)
 
 
 def gradients(
@@ -133,18 +144,34 @@ def gradients(
     create_graph: bool = False,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` by way of `torch.autograd.backward`, which no mode stands before."""
-    before = [tensor.grad for tensor in inputs]
-    for tensor in inputs:
-        tensor.grad = None
-    torch.autograd.backward(outputs, grad_outputs, retain_graph, create_graph, inputs=inputs)
-    found = tuple(tensor.grad for tensor in inputs)
-    for tensor, grad in zip(inputs, before, strict=True):
-        tensor.grad = grad
-    return found
+    """`torch.autograd.grad`, straight to the engine."""
+    given = grad_outputs or [None] * len(outputs)
+    return _engine(outputs, given, bool(retain_graph), create_graph, inputs, accumulate_grad=False)
 
 
-BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: torch.autograd.backward, torch.autograd.grad: gradients}
+def _engine(
+    outputs: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    retain_graph: bool,
+    create_graph: bool,
+    inputs: Sequence[Tensor],
+    accumulate_grad: bool,
+) -> Any:
+    grads = tuple(torch.ones_like(out) if grad is None else grad for out, grad in zip(outputs, given, strict=True))
+    run = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+    retain_graph = retain_graph or create_graph
+    return run(
+        tuple(outputs),
+        grads,
+        retain_graph,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=accumulate_grad,
+    )
+
+
+BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: backward, torch.autograd.grad: gradients}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
