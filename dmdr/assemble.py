@@ -58,21 +58,30 @@ def assemble(settings: Settings) -> Job:
     if config.dry_run and named and not bare:
         raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
     model = registry.load("models", config.model)() if named else None
-    if config.prompts:
-        rows = read_prompts(config.prompts)
-    elif model:
-        rows = model.prompts()
-    elif config.dry_run:  # a recipe names none; this one has all that a reward could ask for
-        columns = [name for reward in settings.of("rewards") for name in getattr(reward.cls, "columns", ())]
-        rows = [{"prompt": "", **dict.fromkeys(columns)}]
-    else:
-        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
+    rows = prompt_rows(settings, model)
     check_columns(settings.of("rewards"), rows)
     folder = bare or (str(model.folder()) if model else config.model)
     backend = open_backend(folder, config)
     checkpoints = None if config.dry_run else model  # which builds them
     rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
+
+
+def prompt_rows(settings: Settings, model: NamedModel | None) -> list[Row]:
+    """The prompts that are given, or the model's own; a dry run needs none.
+
+    Raises:
+        ConfigError: If there are none, or they cannot be read.
+    """
+    config = settings.config
+    if config.prompts:
+        return read_prompts(config.prompts)
+    if model:
+        return model.prompts()
+    if not config.dry_run:
+        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
+    columns = [name for reward in settings.of("rewards") for name in getattr(reward.cls, "columns", ())]
+    return [{"prompt": "0", **dict.fromkeys(columns, 0)}]  # a text, and a class label too
 
 
 def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:

@@ -412,7 +412,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     """
     arguments = _joined(arguments)
     names = ("model", "rl", "reward", "matching")
-    first = _first_look(arguments, *names, "resume_from_checkpoint", "output_dir")
+    first = _first_look(arguments, *names, "resume_from_checkpoint", "output_dir", "architecture")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
     file = first.config or (resume and _config_of(resume, output))
@@ -420,6 +420,9 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     if file and isinstance(given.get("architecture"), str):  # a recipe's, beside its YAML
         given["architecture"] = str(Path(file).parent / given["architecture"])
     given |= settings
+    architecture = _first_given(first.architecture, given.get("architecture"))
+    if architecture and first.model is None and given.get("model") is None:
+        given["model"] = architecture  # no weights, but a dry run needs none
     look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
     hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
     about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{hints} {installed(*registry.GROUPS)}"}

@@ -9,6 +9,7 @@ and what the caching allocator loses to fragmentation.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ AUTOCAST = dict.fromkeys(LOWER.split(), True) | dict.fromkeys(FLOAT32.split(), F
 class Meter(TorchDispatchMode):
     """Bytes of the storages that are alive, by label, and what they were when their sum was highest.
 
-    It answers for the values that meta tensors do not have: what is copied to the CPU is uniform in [0, 1), a number
-    that is asked for is 1.
+    It answers for the values that meta tensors do not have: what is copied to the CPU is 0.5 everywhere, a number that
+    is asked for is 1. Whole numbers that were copied from the CPU, such as lengths, are remembered.
 
     Attributes:
         now: Bytes by label; what was never labelled is REST.
@@ -51,6 +52,7 @@ class Meter(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._labels: dict[int, str] = {}
         self._alive: dict[int, Any] = {}
+        self._values: dict[int, Tensor] = {}
         self._sum = self._highest = 0
 
     def restart(self) -> None:
@@ -74,6 +76,7 @@ class Meter(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             del self._alive[key]
+            self._values.pop(key, None)
             self.now[self._labels.pop(key)] -= size
             self._sum -= size
 
@@ -83,6 +86,12 @@ class Meter(TorchDispatchMode):
         if self._sum > self._highest:
             self._highest, self.peak = self._sum, self.now.copy()
 
+    def _value(self, tensor: Tensor) -> Tensor:
+        known = self._values.get(id(tensor.untyped_storage()))
+        if known is None:
+            return torch.full_like(tensor, 0.5, device="cpu")
+        return known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -90,10 +99,11 @@ class Meter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return torch.ones((), dtype=args[0].dtype).item()
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            like = torch.empty_like(args[0], device="cpu", dtype=kwargs.get("dtype") or args[0].dtype)
-            out: Any = like.uniform_() if like.is_floating_point() else like.zero_()
+            out: Any = self._value(args[0]).to(kwargs.get("dtype") or args[0].dtype)
         else:
             out = func(*args, **kwargs)
+            if func is aten._to_copy.default and out.is_meta and not args[0].is_meta and not out.is_floating_point():
+                self._values[id(out.untyped_storage())] = args[0]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -115,10 +125,8 @@ class GPUKernels(TorchFunctionMode):
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu") if AUTOCAST[name] else torch.float32
                 args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, dict(kwargs)))
-            if name == "scaled_dot_product_attention" and args and args[0].is_meta:
-                return attention(func, *args, **kwargs)
-            if name == "rms_norm" and args[0].is_meta:
-                return rms_norm(*args, **kwargs)
+            if name in KERNELS and all(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+                return KERNELS[name](*args, **kwargs)
         if func in BACKWARD:
             with self:  # off within this method, while backward may recompute what was checkpointed
                 return BACKWARD[func](*args, **kwargs)
@@ -171,16 +179,12 @@ def _engine(
     )
 
 
-BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: backward, torch.autograd.grad: gradients}
-
-
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     floating = isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
     return value.to(dtype) if floating and value.dtype != torch.float64 else value
 
 
 def attention(
-    fallback: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -195,8 +199,9 @@ def attention(
     Both keep query, key, value, output and one number per token for backward. Flash attention takes half precision, no
     mask, and heads of up to 256 channels.
     """
-    if query.ndim != 4:
-        return fallback(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if query.ndim == 3:
+        more = partial(attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        return more(*(t.unsqueeze(0) for t in (query, key, value)), attn_mask).squeeze(0)
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(1) // t.size(1), 1) for t in (key, value))
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.size(-1) <= 256:
@@ -214,3 +219,7 @@ def attention(
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """Layer norm in its place: one kernel, as RMS norm is on CUDA, that keeps the same for backward."""
     return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-5)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {"scaled_dot_product_attention": attention, "rms_norm": rms_norm}
+BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: backward, torch.autograd.grad: gradients}

@@ -95,15 +95,29 @@ def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype)
     return model.requires_grad_(False).eval()
 
 
+def read_text_config(cls: Any, folder: str, subfolder: str) -> Any:
+    """The configuration of a text encoder of transformers.
+
+    Raises:
+        ConfigError: If it is missing or no JSON.
+    """
+    try:
+        with quiet():
+            return cls.config_class.from_pretrained(folder, subfolder=subfolder)
+    except Exception as error:
+        raise ConfigError(f"{_where(folder, subfolder)} has no readable configuration: {one_line(error)}") from error
+
+
 def build_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
     """The text encoder that `load_text_encoder` would give, on the meta device.
 
     Raises:
         ConfigError: If there is no configuration, or no such encoder.
     """
+    config = read_text_config(cls, folder, subfolder)
     try:
         with quiet(), torch.device("meta"):
-            model = cls(cls.config_class.from_pretrained(folder, subfolder=subfolder)).to(dtype)
+            model = cls(config).to(dtype)
     except Exception as error:
         raise ConfigError(f"{_where(folder, subfolder)} is no {cls.__name__}: {one_line(error)}") from error
     return model.requires_grad_(False).eval()

@@ -32,6 +32,7 @@ from dmdr.backends.loading import (
     one_line,
     quiet,
     read_config,
+    read_text_config,
     read_weights,
 )
 from dmdr.backends.lora import LoRARoles, joined, parted
@@ -240,7 +241,14 @@ class PipelineBackend:
             there.pop(name.replace("text_encoder", "tokenizer"), None)
         return there
 
-    def text_encoders(self) -> dict[str, Any]:
+    def clip_length(self) -> int:
+        """Tokens of the CLIP text encoder; 77 without one, as pipelines have it."""
+        if "text_encoder" not in self.text_components:
+            return 77
+        cls = getattr(transformers, self.text_components["text_encoder"][1])
+        return int(read_text_config(cls, self.folder, "text_encoder").max_position_embeddings)
+
+    def load_text_encoders(self) -> dict[str, Any]:
         """Those that are not dropped, by name; loaded anew by each call."""
         load = build_text_encoder if self.device.type == "meta" else load_text_encoder
         return {
@@ -253,7 +261,7 @@ class PipelineBackend:
         """The pipeline with its text encoders, loaded on first use."""
         if self._text is None:
             place = "cpu" if self.options.cpu_offload else self.device
-            parts = {name: encoder.to(place) for name, encoder in self.text_encoders().items()}
+            parts = {name: encoder.to(place) for name, encoder in self.load_text_encoders().items()}
             for name, (_, cls) in self.text_components.items():
                 if name not in parts:
                     parts[name] = load_tokenizer(getattr(transformers, cls), self.folder, name)

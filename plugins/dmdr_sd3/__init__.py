@@ -38,7 +38,8 @@ class SD3Backend(FlowBackend):
         widths = self.network_config["joint_attention_dim"], self.network_config["pooled_projection_dim"]
         assert self.max_sequence_length is not None
         empty = partial(torch.empty, device=self.device, dtype=self.dtype)
-        return {"sequence": empty(count, 77 + self.max_sequence_length, widths[0]), "pooled": empty(count, widths[1])}
+        length = self.clip_length() + self.max_sequence_length
+        return {"sequence": empty(count, length, widths[0]), "pooled": empty(count, widths[1])}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = network(
