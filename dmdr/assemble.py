@@ -79,7 +79,9 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
         if needs.matching and config.dmd_weight == 0:
             raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
         if config.num_generations < needs.group_size:
-            raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
+            raise ConfigError(
+                f"{who} needs --num_generations of at least {needs.group_size}, not {config.num_generations}"
+            )
         noisy = max(needs.stochastic_steps, int(needs.steps == "stochastic" or needs.log_prob))
         if noisy and (last < noisy or config.eta == 0):
             raise ConfigError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from dmdr.checkpoint import checkpoints, read_progress
 from dmdr.config import Config, read_yaml
 from dmdr.errors import ConfigError
+from dmdr.images import can_hold_files
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:
@@ -26,8 +27,8 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     else:
         output = Path(config.output_dir)
     if resume is None:
-        if not next(path for path in (output, *output.parents) if path.exists()).is_dir():
-            raise ConfigError(f"--output_dir {output} is no folder")
+        if not can_hold_files(next(path for path in (output, *output.absolute().parents) if path.exists())):
+            raise ConfigError(f"--output_dir {output} is no folder that may be written to")
         if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
             raise ConfigError(
                 f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "

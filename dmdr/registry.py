@@ -80,8 +80,9 @@ def find(group: str, name: str) -> Plugin:
     """
     known = plugins(group)
     if name not in known:
+        hint = " of a file, as in my_file.py:NAME" if name.endswith(".py") else suggest(name, list(known))
         raise PluginError(
-            f"unknown {group[:-1]} '{name}'{suggest(name, list(known))}; known: {', '.join(known) or 'none'} "
+            f"unknown {group[:-1]} '{name}'{hint}; known: {', '.join(known) or 'none'} "
             f"(a package adds one under the entry-point group 'dmdr.{group}')"
         )
     return known[name]
@@ -125,7 +126,7 @@ def _imported(plugin: Plugin) -> Any:
 
 def _checked(group: str, target: Any, where: str) -> Any:
     if not inspect.isclass(target):
-        raise PluginError(f"{where} is no class")
+        raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else ""))
     if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):
         raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
     missing = [name for name in PROMISED.get(group, ()) if not hasattr(target, name)]

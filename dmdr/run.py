@@ -234,6 +234,7 @@ class Run:
             except Exception:
                 if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
                     self._save(trainer)
+                logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
                 raise
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if trainer.student.ema and trainer.step == stage.steps:

@@ -123,7 +123,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a weights file: safetensors, or what `torch.save` wrote of a state dict.
 
     Raises:
-        ConfigError: If there is no such file, or it holds anything but tensors: a pickle that could run code is refused.
+        ConfigError: If there is no such file, or it holds more than tensors: a pickle that could run code is refused.
     """
     file = Path(path).expanduser()
     if not file.is_file():

@@ -43,12 +43,27 @@ def run(arguments: list[str]) -> None:
     paths = scoring.find_images(flags.images)
     rows = read_rows(flags, chosen, len(paths))
     rewards, device = open_rewards(flags, chosen)
-    scores = scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device)
-    scores["total"] = rewards.total(scores)
-    # where a link leads to, or the file would take the link's place
-    images.write_atomically(Path(flags.output).resolve(), scoring.as_csv(paths, rows, scores))
+    found: list[dict[str, Any]] = []
+
+    def write() -> dict[str, Any]:
+        scores = scoring.joined(found)
+        scores["total"] = rewards.total(scores)
+        # where a link leads to, or the file would take the link's place
+        images.write_atomically(Path(flags.output).resolve(), scoring.as_csv(paths, rows, scores))
+        return scores
+
+    try:
+        for part in scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device):
+            found.append(part)
+    except BaseException:  # Ctrl-C, too
+        if found:
+            count = len(write()["total"])
+            print(f"the first {count} of {len(paths)} images are saved in {flags.output}", file=sys.stderr)
+        raise
+    scores = write()
     print(scoring.table(scores))
     print(f"\nsaved as {flags.output}")
+    rewards.require_finite(scores)
 
 
 def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[dict[str, Any]]:
@@ -75,3 +90,7 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
 
 def main() -> None:
     sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

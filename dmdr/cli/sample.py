@@ -83,3 +83,7 @@ def draw(
 
 def main() -> None:
     sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -119,7 +119,7 @@ class Network(nn.Module):
 
 
 def network_of(given: Mapping[str, Tensor], med_config: Mapping[str, Any], what: str) -> Network:
-    """The network of a flat state dict in the published layout; sizes are read off the shapes.
+    """The network of a flat state dict in the published layout; the vision transformer's sizes are read off the shapes.
 
     Args:
         given: Tensors by the authors' names.
@@ -152,7 +152,7 @@ def network_of(given: Mapping[str, Tensor], med_config: Mapping[str, Any], what:
         # is_decoder: cross-attention.
         text_config = BlipTextConfig(**known, encoder_hidden_size=width, is_decoder=True, bos_token_id=None)
         vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever odd shapes or settings lead to
         raise ConfigError(f"{what} is no ImageReward ({reason(error)})") from error
     network = Network(vision, text, head)
     load_strict({_published(name): value for name, value in network.state_dict().items()}, given, what)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import sd3
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
+from family import FAMILIES, Family
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +26,6 @@ from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.testing import check_backend
-from family import FAMILIES, Family
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 ROLES = ("student", "fake_score")
