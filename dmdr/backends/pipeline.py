@@ -438,6 +438,8 @@ def set_attention_backend(network: Any, name: str) -> None:
     Raises:
         ConfigError: If diffusers does not know it, or this machine or network cannot run it.
     """
+    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
+        raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
     try:
         with quiet():
             network.set_attention_backend(name)

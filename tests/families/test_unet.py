@@ -299,6 +299,11 @@ def test_models_that_are_no_teacher(built: Callable[..., Path]) -> None:
         SDXLBackend(str(distilled), BackendOptions())
 
 
+def test_a_kernel_that_diffusers_would_ignore(built: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="--attention_backend native"):
+        prepared(built(sdxl.build), FAMILIES["sdxl"], attention_backend="native")
+
+
 def test_layers_that_no_lora_file_can_name(built: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="add_embedding"):
         prepared(built(sdxl.build), FAMILIES["sdxl"], lora_target_modules=("to_q", "linear_1"))
