@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -130,6 +130,10 @@ class PipelineBackend:
     def scheduler(self, sampler: Sampler) -> Any:
         """The stock scheduler that takes the sampler's steps."""
         raise NotImplementedError
+
+    def lora_key(self, name: str) -> str:
+        """Key in the exported file of `<module>.lora_A.weight` or `<module>.lora_B.weight`."""
+        return f"{self.network_name}.{name}"
 
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """Arguments of the pipeline's call that no scheduler can hold; a family adds its grid."""
@@ -387,7 +391,9 @@ class PipelineBackend:
             self.roles.copies["student"].save_pretrained(directory / self.network_name)
         else:
             layers = joined(self.roles.folded("student"), self._teacher_lora)
-            self.pipeline_class.save_lora_weights(directory, **{f"{self.network_name}_lora_layers": layers})
+            directory.mkdir(parents=True, exist_ok=True)
+            keyed = {self.lora_key(name): tensor for name, tensor in layers.items()}
+            save_file(keyed, directory / LORA_FILE, {"format": "pt"})
         self.scheduler(sampler).save_pretrained(directory / "scheduler")
         return self.call_arguments(sampler)
 
@@ -420,8 +426,8 @@ class PipelineBackend:
             given = load_network(self.network_class, str(directory), self.network_name, torch.float32).state_dict()
             load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
         else:
-            prefix = f"{self.network_name}."
-            given = {name.removeprefix(prefix): value for name, value in load_file(directory / file).items()}
+            names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}
+            given = {names.get(key, key): value for key, value in load_file(directory / file).items()}
             student = parted(given, self._teacher_lora, self.parameters("student"))
             self.roles.unfold("student", student, str(directory / file))
 
@@ -432,6 +438,8 @@ def set_attention_backend(network: Any, name: str) -> None:
     Raises:
         ConfigError: If diffusers does not know it, or this machine or network cannot run it.
     """
+    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
+        raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
     try:
         with quiet():
             network.set_attention_backend(name)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import sd1
 import sd3
+import sdxl
 from torch import Tensor
 
 
@@ -21,6 +24,7 @@ class Family:
         unpacked: The pipeline's latents (or network output) as [B, *latent], given our latent shape.
         settings: Settings of a training run.
         objectives: Objectives that a run is made of, with settings of their own.
+        lora_keys: Form of the keys in an exported LoRA file.
         variants: Settings of the exports that stock diffusers must reproduce.
     """
 
@@ -39,8 +43,23 @@ class Family:
             "srpo": {"srpo_positive": ["Red"], "srpo_negative": ["Green"], "srpo_template": "{word} {prompt}"},
         }
     )
+    lora_keys: str = r"transformer\..*\.lora_[AB]\.weight"
     variants: Sequence[Mapping[str, Any]] = ({}, {"full_finetune": True}, {"sample_eta": 0.0})
 
+
+# Kohya's names: stock diffusers and ComfyUI read them.
+UNET_LORA_KEYS = r"lora_unet_\w+\.lora_(down|up)\.weight"
+UNET_OBJECTIVES = {
+    **Family(sdxl.build).objectives,
+    "grpo": {"num_generations": 2, "sde_type": "ddim", "eta": 0.8},
+}
+UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
+    {"num_inference_steps": 1},
+    {"num_inference_steps": 1, "sample_eta": 0.0},
+    {"num_inference_steps": 4},
+    {"timesteps": [999, 749, 500, 250], "sample_eta": 0.0},
+    {"full_finetune": True},
+)
 
 FAMILIES: dict[str, Family] = {
     "sd3": Family(
@@ -53,5 +72,23 @@ FAMILIES: dict[str, Family] = {
             {"sample_eta": 0.0, "shift": 5.0},
             {"drop_text_encoders": ["text_encoder_3"]},
         ),
+    ),
+    "sdxl": Family(
+        sdxl.build,
+        lora_keys=UNET_LORA_KEYS,
+        objectives=UNET_OBJECTIVES,
+        variants=UNET_VARIANTS,
+    ),
+    "sd1": Family(
+        sd1.build,
+        lora_keys=UNET_LORA_KEYS,
+        objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
+        variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
+    ),
+    "sd1-v": Family(
+        partial(sd1.build, prediction_type="v_prediction"),
+        lora_keys=UNET_LORA_KEYS,
+        objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
+        variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
     ),
 }
