@@ -114,7 +114,7 @@ def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Ten
 
     pipe.scheduler.step = spy
     torch.manual_seed(0)
-    pipe(PROMPTS, num_inference_steps=3, output_type="latent", **{"guidance_scale": guidance, **family.call})
+    pipe(list(PROMPTS), num_inference_steps=3, output_type="latent", **family.guided(guidance), **family.call)
     assert len(seen) == 3
     return seen
 
