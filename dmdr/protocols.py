@@ -93,7 +93,9 @@ class Backend(Protocol):
     """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
-    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step.
+    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step;
+    `fresh_noise(drawn)`, which makes latents [B, *latent] of as many numbers in the order in which the stock scheduler
+    draws those of later steps, where that is in another layout.
     """
 
     options: BackendOptions

@@ -70,6 +70,7 @@ class PipelineBackend:
         network_class: Class of the denoising network.
         network_name: The component that it is.
         lora_targets: Modules that get an adapter, as PEFT matches names.
+        droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
     """
 
@@ -77,6 +78,7 @@ class PipelineBackend:
     network_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[Sequence[str]]
+    droppable: ClassVar[Sequence[str]] = ()
     default_size: ClassVar[int] = 128
     kind: Kind = "velocity"
     path: NoisePath
@@ -105,6 +107,10 @@ class PipelineBackend:
         if own is None and options.max_sequence_length:
             raise ConfigError(f"--max_sequence_length: the text length of a {self.pipeline_class.__name__} is fixed")
         self.max_sequence_length: int | None = options.max_sequence_length or own
+        if self.max_sequence_length and self.max_sequence_length > self.text_limit:
+            raise ConfigError(
+                f"--max_sequence_length {self.max_sequence_length}: {folder} takes {self.text_limit} at most"
+            )
         if options.student_weights and not options.full_finetune:
             raise ConfigError("--student_weights are of a full network: they need --full_finetune")
 
@@ -114,6 +120,11 @@ class PipelineBackend:
     def patch_size(self) -> int:
         """Latent pixels along a side that the network cannot divide."""
         return int(self.network_config.get("patch_size") or 1)
+
+    @property
+    def text_limit(self) -> int:
+        """Tokens at most; more than these are refused by most pipelines' calls, after all the training."""
+        return 512
 
     def grid(self, num_inference_steps: int) -> Tensor:
         """The student's times where the user names none, [K + 1] float64 from noise to exactly 0."""
@@ -217,7 +228,7 @@ class PipelineBackend:
         """Text encoders and tokenizers of the pipeline but those that the user drops: name -> library and class.
 
         Raises:
-            ConfigError: If an encoder is dropped that is not there.
+            ConfigError: If an encoder is dropped that is not there, or that the pipeline cannot do without.
         """
         there = {
             name: (str(value[0]), str(value[1]))
@@ -225,9 +236,9 @@ class PipelineBackend:
             if name.startswith(TEXT) and isinstance(value, list) and value[0] is not None
         }
         for name in self.options.drop_text_encoders:
-            if name not in there or not name.startswith("text_encoder"):
-                known = ", ".join(part for part in there if part.startswith("text_encoder"))
-                raise ConfigError(f"--drop_text_encoders {name}: {self.folder} has {known or 'none'}")
+            if name not in there or name not in self.droppable:
+                known = ", ".join(part for part in self.droppable if part in there)
+                raise ConfigError(f"--drop_text_encoders {name}: {self.folder} can do without {known or 'none'}")
             del there[name]
             there.pop(name.replace("text_encoder", "tokenizer"), None)
         return there

@@ -73,6 +73,8 @@ def draw(
     cond = backend.encode(prompts)
     shape = (len(prompts), *backend.latent_shape)
     noise = [torch.randn(shape, device=accelerator.device) for _ in range(sampler.num_inference_steps)]
+    if hasattr(backend, "fresh_noise"):
+        noise[1:] = map(backend.fresh_noise, noise[1:])
     pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{i:04d}.png" for i in range(len(prompts))]

@@ -20,6 +20,7 @@ class SD3Backend(FlowBackend):
     pipeline_class = StableDiffusion3Pipeline
     network_class = SD3Transformer2DModel
     lora_targets = LORA_TARGETS
+    droppable = ("text_encoder_3",)
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77 + max_sequence_length, D] and pooled [B, P]; without T5 its part of the sequence is zero."""

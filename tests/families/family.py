@@ -6,10 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffusers import FluxPipeline
+from torch import Tensor
+
+import flux
 import sd1
 import sd3
 import sdxl
-from torch import Tensor
+import z_image
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Family:
     Attributes:
         build: Saves the pipeline into a folder, as `save_pretrained` lays it out.
         guidance: A scale that the stock pipeline is guided at.
-        call: Further arguments of the stock pipeline's call, beside prompts, steps and guidance.
+        guided: Arguments of the stock pipeline's call that guide it at a scale.
+        call: Further arguments of the call, beside prompts and steps.
         timestep: Our time t in [0, 1] of a timestep that the pipeline gives its scheduler.
         unpacked: The pipeline's latents (or network output) as [B, *latent], given our latent shape.
         settings: Settings of a training run.
@@ -30,6 +35,7 @@ class Family:
 
     build: Callable[[Path], None]
     guidance: float = 4.0
+    guided: Callable[[float], Mapping[str, Any]] = lambda scale: {"guidance_scale": scale}
     call: Mapping[str, Any] = field(default_factory=dict)
     timestep: Callable[[Tensor], Tensor] = lambda timestep: timestep.double() / 1000
     unpacked: Callable[[Tensor, Sequence[int]], Tensor] = lambda latents, shape: latents
@@ -90,5 +96,26 @@ FAMILIES: dict[str, Family] = {
         lora_keys=UNET_LORA_KEYS,
         objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
         variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
+    ),
+    "flux": Family(
+        flux.dev,
+        settings={"resolution": 16, "max_sequence_length": 8},
+        call={"height": 16, "width": 16, "max_sequence_length": 8},
+        unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
+    ),
+    "flux-schnell": Family(
+        flux.schnell,
+        guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ["", ""]},
+        settings={"resolution": 16, "max_sequence_length": 8},
+        call={"height": 16, "width": 16, "max_sequence_length": 8},
+        unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
+        objectives={"none": {}},
+        variants=({},),
+    ),
+    "z-image": Family(
+        z_image.build,
+        guided=lambda scale: {"guidance_scale": scale - 1},
+        settings={"resolution": 16, "max_sequence_length": 40},
+        call={"height": 16, "width": 16, "max_sequence_length": 40},
     ),
 }

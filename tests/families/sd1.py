@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import parts
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+import parts
 
 
 def build(folder: Path, scheduler: Any = None, **schedule: Any) -> None:

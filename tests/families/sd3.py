@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import parts
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+import parts
 
 
 def build(folder: Path, **absent: None) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import parts
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+import parts
 
 
 def unet(**config: Any) -> UNet2DConditionModel:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
-from family import FAMILIES, Family
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.testing import check_backend
+from family import FAMILIES, Family
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 ROLES = ("student", "fake_score")
@@ -115,7 +115,7 @@ def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Ten
 
     pipe.scheduler.step = spy
     torch.manual_seed(0)
-    pipe(PROMPTS, num_inference_steps=3, output_type="latent", **{"guidance_scale": guidance, **family.call})
+    pipe(list(PROMPTS), num_inference_steps=3, output_type="latent", **family.guided(guidance), **family.call)
     assert len(seen) == 3
     return seen
 

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import parts
 import pytest
-import sd1
-import sdxl
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -22,10 +19,11 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.utils import logging
-from family import FAMILIES, Family
-from test_families import PROMPTS, prepared, stock_steps
 from torch import Tensor
 
+import parts
+import sd1
+import sdxl
 from dmdr.assemble import assemble
 from dmdr.config import parse
 from dmdr.errors import ConfigError
@@ -35,6 +33,8 @@ from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.types import Condition
 from dmdr_sdxl import SD1Backend, SDXLBackend
+from family import FAMILIES, Family
+from test_families import PROMPTS, prepared, stock_steps
 
 ZERO_SNR = {"rescale_betas_zero_snr": True}
 ddim = partial(DDIMScheduler, clip_sample=False, steps_offset=1)  # the pipeline warns of anything else
