@@ -48,12 +48,12 @@ def assemble(settings: Settings) -> Job:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
     config = settings.config
-    if config.model not in registry.plugins("models"):
+    if not registry.registered("models", config.model):
         pipeline_class(config.model)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
-    model = registry.load("models", config.model)() if config.model in registry.plugins("models") else None
+    model = registry.load("models", config.model)() if registry.registered("models", config.model) else None
     if config.prompts is None and model is None:
         raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
     rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]

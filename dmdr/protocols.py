@@ -343,6 +343,8 @@ class Judge(Protocol):
 class NamedModel(Protocol):
     """A model with a name of its own (`--model digits`): builds or finds a pipeline folder, and brings what it needs.
 
+    Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`).
+
     Attributes:
         recipe: Defaults of configuration fields, by name.
     """

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import Tensor
 
 import sd3
+import sit
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,8 @@ class Family:
 
     Attributes:
         build: Saves the pipeline into a folder, as `save_pretrained` lays it out.
+        prompts: Two that it understands.
+        stock: The pipeline as stock diffusers loads it from the folder.
         guidance: A scale that the stock pipeline is guided at.
         call: Further arguments of the stock pipeline's call, beside prompts, steps and guidance.
         timestep: Our time t in [0, 1] of a timestep that the pipeline gives its scheduler.
@@ -26,6 +30,8 @@ class Family:
     """
 
     build: Callable[[Path], None]
+    prompts: Sequence[str] = ("a handwritten seven", "a handwritten two")
+    stock: Callable[[Path], Any] = diffusers.DiffusionPipeline.from_pretrained
     guidance: float = 4.0
     call: Mapping[str, Any] = field(default_factory=dict)
     timestep: Callable[[Tensor], Tensor] = lambda timestep: timestep.double() / 1000
@@ -55,4 +61,5 @@ FAMILIES: dict[str, Family] = {
             {"drop_text_encoders": ["text_encoder_3"]},
         ),
     ),
+    "sit": Family(sit.build, prompts=("class 7", "class 2"), stock=sit.stock),
 }
