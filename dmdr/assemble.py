@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from dmdr import registry
 from dmdr.config import Chosen, Config, Settings
 from dmdr.errors import ConfigError
-from dmdr.prompts import Row, read_prompts
+from dmdr.prompts import Row, read_prompts, split_columns
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
 from dmdr.rewards import Rewards
 from dmdr.trainer import WeightedObjective
@@ -60,6 +60,9 @@ def assemble(settings: Settings) -> Job:
     check_columns(settings.of("rewards"), rows)
     folder = str(model.folder()) if model else config.model
     backend = open_backend(folder, config)
+    if hasattr(backend, "check_prompts"):
+        prompts, columns = split_columns(rows)
+        backend.check_prompts(prompts, **columns)
     rewards = build_rewards(settings.of("rewards"), model) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
 

@@ -60,20 +60,27 @@ class SiTBackend(FlowBackend):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
         return SiTPipeline(network, self.vae, scheduler)
 
-    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:
-        """Labels, [B] int64.
+    def check_prompts(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        """Refuse what has no class.
 
         Raises:
-            ConfigError: If a label or prompt names no class.
+            ConfigError: If a label or prompt names none.
         """
+        self._labels(prompts, columns)
+
+    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:
+        """`label`, [B] int64; raises as `check_prompts` does."""
+        labels = torch.tensor(self._labels(prompts, columns), device=self.device)
+        return Condition(tuple(prompts), {"label": labels}, columns)
+
+    def _labels(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[int]:
         given = columns.get("label", [None] * len(prompts))
         meant = [prompt if label is None else label for prompt, label in zip(prompts, given, strict=True)]
         try:
-            labels = [class_index(label, self.num_classes) for label in meant]
+            return [class_index(label, self.num_classes) for label in meant]
         except ValueError as error:
             what = "the column 'label'" if "label" in columns else "the prompts have no column 'label', and of them"
             raise ConfigError(f"--prompts: {what}: {error}") from error
-        return Condition(tuple(prompts), {"label": torch.tensor(labels, device=self.device)}, columns)
 
     def unconditional(self, cond: Condition) -> Mapping[str, Tensor]:
         return {"label": torch.full_like(cond.tensors["label"], self.num_classes)}
