@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from dmdr import registry
 from dmdr.config import Chosen, Config, Settings
 from dmdr.errors import ConfigError
-from dmdr.prompts import Row, read_prompts
+from dmdr.prompts import Row, read_prompts, split_columns
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
 from dmdr.rewards import Rewards
 from dmdr.trainer import WeightedObjective
@@ -48,18 +48,21 @@ def assemble(settings: Settings) -> Job:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
     config = settings.config
-    if config.model not in registry.plugins("models"):
+    if not registry.registered("models", config.model):
         pipeline_class(config.model)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
-    model = registry.load("models", config.model)() if config.model in registry.plugins("models") else None
+    model = registry.load("models", config.model)() if registry.registered("models", config.model) else None
     if config.prompts is None and model is None:
         raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
     rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]
     check_columns(settings.of("rewards"), rows)
     folder = str(model.folder()) if model else config.model
     backend = open_backend(folder, config)
+    if hasattr(backend, "check_prompts"):
+        prompts, columns = split_columns(rows)
+        backend.check_prompts(prompts, **columns)
     rewards = build_rewards(settings.of("rewards"), model) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
 

@@ -51,7 +51,7 @@ class Config(Flags):
     """Every setting of a run; each field is the flag `--<name>` and the YAML key `<name>`."""
 
     # What is trained, on what, towards what
-    model: str = flag("digits", "registered name, local pipeline folder, or hub id")
+    model: str = flag("digits", "registered name (some with a file: sit-xl-2:PATH), local pipeline folder, or hub id")
     prompts: str | None = flag(
         None, "one prompt a line, or .jsonl: one object a line with 'prompt' and columns; a named model brings its own"
     )
@@ -496,7 +496,7 @@ def _parse(
 
 def model_recipe(name: str) -> Mapping[str, Any]:
     """The recipe of a registered model; empty for folders and hub ids."""
-    return registry.load("models", name).recipe if name in registry.plugins("models") else {}
+    return registry.load("models", name).recipe if registry.registered("models", name) else {}
 
 
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."

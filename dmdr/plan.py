@@ -8,6 +8,7 @@ from dmdr.checkpoint import checkpoints, read_progress
 from dmdr.config import Config, read_yaml
 from dmdr.errors import ConfigError
 from dmdr.images import can_hold_files
+from dmdr.registry import registered
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:
@@ -22,7 +23,8 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     elif config.output_dir is None and resume:
         raise ConfigError("--resume_from_checkpoint latest: say of which run with --output_dir")
     elif config.output_dir is None:
-        name = f"{Path(config.model).name}-{config.rl}".replace("*", "x")
+        model = registered("models", config.model) or Path(config.model).name
+        name = f"{model}-{config.rl}".replace("*", "x")
         output = _free_folder(Path("runs") / re.sub(r"[^\w.+-]+", "_", name))
     else:
         output = Path(config.output_dir)

@@ -93,9 +93,10 @@ class Backend(Protocol):
     """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
-    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step;
-    `fresh_noise(drawn)`, which makes latents [B, *latent] of as many numbers in the order in which the stock scheduler
-    draws those of later steps, where that is in another layout.
+    (`ConfigError`). Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which
+    refuses (`ConfigError`) before weights are loaded; `cache_prompts(prompts)`, called once with all prompts of a run
+    before its first step; `fresh_noise(drawn)`, which makes latents [B, *latent] of as many numbers in the order in
+    which the stock scheduler draws those of later steps, where that is in another layout.
     """
 
     options: BackendOptions
@@ -344,6 +345,8 @@ class Judge(Protocol):
 @runtime_checkable
 class NamedModel(Protocol):
     """A model with a name of its own (`--model digits`): builds or finds a pipeline folder, and brings what it needs.
+
+    Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`).
 
     Attributes:
         recipe: Defaults of configuration fields, by name.

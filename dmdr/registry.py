@@ -88,11 +88,17 @@ def find(group: str, name: str) -> Plugin:
     return known[name]
 
 
+def registered(group: str, name: str) -> str | None:
+    """The plugin's name that `name` is, or begins with up to the colon of an address; None where there is none."""
+    kind = name.partition(":")[0]
+    return kind if kind in plugins(group) else None
+
+
 def load(group: str, name: str) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 
     A class with a classmethod `at(address) -> type` is registered under what its addresses begin with, up to the colon
-    (`http` for http://127.0.0.1:8000). It is asked for the class of the whole name.
+    (`http` for http://127.0.0.1:8000, `sit-xl-2` for sit-xl-2:PATH). It is asked for the class of the whole name.
 
     Raises:
         ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.

@@ -205,7 +205,8 @@ class PipelineBackend:
         if options.gradient_checkpointing:
             for each in self.roles.networks:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
-        self.cache = None if options.prompt_cache == "off" else PromptCache(self._cache_folder(), self._embed)
+        cached = self.text_components and options.prompt_cache != "off"
+        self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
 
     def _load_vae(self, cls: Any, folder: str, subfolder: str = "") -> Any:
         # Decoders of the Stable Diffusion families overflow in float16, which their `force_upcast` says.

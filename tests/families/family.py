@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import FluxPipeline
 from torch import Tensor
 
@@ -13,6 +14,7 @@ import flux
 import sd1
 import sd3
 import sdxl
+import sit
 import z_image
 
 
@@ -22,6 +24,8 @@ class Family:
 
     Attributes:
         build: Saves the pipeline into a folder, as `save_pretrained` lays it out.
+        prompts: Two that it understands.
+        stock: The pipeline as stock diffusers loads it from the folder.
         guidance: A scale that the stock pipeline is guided at.
         guided: Arguments of the stock pipeline's call that guide it at a scale.
         call: Further arguments of the call, beside prompts and steps.
@@ -34,6 +38,8 @@ class Family:
     """
 
     build: Callable[[Path], None]
+    prompts: Sequence[str] = ("a handwritten seven", "a handwritten two")
+    stock: Callable[[Path], Any] = diffusers.DiffusionPipeline.from_pretrained
     guidance: float = 4.0
     guided: Callable[[float], Mapping[str, Any]] = lambda scale: {"guidance_scale": scale}
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -118,4 +124,5 @@ FAMILIES: dict[str, Family] = {
         settings={"resolution": 16, "max_sequence_length": 40},
         call={"height": 16, "width": 16, "max_sequence_length": 40},
     ),
+    "sit": Family(sit.build, prompts=("class 7", "class 2"), stock=sit.stock),
 }
