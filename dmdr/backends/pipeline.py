@@ -238,8 +238,9 @@ class PipelineBackend:
         }
         for name in self.options.drop_text_encoders:
             if name not in there or name not in self.droppable:
-                known = ", ".join(part for part in self.droppable if part in there)
-                raise ConfigError(f"--drop_text_encoders {name}: {self.folder} can do without {known or 'none'}")
+                has = ", ".join(part for part in there if part.startswith("text_encoder")) or "none"
+                why = f"a {self.pipeline_class.__name__} needs it" if name in there else f"{self.folder} has {has}"
+                raise ConfigError(f"--drop_text_encoders {name}: {why}")
             del there[name]
             there.pop(name.replace("text_encoder", "tokenizer"), None)
         return there

@@ -102,10 +102,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         velocity = -x if config.noise_at_zero else x
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def set_attention_backend(self, backend: str) -> None:
-        """Refused: attention is torch's scaled_dot_product_attention, which chooses its kernel itself."""
-        raise NotImplementedError(f"SiT's attention is torch's own; it cannot be '{backend}'")
-
 
 class SiTBlock(nn.Module):
     """x + gate attn(modulated norm(x)), then the same with an MLP; shifts, scales and gates are read off c."""

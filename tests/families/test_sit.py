@@ -325,7 +325,7 @@ def test_options_that_do_not_fit_are_refused(folder: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             SiTBackend(str(folder), BackendOptions(**option))
     for option, message in (
-        ({"attention_backend": "flash"}, "--attention_backend flash: .*torch's own"),
+        ({"attention_backend": "flash"}, "--attention_backend flash: diffusers would ignore it"),
         ({"lora_target_modules": ("to_q",)}, "--lora_target_modules to_q"),
         ({"drop_text_encoders": ("text_encoder",)}, "has none"),
     ):
