@@ -43,6 +43,9 @@ if hasattr(rewards.parts[name][1], "resize"):
             found[method] = torch.stack([rewards(pair, ["a red fox"] * 2, label=[3, 3]) for pair in pairs])
     photographs, bars = (found["float"] - found["exact"]).abs().amax(0).tolist()
     print(f"{name}: float differs from exact by {photographs:.1e} (photographs) and {bars:.1e} (bars)")
+    scale = getattr(rewards.parts[name][1], "scale", 1.0)
+    bounds = {"clip": 4e-5, "pickscore": 2e-5 * scale, "aesthetic": 3e-5, "imagereward": 1e-3, "dinov2": 2e-3}
+    assert max(photographs, bars) <= bounds[name]  # what the docstrings say
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
