@@ -27,8 +27,8 @@ OFFSET = 0.1  # by which the authors' code enlarges a grid of positions before i
 class DINOv2(ResizingReward):
     """log p(label | image), at most 0, of a DINOv2 classifier; reads the column `label`, where None is not judged.
 
-    At full size, with random weights, resize "float" moves a score by up to 2e-3 from "exact" at 512 x 512, 768 x 512 and
-    512 x 768; "exact" is Pillow's.
+    At full size, with random weights, resize "float" moves a score by up to 2e-3 from "exact", which is Pillow's,
+    at 512 x 512, 768 x 512 and 512 x 768.
 
     Attributes:
         checkpoint: A folder or hub id of transformers' `Dinov2ForImageClassification`; a folder with the two files of

@@ -52,8 +52,8 @@ class ImageReward(ResizingReward):
     centre cropped; a prompt is cut after 35 tokens. There are no separable text features. In bfloat16 a score is off
     by about 0.01: compare models in float32.
 
-    At full size, with random weights, resize "float" moves a score by up to 1e-3 from "exact" at 512 x 512, 768 x 512 and
-    512 x 768; "exact" is Pillow's.
+    At full size, with random weights, resize "float" moves a score by up to 1e-3 from "exact", which is Pillow's,
+    at 512 x 512, 768 x 512 and 512 x 768.
 
     Attributes:
         checkpoint: The weights file (`ImageReward.pt`), `org/name:file` on the hub, or a folder with it, its
