@@ -114,6 +114,9 @@ class Config(Flags):
     stage2_fake_learning_rate: float | None = flag(None, "of the fake score in stage 2; fake_learning_rate by default")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("constant", "schedule of the student, per stage")
     warmup_steps: int = flag(0, "of the student, per stage")
+    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = flag(
+        "adamw_torch", "of both roles; adamw_bnb_8bit keeps moments in 8 bits (bitsandbytes)"
+    )
     adam_beta1: float = flag(0.9, "of both optimizers")
     adam_beta2: float = flag(0.999, "of both optimizers")
     adam_epsilon: float = flag(1e-8, "of both optimizers")

@@ -87,6 +87,7 @@ def run(settings: Settings) -> Path:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     config, state = settings.config, PartialState(cpu=cpu, timeout=timedelta(hours=6))
     check_tracker(config)
+    adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = find_initial(config.init_student) if config.init_student and not resume else None
     if initial and initial.resolve().is_relative_to(output.resolve()):
@@ -102,6 +103,22 @@ def check_tracker(config: Config) -> None:
     """Refuse a tracker that accelerate cannot log to."""
     if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
         raise ConfigError(f"--report_to {config.report_to} is unknown to accelerate, or its package is not installed")
+
+
+def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer's class.
+
+    Raises:
+        ConfigError: If its package is not installed.
+    """
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install 'dmdr[8bit]'") from error
+    eight_bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return eight_bit
 
 
 def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
@@ -386,7 +403,7 @@ class Run:
         parameters = self.job.backend.parameters(role)
         if state:
             load_parameters(state, role, parameters)
-        optimizer = torch.optim.AdamW(
+        optimizer = adamw(config)(
             parameters.values(),
             lr=rate,
             betas=(config.adam_beta1, config.adam_beta2),
