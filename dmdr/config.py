@@ -128,6 +128,7 @@ class Config(Flags):
     num_generations: int = flag(1, "images per prompt")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
+    torch_compile: bool = flag(False, "compile the network's blocks: minutes at the start, faster steps")
     attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
     cpu_offload: bool = flag(False, "keep text encoders and VAE on the CPU while they are idle")
     vae_tiling: bool = flag(False, "decode by tiles")

@@ -58,6 +58,7 @@ class BackendOptions:
         reward_vae: Small decoder (`AutoencoderTiny`) for the rewards, a folder or hub id; None for the model's own.
         vae_tiling: Decode by tiles.
         decode_chunk_size: Images that are decoded at a time; None for all.
+        torch_compile: Compile the network's blocks.
         attention_backend: Attention kernel by diffusers' name; None for its default.
         cpu_offload: Keep text encoders and VAE on the CPU while they are idle.
         prompt_cache: Folder of prompt embeddings on disk, "off" for none; None for the usual one.
@@ -82,6 +83,7 @@ class BackendOptions:
     reward_vae: str | None = None
     vae_tiling: bool = False
     decode_chunk_size: int | None = None
+    torch_compile: bool = False
     attention_backend: str | None = None
     cpu_offload: bool = False
     prompt_cache: str | None = None

@@ -206,6 +206,9 @@ class PipelineBackend:
             for each in self.roles.networks:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
         cached = self.text_components and options.prompt_cache != "off"
+        if options.torch_compile:
+            for each in self.roles.networks:
+                compile_blocks(each)
         self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
 
     def _load_vae(self, cls: Any, folder: str, subfolder: str = "") -> Any:
@@ -458,6 +461,22 @@ def set_attention_backend(network: Any, name: str) -> None:
             network.set_attention_backend(name)
     except Exception as error:
         raise ConfigError(f"--attention_backend {name}: {one_line(error)}") from error
+
+
+def compile_blocks(network: Any) -> None:
+    """Compile the blocks that a network repeats, one graph for all of a kind and a role.
+
+    Raises:
+        ConfigError: If the network does not say which they are.
+    """
+    names = network._repeated_blocks or network._no_split_modules or ()
+    blocks = [module for module in network.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ConfigError(f"--torch_compile: a {type(network).__name__} does not name its repeated blocks")
+    # Every role, with and without gradient, is a graph of its own; beyond this limit torch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in blocks:
+        block.compile()
 
 
 def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:

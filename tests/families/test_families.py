@@ -285,3 +285,34 @@ def test_gradients_with_checkpointing_are_those_without(
     assert plain.keys() == recomputed.keys() and sum(bool(g.any()) for g in plain.values()) > len(plain) / 2
     for key, grad in plain.items():
         assert (recomputed[key] - grad).norm() <= 1e-5 * grad.norm() + 1e-9, key
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+def test_compiled_blocks_are_the_same_in_every_role(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradient checkpointing runs them again under another role, and at shares that anneal."""
+    compiled: list[str] = []
+    compile_module = torch.nn.Module.compile
+
+    def without_code(module: torch.nn.Module, **kwargs: Any) -> None:  # the graphs are traced, which is what may fail
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    found = []
+    for torch_compile in (False, True):
+        backend = shaken(
+            prepared(folders[name], FAMILIES[name], gradient_checkpointing=True, torch_compile=torch_compile)
+        )
+        x_t, t = states(backend)
+        cond = backend.encode(FAMILIES[name].prompts)
+        values = [backend.teacher(x_t, t, cond, fake_mix=share).value for share in (0.0, 0.25, 0.2, 0.1)]
+        for role in (backend.student, backend.fake_score):
+            values.append(role(x_t, t, cond).value)
+            values[-1].square().mean().backward()
+        grads = [p.grad for role in ROLES for p in backend.parameters(role).values() if p.grad is not None]
+        found.append([*values, *grads])
+    assert compiled
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -687,6 +687,7 @@ def test_balancing_by_a_gradient_that_is_switched_off_is_refused(tmp_path: Path)
 
 
 def test_moments_in_eight_bits_are_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra 8bit")
     settings = FAST | {"optim": "adamw_bnb_8bit", "save_steps": 3}
     smooth = train(**settings, output_dir=str(tmp_path / "smooth"))
     moments = torch.load(smooth / "checkpoints" / "step-000010" / "training.pt", weights_only=True)["moments"]
