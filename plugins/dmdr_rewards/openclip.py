@@ -39,6 +39,7 @@ class OpenCLIP:
             path, config = source.file, open_clip.get_model_config(architecture)
         else:
             path, config, preprocess = self._of_folder(source)
+        state = read_state(path)
         half = dtype if dtype in (torch.float16, torch.bfloat16) else None
         try:
             text_config = config["text_cfg"]
@@ -50,7 +51,7 @@ class OpenCLIP:
             self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
         except Exception as error:  # whatever odd settings lead to
             raise ConfigError(f"{source.name} is no plain CLIP ({reason(error)})") from error
-        load_strict(model.state_dict(), read_state(path), f"checkpoint {path}")
+        load_strict(model.state_dict(), state, f"checkpoint {path}")
         if half:
             open_clip.convert_weights_to_lp(model, half)
         else:
