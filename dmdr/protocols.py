@@ -93,7 +93,8 @@ class Backend(Protocol):
     """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
-    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step.
+    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step,
+    unless they are streamed.
     """
 
     options: BackendOptions

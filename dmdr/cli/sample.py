@@ -14,7 +14,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("student", help="run folder, or the student/ folder of one")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    parser.add_argument("--prompts", help="text file with one prompt a line")
+    parser.add_argument("--prompts", help="text file with one prompt a line, or as dmdr-train reads it")
     parser.add_argument("--num_images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed, as torch.manual_seed takes it (default: 0)")
     parser.add_argument("--output_dir", default="samples", help="folder of the PNG files (default: samples)")
@@ -33,7 +33,8 @@ def run(argv: list[str]) -> None:
     )
     if folder is None:
         raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
-    prompts = args.prompt + ([row["prompt"] for row in read_prompts(args.prompts)] if args.prompts else [])
+    rows = read_prompts(args.prompts).rows if args.prompts else []
+    prompts = args.prompt + [row["prompt"] for row in rows]
     if not prompts or args.num_images < 1:
         raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
     prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
