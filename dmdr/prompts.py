@@ -271,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 def _open(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
     """The dataset that a path or id names; what lies on this machine is read where it is, without a copy."""
-    from datasets import DatasetDict, Features, IterableDataset, load_dataset, load_from_disk
+    from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 
     place, kind = Path(path), Path(path).suffix.lower()
     if (place.is_file() or (place / "state.json").is_file()) and (config or split != "train"):
@@ -287,7 +287,13 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
         return IterableDataset.from_generator(read, None, {"path": path, "column": column})
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved = load_from_disk(path)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
+        if isinstance(saved, Dataset):
+            return saved
+        if split not in saved:
+            raise ConfigError(
+                f"--prompts: {path} has no split '{split}' (--dataset_train_split), but {', '.join(saved)}"
+            )
+        return saved[split]
     if not place.is_dir() and (path.count("/") != 1 or kind in FILES):
         raise ConfigError(f"--prompts: no such file: {path}")
     return load_dataset(path, config, split=split, streaming=streaming or place.is_dir())
