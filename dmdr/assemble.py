@@ -1,7 +1,7 @@
 """From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from dmdr import registry
 from dmdr.config import Chosen, Config, Settings
 from dmdr.errors import ConfigError
-from dmdr.prompts import Row, read_prompts, split_columns
+from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
 from dmdr.rewards import Rewards
 from dmdr.trainer import WeightedObjective
@@ -34,7 +34,7 @@ class Job:
     matching: Matching
     objectives: tuple[WeightedObjective, ...]
     rewards: Rewards | None
-    rows: list[Row]
+    prompts: Rows
 
     @property
     def config(self) -> Config:
@@ -54,17 +54,30 @@ def assemble(settings: Settings) -> Job:
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
     model = registry.load("models", config.model)() if registry.registered("models", config.model) else None
-    if config.prompts is None and model is None:
-        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
-    rows = read_prompts(config.prompts) if config.prompts else model.prompts()  # type: ignore[union-attr]
-    check_columns(settings.of("rewards"), rows)
+    prompts = open_prompts(config, model)
+    check_columns(settings.of("rewards"), prompts.first(1))
     folder = str(model.folder()) if model else config.model
     backend = open_backend(folder, config)
     if hasattr(backend, "check_prompts"):
-        prompts, columns = split_columns(rows)
-        backend.check_prompts(prompts, **columns)
+        texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
+        backend.check_prompts(texts, **columns)
     rewards = build_rewards(settings.of("rewards"), model) if settings.of("rewards") else None
-    return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
+    return Job(settings, folder, model, backend, matching, objectives, rewards, prompts)
+
+
+def open_prompts(config: Config, model: NamedModel | None) -> Rows:
+    """The prompts that the user names, or else the model's own."""
+    if config.prompts:
+        read: Callable[..., Rows] = stream_prompts if config.dataset_streaming else read_prompts
+        return read(
+            config.prompts,
+            column=config.prompt_column,
+            config=config.dataset_config,
+            split=config.dataset_train_split,
+        )
+    if model is None:
+        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
+    return Prompts(model.prompts())
 
 
 def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:

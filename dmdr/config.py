@@ -53,7 +53,17 @@ class Config(Flags):
     # What is trained, on what, towards what
     model: str = flag("digits", "registered name (some with a file: sit-xl-2:PATH), local pipeline folder, or hub id")
     prompts: str | None = flag(
-        None, "one prompt a line, or .jsonl: one object a line with 'prompt' and columns; a named model brings its own"
+        None,
+        "file (text with one a line, .jsonl, .csv, .parquet), or folder or hub id of a dataset; the columns beside the "
+        "prompt are given to rewards by name; a named model brings its own",
+    )
+    prompt_column: str = flag("prompt", "column of --prompts that holds them")
+    dataset_config: str | None = flag(None, "configuration of the dataset that --prompts names")
+    dataset_train_split: str = flag("train", "split of the dataset that --prompts names")
+    dataset_streaming: bool = flag(
+        False,
+        "read --prompts as the run goes, for sets that do not fit: shuffled among 10,000, with duplicates; embeddings "
+        "are made and cached on the way, so that the text encoders stay in memory",
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
@@ -208,6 +218,8 @@ class Config(Flags):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
+        if self.prompts is None and self.dataset_streaming:
+            raise ConfigError("--dataset_streaming streams --prompts: name them")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
 

@@ -96,6 +96,8 @@ def run(settings: Settings) -> Path:
         check_resumable(config, resume)
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings)
+    if state.is_main_process:
+        logger.info("prompts: %s", job.prompts)
     return Run(job, output, resume, initial)()
 
 
@@ -150,6 +152,7 @@ class Run:
             mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output)
         )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        self.shown = job.prompts.first(max(config.sample_images, config.num_eval_samples))
         backend = job.backend
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         grid = torch.tensor([*times, 0.0], dtype=torch.float64) if times else backend.grid(config.num_inference_steps)
@@ -166,8 +169,8 @@ class Run:
         objectives = self.job.objectives
         roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(objectives).roles)
         backend.prepare(accelerator, roles=roles)
-        if hasattr(backend, "cache_prompts"):
-            backend.cache_prompts(self._upcoming_prompts())
+        if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
+            backend.cache_prompts(self._upcoming_prompts(self.job.prompts.size))
         if self.job.rewards:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
             self.job.rewards.prepare(accelerator.device, dtype)
@@ -286,7 +289,7 @@ class Run:
                 self.user_sampler,
                 base=self.job.folder,
                 name=self.config.model,
-                prompt=self.job.rows[0]["prompt"],
+                prompt=self.shown[0]["prompt"],
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
             )
@@ -380,7 +383,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         local = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return PromptStream(
-            self.job.rows,
+            self.job.prompts,
             local * accelerator.num_processes,
             group_size=config.num_generations,
             seed=config.seed,
@@ -388,14 +391,14 @@ class Run:
             num_processes=accelerator.num_processes,
         )
 
-    def _upcoming_prompts(self) -> list[str]:
+    def _upcoming_prompts(self, size: int) -> list[str]:
         """Those that the run will read, of all processes."""
-        config, rows = self.config, self.job.rows
+        config = self.config
         batches = sum(stage.steps for stage in stages(config)) * (config.fake_updates if config.dmd_weight else 1)
         stream = self.prompts()
-        drawn = stream.first(batches) if batches * stream.batch_size < len(rows) * config.num_generations else rows
-        shown = self._rows(max(config.sample_images, config.num_eval_samples))
-        return [row["prompt"] for row in (*drawn, *shown)]
+        some = batches * stream.batch_size < size * config.num_generations
+        drawn = stream.first(batches) if some else self.job.prompts.first(size)
+        return [row["prompt"] for row in (*drawn, *self.shown)]
 
     def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""
@@ -487,9 +490,6 @@ class Run:
             found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
         return torch.cat(found)
 
-    def _rows(self, count: int) -> list[Row]:
-        return [self.job.rows[i % len(self.job.rows)] for i in range(count)]
-
     def teacher_sampler(self) -> tuple[Denoiser, FewStepSampler]:
         """The teacher as its users run it: guided, many ODE steps."""
         denoiser = partial(self.job.backend.teacher, guidance=self.config.guidance_scale)
@@ -499,8 +499,9 @@ class Run:
     def _grid(self, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
-        rows, distinct = self._rows(self.config.sample_images), len(self.job.rows)
-        columns = distinct if distinct <= 12 and len(rows) % distinct == 0 else None  # a prompt a column, if few
+        rows, distinct = self.shown[: self.config.sample_images], self.job.prompts.size
+        few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
+        columns = distinct if few else None  # a prompt a column
         folder = self.output / "samples"
         if not (folder / "teacher.png").exists():
             teacher = self.generate(*self.teacher_sampler(), rows, "grid")
@@ -510,7 +511,7 @@ class Run:
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
         """Accuracy, Frechet distance, precision and recall by the model's judge, and the rewards."""
-        rows = self._rows(self.config.num_eval_samples)
+        rows = self.shown[: self.config.num_eval_samples]
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns(rows)

@@ -23,8 +23,9 @@ class EvalFlags(RewardFlags):
         "folder of images, by natural order of name (2.png before 10.png); alpha and EXIF rotation do not count",
     )
     prompts: str | None = flag(
-        None, "prompt i of image i: one a line, or .jsonl: one object a line with 'prompt' and further columns"
+        None, "prompt i of image i: file (text with one a line, .jsonl, .csv, .parquet), or folder or id of a dataset"
     )
+    prompt_column: str = flag("prompt", "column of --prompts that holds them; rewards are given the others by name")
     output: str = flag("scores.csv", "CSV file to write")
     batch_size: int = flag(16, "images that are scored at a time")
 
@@ -75,7 +76,9 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
     from dmdr.assemble import check_columns
     from dmdr.prompts import read_prompts
 
-    rows = [{"prompt": ""}] * count if flags.prompts is None else read_prompts(flags.prompts, repeated=True)
+    rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
+    if flags.prompts is not None:
+        rows = read_prompts(flags.prompts, column=flags.prompt_column, repeated=True).rows
     if len(rows) != count:
         raise ConfigError(
             f"--images {flags.images} holds {count} images, but --prompts {flags.prompts} has {len(rows)} prompts "
@@ -85,7 +88,7 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
         if flags.prompts is None and getattr(reward.cls, "reads_prompts", True):
             raise ConfigError(f"--prompts is missing: reward '{reward.name}' reads the prompt of each image")
     check_columns(chosen, rows)
-    return rows
+    return list(rows)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("student", help="run folder, or the student/ folder of one")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    parser.add_argument("--prompts", help="one prompt a line, or .jsonl: one object a line with 'prompt' and columns")
+    parser.add_argument("--prompts", help="one prompt a line, or rows with columns, as dmdr-train reads them")
     parser.add_argument("--num_images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed, as torch.manual_seed takes it (default: 0)")
     parser.add_argument("--output_dir", default="samples", help="folder of the PNG files (default: samples)")
@@ -33,7 +33,8 @@ def run(argv: list[str]) -> None:
     )
     if folder is None:
         raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
-    rows = [{"prompt": prompt} for prompt in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
+    rows = [{"prompt": prompt} for prompt in args.prompt]
+    rows += read_prompts(args.prompts).rows if args.prompts else []
     if not rows or args.num_images < 1:
         raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
     rows = [row for row in rows for _ in range(args.num_images)]

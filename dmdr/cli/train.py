@@ -1,5 +1,7 @@
 """`dmdr-train`: distil and align in one run."""
 
+import logging
+import os
 import sys
 
 from dmdr.cli.common import command
@@ -12,6 +14,10 @@ def run(arguments: list[str]) -> None:
     from accelerate import PartialState
 
     from dmdr.run import run
+
+    logging.basicConfig(format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("dmdr").setLevel(logging.INFO)
 
     folder = run(settings)
     if PartialState().is_main_process:
