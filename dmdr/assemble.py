@@ -48,25 +48,32 @@ def assemble(settings: Settings) -> Job:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
     config = settings.config
-    if not registry.registered("models", config.model):
-        pipeline_class(config.model)  # refuse a wrong folder before anything else
+    if config.architecture and config.model == config.architecture and not config.dry_run:
+        raise ConfigError("--model is missing: this recipe names none")
+    named = registry.registered("models", config.model)
+    bare = config.architecture if config.dry_run else None
+    if bare or not named:
+        pipeline_class(bare or config.model)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
-    model = registry.load("models", config.model)() if registry.registered("models", config.model) else None
-    prompts = open_prompts(config, model)
+    if config.dry_run and named and not bare:
+        raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
+    model = registry.load("models", config.model)() if named else None
+    prompts = open_prompts(config, model, settings.of("rewards"))
     check_columns(settings.of("rewards"), prompts.first(1))
-    folder = str(model.folder()) if model else config.model
+    folder = bare or (str(model.folder()) if model else config.model)
     backend = open_backend(folder, config)
     if hasattr(backend, "check_prompts"):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
-    rewards = build_rewards(settings.of("rewards"), model) if settings.of("rewards") else None
+    checkpoints = None if config.dry_run else model  # which builds them
+    rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, prompts)
 
 
-def open_prompts(config: Config, model: NamedModel | None) -> Rows:
-    """The prompts that the user names, or else the model's own."""
+def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Chosen]) -> Rows:
+    """The prompts that the user names, or else the model's own; a dry run can do with none."""
     if config.prompts:
         read: Callable[..., Rows] = stream_prompts if config.dataset_streaming else read_prompts
         return read(
@@ -75,9 +82,12 @@ def open_prompts(config: Config, model: NamedModel | None) -> Rows:
             config=config.dataset_config,
             split=config.dataset_train_split,
         )
-    if model is None:
-        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
-    return Prompts(model.prompts())
+    if model is not None:
+        return Prompts(model.prompts())
+    if config.dry_run:  # a row that any family can encode, with all that a reward could ask for
+        columns = [name for reward in rewards for name in getattr(reward.cls, "columns", ())]
+        return Prompts([{"prompt": "class 0", **dict.fromkeys(columns, 0)}])
+    raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
 
 
 def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:

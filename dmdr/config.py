@@ -158,6 +158,10 @@ class Config(Flags):
     )
     seed: int = flag(0, "of everything")
     # What is written
+    dry_run: bool = flag(False, "check the settings, print the estimated training memory, and write nothing")
+    architecture: str | None = flag(
+        None, "folder of the model's configuration files, no weights, that --dry_run reads in place of the model's own"
+    )
     output_dir: str | None = flag(None, "run folder; runs/<model>-<rl>, numbered, by default")
     overwrite_output_dir: bool = flag(False, "delete the run that the folder holds")
     resume_from_checkpoint: str | None = flag(None, "'latest' or a checkpoint folder; with the run's own settings")
@@ -314,7 +318,7 @@ class Settings:
     def as_yaml(self) -> str:
         """What `--config` reads to repeat the run, wherever it is written to."""
         values = dataclasses.asdict(self.config)
-        for name in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+        for name in ("dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
             del values[name]
         for plugin in self.plugins:
             values |= {_key(plugin.name, name): value for name, value in plugin.options.items()}
@@ -424,11 +428,16 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     """
     arguments = _joined(arguments)
     names = ("model", "rl", "reward", "matching")
-    first = _first_look(arguments, *names, "resume_from_checkpoint", "output_dir")
+    first = _first_look(arguments, *names, "architecture", "resume_from_checkpoint", "output_dir")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
     file = first.config or (resume and _config_of(resume, output))
-    given = (read_yaml(file) if file else {}) | settings
+    given = read_yaml(file) if file else {}
+    if file and isinstance(given.get("architecture"), str):  # a recipe's, beside its YAML
+        given["architecture"] = str(Path(file).parent / given["architecture"])
+    given |= settings
+    if first.model is None and (bare := first.architecture or given.get("architecture")):
+        given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
     look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
     hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
     about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{hints} {installed(*registry.GROUPS)}"}

@@ -78,7 +78,12 @@ def run(settings: Settings) -> Path:
 
     Returns:
         The run folder.
+
+    Raises:
+        ConfigError: For `dry_run`, too: there is no run folder (`dmdr.dry_run.estimate`).
     """
+    if settings.config.dry_run:
+        raise ConfigError("dry_run makes no run: from Python, dmdr.dry_run.estimate(dmdr.config.parse(settings=...))")
     # MPS has no float64, in which times and weights are kept.
     if torch.backends.mps.is_available() or not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -141,16 +146,13 @@ def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
 class Run:
     """One job in one folder."""
 
-    def __init__(self, job: Job, output: Path, resume: Path | None, initial: Path | None) -> None:
+    def __init__(
+        self, job: Job, output: Path, resume: Path | None, initial: Path | None, accelerator: Any = None
+    ) -> None:
         self.job, self.output, self.resume, self.initial = job, output, resume, initial
         self.config = config = job.config
         set_seed(config.seed)
-        trackers = None if config.report_to == "none" else config.report_to
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-            AcceleratorState._reset_state()  # an earlier run of this process
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(output)
-        )
+        self.accelerator = accelerator or self._accelerator()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.shown = job.prompts.first(max(config.sample_images, config.num_eval_samples))
         backend = job.backend
@@ -161,6 +163,13 @@ class Run:
         sample_eta = renoising if config.sample_eta is None else config.sample_eta
         self.user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
         self.stopped: int | None = None  # the signal that asked for an end
+
+    def _accelerator(self) -> Accelerator:
+        config = self.config
+        trackers = None if config.report_to == "none" else config.report_to
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+            AcceleratorState._reset_state()  # an earlier run of this process
+        return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output))
 
     # --- The course of a run ---------------------------------------------------------------------------------------
 

@@ -66,6 +66,20 @@ def load_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> A
     return network.eval()
 
 
+def build_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """The network that `load_network` would give, on the meta device: of its configuration, without weights.
+
+    Raises:
+        ConfigError: If there is no configuration, or no such network.
+    """
+    config = read_config(cls, folder, subfolder)
+    try:
+        with quiet(), torch.device("meta"):
+            return cls.from_config(config).to(dtype).eval()
+    except Exception as error:
+        raise ConfigError(f"{_where(folder, subfolder)} is no {cls.__name__}: {one_line(error)}") from error
+
+
 def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
     """A text encoder of transformers, frozen and in eval mode.
 
@@ -79,6 +93,20 @@ def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype)
     except Exception as error:
         raise ConfigError(f"{where} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
     refuse_misfits(where, found["missing_keys"], ())
+    return model.requires_grad_(False).eval()
+
+
+def build_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+    """The text encoder that `load_text_encoder` would give, on the meta device.
+
+    Raises:
+        ConfigError: If there is no configuration, or no such encoder.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            model = cls(cls.config_class.from_pretrained(folder, subfolder=subfolder)).to(dtype)
+    except Exception as error:
+        raise ConfigError(f"{_where(folder, subfolder)} is no {cls.__name__}: {one_line(error)}") from error
     return model.requires_grad_(False).eval()
 
 

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dmdr.backends.images import to_unit_range
 from dmdr.backends.loading import (
+    build_network,
+    build_text_encoder,
     identity,
     load_network,
     load_pipeline,
@@ -64,7 +66,8 @@ Network = Callable[..., Any]
 class PipelineBackend:
     """Teacher, fake score and student on the one denoising network of a pipeline (`protocols.Backend`).
 
-    A subclass sets the class attributes and `path`, and implements `embed`, `call`, `scheduler` and `call_arguments`.
+    A subclass sets the class attributes and `path`, and implements `embed`, `blank_embeddings`, `call`, `scheduler` and
+    `call_arguments`. Prepared on the meta device it has shapes and no values, for --dry_run.
 
     Attributes:
         pipeline_class: The stock pipeline that loads the folder and samples the export.
@@ -135,6 +138,14 @@ class PipelineBackend:
         """Embeddings of B prompts by the pipeline's own text encoders, each [B, ...]."""
         raise NotImplementedError
 
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        """Tensors as `embed` returns them for `count` prompts, made with `blank`: for --dry_run, without encoders."""
+        raise NotImplementedError
+
+    def blank(self, *shape: int) -> Tensor:
+        """Of a shape, and of no values in particular."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Raw output [B, *latent] for states x_t [B, *latent] in the network's dtype, times t [B] and embeddings."""
         raise NotImplementedError
@@ -175,7 +186,7 @@ class PipelineBackend:
         options = self.options
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
         self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
-        network = load_network(self.network_class, self.folder, self.network_name, dtype)
+        network = self._load_network(self.network_class, self.folder, self.network_name, dtype)
         self.vae = self._load_vae(AutoencoderKL, self.folder, "vae")
         self.reward_vae = self._load_vae(AutoencoderTiny, options.reward_vae) if options.reward_vae else self.vae
         self.pipeline = self._pipeline(network)
@@ -200,6 +211,7 @@ class PipelineBackend:
             full_student=options.full_finetune,
             seed=options.seed,
         )
+        network.to(self.device)  # PEFT leaves the adapters of a network on the meta device on the CPU
         if options.student_weights:
             given = read_weights(options.student_weights)
             load_strict(self.roles.copies["student"].state_dict(), given, options.student_weights)
@@ -212,10 +224,14 @@ class PipelineBackend:
                 compile_blocks(each)
         self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
 
+    def _load_network(self, cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+        load = build_network if self.device.type == "meta" else load_network
+        return load(cls, folder, subfolder, dtype)
+
     def _load_vae(self, cls: Any, folder: str, subfolder: str = "") -> Any:
         # Decoders of the Stable Diffusion families overflow in float16, which their `force_upcast` says.
         upcast = self.dtype == torch.float16 and read_config(cls, folder, subfolder).get("force_upcast", False)
-        vae = load_network(cls, folder, subfolder, torch.float32 if upcast else self.dtype)
+        vae = self._load_network(cls, folder, subfolder, torch.float32 if upcast else self.dtype)
         if self.options.vae_tiling:
             vae.enable_tiling()
         return vae.to("cpu" if self.options.cpu_offload else self.device).requires_grad_(False)
@@ -249,21 +265,30 @@ class PipelineBackend:
             there.pop(name.replace("text_encoder", "tokenizer"), None)
         return there
 
+    def load_text_encoders(self) -> dict[str, Any]:
+        """Those that are not dropped, by name; loaded anew by each call."""
+        load = build_text_encoder if self.device.type == "meta" else load_text_encoder
+        return {
+            name: load(getattr(transformers, cls), self.folder, name, self.dtype)
+            for name, (library, cls) in self.text_components.items()
+            if library == "transformers" and name.startswith("text_encoder")
+        }
+
     def _text_pipeline(self) -> Any:
         """The pipeline with its text encoders, loaded on first use."""
         if self._text is None:
-            parts: dict[str, Any] = {}
-            for name, (library, cls) in self.text_components.items():
-                if library == "transformers" and name.startswith("text_encoder"):
-                    encoder = load_text_encoder(getattr(transformers, cls), self.folder, name, self.dtype)
-                    parts[name] = encoder.to("cpu" if self.options.cpu_offload else self.device)
-                else:
+            place = "cpu" if self.options.cpu_offload else self.device
+            parts = {name: encoder.to(place) for name, encoder in self.load_text_encoders().items()}
+            for name, (_, cls) in self.text_components.items():
+                if name not in parts:
                     parts[name] = load_tokenizer(getattr(transformers, cls), self.folder, name)
             self._text = self._pipeline(self.roles.network, **parts)
         return self._text
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        if self.device.type == "meta":
+            return self.blank_embeddings(len(prompts))
         pipeline = self._text_pipeline()
         encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         with self._on_device(*encoders):

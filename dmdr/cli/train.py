@@ -15,6 +15,11 @@ def run(arguments: list[str]) -> None:
 
     from dmdr.run import run
 
+    if settings.config.dry_run:
+        from dmdr.dry_run import estimate
+
+        print(f"{estimate(settings)}\nnothing was loaded, nothing was written")
+        return
     logging.basicConfig(format="%(message)s")
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("dmdr").setLevel(logging.INFO)

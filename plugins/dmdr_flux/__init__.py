@@ -49,6 +49,11 @@ class FluxBackend(FlowBackend):
         )
         return {"sequence": sequence, "pooled": pooled}
 
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        config, length = self.network_config, self.max_sequence_length or 0
+        sequence = self.blank(count, length, config["joint_attention_dim"])
+        return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
+
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """`cond` may hold the network's `guidance`, [B] float32; it is 1 where it does not."""
         batch, channels, height, width = x_t.shape

@@ -34,6 +34,11 @@ class SD3Backend(FlowBackend):
         )
         return {"sequence": sequence, "pooled": pooled}
 
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        config, length = self.network_config, self.max_sequence_length or 0
+        sequence = self.blank(count, 77 + length, config["joint_attention_dim"])
+        return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
+
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = network(
             hidden_states=x_t,

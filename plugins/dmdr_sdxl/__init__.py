@@ -41,20 +41,20 @@ class UNetBackend(PipelineBackend):
     """A `UNet2DConditionModel` that was trained on a table of 1000 noise levels.
 
     Attributes:
-        text_encoders: Those that the network cannot do without.
+        needed: Text encoders that the network cannot do without.
     """
 
     network_class = UNet2DConditionModel
     network_name = "unet"
     lora_targets = LORA_TARGETS
-    text_encoders: ClassVar[Sequence[str]] = ("text_encoder",)
+    needed: ClassVar[Sequence[str]] = ("text_encoder",)
 
     def __init__(self, folder: str, options: BackendOptions) -> None:
         super().__init__(folder, options)
         name = self.pipeline_class.__name__
         if options.shift is not None:
             raise ConfigError(f"--shift is of flow matching; the noise levels of a {name} are chosen with --timesteps")
-        absent = [part for part in self.text_encoders if part not in self.text_components]
+        absent = [part for part in self.needed if part not in self.text_components]
         if absent:
             raise ConfigError(f"{folder} without its {', '.join(absent)}: a {name} cannot be trained without")
         if self.network_config.get("time_cond_proj_dim"):
@@ -128,6 +128,9 @@ class UNetBackend(PipelineBackend):
         module, part = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
         return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if part == 'A' else 'up'}.weight"
 
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        return {"sequence": self.blank(count, 77, self.network_config["cross_attention_dim"])}
+
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """What the network is told beside time and prompt."""
         return None
@@ -147,7 +150,7 @@ class SDXLBackend(UNetBackend):
     """Teacher, fake score and student on one SDXL UNet (`protocols.Backend`)."""
 
     pipeline_class = StableDiffusionXLPipeline
-    text_encoders = ("text_encoder", "text_encoder_2")
+    needed = ("text_encoder", "text_encoder_2")
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77, D1 + D2] of both encoders, and pooled [B, P] of the second."""
@@ -155,6 +158,11 @@ class SDXLBackend(UNetBackend):
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"sequence": sequence, "pooled": pooled}
+
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        config = self.network_config
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return super().blank_embeddings(count) | {"pooled": self.blank(count, pooled)}
 
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pooled embeddings, and sizes as the pipeline gives them: original, corner of the crop, target."""

@@ -54,8 +54,13 @@ class ZImageBackend(FlowBackend):
         padded = [pad(sequence, (0, 0, 0, limit - len(sequence))) for sequence in sequences]
         return {"sequence": torch.stack(padded), "length": torch.tensor([len(sequence) for sequence in sequences])}
 
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        sequence = self.blank(count, self.max_sequence_length or 0, self.network_config["cap_feat_dim"])
+        return {"sequence": sequence, "length": self.blank(count)}
+
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        lengths = cond["length"].tolist()
+        longest = [self.max_sequence_length] * len(x_t)  # of --dry_run, whose tensors have no values
+        lengths = longest if cond["length"].is_meta else cond["length"].tolist()
         negative: list[Tensor] = network(
             x=list(x_t.unsqueeze(2)),  # one frame each
             t=(1 - t).to(torch.float32),  # 0 is noise

@@ -1,0 +1,194 @@
+"""Memory of a computation that does not happen: operations on the meta device, counted as a GPU would allocate them.
+
+Meta tensors have a shape and a dtype and no values. Two things differ between their operations and those on a GPU, and
+are set right by `GPUKernels`: autocast leaves them alone, and attention falls back to the kernel that keeps every
+token's weight of every other. What no one can see from outside remains uncounted: workspaces of kernels and libraries,
+and what the caching allocator loses to fragmentation.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+REST = "activations"
+
+# Operations that autocast runs in the lower precision, and in float32: PyTorch's lists of CUDA, as far as networks go.
+LOWER = """
+    linear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm einsum conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d prelu scaled_dot_product_attention
+"""
+FLOAT32 = """
+    layer_norm group_norm rms_norm softmax log_softmax softplus exp expm1 log log2 log10 log1p rsqrt reciprocal
+    __rdiv__ __rtruediv__ pow __pow__ __rpow__ sum prod cumsum cumprod norm vector_norm logsumexp cosine_similarity
+    mse_loss l1_loss smooth_l1_loss huber_loss interpolate
+"""
+AUTOCAST = dict.fromkeys(LOWER.split(), True) | dict.fromkeys(FLOAT32.split(), False)  # name -> whether lower
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that are alive, by label, and what they were when their sum was highest.
+
+    It answers for the values that meta tensors do not have: what is copied to the CPU is uniform in [0, 1), a number
+    that is asked for is 1.
+
+    Attributes:
+        now: Bytes by label; what was never labelled is REST.
+        peak: The same at the highest sum since `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._labels: dict[int, str] = {}
+        self._alive: dict[int, Any] = {}
+        self._sum = self._highest = 0
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        self.peak, self._highest = self.now.copy(), self._sum
+
+    def label(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Count these tensors' storages under a name from now on."""
+        for tensor in tensors:
+            self._see(tensor)
+            storage = tensor.untyped_storage()
+            self.now[self._labels[id(storage)]] -= storage.nbytes()
+            self.now[name] += storage.nbytes()
+            self._labels[id(storage)] = name
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.now[self._labels.pop(key)] -= size
+            self._sum -= size
+
+        self._alive[key], self._labels[key] = weakref.ref(storage, gone), REST
+        self.now[REST] += size
+        self._sum += size
+        if self._sum > self._highest:
+            self._highest, self.peak = self._sum, self.now.copy()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            like = torch.empty_like(args[0], device="cpu", dtype=kwargs.get("dtype") or args[0].dtype)
+            out: Any = like.uniform_() if like.is_floating_point() else like.zero_()
+        else:
+            out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return out
+
+
+class GPUKernels(TorchFunctionMode):
+    """Autocast and attention of meta tensors as on a GPU.
+
+    Autocast is on where `torch.autocast("cpu")` says so, which itself means nothing to meta tensors: activation
+    checkpointing enters it again for its recomputation.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in AUTOCAST:
+            if torch.is_autocast_enabled("cpu"):
+                dtype = torch.get_autocast_dtype("cpu") if AUTOCAST[name] else torch.float32
+                args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, dict(kwargs)))
+            if name == "scaled_dot_product_attention" and args and args[0].is_meta:
+                return attention(func, *args, **kwargs)
+            if name == "rms_norm" and args[0].is_meta:
+                return rms_norm(*args, **kwargs)
+        if func in BACKWARD:
+            with self:  # which is off within this method, where backward recomputes what was checkpointed
+                return BACKWARD[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` by way of `torch.autograd.backward`, which no mode stands before."""
+    before = [tensor.grad for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    torch.autograd.backward(outputs, grad_outputs, retain_graph, create_graph, inputs=inputs)
+    found = tuple(tensor.grad for tensor in inputs)
+    for tensor, grad in zip(inputs, before, strict=True):
+        tensor.grad = grad
+    return found
+
+
+def backward(tensor: Tensor, gradient: Tensor | None = None, *options: Any, **named: Any) -> None:
+    """`Tensor.backward`, likewise."""
+    torch.autograd.backward(tensor, gradient, *options, **named)
+
+
+BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: backward, torch.autograd.grad: gradients}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
+    return value.to(dtype) if floating and value.dtype != torch.float64 else value
+
+
+def attention(
+    fallback: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention by the kernels that PyTorch takes on CUDA: flash, or the memory-efficient one.
+
+    Both keep query, key, value, output and one number per token for backward. Flash attention takes half precision, no
+    mask, and heads of up to 256 channels.
+    """
+    if query.ndim != 4:
+        return fallback(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(1) // t.size(1), 1) for t in (key, value))
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.size(-1) <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    bias = attn_mask
+    if bias is not None:
+        bias = torch.empty_like(bias, dtype=query.dtype) if bias.dtype == torch.bool else bias
+        bias = bias.expand(*query.shape[:-1], key.size(-2))
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, grad, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Layer norm in its place: one kernel, as RMS norm is on CUDA, that keeps the same for backward."""
+    return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-5)
