@@ -275,7 +275,7 @@ class Bridge:
 
 
 class AnyReward:
-    """A differentiable reward of no cost, in the place of one that has weights."""
+    """A differentiable reward of no cost, in the place of one that has weights; no two of a batch score the same."""
 
     differentiable = True
 
@@ -289,4 +289,4 @@ class AnyReward:
         return torch.ones(len(prompts), 3)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        return self.image_features(images).mean(1)
+        return self.image_features(images).mean(1) + torch.arange(len(images))

@@ -37,8 +37,8 @@ AUTOCAST = dict.fromkeys(LOWER.split(), True) | dict.fromkeys(FLOAT32.split(), F
 class Meter(TorchDispatchMode):
     """Bytes of the storages that are alive, by label, and what they were when their sum was highest.
 
-    It answers for the values that meta tensors do not have: what is copied to the CPU is uniform in [0, 1), a number
-    that is asked for is 1.
+    It answers for the values that meta tensors do not have: what is copied to the CPU is 0.5 everywhere (0 as a whole
+    number), a number that is asked for is 1.
 
     Attributes:
         now: Bytes by label; what was never labelled is REST.
@@ -90,8 +90,7 @@ class Meter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return torch.ones((), dtype=args[0].dtype).item()
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            like = torch.empty_like(args[0], device="cpu", dtype=kwargs.get("dtype") or args[0].dtype)
-            out: Any = like.uniform_() if like.is_floating_point() else like.zero_()
+            out: Any = torch.full_like(args[0], 0.5, device="cpu", dtype=kwargs.get("dtype") or args[0].dtype)
         else:
             out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
@@ -120,9 +119,20 @@ class GPUKernels(TorchFunctionMode):
             if name == "rms_norm" and args[0].is_meta:
                 return rms_norm(*args, **kwargs)
         if func in BACKWARD:
-            with self:  # which is off within this method, where backward recomputes what was checkpointed
+            with self:  # off within this method, while backward may recompute what was checkpointed
                 return BACKWARD[func](*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def backward(
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+) -> None:
+    """`Tensor.backward`, straight to the engine."""
+    _engine((tensor,), (gradient,), bool(retain_graph), create_graph, tuple(inputs or ()), accumulate_grad=True)
 
 
 def gradients(
@@ -133,20 +143,31 @@ def gradients(
     create_graph: bool = False,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` by way of `torch.autograd.backward`, which no mode stands before."""
-    before = [tensor.grad for tensor in inputs]
-    for tensor in inputs:
-        tensor.grad = None
-    torch.autograd.backward(outputs, grad_outputs, retain_graph, create_graph, inputs=inputs)
-    found = tuple(tensor.grad for tensor in inputs)
-    for tensor, grad in zip(inputs, before, strict=True):
-        tensor.grad = grad
-    return found
+    """`torch.autograd.grad`, straight to the engine."""
+    given: Sequence[Tensor | None] = grad_outputs or [None] * len(outputs)
+    return _engine(outputs, given, bool(retain_graph), create_graph, inputs, accumulate_grad=False)
 
 
-def backward(tensor: Tensor, gradient: Tensor | None = None, *options: Any, **named: Any) -> None:
-    """`Tensor.backward`, likewise."""
-    torch.autograd.backward(tensor, gradient, *options, **named)
+def _engine(
+    outputs: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    retain_graph: bool,
+    create_graph: bool,
+    inputs: Sequence[Tensor],
+    accumulate_grad: bool,
+) -> Any:
+    grads = tuple(torch.ones_like(out) if grad is None else grad for out, grad in zip(outputs, given, strict=True))
+    run = torch.autograd.Variable._execution_engine.run_backward
+    retain_graph = retain_graph or create_graph
+    return run(
+        tuple(outputs),
+        grads,
+        retain_graph,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=accumulate_grad,
+    )
 
 
 BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: backward, torch.autograd.grad: gradients}
