@@ -1,7 +1,7 @@
 """From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from dmdr import registry
 from dmdr.config import Chosen, Config, Settings
 from dmdr.errors import ConfigError
-from dmdr.prompts import Row, read_prompts
+from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
 from dmdr.rewards import Rewards
 from dmdr.trainer import WeightedObjective
@@ -34,7 +34,7 @@ class Job:
     matching: Matching
     objectives: tuple[WeightedObjective, ...]
     rewards: Rewards | None
-    rows: list[Row]
+    prompts: Rows
 
     @property
     def config(self) -> Config:
@@ -48,7 +48,9 @@ def assemble(settings: Settings) -> Job:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
     config = settings.config
-    named = config.model in registry.plugins("models")
+    if config.architecture and config.model == config.architecture and not config.dry_run:
+        raise ConfigError("--model is missing: this recipe names none")
+    named = registry.registered("models", config.model)
     bare = config.architecture if config.dry_run else None
     if bare or not named:
         pipeline_class(bare or config.model)  # refuse a wrong folder before anything else
@@ -58,30 +60,34 @@ def assemble(settings: Settings) -> Job:
     if config.dry_run and named and not bare:
         raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
     model = registry.load("models", config.model)() if named else None
-    rows = prompt_rows(settings, model)
-    check_columns(settings.of("rewards"), rows)
+    prompts = open_prompts(config, model, settings.of("rewards"))
+    check_columns(settings.of("rewards"), prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
     backend = open_backend(folder, config)
+    if hasattr(backend, "check_prompts"):
+        texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
+        backend.check_prompts(texts, **columns)
     checkpoints = None if config.dry_run else model  # which builds them
     rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
-    return Job(settings, folder, model, backend, matching, objectives, rewards, rows)
+    return Job(settings, folder, model, backend, matching, objectives, rewards, prompts)
 
 
-def prompt_rows(settings: Settings, model: NamedModel | None) -> list[Row]:
-    """The prompts that are given, or the model's own; a dry run needs none.
-
-    Raises:
-        ConfigError: If there are none, or they cannot be read.
-    """
-    config = settings.config
+def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Chosen]) -> Rows:
+    """The prompts that the user names, or else the model's own; a dry run can do with none."""
     if config.prompts:
-        return read_prompts(config.prompts)
-    if model:
-        return model.prompts()
-    if not config.dry_run:
-        raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
-    columns = [name for reward in settings.of("rewards") for name in getattr(reward.cls, "columns", ())]
-    return [{"prompt": "0", **dict.fromkeys(columns, 0)}]  # a text, and a class label too
+        read: Callable[..., Rows] = stream_prompts if config.dataset_streaming else read_prompts
+        return read(
+            config.prompts,
+            column=config.prompt_column,
+            config=config.dataset_config,
+            split=config.dataset_train_split,
+        )
+    if model is not None:
+        return Prompts(model.prompts())
+    if config.dry_run:  # a row that any family can encode, with all that a reward could ask for
+        columns = [name for reward in rewards for name in getattr(reward.cls, "columns", ())]
+        return Prompts([{"prompt": "class 0", **dict.fromkeys(columns, 0)}])
+    raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
 
 
 def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:
@@ -99,7 +105,9 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
         if needs.matching and config.dmd_weight == 0:
             raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
         if config.num_generations < needs.group_size:
-            raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}")
+            raise ConfigError(
+                f"{who} needs --num_generations of at least {needs.group_size}, not {config.num_generations}"
+            )
         noisy = max(needs.stochastic_steps, int(needs.steps == "stochastic" or needs.log_prob))
         if noisy and (last < noisy or config.eta == 0):
             raise ConfigError(

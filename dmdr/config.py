@@ -51,9 +51,19 @@ class Config(Flags):
     """Every setting of a run; each field is the flag `--<name>` and the YAML key `<name>`."""
 
     # What is trained, on what, towards what
-    model: str = flag("digits", "registered name, local pipeline folder, or hub id")
+    model: str = flag("digits", "registered name (some with a file: sit-xl-2:PATH), local pipeline folder, or hub id")
     prompts: str | None = flag(
-        None, "one prompt a line, or .jsonl: one object a line with 'prompt' and columns; a named model brings its own"
+        None,
+        "file (text with one a line, .jsonl, .csv, .parquet), or folder or hub id of a dataset; the columns beside the "
+        "prompt are given to rewards by name; a named model brings its own",
+    )
+    prompt_column: str = flag("prompt", "column of --prompts that holds them")
+    dataset_config: str | None = flag(None, "configuration of the dataset that --prompts names")
+    dataset_train_split: str = flag("train", "split of the dataset that --prompts names")
+    dataset_streaming: bool = flag(
+        False,
+        "read --prompts as the run goes, for sets that do not fit: shuffled among 10,000, with duplicates; embeddings "
+        "are made and cached on the way, so that the text encoders stay in memory",
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
@@ -114,6 +124,9 @@ class Config(Flags):
     stage2_fake_learning_rate: float | None = flag(None, "of the fake score in stage 2; fake_learning_rate by default")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("constant", "schedule of the student, per stage")
     warmup_steps: int = flag(0, "of the student, per stage")
+    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = flag(
+        "adamw_torch", "of both roles; adamw_bnb_8bit keeps moments in 8 bits (bitsandbytes)"
+    )
     adam_beta1: float = flag(0.9, "of both optimizers")
     adam_beta2: float = flag(0.999, "of both optimizers")
     adam_epsilon: float = flag(1e-8, "of both optimizers")
@@ -125,6 +138,7 @@ class Config(Flags):
     num_generations: int = flag(1, "images per prompt")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
+    torch_compile: bool = flag(False, "compile the network's blocks: minutes at the start, faster steps")
     attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
     cpu_offload: bool = flag(False, "keep text encoders and VAE on the CPU while they are idle")
     vae_tiling: bool = flag(False, "decode by tiles")
@@ -208,6 +222,8 @@ class Config(Flags):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
+        if self.prompts is None and self.dataset_streaming:
+            raise ConfigError("--dataset_streaming streams --prompts: name them")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
 
@@ -412,7 +428,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     """
     arguments = _joined(arguments)
     names = ("model", "rl", "reward", "matching")
-    first = _first_look(arguments, *names, "resume_from_checkpoint", "output_dir", "architecture")
+    first = _first_look(arguments, *names, "architecture", "resume_from_checkpoint", "output_dir")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
     file = first.config or (resume and _config_of(resume, output))
@@ -420,9 +436,8 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     if file and isinstance(given.get("architecture"), str):  # a recipe's, beside its YAML
         given["architecture"] = str(Path(file).parent / given["architecture"])
     given |= settings
-    architecture = _first_given(first.architecture, given.get("architecture"))
-    if architecture and first.model is None and given.get("model") is None:
-        given["model"] = architecture  # no weights, but a dry run needs none
+    if first.model is None and (bare := first.architecture or given.get("architecture")):
+        given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
     look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
     hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
     about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{hints} {installed(*registry.GROUPS)}"}
@@ -506,7 +521,7 @@ def _parse(
 
 def model_recipe(name: str) -> Mapping[str, Any]:
     """The recipe of a registered model; empty for folders and hub ids."""
-    return registry.load("models", name).recipe if name in registry.plugins("models") else {}
+    return registry.load("models", name).recipe if registry.registered("models", name) else {}
 
 
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."

@@ -7,7 +7,8 @@ beside a network's, lie on the CPU and have values, so that whatever looks at th
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -90,8 +91,8 @@ def estimate(settings: Settings) -> Estimate:
     """The training memory of a run; checks all that can be checked without weights, and writes nothing.
 
     Each stage takes one step, with the optimizers' states in place; then one batch of a sample grid is drawn.
-    `<architecture>/reward_vae`, if it is there, stands in for --reward_vae. With
-    --cpu_offload the VAE is counted all the same.
+    `<architecture>/reward_vae`, if it is there, stands in for --reward_vae. With --cpu_offload the VAE is counted all
+    the same.
 
     Raises:
         ConfigError: For whatever a run would refuse, or a model that cannot be built without weights.
@@ -112,6 +113,7 @@ def estimate(settings: Settings) -> Estimate:
         attention_backend=None,
         cpu_offload=False,
         prompt_cache="off",
+        torch_compile=False,
         reward_vae=str(own) if backend.options.reward_vae and own.is_dir() else backend.options.reward_vae,
     )
     try:
@@ -124,7 +126,13 @@ def _simulated(job: Job, backend: PipelineBackend) -> Estimate:
     config, precision = job.config, job.config.mixed_precision
     # More updates of the fake score, or more than two micro-batches, find the same tensors alive.
     micro_batches = min(config.gradient_accumulation_steps, 2)
-    short = replace(config, fake_updates=1, gradient_accumulation_steps=micro_batches, mixed_precision="no")
+    short = replace(
+        config,
+        fake_updates=1,
+        gradient_accumulation_steps=micro_batches,
+        mixed_precision="no",
+        optim="adamw_torch",
+    )
     rewards = (
         Rewards({name: (share, AnyReward()) for name, (share, _) in job.rewards.parts.items()}) if job.rewards else None
     )
@@ -153,9 +161,12 @@ def _simulated(job: Job, backend: PipelineBackend) -> Estimate:
             trainer.train_step()
             phases[f"stage {stage.number}"] = meter.peak
         meter.restart()
-        rows = run._rows(min(config.sample_images, config.per_device_train_batch_size))
+        rows = run.shown[: config.per_device_train_batch_size]
         run.generate(run.job.backend.student, run.user_sampler, rows, "grid")
         phases["sample grid"] = meter.peak
+    if config.optim == "adamw_bnb_8bit":
+        for peak in phases.values():
+            peak[OPTIMIZER] -= _saved_by_eight_bits(p for role in roles for p in backend.parameters(role).values())
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     return Estimate(
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
@@ -199,6 +210,15 @@ def _fill_optimizers(trainer: Trainer, meter: Meter) -> None:
         meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta])
         if learner.ema:
             meter.label(AVERAGE, learner.ema.average.values())
+
+
+def _saved_by_eight_bits(parameters: Iterable[Tensor]) -> int:
+    """Bytes: two moments of a byte a number, and a float32 scale for each 256 of them, in the place of two float32.
+
+    Source: bitsandbytes' block-wise AdamW8bit, which leaves parameters of fewer than 4096 numbers alone.
+    """
+    large = (p.numel() for p in parameters if p.requires_grad and p.numel() >= 4096)
+    return sum(2 * (4 * n - (n + 4 * math.ceil(n / 256))) for n in large)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ def load_object(target: str) -> Any:
         ConfigError: If there is no such file, module or name, or it cannot be imported.
     """
     module, _, name = target.rpartition(":")
+    if "" not in sys.path:  # as `python -m` has it; a console script does not see the folder it is called in
+        sys.path.insert(0, "")
     try:
         found = _execute(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except ModuleNotFoundError as error:

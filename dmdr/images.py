@@ -5,6 +5,7 @@ import math
 import os
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
@@ -84,6 +85,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def can_hold_files(folder: Path) -> bool:
+    """Whether a file can be made in this folder: tried, because permissions do not tell of read-only and odd places."""
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def embed(path: Path, max_width: int = 1600) -> tuple[str, int, int]:

@@ -9,7 +9,6 @@ and what the caching allocator loses to fragmentation.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +152,7 @@ def gradients(
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, straight to the engine."""
-    given = grad_outputs or [None] * len(outputs)
+    given: Sequence[Tensor | None] = grad_outputs or [None] * len(outputs)
     return _engine(outputs, given, bool(retain_graph), create_graph, inputs, accumulate_grad=False)
 
 
@@ -166,7 +165,7 @@ def _engine(
     accumulate_grad: bool,
 ) -> Any:
     grads = tuple(torch.ones_like(out) if grad is None else grad for out, grad in zip(outputs, given, strict=True))
-    run = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+    run = torch.autograd.Variable._execution_engine.run_backward
     retain_graph = retain_graph or create_graph
     return run(
         tuple(outputs),
@@ -200,8 +199,8 @@ def attention(
     mask, and heads of up to 256 channels.
     """
     if query.ndim == 3:
-        more = partial(attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-        return more(*(t.unsqueeze(0) for t in (query, key, value)), attn_mask).squeeze(0)
+        query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).squeeze(0)
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(1) // t.size(1), 1) for t in (key, value))
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.size(-1) <= 256:

@@ -7,6 +7,8 @@ from pathlib import Path
 from dmdr.checkpoint import checkpoints, read_progress
 from dmdr.config import Config, read_yaml
 from dmdr.errors import ConfigError
+from dmdr.images import can_hold_files
+from dmdr.registry import registered
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:
@@ -21,13 +23,14 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     elif config.output_dir is None and resume:
         raise ConfigError("--resume_from_checkpoint latest: say of which run with --output_dir")
     elif config.output_dir is None:
-        name = f"{Path(config.model).name}-{config.rl}".replace("*", "x")
+        model = registered("models", config.model) or Path(config.model).name
+        name = f"{model}-{config.rl}".replace("*", "x")
         output = _free_folder(Path("runs") / re.sub(r"[^\w.+-]+", "_", name))
     else:
         output = Path(config.output_dir)
     if resume is None:
-        if not next(path for path in (output, *output.parents) if path.exists()).is_dir():
-            raise ConfigError(f"--output_dir {output} is no folder")
+        if not can_hold_files(next(path for path in (output, *output.absolute().parents) if path.exists())):
+            raise ConfigError(f"--output_dir {output} is no folder that may be written to")
         if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
             raise ConfigError(
                 f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "

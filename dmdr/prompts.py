@@ -1,59 +1,132 @@
-"""The stream of prompts: grouped, sharded, endless, and resumable by counting."""
+"""Prompt rows from files and datasets, and the stream of batches: grouped, sharded, endless, resumable by counting."""
 
+import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count, cycle, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dmdr.errors import ConfigError
 
 Row = dict[str, Any]
 ARGUMENTS = {"self", "images", "prompts"}  # of a reward, which is given the further columns by name
+BUFFER = 10_000  # rows among which a stream is shuffled
+FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+PLAIN = ("string", "large_string", "int", "uint", "float", "bool", "null")  # how the types of plain columns begin
+CSV_BLOCK = 64 * 2**20  # bytes from which the types of columns are inferred
 
 
-def read_prompts(path: str, *, repeated: bool = False) -> list[Row]:
-    """One prompt a line or, of a `.jsonl` file, one JSON object a line: `prompt`, and further columns of any kind.
+class Rows(Protocol):
+    """Prompt rows, each with a `prompt` and the same further columns; `str` says how many, and what was left out."""
+
+    @property
+    def size(self) -> int | None:
+        """How many; None where nobody knows before the last is read."""
+
+    def first(self, number: int) -> list[Row]:
+        """The first rows, from the start again where there are fewer."""
+
+    def shuffled(self, seed: int) -> Iterator[Row]:
+        """All rows without end, each epoch in another order."""
+
+
+class Prompts:
+    """Rows in memory (`Rows`).
 
     Args:
-        path: The file, UTF-8. Blank lines are skipped.
+        rows: At least one.
+        notes: What was left out, and other oddities.
+    """
+
+    def __init__(self, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
+        self.rows, self.notes = rows, notes
+
+    def __str__(self) -> str:
+        return f"{self.size:,}" + (f" ({', '.join(self.notes)})" if self.notes else "")
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def first(self, number: int) -> list[Row]:
+        return list(islice(cycle(self.rows), number))
+
+    def shuffled(self, seed: int) -> Iterator[Row]:
+        from trl.trainer.utils import RepeatSampler  # takes seconds, which who only reads prompts need not wait
+
+        sampler = RepeatSampler(self.rows, mini_repeat_count=1, seed=seed)
+        while True:
+            yield from (self.rows[i] for i in sampler)
+
+
+class StreamedPrompts:
+    """Rows that are read again and again as they are needed, and shuffled among the next `BUFFER` (`Rows`)."""
+
+    size: int | None = None
+
+    def __init__(self, source: "_Source") -> None:
+        self._source = source
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (f"streamed from {self._source.path}", self._source.left_out)))
+
+    def first(self, number: int) -> list[Row]:
+        again = chain.from_iterable(self._rows(self._source.examples) for _ in count())
+        return list(islice(again, number))
+
+    def shuffled(self, seed: int) -> Iterator[Row]:
+        examples = self._source.examples.shuffle(seed=seed, buffer_size=BUFFER)
+        for epoch in count():
+            examples.set_epoch(epoch)
+            yield from self._rows(examples)
+
+    def _rows(self, examples: Iterable[Row]) -> Iterator[Row]:
+        return filter(None, self._source.rows(examples))
+
+
+def read_prompts(path: str, *, repeated: bool = False, **where: Any) -> Prompts:
+    """All rows of a file, a folder or a dataset on the hub.
+
+    Args:
+        path: A file (.jsonl, .csv, .parquet; any other is text, one prompt a line), a folder that `datasets` reads or
+            saved, or the id of a dataset on the hub, `org/name`. Text is UTF-8; blank lines are no rows.
         repeated: Keep a row as often as it is there, not just once.
+        where: `column` of the prompts, and `config` and `split` of a dataset.
 
     Raises:
-        ConfigError: If the file is missing, not text, or holds no prompt; if a line is no such object, or its keys are
-            not those of the first.
+        ConfigError: If it is missing or damaged, has no such column or split, or holds no prompt.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"--prompts: no such file: {path}")
-    try:
-        # Not splitlines, for which a form feed or a U+2028 within a prompt ends a line, too.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    filled = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    source = _Source(path, **where)
+    found = list(source.rows(source.examples))
+    filled = [row for row in found if row]
     if not filled:
-        raise ConfigError(f"--prompts: {path} holds no prompt; write one a line")
-    if file.suffix.lower() == ".jsonl":
-        rows = [_row_of(line, f"--prompts: {path} line {number}") for number, line in filled.items()]
-        for number, row in zip(filled, rows, strict=True):
-            if row.keys() != rows[0].keys():
-                keys, first = ", ".join(sorted(row)), ", ".join(sorted(rows[0]))
-                raise ConfigError(f"--prompts: {path} line {number} has the keys {keys}, but the first has {first}")
-    else:
-        rows = [{"prompt": line} for line in filled.values()]
-    return rows if repeated else list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+        raise ConfigError(f"--prompts: {path} holds no prompt")
+    rows = filled if repeated else list({json.dumps(row, sort_keys=True): row for row in filled}.values())
+    notes = [
+        _counted(len(filled) - len(rows), "duplicate", "left out"),
+        _counted(len(found) - len(filled), "empty line", "left out"),
+        _counted(sum(not row["prompt"].strip() for row in rows), "empty prompt", "kept"),
+        source.left_out,
+    ]
+    return Prompts(rows, list(filter(None, notes)))
 
 
-def _row_of(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ConfigError(f"{where} is no object with a text under the key 'prompt'")
-    if taken := sorted(ARGUMENTS & row.keys()):
-        raise ConfigError(f"{where}: '{taken[0]}' cannot name a column; it is an argument of every reward")
-    return row
+def stream_prompts(path: str, **where: Any) -> StreamedPrompts:
+    """The same rows for sets that do not fit; duplicates stay.
+
+    Raises:
+        ConfigError: As `read_prompts`, of what the first row shows; of the others when they are reached.
+    """
+    from datasets import Dataset
+
+    source = _Source(path, streaming=True, **where)
+    if isinstance(source.examples, Dataset):
+        source.examples = source.examples.to_iterable_dataset()
+    if not any(source.rows(source.examples)):  # of an empty stream there is no first row to wait for
+        raise ConfigError(f"--prompts: {path} holds no prompt")
+    return StreamedPrompts(source)
 
 
 def split_columns(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -68,7 +141,7 @@ class PromptStream:
     on how many processes there are.
 
     Args:
-        rows: Prompt rows.
+        prompts: Prompt rows.
         batch_size: Rows per global batch; a multiple of `group_size` and of the number of processes.
         group_size: Images per prompt.
         seed: Seed of the order.
@@ -77,7 +150,7 @@ class PromptStream:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        prompts: Rows,
         batch_size: int,
         *,
         group_size: int = 1,
@@ -85,31 +158,226 @@ class PromptStream:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.rows, self.batch_size, self.group_size, self.seed = rows, batch_size, group_size, seed
+        self.prompts, self.batch_size, self.group_size, self.seed = prompts, batch_size, group_size, seed
         self.process_index, self.num_processes = process_index, num_processes
-        self.consumed = 0
-        self._indices = self._order()
-
-    def _order(self) -> Iterator[int]:
-        from trl.trainer.utils import RepeatSampler  # takes seconds, which who only reads prompts need not wait
-
-        sampler = RepeatSampler(self.rows, mini_repeat_count=self.group_size, seed=self.seed)
-        while True:
-            yield from sampler
+        self.skip_to(0)
 
     def __next__(self) -> list[Row]:
-        batch = [self.rows[next(self._indices)] for _ in range(self.batch_size)]
+        batch = list(islice(self._rows, self.batch_size))
         self.consumed += 1
         share = self.batch_size // self.num_processes
         return batch[self.process_index * share : (self.process_index + 1) * share]
 
     def first(self, batches: int) -> list[Row]:
         """The rows of the first global batches, each once per group; moves nothing."""
-        order = self._order()
-        return [self.rows[next(order)] for _ in range(batches * self.batch_size)][:: self.group_size]
+        return list(islice(self.prompts.shuffled(self.seed), batches * self.batch_size // self.group_size))
 
     def skip_to(self, consumed: int) -> None:
         """Continue as if `consumed` batches had been read from the start."""
-        self._indices, self.consumed = self._order(), consumed
-        for _ in range(consumed * self.batch_size):
-            next(self._indices)
+        groups = consumed * self.batch_size // self.group_size
+        order = islice(self.prompts.shuffled(self.seed), groups, None)
+        self._rows = (row for group in order for row in repeat(group, self.group_size))
+        self.consumed = consumed
+
+
+# --- Sources ----------------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """What `--prompts` names, opened: examples of text and numbers, and how they become rows.
+
+    Attributes:
+        examples: `datasets.IterableDataset`, or a `Dataset` where there was one on disk; may be read again and again.
+        left_out: Columns without text or numbers, for people.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        column: str = "prompt",
+        config: str | None = None,
+        split: str = "train",
+        streaming: bool = False,
+    ) -> None:
+        self.path, self.column = path, column
+        self.left_out = ""
+        with self._refusing(), _quiet():
+            self.examples = _open(path, column, config, split, streaming)
+        if self.examples.features is not None:
+            self._select(self.examples.features)
+
+    def _select(self, features: Any) -> None:
+        """Leave out columns that are neither text nor numbers; pictures would be decoded for nothing."""
+        self._require_column(features)
+        kept = [name for name, feature in features.items() if name == self.column or _plain(feature)]
+        if self.column != "prompt" and "prompt" in kept:
+            kept.remove("prompt")
+        if left_out := [name for name in features if name not in kept]:
+            self.left_out = f"column{'s' * (len(left_out) > 1)} {', '.join(left_out)} left out"
+        _refuse_arguments(set(kept) - {self.column}, f"--prompts: {self.path}")
+        self.examples = self.examples.select_columns(kept)
+
+    def rows(self, examples: Iterable[Row]) -> Iterator[Row]:
+        """The examples with their prompts under `prompt`; an empty line is an empty row."""
+        with self._refusing():
+            for example in examples:
+                if example:
+                    self._require_column(example)
+                    prompt = example[self.column]
+                    if not isinstance(prompt, str | None):
+                        raise ConfigError(
+                            f"--prompts: the column '{self.column}' of {self.path} is no text: {prompt!r:.80}"
+                        )
+                    others = {name: value for name, value in example.items() if name != self.column}
+                    example = others | {"prompt": prompt or ""}
+                yield example
+
+    def _require_column(self, names: Iterable[str]) -> None:
+        if self.column not in names:
+            raise ConfigError(
+                f"--prompts: {self.path} has no column '{self.column}'; name that of the prompts with --prompt_column: "
+                f"{', '.join(names)}"
+            )
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What goes wrong, in one line."""
+        from datasets.exceptions import DatasetGenerationError
+
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # of datasets, Arrow, the hub and the network
+            cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+            said = str(cause or error).strip().partition("\n")[0]
+            what = "cannot be read" if Path(self.path).exists() else "no such file, and the hub says"
+            raise ConfigError(f"--prompts: {self.path}: {what}: {said}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's words on what we refuse in our own."""
+    from datasets import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _open(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
+    """The dataset that a path or id names; what lies on this machine is read where it is, without a copy."""
+    from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
+
+    place, kind = Path(path), Path(path).suffix.lower()
+    if (place.is_file() or (place / "state.json").is_file()) and (config or split != "train"):
+        raise ConfigError(f"--prompts: {path} has neither a --dataset_config nor a --dataset_train_split to choose")
+    if place.is_file() and kind == ".parquet":
+        return load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
+    if place.is_file() and kind == ".csv":
+        with _open_csv(path, column) as reader:
+            features = Features.from_arrow_schema(reader.schema)
+        return IterableDataset.from_generator(_csv, features, {"path": path, "column": column})
+    if place.is_file():
+        read = _json_lines if kind in (".jsonl", ".json") else _lines
+        return IterableDataset.from_generator(read, None, {"path": path, "column": column})
+    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(path)
+        if isinstance(saved, Dataset):
+            return saved
+        if split not in saved:
+            raise ConfigError(
+                f"--prompts: {path} has no split '{split}' (--dataset_train_split), but {', '.join(saved)}"
+            )
+        return saved[split]
+    if not place.is_dir() and (path.count("/") != 1 or kind in FILES):
+        raise ConfigError(f"--prompts: no such file: {path}")
+    return load_dataset(path, config, split=split, streaming=streaming or place.is_dir())
+
+
+def _decoded(path: str) -> Iterator[tuple[int, str]]:
+    """Lines of UTF-8 by number, from 1. Not splitlines, for which a form feed or a U+2028 in a prompt ends one, too."""
+    number = 0
+    with Path(path).open("rb") as file:
+        for raw in file:
+            try:
+                text = raw.decode("utf-8" if number else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"--prompts: {path} is not UTF-8 text: {error.reason} in line {number + 1}"
+                ) from error
+            for line in text.removesuffix("\n").removesuffix("\r").split("\r"):
+                number += 1
+                yield number, line.strip()
+
+
+def _lines(path: str, column: str) -> Iterator[Row]:
+    for _, line in _decoded(path):
+        yield {"prompt": line} if line else {}
+
+
+def _json_lines(path: str, column: str) -> Iterator[Row]:
+    first: Row = {}
+    for number, line in _decoded(path):
+        row = _row_of(line, column, f"--prompts: {path} line {number}") if line else {}
+        first = first or row
+        if row and row.keys() != first.keys():
+            keys, expected = ", ".join(sorted(row)), ", ".join(sorted(first))
+            raise ConfigError(f"--prompts: {path} line {number} has the keys {keys}, but the first has {expected}")
+        yield row
+
+
+def _row_of(line: str, column: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        raise ConfigError(f"{where} is no object with a text under the key '{column}'")
+    if any("\ud800" <= letter <= "\udfff" for letter in row[column]):
+        raise ConfigError(f"{where}: the prompt holds half a surrogate pair, which is no text")
+    _refuse_arguments(row.keys() - {column}, where)
+    return row
+
+
+def _csv(path: str, column: str) -> Iterator[Row]:
+    with _open_csv(path, column) as reader:
+        for batch in reader:
+            yield from batch.to_pylist()
+
+
+def _open_csv(path: str, column: str) -> Any:
+    """Arrow's reader, for which the words NA and null are text like any other (they are missing values for pandas)."""
+    import pyarrow
+    from pyarrow import csv
+
+    return csv.open_csv(
+        path,
+        csv.ReadOptions(block_size=CSV_BLOCK),
+        csv.ParseOptions(newlines_in_values=True),
+        csv.ConvertOptions(column_types={column: pyarrow.string()}),
+    )
+
+
+def _plain(feature: Any) -> bool:
+    """Whether a column holds text, numbers, or lists or tables of them."""
+    from datasets import ClassLabel, LargeList, List, Value
+
+    if isinstance(feature, dict):
+        return all(map(_plain, feature.values()))
+    if isinstance(feature, List | LargeList):
+        return _plain(feature.feature)
+    return isinstance(feature, Value | ClassLabel) and feature.dtype.startswith(PLAIN)
+
+
+def _refuse_arguments(names: Iterable[str], where: str) -> None:
+    if taken := sorted(ARGUMENTS & set(names)):
+        raise ConfigError(f"{where}: '{taken[0]}' cannot name a column; it is an argument of every reward")
+
+
+def _counted(number: int, noun: str, fate: str) -> str:
+    return f"{number:,} {noun}{'s' * (number > 1)} {fate}" if number else ""

@@ -58,6 +58,7 @@ class BackendOptions:
         reward_vae: Small decoder (`AutoencoderTiny`) for the rewards, a folder or hub id; None for the model's own.
         vae_tiling: Decode by tiles.
         decode_chunk_size: Images that are decoded at a time; None for all.
+        torch_compile: Compile the network's blocks.
         attention_backend: Attention kernel by diffusers' name; None for its default.
         cpu_offload: Keep text encoders and VAE on the CPU while they are idle.
         prompt_cache: Folder of prompt embeddings on disk, "off" for none; None for the usual one.
@@ -82,6 +83,7 @@ class BackendOptions:
     reward_vae: str | None = None
     vae_tiling: bool = False
     decode_chunk_size: int | None = None
+    torch_compile: bool = False
     attention_backend: str | None = None
     cpu_offload: bool = False
     prompt_cache: str | None = None
@@ -93,7 +95,10 @@ class Backend(Protocol):
     """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
-    (`ConfigError`). Optional: `cache_prompts(prompts)`, called once with all prompts of a run before its first step.
+    (`ConfigError`). Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which
+    refuses (`ConfigError`) before weights are loaded; `cache_prompts(prompts)`, called once with all prompts of a run
+    before its first step, unless they are streamed; `fresh_noise(drawn)`, which makes latents [B, *latent] of as many
+    numbers in the order in which the stock scheduler draws those of later steps, where that is in another layout.
     """
 
     options: BackendOptions
@@ -342,6 +347,8 @@ class Judge(Protocol):
 @runtime_checkable
 class NamedModel(Protocol):
     """A model with a name of its own (`--model digits`): builds or finds a pipeline folder, and brings what it needs.
+
+    Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`).
 
     Attributes:
         recipe: Defaults of configuration fields, by name.

@@ -80,18 +80,25 @@ def find(group: str, name: str) -> Plugin:
     """
     known = plugins(group)
     if name not in known:
+        hint = " of a file, as in my_file.py:NAME" if name.endswith(".py") else suggest(name, list(known))
         raise PluginError(
-            f"unknown {group[:-1]} '{name}'{suggest(name, list(known))}; known: {', '.join(known) or 'none'} "
+            f"unknown {group[:-1]} '{name}'{hint}; known: {', '.join(known) or 'none'} "
             f"(a package adds one under the entry-point group 'dmdr.{group}')"
         )
     return known[name]
+
+
+def registered(group: str, name: str) -> str | None:
+    """The plugin's name that `name` is, or begins with up to the colon of an address; None where there is none."""
+    kind = name.partition(":")[0]
+    return kind if kind in plugins(group) else None
 
 
 def load(group: str, name: str) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 
     A class with a classmethod `at(address) -> type` is registered under what its addresses begin with, up to the colon
-    (`http` for http://127.0.0.1:8000). It is asked for the class of the whole name.
+    (`http` for http://127.0.0.1:8000, `sit-xl-2` for sit-xl-2:PATH). It is asked for the class of the whole name.
 
     Raises:
         ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.
@@ -125,7 +132,7 @@ def _imported(plugin: Plugin) -> Any:
 
 def _checked(group: str, target: Any, where: str) -> Any:
     if not inspect.isclass(target):
-        raise PluginError(f"{where} is no class")
+        raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else ""))
     if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):
         raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
     missing = [name for name in PROMISED.get(group, ()) if not hasattr(target, name)]

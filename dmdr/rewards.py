@@ -1,5 +1,6 @@
 """Rewards made of rewards: a weighted sum whose parts stay visible and share what they have in common."""
 
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -153,9 +154,9 @@ class Rewards:
         """
         for name, score in scores.items():
             if not score.isfinite().any():
-                raise RewardError(f"reward '{name}' has no finite score among the {score.numel()} of the global batch")
+                raise RewardError(f"reward '{name}' has judged none of {score.numel()} images: no score is finite")
         if not judged(scores).any():
-            raise RewardError(f"no sample of the global batch has a finite score of every reward: {', '.join(scores)}")
+            raise RewardError(f"no image has a finite score of every reward: {', '.join(scores)}")
 
 
 @contextmanager
@@ -163,7 +164,14 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RewardError(f"reward '{name}' failed: {type(error).__name__}: {_line(error)}") from error
+        where = f" ({_place(error)})" if not isinstance(error, ConfigError | TrainingError) else ""
+        raise RewardError(f"reward '{name}' failed: {type(error).__name__}: {_line(error)}{where}") from error
+
+
+def _place(error: Exception) -> str:
+    """File and line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _line(error: Exception) -> str:

@@ -92,6 +92,7 @@ def run(settings: Settings) -> Path:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     config, state = settings.config, PartialState(cpu=cpu, timeout=timedelta(hours=6))
     check_tracker(config)
+    adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = find_initial(config.init_student) if config.init_student and not resume else None
     if initial and initial.resolve().is_relative_to(output.resolve()):
@@ -100,6 +101,8 @@ def run(settings: Settings) -> Path:
         check_resumable(config, resume)
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings)
+    if state.is_main_process:
+        logger.info("prompts: %s", job.prompts)
     return Run(job, output, resume, initial)()
 
 
@@ -107,6 +110,22 @@ def check_tracker(config: Config) -> None:
     """Refuse a tracker that accelerate cannot log to."""
     if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
         raise ConfigError(f"--report_to {config.report_to} is unknown to accelerate, or its package is not installed")
+
+
+def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer's class.
+
+    Raises:
+        ConfigError: If its package is not installed.
+    """
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install 'dmdr[8bit]'") from error
+    eight_bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return eight_bit
 
 
 def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
@@ -135,6 +154,7 @@ class Run:
         set_seed(config.seed)
         self.accelerator = accelerator or self._accelerator()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        self.shown = job.prompts.first(max(config.sample_images, config.num_eval_samples))
         backend = job.backend
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         grid = torch.tensor([*times, 0.0], dtype=torch.float64) if times else backend.grid(config.num_inference_steps)
@@ -158,8 +178,8 @@ class Run:
         objectives = self.job.objectives
         roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(objectives).roles)
         backend.prepare(accelerator, roles=roles)
-        if hasattr(backend, "cache_prompts"):
-            backend.cache_prompts(self._upcoming_prompts())
+        if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
+            backend.cache_prompts(self._upcoming_prompts(self.job.prompts.size))
         if self.job.rewards:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
             self.job.rewards.prepare(accelerator.device, dtype)
@@ -243,6 +263,7 @@ class Run:
             except Exception:
                 if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
                     self._save(trainer)
+                logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
                 raise
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if trainer.student.ema and trainer.step == stage.steps:
@@ -277,7 +298,7 @@ class Run:
                 self.user_sampler,
                 base=self.job.folder,
                 name=self.config.model,
-                prompt=self.job.rows[0]["prompt"],
+                prompt=self.shown[0]["prompt"],
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
             )
@@ -371,7 +392,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         local = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return PromptStream(
-            self.job.rows,
+            self.job.prompts,
             local * accelerator.num_processes,
             group_size=config.num_generations,
             seed=config.seed,
@@ -379,14 +400,14 @@ class Run:
             num_processes=accelerator.num_processes,
         )
 
-    def _upcoming_prompts(self) -> list[str]:
+    def _upcoming_prompts(self, size: int) -> list[str]:
         """Those that the run will read, of all processes."""
-        config, rows = self.config, self.job.rows
+        config = self.config
         batches = sum(stage.steps for stage in stages(config)) * (config.fake_updates if config.dmd_weight else 1)
         stream = self.prompts()
-        drawn = stream.first(batches) if batches * stream.batch_size < len(rows) * config.num_generations else rows
-        shown = self._rows(max(config.sample_images, config.num_eval_samples))
-        return [row["prompt"] for row in (*drawn, *shown)]
+        some = batches * stream.batch_size < size * config.num_generations
+        drawn = stream.first(batches) if some else self.job.prompts.first(size)
+        return [row["prompt"] for row in (*drawn, *self.shown)]
 
     def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""
@@ -394,7 +415,7 @@ class Run:
         parameters = self.job.backend.parameters(role)
         if state:
             load_parameters(state, role, parameters)
-        optimizer = torch.optim.AdamW(
+        optimizer = adamw(config)(
             parameters.values(),
             lr=rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -478,9 +499,6 @@ class Run:
             found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
         return torch.cat(found)
 
-    def _rows(self, count: int) -> list[Row]:
-        return [self.job.rows[i % len(self.job.rows)] for i in range(count)]
-
     def teacher_sampler(self) -> tuple[Denoiser, FewStepSampler]:
         """The teacher as its users run it: guided, many ODE steps."""
         denoiser = partial(self.job.backend.teacher, guidance=self.config.guidance_scale)
@@ -490,8 +508,9 @@ class Run:
     def _grid(self, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
-        rows, distinct = self._rows(self.config.sample_images), len(self.job.rows)
-        columns = distinct if distinct <= 12 and len(rows) % distinct == 0 else None  # a prompt a column, if few
+        rows, distinct = self.shown[: self.config.sample_images], self.job.prompts.size
+        few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
+        columns = distinct if few else None  # a prompt a column
         folder = self.output / "samples"
         if not (folder / "teacher.png").exists():
             teacher = self.generate(*self.teacher_sampler(), rows, "grid")
@@ -501,7 +520,7 @@ class Run:
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
         """Accuracy, Frechet distance, precision and recall by the model's judge, and the rewards."""
-        rows = self._rows(self.config.num_eval_samples)
+        rows = self.shown[: self.config.num_eval_samples]
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns(rows)

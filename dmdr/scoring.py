@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdr.errors import ConfigError
+from dmdr.images import can_hold_files
 from dmdr.prompts import Row, split_columns
 from dmdr.rewards import Rewards
 
@@ -106,11 +106,10 @@ def _read_ahead(paths: Sequence[Path], count: int) -> Iterator[Tensor]:
             yield ahead.popleft().result()
 
 
-@torch.no_grad()
 def score_images(
     rewards: Rewards, paths: Sequence[Path], rows: Sequence[Row], *, batch_size: int, device: torch.device
-) -> dict[str, Tensor]:
-    """The raw scores of all images, with a progress bar.
+) -> Iterator[dict[str, Tensor]]:
+    """The raw scores of all images, batch by batch, with a progress bar.
 
     Args:
         rewards: Prepared for `device`.
@@ -119,29 +118,33 @@ def score_images(
         device: Where the rewards run.
 
     Returns:
-        name -> [N] float32 on the CPU; NaN where a reward could not judge.
+        name -> [B] float32 on the CPU for the next B images; NaN where a reward could not judge.
 
     Raises:
         ConfigError: If an image is damaged.
         RewardError: If a reward fails.
     """
-    found: list[dict[str, Tensor]] = []
     with tqdm(total=len(paths), desc="score", unit="image", leave=False) as bar:
         for images, part in batches(paths, rows, batch_size):
             prompts, columns = split_columns(part)
-            scores = rewards.each(images.to(device).float() / 255, prompts, **columns)
-            found.append({name: score.cpu() for name, score in scores.items()})
+            with torch.no_grad():
+                scores = rewards.each(images.to(device).float() / 255, prompts, **columns)
+            yield {name: score.cpu() for name, score in scores.items()}
             bar.update(len(part))
-    return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of batches as one, name -> [N]."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def as_csv(paths: Sequence[Path], rows: Sequence[Row], scores: Mapping[str, Tensor]) -> bytes:
-    """A line per image: its name, its prompt and its scores, empty where a reward could not judge."""
+    """A line per image that has been scored: its name, its prompt and its scores, empty where a reward cannot judge."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "prompt", *scores])
     columns = (values.tolist() for values in scores.values())
-    for path, row, *values in zip(paths, rows, *columns, strict=True):
+    for path, row, *values in zip(paths, rows, *columns, strict=False):
         cells = (f"{value:.9g}" if math.isfinite(value) else "" for value in values)  # 9 digits are all of a float32
         writer.writerow([path.name, row["prompt"], *cells])
     return text.getvalue().encode("utf-8", "backslashreplace")  # a file's name need not be text
@@ -171,5 +174,5 @@ def require_writable(output: Path) -> None:
     if output.exists() and not output.is_file():  # to write it atomically would replace /dev/null itself
         raise ConfigError(f"--output {output} is a device or a pipe; it must be a file")
     nearest = next(folder for folder in output.resolve().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if not can_hold_files(nearest):
         raise ConfigError(f"--output {output} cannot be written: {nearest} is no folder that may be written to")

@@ -17,7 +17,7 @@ from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
 from dmdr.learner import Learner
 from dmdr.matching import DMD
 from dmdr.paths import add_noise
-from dmdr.prompts import PromptStream
+from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import Backend, BackendOptions, Reward, RewardObjective, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
@@ -62,7 +62,7 @@ def toy_trainer(
         backend=backend,
         sampler=FewStepSampler(backend.path, time_grid(num_inference_steps), 1.0),
         prompts=PromptStream(
-            [{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)],
+            Prompts([{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]),
             batch_size,
             group_size=max((term.objective.needs.group_size for term in objectives), default=1),
             seed=seed,

@@ -1,7 +1,8 @@
 """Reading what diffusers and transformers saved, strictly: a weight that is missing or unknown is an error."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,23 +162,30 @@ def load_pipeline(cls: Any, folder: str, dtype: torch.dtype, **parts: Any) -> An
     return pipeline
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
+def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of a weights file: safetensors, or what `torch.save` wrote of a state dict.
 
+    Args:
+        path: The file.
+        within: Keys of a training checkpoint that may hold the state dict; the first that is there does.
+
     Raises:
-        ConfigError: If there is no such file, or it holds anything but tensors: a pickle that could run code is refused.
+        ConfigError: If there is no such file, or it holds more than tensors: a pickle that could run code is refused.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{path} is no file; expected weights, as .safetensors or a torch state dict")
     try:
-        state: Any = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        )
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            # Training checkpoints often keep their command line, too; a Namespace can hold values only.
+            with torch.serialization.safe_globals([Namespace]):
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ConfigError(f"{path} is damaged, or holds more than tensors and is refused") from error
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in within if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"{path} is no table of tensors; expected a state dict")
     return dict(state)

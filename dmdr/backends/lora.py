@@ -150,6 +150,24 @@ class LoRARoles:
             for name, parameter in self.parameters(role).items()
         }
 
+    def merged(self, role: Role) -> dict[str, Tensor]:
+        """The whole network as a role, float32, by the network's own names: its adapter merged, or its full copy."""
+        if role in self.copies:
+            return {name: tensor.float() for name, tensor in self.copies[role].state_dict().items()}
+        adapter = self.folded(role)
+        state = {
+            name.replace(".base_layer.", "."): tensor.float()
+            for name, tensor in self.network.state_dict().items()
+            if ".lora_" not in name
+        }
+        for name, b in adapter.items():
+            module, _, end = name.partition(".lora_B.")
+            if end:
+                weight = state[f"{module}.weight"]
+                delta = b.flatten(1) @ adapter[f"{module}.lora_A.weight"].flatten(1)
+                state[f"{module}.weight"] = weight + delta.view_as(weight)
+        return state
+
     def unfold(self, role: Role, tensors: Mapping[str, Tensor], what: str) -> None:
         """Load what `folded` gave; `what` names its origin in errors.
 

@@ -6,6 +6,7 @@ network is called, and the scheduler that samples a student.
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +75,7 @@ class PipelineBackend:
         network_class: Class of the denoising network.
         network_name: The component that it is.
         lora_targets: Modules that get an adapter, as PEFT matches names.
+        droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
     """
 
@@ -81,6 +83,7 @@ class PipelineBackend:
     network_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[Sequence[str]]
+    droppable: ClassVar[Sequence[str]] = ()
     default_size: ClassVar[int] = 128
     kind: Kind = "velocity"
     path: NoisePath
@@ -109,6 +112,10 @@ class PipelineBackend:
         if own is None and options.max_sequence_length:
             raise ConfigError(f"--max_sequence_length: the text length of a {self.pipeline_class.__name__} is fixed")
         self.max_sequence_length: int | None = options.max_sequence_length or own
+        if self.max_sequence_length and self.max_sequence_length > self.text_limit:
+            raise ConfigError(
+                f"--max_sequence_length {self.max_sequence_length}: {folder} takes {self.text_limit} at most"
+            )
         if options.student_weights and not options.full_finetune:
             raise ConfigError("--student_weights are of a full network: they need --full_finetune")
 
@@ -119,6 +126,11 @@ class PipelineBackend:
         """Latent pixels along a side that the network cannot divide."""
         return int(self.network_config.get("patch_size") or 1)
 
+    @property
+    def text_limit(self) -> int:
+        """Tokens at most; more than these are refused by most pipelines' calls, after all the training."""
+        return 512
+
     def grid(self, num_inference_steps: int) -> Tensor:
         """The student's times where the user names none, [K + 1] float64 from noise to exactly 0."""
         raise NotImplementedError
@@ -128,8 +140,12 @@ class PipelineBackend:
         raise NotImplementedError
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        """Tensors as `embed` returns them for `count` prompts, of any values, on the device; no encoder is loaded."""
+        """Tensors as `embed` returns them for `count` prompts, made with `blank`: for --dry_run, without encoders."""
         raise NotImplementedError
+
+    def blank(self, *shape: int) -> Tensor:
+        """Of a shape, and of no values in particular."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Raw output [B, *latent] for states x_t [B, *latent] in the network's dtype, times t [B] and embeddings."""
@@ -138,6 +154,10 @@ class PipelineBackend:
     def scheduler(self, sampler: Sampler) -> Any:
         """The stock scheduler that takes the sampler's steps."""
         raise NotImplementedError
+
+    def lora_key(self, name: str) -> str:
+        """Key in the exported file of `<module>.lora_A.weight` or `<module>.lora_B.weight`."""
+        return f"{self.network_name}.{name}"
 
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """Arguments of the pipeline's call that no scheduler can hold; a family adds its grid."""
@@ -199,7 +219,11 @@ class PipelineBackend:
         if options.gradient_checkpointing:
             for each in self.roles.networks:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
-        self.cache = None if options.prompt_cache == "off" else PromptCache(self._cache_folder(), self._embed)
+        cached = self.text_components and options.prompt_cache != "off"
+        if options.torch_compile:
+            for each in self.roles.networks:
+                compile_blocks(each)
+        self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
 
     def _load_network(self, cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
         load = build_network if self.device.type == "meta" else load_network
@@ -226,7 +250,7 @@ class PipelineBackend:
         """Text encoders and tokenizers of the pipeline but those that the user drops: name -> library and class.
 
         Raises:
-            ConfigError: If an encoder is dropped that is not there.
+            ConfigError: If an encoder is dropped that is not there, or that the pipeline cannot do without.
         """
         there = {
             name: (str(value[0]), str(value[1]))
@@ -234,9 +258,10 @@ class PipelineBackend:
             if name.startswith(TEXT) and isinstance(value, list) and value[0] is not None
         }
         for name in self.options.drop_text_encoders:
-            if name not in there or not name.startswith("text_encoder"):
-                known = ", ".join(part for part in there if part.startswith("text_encoder"))
-                raise ConfigError(f"--drop_text_encoders {name}: {self.folder} has {known or 'none'}")
+            if name not in there or name not in self.droppable:
+                has = ", ".join(part for part in there if part.startswith("text_encoder")) or "none"
+                why = f"a {self.pipeline_class.__name__} needs it" if name in there else f"{self.folder} has {has}"
+                raise ConfigError(f"--drop_text_encoders {name}: {why}")
             del there[name]
             there.pop(name.replace("text_encoder", "tokenizer"), None)
         return there
@@ -285,10 +310,12 @@ class PipelineBackend:
         """
         if self.cache is None:
             return
-        missing = self.cache.missing([*prompts, ""])
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        self.cache.fill(missing[index::count], show=self.accelerator.is_main_process)
+        # Shares of all prompts: of what is missing they would differ where one process looks later than another.
+        distinct = list(dict.fromkeys([*prompts, ""]))
+        share = distinct[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.cache.fill(share, show=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
+        self.cache.fill(distinct)  # what another machine has stored on a disk of its own
         self._text = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -296,7 +323,7 @@ class PipelineBackend:
     def _cache_folder(self) -> Path:
         """Of what the embeddings depend on: model, encoders, precision and text length."""
         place = Path(self.options.prompt_cache or cache_folder() / "prompts").expanduser()
-        if place.exists() and not place.is_dir():
+        if os.path.exists(place) and not place.is_dir():  # Path.exists raises where it may not look
             raise ConfigError(f"--prompt_cache {place} is no folder; give one, or 'off'")
         return place / fingerprint(
             self.pipeline_class.__name__,
@@ -416,7 +443,9 @@ class PipelineBackend:
             self.roles.copies["student"].save_pretrained(directory / self.network_name)
         else:
             layers = joined(self.roles.folded("student"), self._teacher_lora)
-            self.pipeline_class.save_lora_weights(directory, **{f"{self.network_name}_lora_layers": layers})
+            directory.mkdir(parents=True, exist_ok=True)
+            keyed = {self.lora_key(name): tensor for name, tensor in layers.items()}
+            save_file(keyed, directory / LORA_FILE, {"format": "pt"})
         self.scheduler(sampler).save_pretrained(directory / "scheduler")
         return self.call_arguments(sampler)
 
@@ -449,8 +478,8 @@ class PipelineBackend:
             given = load_network(self.network_class, str(directory), self.network_name, torch.float32).state_dict()
             load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
         else:
-            prefix = f"{self.network_name}."
-            given = {name.removeprefix(prefix): value for name, value in load_file(directory / file).items()}
+            names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}
+            given = {names.get(key, key): value for key, value in load_file(directory / file).items()}
             student = parted(given, self._teacher_lora, self.parameters("student"))
             self.roles.unfold("student", student, str(directory / file))
 
@@ -461,11 +490,29 @@ def set_attention_backend(network: Any, name: str) -> None:
     Raises:
         ConfigError: If diffusers does not know it, or this machine or network cannot run it.
     """
+    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
+        raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
     try:
         with quiet():
             network.set_attention_backend(name)
     except Exception as error:
         raise ConfigError(f"--attention_backend {name}: {one_line(error)}") from error
+
+
+def compile_blocks(network: Any) -> None:
+    """Compile the blocks that a network repeats, one graph for all of a kind and a role.
+
+    Raises:
+        ConfigError: If the network does not say which they are.
+    """
+    names = network._repeated_blocks or network._no_split_modules or ()
+    blocks = [module for module in network.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ConfigError(f"--torch_compile: a {type(network).__name__} does not name its repeated blocks")
+    # Every role, with and without gradient, is a graph of its own; beyond this limit torch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in blocks:
+        block.compile()
 
 
 def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:

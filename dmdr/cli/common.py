@@ -1,5 +1,6 @@
 """What all commands share: errors in one line, exit codes, quiet libraries, rewards to score with."""
 
+import errno
 import os
 import signal
 import sys
@@ -32,14 +33,25 @@ def command(function: Callable[[list[str]], None]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         function(sys.argv[1:])
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):  # what no path that is given can be
+            raise
+        print(f"{_name()}: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 2
     except (ConfigError, TrainingError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_name()}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return 0
     return 0
+
+
+def _name() -> str:
+    """What the command is called, by `python -m` too."""
+    name = os.path.basename(sys.argv[0])
+    return f"dmdr-{name.removesuffix('.py').replace('_', '-')}" if name.endswith(".py") else name
 
 
 def open_rewards(flags: "RewardFlags", chosen: "Sequence[Chosen]") -> "tuple[Rewards, torch.device]":
@@ -76,5 +88,5 @@ def find_device(name: str) -> "torch.device":
         probe = torch.zeros(1, device=name)
         probe.item()  # meta tensors have no values
         return probe.device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each kind of device has its own
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -23,8 +23,9 @@ class EvalFlags(RewardFlags):
         "folder of images, by natural order of name (2.png before 10.png); alpha and EXIF rotation do not count",
     )
     prompts: str | None = flag(
-        None, "prompt i of image i: one a line, or .jsonl: one object a line with 'prompt' and further columns"
+        None, "prompt i of image i: file (text with one a line, .jsonl, .csv, .parquet), or folder or id of a dataset"
     )
+    prompt_column: str = flag("prompt", "column of --prompts that holds them; rewards are given the others by name")
     output: str = flag("scores.csv", "CSV file to write")
     batch_size: int = flag(16, "images that are scored at a time")
 
@@ -43,12 +44,27 @@ def run(arguments: list[str]) -> None:
     paths = scoring.find_images(flags.images)
     rows = read_rows(flags, chosen, len(paths))
     rewards, device = open_rewards(flags, chosen)
-    scores = scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device)
-    scores["total"] = rewards.total(scores)
-    # where a link leads to, or the file would take the link's place
-    images.write_atomically(Path(flags.output).resolve(), scoring.as_csv(paths, rows, scores))
+    found: list[dict[str, Any]] = []
+
+    def write() -> dict[str, Any]:
+        scores = scoring.joined(found)
+        scores["total"] = rewards.total(scores)
+        # where a link leads to, or the file would take the link's place
+        images.write_atomically(Path(flags.output).resolve(), scoring.as_csv(paths, rows, scores))
+        return scores
+
+    try:
+        for part in scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device):
+            found.append(part)
+    except BaseException:  # Ctrl-C, too
+        if found:
+            count = len(write()["total"])
+            print(f"the first {count} of {len(paths)} images are saved in {flags.output}", file=sys.stderr)
+        raise
+    scores = write()
     print(scoring.table(scores))
     print(f"\nsaved as {flags.output}")
+    rewards.require_finite(scores)
 
 
 def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[dict[str, Any]]:
@@ -60,7 +76,9 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
     from dmdr.assemble import check_columns
     from dmdr.prompts import read_prompts
 
-    rows = [{"prompt": ""}] * count if flags.prompts is None else read_prompts(flags.prompts, repeated=True)
+    rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
+    if flags.prompts is not None:
+        rows = read_prompts(flags.prompts, column=flags.prompt_column, repeated=True).rows
     if len(rows) != count:
         raise ConfigError(
             f"--images {flags.images} holds {count} images, but --prompts {flags.prompts} has {len(rows)} prompts "
@@ -70,8 +88,12 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
         if flags.prompts is None and getattr(reward.cls, "reads_prompts", True):
             raise ConfigError(f"--prompts is missing: reward '{reward.name}' reads the prompt of each image")
     check_columns(chosen, rows)
-    return rows
+    return list(rows)
 
 
 def main() -> None:
     sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

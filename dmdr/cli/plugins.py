@@ -23,3 +23,7 @@ def cells(plugin: registry.Plugin) -> tuple[str, str, str, str]:
 
 def main() -> None:
     sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

@@ -58,3 +58,7 @@ def run(arguments: list[str]) -> None:
 
 def main() -> None:
     sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

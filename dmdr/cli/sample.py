@@ -14,7 +14,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("student", help="run folder, or the student/ folder of one")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    parser.add_argument("--prompts", help="text file with one prompt a line")
+    parser.add_argument("--prompts", help="one prompt a line, or rows with columns, as dmdr-train reads them")
     parser.add_argument("--num_images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed, as torch.manual_seed takes it (default: 0)")
     parser.add_argument("--output_dir", default="samples", help="folder of the PNG files (default: samples)")
@@ -33,10 +33,11 @@ def run(argv: list[str]) -> None:
     )
     if folder is None:
         raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
-    prompts = args.prompt + ([row["prompt"] for row in read_prompts(args.prompts)] if args.prompts else [])
-    if not prompts or args.num_images < 1:
+    rows = [{"prompt": prompt} for prompt in args.prompt]
+    rows += read_prompts(args.prompts).rows if args.prompts else []
+    if not rows or args.num_images < 1:
         raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
-    prompts = [prompt for prompt in prompts for _ in range(args.num_images)]
+    rows = [row for row in rows for _ in range(args.num_images)]
     try:
         about = json.loads((folder / "sampling.json").read_text())
         missing = {"base_model", "sample_eta", "grid", "options"} - about.keys()
@@ -46,12 +47,20 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"{folder / 'sampling.json'} is damaged: it lacks {', '.join(sorted(missing))}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ConfigError(f"--output_dir {args.output_dir} is no folder")
-    for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir)):
+    prompts = [row["prompt"] for row in rows]
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row if name != "prompt"}
+    for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir), columns):
         print(path)
 
 
 def draw(
-    folder: Path, about: dict[str, Any], prompts: list[str], seed: int, model: str | None, output: Path
+    folder: Path,
+    about: dict[str, Any],
+    prompts: list[str],
+    seed: int,
+    model: str | None,
+    output: Path,
+    columns: dict[str, list[Any]] | None = None,
 ) -> list[Path]:
     """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does."""
     import torch
@@ -70,9 +79,11 @@ def draw(
     backend.load_export(folder)
     sampler = FewStepSampler(backend.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
     torch.manual_seed(seed)
-    cond = backend.encode(prompts)
+    cond = backend.encode(prompts, **(columns or {}))
     shape = (len(prompts), *backend.latent_shape)
     noise = [torch.randn(shape, device=accelerator.device) for _ in range(sampler.num_inference_steps)]
+    if hasattr(backend, "fresh_noise"):
+        noise[1:] = map(backend.fresh_noise, noise[1:])
     pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{i:04d}.png" for i in range(len(prompts))]
@@ -83,3 +94,7 @@ def draw(
 
 def main() -> None:
     sys.exit(command(run))
+
+
+if __name__ == "__main__":
+    main()

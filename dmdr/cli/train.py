@@ -1,5 +1,7 @@
 """`dmdr-train`: distil and align in one run."""
 
+import logging
+import os
 import sys
 
 from dmdr.cli.common import command
@@ -11,12 +13,16 @@ def run(arguments: list[str]) -> None:
     # torch is imported only after the settings have been found good
     from accelerate import PartialState
 
-    from dmdr.dry_run import estimate
     from dmdr.run import run
 
     if settings.config.dry_run:
+        from dmdr.dry_run import estimate
+
         print(f"{estimate(settings)}\nnothing was loaded, nothing was written")
         return
+    logging.basicConfig(format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("dmdr").setLevel(logging.INFO)
 
     folder = run(settings)
     if PartialState().is_main_process:

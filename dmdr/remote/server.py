@@ -137,7 +137,11 @@ class Scorer:
 
 def _numbers(scores: Any) -> Scores:
     """Scores as JSON has them: None for what could not be judged."""
-    numbers = [math.nan if score is None else float(score) for score in _listed(scores)]
+    listed = _listed(scores)
+    for score in listed:
+        if score is not None and not hasattr(score, "__float__"):  # float() takes text, too
+            raise TypeError(f"the reward returned no number, but {score!r}")
+    numbers = [math.nan if score is None else float(score) for score in listed]
     return [number if math.isfinite(number) else None for number in numbers]
 
 

@@ -1,4 +1,4 @@
-"""Published rewards: human preference (HPSv2.1), image-text agreement (DFN CLIP), ImageNet classes (DINOv2).
+"""Published rewards: human preference (HPSv2.1, PickScore, ImageReward), agreement (CLIP), aesthetics, ImageNet labels.
 
 Importing a module here loads neither a network library nor a file; `prepare` does.
 """

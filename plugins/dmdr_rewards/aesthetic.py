@@ -23,6 +23,9 @@ class Aesthetic(ResizingReward):
     activation in between, so the score is affine in the feature. The shortest edge of an image is brought to 224 and
     the centre cropped.
 
+    At full size, with random weights, resize "float" moves a score by up to 3e-5 from "exact", which is Pillow's,
+    at 512 x 512, 768 x 512 and 512 x 768.
+
     Attributes:
         checkpoint: The head (`sac+logos+ava1-l14-linearMSE.pth`), `org/name:file` on the hub, or a folder with the head
             as its one `.pth` file and its CLIP in the layout of transformers; None for the copy of LAION's head on the

@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):  # torch does not check
+                raise zipfile.BadZipFile(f"{torn} is damaged")
+            with warnings.catch_warnings():  # of odd pickles, with advice that does not concern its reader
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
@@ -140,7 +146,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    tensors = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not tensors or not state:
         raise ConfigError(f"checkpoint {path} is no table of tensors; expected a state dict or {{'state_dict': ...}}")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -160,6 +169,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return values
+
+
+def image_processor(source: Source) -> dict[str, Any]:
+    """How transformers would preprocess images for this checkpoint; empty where it says nothing.
+
+    Raises:
+        ConfigError: If its file is no JSON.
+    """
+    both = source.find("processor_config.json")  # since transformers 5, of images and texts; it comes first there, too
+    nested = read_json(both).get("image_processor") if both else None
+    if isinstance(nested, dict):
+        return nested
+    alone = source.find("preprocessor_config.json")
+    return read_json(alone) if alone else {}
 
 
 def from_pretrained(kind: Any, source: Source) -> Any:

@@ -17,6 +17,9 @@ class CLIP(CosineReward, ResizingReward):
     DFN-5B squashes them, OpenAI's models crop the centre. With OpenAI's ViT-B/32, the prefix "A photo depicts" and a
     weight of 2.5 this is CLIPScore (Hessel et al. 2021, arXiv:2104.08718), but for its cut at 0.
 
+    At full size, with random weights, resize "float" moves a score by up to 4e-5 from "exact", which is Pillow's,
+    at 512 x 512, 768 x 512 and 512 x 768.
+
     Attributes:
         checkpoint: A folder or hub id in the layout of open_clip (`open_clip_config.json`) or of transformers
             (`config.json`), or a single weights file, which is taken for ViT-H-14 with QuickGELU, as DFN-5B is; None

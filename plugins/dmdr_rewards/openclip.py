@@ -39,6 +39,7 @@ class OpenCLIP:
             path, config = source.file, open_clip.get_model_config(architecture)
         else:
             path, config, preprocess = self._of_folder(source)
+        state = read_state(path)
         half = dtype if dtype in (torch.float16, torch.bfloat16) else None
         try:
             text_config = config["text_cfg"]
@@ -46,17 +47,17 @@ class OpenCLIP:
                 raise ValueError("towers and tokenizers of other libraries are not supported")
             with device:
                 model = open_clip.CLIP(**config, cast_dtype=half)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            options = text_config.get("tokenizer_kwargs") or {}
+            self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
+        except Exception as error:  # whatever odd settings lead to
             raise ConfigError(f"{source.name} is no plain CLIP ({reason(error)})") from error
-        load_strict(model.state_dict(), read_state(path), f"checkpoint {path}")
+        load_strict(model.state_dict(), state, f"checkpoint {path}")
         if half:
             open_clip.convert_weights_to_lp(model, half)
         else:
             model.to(dtype)
         self._model: Any = model.eval().requires_grad_(False)
         self._device = device
-        options = text_config.get("tokenizer_kwargs") or {}
-        self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
         size = model.visual.image_size
         self.preprocess = replace(preprocess, size=size if isinstance(size, int) else size[0])
 
@@ -72,12 +73,17 @@ class OpenCLIP:
         if not isinstance(config.get("model_cfg"), dict):
             raise ConfigError(f"{found} is no configuration of open_clip: it has no model_cfg")
         defaults = {"resize_mode": "shortest", "interpolation": "bicubic"}
-        given = {key: value for key, value in (config.get("preprocess_cfg") or {}).items() if value is not None}
-        about = defaults | given
-        geometry, bicubic = about["resize_mode"], about["interpolation"] == "bicubic"
-        if geometry not in ("squash", "longest", "shortest") or not bicubic or about.get("fill_color"):
-            raise ConfigError(f"{source.name}: this preprocess_cfg is not supported: {given}")
-        mean, std = (tuple(about.get(key, norm)) for key, norm in zip(("mean", "std"), CLIP_NORM, strict=True))
+        about, norms = config.get("preprocess_cfg") or {}, zip(("mean", "std"), CLIP_NORM, strict=True)
+        try:
+            given = defaults | {key: value for key, value in about.items() if value is not None}
+            geometry = given["resize_mode"]
+            mean, std = (tuple(map(float, given.get(key, norm))) for key, norm in norms)
+            usual = geometry in ("squash", "longest", "shortest") and given["interpolation"] == "bicubic"
+            usual = usual and not given.get("fill_color") and len(mean) == len(std) == 3
+        except (AttributeError, TypeError, ValueError):
+            usual = False
+        if not usual:
+            raise ConfigError(f"{source.name}: this preprocess_cfg is not supported: {about}")
         weights = source.find(*WEIGHTS) or (source.only(*SUFFIXES) if source.folder else source.require(*WEIGHTS))
         return weights, config["model_cfg"], Preprocess(size=0, geometry=geometry, mean=mean, std=std)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmdr.errors import ConfigError
-from dmdr_rewards.checkpoint import Source, from_pretrained, read_json, tokenizer_of
+from dmdr_rewards.checkpoint import Source, from_pretrained, image_processor, tokenizer_of
 from dmdr_rewards.network import at_least_float32, frozen
 from dmdr_rewards.preprocess import Preprocess
 
@@ -39,10 +39,7 @@ class TransformersCLIP:
         self._model: Any = frozen(model, device, dtype)
         self._device, self._dtype = device, dtype
         size = model.config.vision_config.image_size
-        processor = source.find("preprocessor_config.json")
-        self.preprocess = Preprocess.of_processor(
-            read_json(processor) if processor else {}, Preprocess(size=size), source.name
-        )
+        self.preprocess = Preprocess.of_processor(image_processor(source), Preprocess(size=size), source.name)
         if self.preprocess.size != size:
             raise ConfigError(
                 f"{source.name}: its processor crops to {self.preprocess.size} pixels, its network takes {size}"

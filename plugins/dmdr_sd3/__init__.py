@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5: flow matching on an MMDiT, as diffusers' `StableDiffusion3Pipeline`."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ class SD3Backend(FlowBackend):
     pipeline_class = StableDiffusion3Pipeline
     network_class = SD3Transformer2DModel
     lora_targets = LORA_TARGETS
+    droppable = ("text_encoder_3",)
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77 + max_sequence_length, D] and pooled [B, P]; without T5 its part of the sequence is zero."""
@@ -35,11 +35,9 @@ class SD3Backend(FlowBackend):
         return {"sequence": sequence, "pooled": pooled}
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        widths = self.network_config["joint_attention_dim"], self.network_config["pooled_projection_dim"]
-        assert self.max_sequence_length is not None
-        empty = partial(torch.empty, device=self.device, dtype=self.dtype)
-        length = self.clip_length() + self.max_sequence_length
-        return {"sequence": empty(count, length, widths[0]), "pooled": empty(count, widths[1])}
+        config, length = self.network_config, self.max_sequence_length or 0
+        sequence = self.blank(count, self.clip_length() + length, config["joint_attention_dim"])
+        return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = network(

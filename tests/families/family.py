@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from diffusers import FluxPipeline
 from torch import Tensor
 
+import flux
+import sd1
 import sd3
+import sdxl
+import sit
+import z_image
 
 
 @dataclass(frozen=True)
@@ -16,17 +24,24 @@ class Family:
 
     Attributes:
         build: Saves the pipeline into a folder, as `save_pretrained` lays it out.
+        prompts: Two that it understands.
+        stock: The pipeline as stock diffusers loads it from the folder.
         guidance: A scale that the stock pipeline is guided at.
-        call: Further arguments of the stock pipeline's call, beside prompts, steps and guidance.
+        guided: Arguments of the stock pipeline's call that guide it at a scale.
+        call: Further arguments of the call, beside prompts and steps.
         timestep: Our time t in [0, 1] of a timestep that the pipeline gives its scheduler.
         unpacked: The pipeline's latents (or network output) as [B, *latent], given our latent shape.
         settings: Settings of a training run.
         objectives: Objectives that a run is made of, with settings of their own.
+        lora_keys: Form of the keys in an exported LoRA file.
         variants: Settings of the exports that stock diffusers must reproduce.
     """
 
     build: Callable[[Path], None]
+    prompts: Sequence[str] = ("a handwritten seven", "a handwritten two")
+    stock: Callable[[Path], Any] = diffusers.DiffusionPipeline.from_pretrained
     guidance: float = 4.0
+    guided: Callable[[float], Mapping[str, Any]] = lambda scale: {"guidance_scale": scale}
     call: Mapping[str, Any] = field(default_factory=dict)
     timestep: Callable[[Tensor], Tensor] = lambda timestep: timestep.double() / 1000
     unpacked: Callable[[Tensor, Sequence[int]], Tensor] = lambda latents, shape: latents
@@ -40,8 +55,23 @@ class Family:
             "srpo": {"srpo_positive": ["Red"], "srpo_negative": ["Green"], "srpo_template": "{word} {prompt}"},
         }
     )
+    lora_keys: str = r"transformer\..*\.lora_[AB]\.weight"
     variants: Sequence[Mapping[str, Any]] = ({}, {"full_finetune": True}, {"sample_eta": 0.0})
 
+
+# Kohya's names: stock diffusers and ComfyUI read them.
+UNET_LORA_KEYS = r"lora_unet_\w+\.lora_(down|up)\.weight"
+UNET_OBJECTIVES = {
+    **Family(sdxl.build).objectives,
+    "grpo": {"num_generations": 2, "sde_type": "ddim", "eta": 0.8},
+}
+UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
+    {"num_inference_steps": 1},
+    {"num_inference_steps": 1, "sample_eta": 0.0},
+    {"num_inference_steps": 4},
+    {"timesteps": [999, 749, 500, 250], "sample_eta": 0.0},
+    {"full_finetune": True},
+)
 
 FAMILIES: dict[str, Family] = {
     "sd3": Family(
@@ -55,4 +85,44 @@ FAMILIES: dict[str, Family] = {
             {"drop_text_encoders": ["text_encoder_3"]},
         ),
     ),
+    "sdxl": Family(
+        sdxl.build,
+        lora_keys=UNET_LORA_KEYS,
+        objectives=UNET_OBJECTIVES,
+        variants=UNET_VARIANTS,
+    ),
+    "sd1": Family(
+        sd1.build,
+        lora_keys=UNET_LORA_KEYS,
+        objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
+        variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
+    ),
+    "sd1-v": Family(
+        partial(sd1.build, prediction_type="v_prediction"),
+        lora_keys=UNET_LORA_KEYS,
+        objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
+        variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
+    ),
+    "flux": Family(
+        flux.dev,
+        settings={"resolution": 16, "max_sequence_length": 8},
+        call={"height": 16, "width": 16, "max_sequence_length": 8},
+        unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
+    ),
+    "flux-schnell": Family(
+        flux.schnell,
+        guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ["", ""]},
+        settings={"resolution": 16, "max_sequence_length": 8},
+        call={"height": 16, "width": 16, "max_sequence_length": 8},
+        unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
+        objectives={"none": {}},
+        variants=({},),
+    ),
+    "z-image": Family(
+        z_image.build,
+        guided=lambda scale: {"guidance_scale": scale - 1},
+        settings={"resolution": 16, "max_sequence_length": 40},
+        call={"height": 16, "width": 16, "max_sequence_length": 40},
+    ),
+    "sit": Family(sit.build, prompts=("class 7", "class 2"), stock=sit.stock),
 }

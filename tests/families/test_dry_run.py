@@ -2,8 +2,6 @@
 
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +29,9 @@ import parts
 from dmdr import registry
 from dmdr.assemble import assemble, pipeline_class
 from dmdr.backends.lora import LoRARoles
+from dmdr.cli import train
 from dmdr.config import parse
-from dmdr.dry_run import META, AnyReward, Estimate, Process, estimate
+from dmdr.dry_run import META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
 from dmdr.errors import ConfigError
 from dmdr.memory import GPUKernels, Meter, attention
 from dmdr.plan import stages
@@ -114,7 +113,7 @@ def test_shapes_and_dtypes_are_those_of_the_loaded_model(folders: dict[str, Path
         backend.prepare(process, roles=("student", "fake_score"))
         modules = {"network": backend.roles.network, "vae": backend.vae, **backend.load_text_encoders()}
         tensors = {f"{part}.{key}": t for part, module in modules.items() for key, t in module.state_dict().items()}
-        cond = backend.encode(["0", "1", "1"])
+        cond = backend.encode(family.prompts)
         found.append({key: (t.shape, t.dtype) for key, t in (tensors | dict(cond.tensors)).items()})
     loaded, built = found
     assert built == loaded
@@ -214,6 +213,16 @@ def highest(function: Callable[[], object]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def test_moments_of_8_bits_and_text_encoders_that_stay(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": True, "stage1_steps": 0}
+    plain, other = (dry(given | more, tmp_path) for more in ({}, {"optim": "adamw_bnb_8bit", "prompt_cache": "off"}))
+    # Most of these layers are too small for 8 bits.
+    assert other.phases["stage 2"][OPTIMIZER] < 0.6 * plain.phases["stage 2"][OPTIMIZER]
+    assert "text encoders" not in plain.parameters and other.parameters["text encoders"] > 0
+    assert plain.backbones == 2 and plain.backbone == plain.phases["stage 2"][NETWORK]
+    assert [plain.total(n) - plain.total() for n in (2, 3)] == [0, plain.backbone]
 
 
 # --- As on a GPU ------------------------------------------------------------------------------------------------------
@@ -327,12 +336,9 @@ def test_the_meter_counts_storages_while_they_live() -> None:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "dmdr.cli.train", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=None)
-
-
-def test_a_recipe_is_tried_without_weights_or_prompts(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_recipe_is_tried_without_weights_or_prompts(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its `architecture` lies beside the YAML; nothing is written."""
     recipe, elsewhere = tmp_path / "recipe", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -343,13 +349,22 @@ def test_a_recipe_is_tried_without_weights_or_prompts(folders: dict[str, Path], 
             copy.write_text(file.read_text())
     values = {"architecture": "architecture", "lora_rank": 4, "mixed_precision": "bf16", "stage2_steps": 0}
     (recipe / "run.yaml").write_text(json.dumps(values))
-    done = command("--config", str(recipe / "run.yaml"), "--dry_run", cwd=elsewhere)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().splitlines()
+    monkeypatch.chdir(elsewhere)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dmdr-train", "--config", str(recipe / "run.yaml"), *arguments])
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    code, out, err = call("--dry_run")
+    assert code == 0, err
+    lines = out.strip().splitlines()
     assert lines[0].endswith("16 px, batch 4, bfloat16, one process")
     assert lines[-1] == "nothing was loaded, nothing was written"
     totals = [float(line.split()[-1]) for line in lines if line.startswith("total with")]
     assert len(totals) == 3 and totals == sorted(totals)
+    assert call()[::2] == (2, "dmdr-train: --model is missing: this recipe names none\n")
     assert not list(elsewhere.iterdir())
 
 
@@ -357,7 +372,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(folders: dict[str, Path], 
     ("given", "message"),
     [
         ({"model": "toy"}, "--dry_run builds nothing, and --model toy is built: it needs --architecture"),
-        ({"architecture": "/nowhere"}, "no model_index.json"),
+        ({"architecture": "/no/where"}, "no model_index.json"),
         ({"rl": "refl", "reward": "none"}, "climbs a reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules nothing"),
     ],

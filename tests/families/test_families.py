@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,6 @@ from dmdr.sampling import FewStepSampler
 from dmdr.testing import check_backend
 from family import FAMILIES, Family
 
-PROMPTS = ["a handwritten seven", "a handwritten two"]
 ROLES = ("student", "fake_score")
 CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
 OPTIONS = set(BackendOptions.__dataclass_fields__)
@@ -73,7 +71,7 @@ def shaken(backend: Any, roles: Any = ROLES) -> Any:
 
 def states(backend: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Noisy latents and their times."""
-    x_t = torch.randn(len(PROMPTS), *backend.latent_shape, generator=torch.Generator().manual_seed(seed))
+    x_t = torch.randn(2, *backend.latent_shape, generator=torch.Generator().manual_seed(seed))
     return x_t, torch.tensor([0.35, 0.8], dtype=torch.float64)
 
 
@@ -81,7 +79,7 @@ def test_contract(folders: dict[str, Path], name: str) -> None:
     folder, family = folders[name], FAMILIES[name]
     own = {key: value for key, value in family.settings.items() if key in OPTIONS}
     options = BackendOptions(lora_rank=4, fake_lora_rank=4, guidance_scale=family.guidance, **own)
-    check_backend(registry.load("backends", pipeline_class(str(folder)))(str(folder), options), PROMPTS)
+    check_backend(registry.load("backends", pipeline_class(str(folder)))(str(folder), options), family.prompts[:2])
 
 
 # --- Against the stock pipeline ---------------------------------------------------------------------------------------
@@ -90,11 +88,11 @@ def test_contract(folders: dict[str, Path], name: str) -> None:
 def test_teacher_is_the_stock_pipeline(folders: dict[str, Path], name: str) -> None:
     """Its own noise prediction, at its own latents and times, with and without guidance."""
     family, backend = FAMILIES[name], prepared(folders[name], FAMILIES[name])
-    cond = backend.encode(PROMPTS)
+    cond = backend.encode(family.prompts)
     for guidance in (1.0, family.guidance):
         for output, timestep, latents in stock_steps(folders[name], family, guidance):
             x_t = family.unpacked(latents, backend.latent_shape)
-            t = family.timestep(timestep).expand(len(PROMPTS))
+            t = family.timestep(timestep).expand(2)
             found = backend.teacher(x_t, t, cond, guidance=guidance).value
             expected = family.unpacked(output, backend.latent_shape)
             # Stock pipelines run both branches of guidance in one batch, whose last bits differ.
@@ -102,19 +100,21 @@ def test_teacher_is_the_stock_pipeline(folders: dict[str, Path], name: str) -> N
 
 
 def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Prediction, timestep and latents of each step of the stock pipeline."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    """Prediction, timestep and the network's latents of each step of the stock pipeline."""
+    pipe = family.stock(folder)
     pipe.set_progress_bar_config(disable=True)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     step = pipe.scheduler.step
+    scaled = getattr(pipe.scheduler, "scale_model_input", lambda latents, t: latents)
 
     def spy(output: Tensor, t: Tensor, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append((output.clone(), torch.as_tensor(t), latents.clone()))
+        seen.append((output.clone(), torch.as_tensor(t), scaled(latents, t).clone()))
         return step(output, t, latents, *args, **kwargs)
 
     pipe.scheduler.step = spy
     torch.manual_seed(0)
-    pipe(PROMPTS, num_inference_steps=3, output_type="latent", **{"guidance_scale": guidance, **family.call})
+    call = {**family.guided(guidance), **family.call}
+    pipe(list(family.prompts), num_inference_steps=3, output_type="latent", **call)
     assert len(seen) == 3
     return seen
 
@@ -142,13 +142,13 @@ def test_the_model_card_reproduces_dmdr_sample(folders: dict[str, Path], tmp_pat
         student = run.output / "student"
         (folder / "stock").mkdir()
         about = json.loads((student / "sampling.json").read_text())
-        draw(student, about, PROMPTS, 0, None, folder / "ours")
+        draw(student, about, list(family.prompts), 0, None, folder / "ours")
         jobs.append([str(student), str(folder / "stock")])
-    command = [sys.executable, "-c", STOCK, json.dumps(PROMPTS), json.dumps(jobs)]
+    command = [sys.executable, "-c", STOCK, json.dumps(family.prompts), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for i, variant in enumerate(family.variants):
-        for k in range(len(PROMPTS)):
+        for k in range(2):
             a, b = (
                 np.asarray(Image.open(tmp_path / str(i) / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock")
             )
@@ -157,14 +157,14 @@ def test_the_model_card_reproduces_dmdr_sample(folders: dict[str, Path], tmp_pat
 
 
 def test_stock_diffusers_loads_the_lora_in_full(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """A student trained at alpha / rank = 2, layer by layer; keys have the prefix that loaders look for."""
-    backend = shaken(prepared(folders[name], FAMILIES[name]))
+    """A student trained at alpha / rank = 2, layer by layer; keys have the form that loaders look for."""
+    family = FAMILIES[name]
+    backend = shaken(prepared(folders[name], family))
     backend.export(tmp_path, FewStepSampler(backend.path, backend.grid(2), 1.0))
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    prefix = f"{backend.network_name}."
     keys = load_file(file).keys()
-    assert keys and all(re.fullmatch(rf"{prefix}.*\.lora_[AB]\.weight", key) for key in keys)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name])
+    assert keys and all(re.fullmatch(family.lora_keys, key) for key in keys)
+    pipe = family.stock(folders[name])
     pipe.load_lora_weights(file)
     pipe.fuse_lora()
     merged = dict(getattr(pipe, backend.network_name).named_parameters())
@@ -176,10 +176,10 @@ def test_stock_diffusers_loads_the_lora_in_full(folders: dict[str, Path], tmp_pa
         torch.testing.assert_close(theirs, layer.base_layer.weight + delta, rtol=0, atol=1e-5)
         checked += bool(delta.abs().max() > 1e-3)
     assert checked == len(keys) // 2
-    other = prepared(folders[name], FAMILIES[name], lora_alpha=4.0)
+    other = prepared(folders[name], family, lora_alpha=4.0)
     other.load_export(tmp_path)
     x_t, t = states(backend)
-    cond = backend.encode(PROMPTS)
+    cond = backend.encode(family.prompts)
     with torch.no_grad():
         torch.testing.assert_close(other.student(x_t, t, cond).value, backend.student(x_t, t, cond).value)
 
@@ -195,7 +195,7 @@ def test_a_teachers_lora_is_merged_and_exported_with_the_students(
     merged = {"teacher_lora": str(tmp_path / "teacher")}
     backend = prepared(folders[name], family, **merged)
     x_t, t = states(backend)
-    cond = backend.encode(PROMPTS)
+    cond = backend.encode(family.prompts)
     with torch.no_grad():
         torch.testing.assert_close(
             backend.teacher(x_t, t, cond).value, author.student(x_t, t, cond).value, rtol=0, atol=1e-4
@@ -217,7 +217,7 @@ def test_a_teachers_lora_is_merged_and_exported_with_the_students(
 def trained(folder: Path, family: Family, tmp_path: Path, rl: str, **settings: Any) -> Run:
     """A finished run."""
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join([*PROMPTS, "a handwritten zero"]))
+    prompts.write_text("\n".join(family.prompts))
     given = {
         "model": str(folder), "prompts": str(prompts), "rl": rl, "reward": "none" if rl == "none" else "toy",
         "num_inference_steps": 2, "guidance_scale": family.guidance, "guidance_jitter": 0.0, "fake_updates": 2,
@@ -253,10 +253,10 @@ def test_ten_steps_move_student_and_fake_score_only(
         moved = [not torch.equal(value, initial[key]) for key, value in after.parameters(role).items()]
         assert sum(moved) > len(moved) / 2  # the last block's text stream reaches nothing
     own = {key.replace("base_layer.", ""): value for key, value in after.roles.network.state_dict().items()}
-    published = getattr(diffusers.DiffusionPipeline.from_pretrained(folders[name]), after.network_name).state_dict()
+    published = getattr(family.stock(folders[name]), after.network_name).state_dict()
     assert all(torch.equal(own[key], value) for key, value in published.items())
     x_t, t = states(after)
-    cond = before.encode(PROMPTS)
+    cond = before.encode(family.prompts)
     for guidance in (1.0, family.guidance):
         ours, fresh = (b.teacher(x_t, t, cond, guidance=guidance).value for b in (after, before))
         assert torch.equal(ours, fresh)
@@ -268,14 +268,14 @@ def test_gradients_with_checkpointing_are_those_without(
     folders: dict[str, Path], name: str, role: str, full_finetune: bool
 ) -> None:
     """While another role is active at another strength when the recomputation runs."""
-    found = []
+    family, found = FAMILIES[name], []
     for gradient_checkpointing in (False, True):
         options = {"gradient_checkpointing": gradient_checkpointing, "full_finetune": full_finetune}
         if full_finetune and role == "fake_score":
             options["full_finetune"] = False
-        backend = shaken(prepared(folders[name], FAMILIES[name], **options))
+        backend = shaken(prepared(folders[name], family, **options))
         x_t, t = states(backend)
-        cond = backend.encode(PROMPTS)
+        cond = backend.encode(family.prompts)
         loss = getattr(backend, role)(x_t, t, cond).x0.square().mean()
         backend.teacher(x_t, t, cond, fake_mix=0.5)
         with backend.roles._as(("fake_score" if role == "student" else "student", 0.3)):
@@ -285,3 +285,34 @@ def test_gradients_with_checkpointing_are_those_without(
     assert plain.keys() == recomputed.keys() and sum(bool(g.any()) for g in plain.values()) > len(plain) / 2
     for key, grad in plain.items():
         assert (recomputed[key] - grad).norm() <= 1e-5 * grad.norm() + 1e-9, key
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+def test_compiled_blocks_are_the_same_in_every_role(
+    folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradient checkpointing runs them again under another role, and at shares that anneal."""
+    compiled: list[str] = []
+    compile_module = torch.nn.Module.compile
+
+    def without_code(module: torch.nn.Module, **kwargs: Any) -> None:  # the graphs are traced, which is what may fail
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    found = []
+    for torch_compile in (False, True):
+        backend = shaken(
+            prepared(folders[name], FAMILIES[name], gradient_checkpointing=True, torch_compile=torch_compile)
+        )
+        x_t, t = states(backend)
+        cond = backend.encode(FAMILIES[name].prompts)
+        values = [backend.teacher(x_t, t, cond, fake_mix=share).value for share in (0.0, 0.25, 0.2, 0.1)]
+        for role in (backend.student, backend.fake_score):
+            values.append(role(x_t, t, cond).value)
+            values[-1].square().mean().backward()
+        grads = [p.grad for role in ROLES for p in backend.parameters(role).values() if p.grad is not None]
+        found.append([*values, *grads])
+    assert compiled
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

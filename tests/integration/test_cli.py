@@ -297,7 +297,7 @@ def test_a_grid_that_does_not_fall(refused: Callable[..., str]) -> None:
         ("[]", "model_index.json is damaged"),
         ("{}", "model_index.json is damaged"),
         ("\0\xff", "model_index.json is damaged"),
-        ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline, which no backend trains"),
+        ('{"_class_name": "KandinskyPipeline"}', "is a KandinskyPipeline, which no backend trains"),
         ('{"_class_name": ["ToyPipeline"]}', "which no backend trains"),
     ],
 )

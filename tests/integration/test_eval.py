@@ -260,12 +260,14 @@ def test_prompts_are_needed_where_a_reward_reads_them(room: Path, call: Callable
     torch.testing.assert_close(column(rows, 2), seen()[0][:, 0].mean((1, 2)))
 
 
-def test_a_failure_on_the_way_leaves_the_old_file(room: Path, call: Callable[..., Any]) -> None:
+def test_a_failure_on_the_way_keeps_what_has_been_scored(room: Path, call: Callable[..., Any]) -> None:
     (room / "mine.py").write_text(REWARD)
     (room / "scores.csv").write_text("of yesterday")
     code, out, err = call("--reward=mine.py:fails", "--prompts=prompts.txt")
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1].endswith("reward 'mine.py:fails' failed: RuntimeError: out of order")
+    where = f"({room / 'mine.py'}, line 3)"
+    assert err.splitlines()[-1].endswith(f"reward 'mine.py:fails' failed: RuntimeError: out of order {where}")
+    assert (room / "scores.csv").read_text() == "of yesterday"  # nothing was scored
     broken = room / "scans" / "23.png"
     broken.write_bytes(broken.read_bytes()[:-30])
     code, out, err = call("--reward=toy", "--prompts=prompts.txt", "--batch_size=2")
@@ -273,7 +275,29 @@ def test_a_failure_on_the_way_leaves_the_old_file(room: Path, call: Callable[...
     assert err.splitlines()[-1].endswith("dmdr-eval: --images: scans/23.png cannot be read: image file is truncated")
     assert "Traceback" not in err
     assert {path.name for path in room.iterdir() if path.suffix in (".csv", ".tmp")} == {"scores.csv"}
-    assert (room / "scores.csv").read_text() == "of yesterday"
+    assert "the first 22 of 25 images are saved in scores.csv" in err
+    assert [row[0] for row in read(room / "scores.csv")[1]] == [f"{i}.png" for i in range(22)]
+
+
+def test_what_no_reward_judged_is_no_success(room: Path, call: Callable[..., Any]) -> None:
+    (room / "mine.py").write_text("def none(image):\n    return None\n")
+    code, out, err = call("--reward=mine.py:none")
+    assert code == 1 and "saved as scores.csv" in out
+    assert err.splitlines()[-1].endswith(
+        "dmdr-eval: reward 'mine.py:none' has judged none of 25 images: no score is finite"
+    )
+
+
+def test_every_command_is_a_module_that_runs(room: Path) -> None:
+    for name in ("train", "sample", "eval", "plugins", "reward_server"):
+        done = subprocess.run([sys.executable, "-m", f"dmdr.cli.{name}", "--help"], capture_output=True, text=True)
+        assert done.stdout.startswith(f"usage: dmdr-{name.replace('_', '-')} "), done.stderr
+
+
+@pytest.mark.parametrize("place", ["/proc/here.csv", "n" * 300 + ".csv"])
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_scored(call: Callable[..., Any], place: str) -> None:
+    code, out, err = call("--reward=toy", "--prompts=prompts.txt", f"--output={place}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
 
 
 def test_a_refusal_in_a_process_of_its_own(room: Path) -> None:

@@ -1,13 +1,29 @@
-"""Prompt files, and the stream of batches that they become."""
+"""Prompt files and datasets, and the stream of batches that they become."""
 
-from itertools import chain
+import json
+from collections.abc import Callable, Sequence
+from datetime import date
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
+from dmdr import prompts
 from dmdr.errors import ConfigError
-from dmdr.prompts import PromptStream, Row, read_prompts, split_columns
+from dmdr.prompts import Prompts, PromptStream, Row, Rows, read_prompts, split_columns, stream_prompts
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds after each stream of Parquet
 
 
 def write(folder: Path, content: bytes, name: str = "prompts.txt") -> str:
@@ -15,10 +31,10 @@ def write(folder: Path, content: bytes, name: str = "prompts.txt") -> str:
     return str(folder / name)
 
 
-def refusal(path: str) -> str:
+def refusal(path: str, read: Callable[..., Rows] = read_prompts, **where: Any) -> str:
     """The one line with which a file is refused."""
     with pytest.raises(ConfigError) as error:
-        read_prompts(path)
+        read(path, **where)
     line = str(error.value)
     assert line.startswith("--prompts: ")
     assert path in line
@@ -28,20 +44,20 @@ def refusal(path: str) -> str:
 
 def test_one_prompt_a_line(tmp_path: Path) -> None:
     text = "a red fox\n\n  a boat, at sea \r\na red fox\n\ncafé \u201cx\u201d\nlast"
-    rows = read_prompts(write(tmp_path, text.encode()))
+    rows = read_prompts(write(tmp_path, text.encode())).rows
     assert rows == [{"prompt": p} for p in ("a red fox", "a boat, at sea", "café \u201cx\u201d", "last")]
 
 
 def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
-    assert read_prompts(write(tmp_path, b"\xef\xbb\xbfa red fox\na boat\n"))[0] == {"prompt": "a red fox"}
+    assert read_prompts(write(tmp_path, b"\xef\xbb\xbfa red fox\na boat\n")).rows[0] == {"prompt": "a red fox"}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no prompt; write one a line"),
-        (b"\n  \n\t\n", "holds no prompt; write one a line"),
-        (b"a fox\n\xff\xfe\n", "is not UTF-8 text: invalid start byte at byte 6"),
+        (b"", "holds no prompt"),
+        (b"\n  \n\t\n", "holds no prompt"),
+        (b"a fox\n\xff\xfe\n", "is not UTF-8 text: invalid start byte in line 2"),
     ],
 )
 def test_unfit_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -49,13 +65,13 @@ def test_unfit_file_is_refused_in_one_line(tmp_path: Path, content: bytes, messa
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.txt", tmp_path):
-        assert refusal(str(path)).startswith("--prompts: no such file")
+    assert refusal(str(tmp_path / "absent.txt")).startswith("--prompts: no such file")
+    assert "doesn't contain any data files" in refusal(str(tmp_path))
 
 
 def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     text = "a red\u2028fox\r\na\x0cboat\ra\x85day"
-    assert [row["prompt"] for row in read_prompts(write(tmp_path, text.encode()))] == [
+    assert [row["prompt"] for row in read_prompts(write(tmp_path, text.encode())).rows] == [
         "a red\u2028fox",
         "a\x0cboat",
         "a\x85day",
@@ -67,8 +83,8 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
 )
 def test_repeated_rows_stay_where_they_are_wanted(tmp_path: Path, name: str, text: str) -> None:
     path = write(tmp_path, text.encode(), name)
-    assert [row["prompt"] for row in read_prompts(path)] == ["b", "a"]
-    assert [row["prompt"] for row in read_prompts(path, repeated=True)] == ["b", "a", "b"]
+    assert [row["prompt"] for row in read_prompts(path).rows] == ["b", "a"]
+    assert [row["prompt"] for row in read_prompts(path, repeated=True).rows] == ["b", "a", "b"]
 
 
 # --- With further columns ---------------------------------------------------------------------------------------------
@@ -82,7 +98,7 @@ def test_one_object_a_line(tmp_path: Path) -> None:
         '{"prompt": "a fox", "tags": ["red", null], "label": 3}',
         '{"prompt": "", "tags": {}, "label": 3.5}',
     ]
-    rows = read_prompts(write(tmp_path, "\r\n".join(lines).encode(), "prompts.jsonl"))
+    rows = read_prompts(write(tmp_path, "\r\n".join(lines).encode(), "prompts.jsonl")).rows
     assert rows == [
         {"prompt": "a fox", "label": 3, "tags": ["red", None]},
         {"prompt": "a fox", "label": 3, "tags": []},  # once each by the whole row
@@ -101,6 +117,7 @@ def test_one_object_a_line(tmp_path: Path) -> None:
         ('["prompt"]', "line 3 is no object with a text under the key 'prompt'"),
         ('{"text": "a fox", "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
         ('{"prompt": 3, "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
+        (r'{"prompt": "a \ud83e", "label": 1}', "line 3: the prompt holds half a surrogate pair, which is no text"),
         ('{"prompt": "a fox"}', "line 3 has the keys prompt, but the first has label, prompt"),
         (
             '{"prompt": "a", "label": 1, "x": 1}',
@@ -115,10 +132,222 @@ def test_a_line_that_is_no_row(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_rows_need_a_prompt_file_that_holds_some(tmp_path: Path) -> None:
-    assert refusal(write(tmp_path, b"\n\n", "prompts.jsonl")).endswith("holds no prompt; write one a line")
+    assert refusal(write(tmp_path, b"\n\n", "prompts.jsonl")).endswith("holds no prompt")
+
+
+# --- Tables and datasets ----------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": prompt, "label": i, "tag": f"t{i % 2}"}
+    for i, prompt in enumerate(["a fox, red", 'a "boat"', "NA", "null"])
+]
+
+
+def as_json(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def as_csv(rows: Sequence[Row]) -> bytes:
+    quoted = [
+        ['"' + str(value).replace('"', '""') + '"' if isinstance(value, str) else str(value) for value in row.values()]
+        for row in rows
+    ]
+    return "\n".join(",".join(line) for line in [list(rows[0]), *quoted]).encode()
+
+
+def as_parquet(rows: Sequence[Row], file: Path) -> str:
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file, row_group_size=2)
+    return str(file)
+
+
+def everywhere(rows: Sequence[Row], folder: Path) -> dict[str, str]:
+    """The rows in all formats that hold columns."""
+    (folder / "files").mkdir()
+    datasets.Dataset.from_list(list(rows)).save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(list(rows))}).save_to_disk(folder / "splits")
+    as_parquet(rows, folder / "files" / "train.parquet")
+    return {
+        "jsonl": write(folder, as_json(rows), "rows.jsonl"),
+        "json": write(folder, as_json(rows), "rows.json"),
+        "csv": write(folder, as_csv(rows), "rows.csv"),
+        "parquet": as_parquet(rows, folder / "a[0] *.PARQUET"),
+        "folder": str(folder / "files"),
+        "saved": str(folder / "saved"),
+        "splits": str(folder / "splits"),
+    }
+
+
+FORMATS = ["jsonl", "json", "csv", "parquet", "folder", "saved", "splits"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_rows_from_all_formats(tmp_path: Path, kind: str) -> None:
+    twice = [*ROWS, ROWS[1], ROWS[1]]
+    path = everywhere(twice, tmp_path)[kind]
+    read = read_prompts(path)
+    assert read.rows == ROWS
+    assert str(read) == "4 (2 duplicates left out)"
+    assert read_prompts(path, repeated=True).rows == twice
+    streamed = stream_prompts(path)
+    assert streamed.first(8) == [*twice, *twice[:2]]
+    assert streamed.size is None and str(streamed) == f"streamed from {path}"
+    assert sorted(row["label"] for row in islice(streamed.shuffled(0), 6)) == [0, 1, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_prompts_under_another_name(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": "not this", "caption": f"c{i}", "label": i} for i in range(3)]
+    path = everywhere(rows, tmp_path)[kind]
+    for read in (read_prompts(path, column="caption"), stream_prompts(path, column="caption")):
+        assert read.first(3) == [{"prompt": f"c{i}", "label": i} for i in range(3)]
+    said = refusal(path, column="text")
+    if kind.startswith("json"):
+        assert said.endswith("line 1 is no object with a text under the key 'text'")
+    else:
+        assert said.endswith(
+            "has no column 'text'; name that of the prompts with --prompt_column: prompt, caption, label"
+        )
+    if not kind.startswith("json") and kind != "csv":  # whose prompts are text, whatever they look like
+        assert "the column 'label' of" in refusal(path, column="label")
+
+
+def test_text_has_one_column(tmp_path: Path) -> None:
+    said = refusal(write(tmp_path, b"a\n"), column="text")
+    assert said.endswith("has no column 'text'; name that of the prompts with --prompt_column: prompt")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a\n\nb\na\n \n", "2 (1 duplicate left out, 2 empty lines left out)"),
+        (b"a\nb", "2"),
+        ("\n".join(map(str, range(1024))).encode(), "1,024"),
+    ],
+)
+def test_counts_of_text(tmp_path: Path, content: bytes, said: str) -> None:
+    assert str(read_prompts(write(tmp_path, content))) == said
+
+
+def test_empty_prompts_are_kept_and_said(tmp_path: Path) -> None:
+    """Of labels alone the prompts are empty; a missing text is an empty one."""
+    rows: list[Row] = [{"prompt": prompt, "label": i} for i, prompt in enumerate(["a", "", " ", None])]
+    read = read_prompts(as_parquet(rows, tmp_path / "a.parquet"))
+    assert [row["prompt"] for row in read.rows] == ["a", "", " ", ""]
+    assert str(read) == "4 (3 empty prompts kept)"
+    assert str(read_prompts(write(tmp_path, b'prompt,label\na,1\n"",2\n,3\n', "a.csv"))) == "3 (2 empty prompts kept)"
+
+
+def test_columns_without_text_or_numbers_are_left_out_and_said(tmp_path: Path) -> None:
+    from PIL import Image
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "prompt": datasets.Value("string"),
+            "day": datasets.Value("date32"),
+            "pixels": datasets.Array2D((2, 2), "float32"),
+            "kind": datasets.ClassLabel(names=["fox", "boat"]),
+            "tags": datasets.List(datasets.Value("string")),
+            "more": {"size": datasets.Value("float32"), "on": datasets.Value("bool")},
+            "raw": {"bytes": datasets.Value("binary")},
+        }
+    )
+    row = {
+        "image": Image.new("RGB", (2, 2)),
+        "prompt": "a",
+        "day": date(2020, 1, 1),
+        "pixels": np.zeros((2, 2)),
+        "kind": 1,
+        "tags": ["x"],
+        "more": {"size": 0.5, "on": True},
+        "raw": {"bytes": b""},
+    }
+    datasets.Dataset.from_list([row], features=features).save_to_disk(tmp_path / "saved")
+    expected = [{"prompt": "a", "kind": 1, "tags": ["x"], "more": {"size": 0.5, "on": True}}]
+    read = read_prompts(str(tmp_path / "saved"))
+    assert read.rows == expected
+    assert str(read) == "1 (columns image, day, pixels, raw left out)"
+    streamed = stream_prompts(str(tmp_path / "saved"))
+    assert streamed.first(1) == expected
+    assert str(streamed).endswith("saved; columns image, day, pixels, raw left out")
+
+
+def test_numbers_of_csv(tmp_path: Path) -> None:
+    """By column: whole, with a point, with a gap; a prompt is text even if all of them are digits."""
+    text = "\ufeffprompt,label,weight,gap\n1,2,0.5,1\n\n2,3,1,\n"
+    assert read_prompts(write(tmp_path, text.encode(), "a.csv")).rows == [
+        {"prompt": "1", "label": 2, "weight": 0.5, "gap": 1},
+        {"prompt": "2", "label": 3, "weight": 1.0, "gap": None},
+    ]
+    lines = read_prompts(write(tmp_path, b'prompt\n"one\ntwo"\n', "b.csv")).rows
+    assert lines == [{"prompt": "one\ntwo"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"", "cannot be read: Empty CSV file"),
+        ("a.csv", b"prompt,x\n", "holds no prompt"),
+        ("a.csv", b"prompt\na, b\n", "Expected 1 columns, got 2: a, b"),
+        ("a.csv", b"prompt,x\n\xff,1\n", "invalid UTF8 data"),
+        ("a.csv", b"text,x\na,1\n", "has no column 'prompt'; name that of the prompts with --prompt_column: text, x"),
+        ("a.csv", b"prompt,images\na,b\n", "'images' cannot name a column; it is an argument of every reward"),
+        ("a.parquet", b"", "cannot be read: Parquet file size is 0 bytes"),
+        ("a.parquet", b"nothing of the kind", "cannot be read: Parquet magic bytes not found in footer."),
+        ("a.json", b'[\n{"prompt": "a"}\n]', "line 1 is no JSON: Expecting value"),
+    ],
+)
+def test_unfit_tables_are_refused_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes, said: str
+) -> None:
+    path = write(tmp_path, content, name)
+    for read in (read_prompts, stream_prompts):
+        assert said in refusal(path, read)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("read", [read_prompts, stream_prompts])
+def test_damage_in_the_middle_of_a_parquet_file(tmp_path: Path, read: Callable[..., Rows]) -> None:
+    path = Path(as_parquet([{"prompt": f"p{i}", "n": i} for i in range(1000)], tmp_path / "a.parquet"))
+    raw = bytearray(path.read_bytes())
+    raw[10_000:12_000] = b"\xff" * 2000
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match=r"^--prompts: .*a\.parquet: cannot be read: [^\n]+$"):
+        list(islice(read(str(path)).shuffled(0), 1000))
+
+
+def test_folders_with_splits(tmp_path: Path) -> None:
+    for folder in ("files", "saved"):
+        (tmp_path / folder).mkdir()
+    for split in ("train", "test"):
+        as_parquet([{"prompt": split}], tmp_path / "files" / f"{split}.parquet")
+    both = {split: datasets.Dataset.from_list([{"prompt": split}]) for split in ("train", "test")}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "saved")
+    both["train"].save_to_disk(tmp_path / "one")
+    for folder in ("files", "saved"):
+        assert read_prompts(str(tmp_path / folder)).rows == [{"prompt": "train"}]
+        for read in (read_prompts, stream_prompts):
+            assert read(str(tmp_path / folder), split="test").first(1) == [{"prompt": "test"}]
+            said = refusal(str(tmp_path / folder), read, split="dev")
+            assert all(split in said for split in ("dev", "train", "test"))
+    assert "neither" in refusal(str(tmp_path / "one"), split="test")
+    assert "neither" in refusal(as_parquet(ROWS, tmp_path / "a.parquet"), split="test")
+    assert "neither" in refusal(as_parquet(ROWS, tmp_path / "a.parquet"), config="de")
+    assert "BuilderConfig 'de' not found" in refusal(str(tmp_path / "files"), config="de")
+
+
+@pytest.mark.parametrize("read", [read_prompts, stream_prompts])
+def test_an_id_that_the_hub_does_not_give(read: Callable[..., Rows]) -> None:
+    assert "no/such: no such file, and the hub says: Couldn't reach 'no/such' on the Hub" in refusal("no/such", read)
+    for path in ("nosuch", "no/such.csv", "a/b/c"):
+        assert refusal(path, read) == f"--prompts: no such file: {path}"
 
 
 # --- Stream -----------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(count: int) -> Prompts:
+    return Prompts(rows_of(count))
 
 
 def rows_of(count: int) -> list[Row]:
@@ -130,37 +359,37 @@ def labels(stream: PromptStream, batches: int) -> list[list[int]]:
 
 
 def test_each_epoch_holds_each_prompt_once_in_a_new_order() -> None:
-    read = list(chain(*labels(PromptStream(rows_of(8), 4, seed=3), 8)))
+    read = list(chain(*labels(PromptStream(prompts_of(8), 4, seed=3), 8)))
     epochs = [read[start : start + 8] for start in range(0, 32, 8)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_batches_run_on_across_epochs() -> None:
-    batches = labels(PromptStream(rows_of(5), 4), 5)
+    batches = labels(PromptStream(prompts_of(5), 4), 5)
     assert all(len(batch) == 4 for batch in batches)
     read = list(chain(*batches))
     assert [sorted(read[start : start + 5]) for start in range(0, 20, 5)] == [list(range(5))] * 4
 
 
 def test_fewer_prompts_than_a_batch() -> None:
-    (batch,) = labels(PromptStream(rows_of(1), 4), 1)
+    (batch,) = labels(PromptStream(prompts_of(1), 4), 1)
     assert batch == [0] * 4
 
 
 def test_groups_stay_together() -> None:
-    for batch in labels(PromptStream(rows_of(5), 12, group_size=3, seed=1), 10):
+    for batch in labels(PromptStream(prompts_of(5), 12, group_size=3, seed=1), 10):
         groups = [batch[start : start + 3] for start in range(0, 12, 3)]
         assert all(len(set(group)) == 1 for group in groups)
-    read = list(chain(*labels(PromptStream(rows_of(5), 12, group_size=3, seed=1), 5)))
+    read = list(chain(*labels(PromptStream(prompts_of(5), 12, group_size=3, seed=1), 5)))
     assert [sorted(set(read[start : start + 15])) for start in range(0, 60, 15)] == [list(range(5))] * 4
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batches_of_one(processes: int) -> None:
-    whole = PromptStream(rows_of(7), 16, group_size=4, seed=5)
+    whole = PromptStream(prompts_of(7), 16, group_size=4, seed=5)
     shares = [
-        PromptStream(rows_of(7), 16, group_size=4, seed=5, process_index=rank, num_processes=processes)
+        PromptStream(prompts_of(7), 16, group_size=4, seed=5, process_index=rank, num_processes=processes)
         for rank in range(processes)
     ]
     for _ in range(6):
@@ -168,17 +397,17 @@ def test_processes_share_the_batches_of_one(processes: int) -> None:
 
 
 def test_order_is_the_seed_alone() -> None:
-    first = labels(PromptStream(rows_of(20), 10, seed=1), 4)
-    assert labels(PromptStream(rows_of(20), 10, seed=1), 4) == first
-    assert labels(PromptStream(rows_of(20), 10, seed=2), 4) != first
+    first = labels(PromptStream(prompts_of(20), 10, seed=1), 4)
+    assert labels(PromptStream(prompts_of(20), 10, seed=1), 4) == first
+    assert labels(PromptStream(prompts_of(20), 10, seed=2), 4) != first
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 3, 11])
 def test_skipping_equals_reading(consumed: int) -> None:
     kwargs = {"group_size": 2, "seed": 4, "process_index": 1, "num_processes": 2}
-    read = PromptStream(rows_of(5), 8, **kwargs)
+    read = PromptStream(prompts_of(5), 8, **kwargs)
     labels(read, consumed)
-    skipped = PromptStream(rows_of(5), 8, **kwargs)
+    skipped = PromptStream(prompts_of(5), 8, **kwargs)
     labels(skipped, 2)  # wherever it stood before
     skipped.skip_to(consumed)
     assert skipped.consumed == read.consumed == consumed
@@ -188,5 +417,69 @@ def test_skipping_equals_reading(consumed: int) -> None:
 
 def test_stream_leaves_global_generators_alone() -> None:
     before = torch.get_rng_state().tolist()
-    labels(PromptStream(rows_of(5), 8), 3)
+    labels(PromptStream(prompts_of(5), 8), 3)
     assert torch.get_rng_state().tolist() == before
+
+
+# --- Streamed ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["parquet", "jsonl", "csv", "saved", "shards"])
+def streamed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """Thirty rows, shuffled among ten."""
+    monkeypatch.setattr(prompts, "BUFFER", 10)
+    paths = everywhere(rows_of(30), tmp_path)
+    (tmp_path / "shards").mkdir()
+    for i in range(3):
+        as_parquet(rows_of(30)[10 * i : 10 * i + 10], tmp_path / "shards" / f"train-{i}.parquet")
+    return stream_prompts((paths | {"shards": str(tmp_path / "shards")})[request.param])
+
+
+def test_each_epoch_of_a_stream_holds_each_prompt_once(streamed: Rows) -> None:
+    read = list(chain(*labels(PromptStream(streamed, 4, seed=3), 30)))
+    epochs = [read[start : start + 30] for start in range(0, 120, 30)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert list(range(30)) not in epochs
+
+
+def test_order_of_a_stream_is_the_seed_alone(streamed: Rows) -> None:
+    first = labels(PromptStream(streamed, 10, seed=1), 7)
+    assert labels(PromptStream(streamed, 10, seed=1), 7) == first
+    assert labels(PromptStream(streamed, 10, seed=2), 7) != first
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batches_of_a_stream(streamed: Rows, processes: int) -> None:
+    whole = PromptStream(streamed, 16, group_size=4, seed=5)
+    shares = [
+        PromptStream(streamed, 16, group_size=4, seed=5, process_index=rank, num_processes=processes)
+        for rank in range(processes)
+    ]
+    for _ in range(20):  # side by side: nobody's epoch is another's
+        assert list(chain(*(next(share) for share in shares))) == next(whole)
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 7, 16, 41])
+def test_skipping_a_stream_equals_reading_it(streamed: Rows, consumed: int) -> None:
+    kwargs = {"group_size": 2, "seed": 4, "process_index": 1, "num_processes": 2}
+    read = PromptStream(streamed, 8, **kwargs)
+    labels(read, consumed)
+    skipped = PromptStream(streamed, 8, **kwargs)
+    labels(skipped, 2)
+    skipped.skip_to(consumed)
+    assert skipped.consumed == read.consumed == consumed
+    assert labels(skipped, 12) == labels(read, 12)
+
+
+def test_a_stream_passes_over_empty_lines(tmp_path: Path) -> None:
+    streamed = stream_prompts(write(tmp_path, b"\n\na\n\nb\n\n"))
+    assert [row["prompt"] for row in streamed.first(5)] == ["a", "b", "a", "b", "a"]
+    assert "holds no prompt" in refusal(write(tmp_path, b"\n\n"), stream_prompts)
+
+
+def test_a_stream_finds_what_is_wrong_when_it_gets_there(tmp_path: Path) -> None:
+    streamed = stream_prompts(write(tmp_path, b'{"prompt": "a"}\n{"text": "b"}\n', "rows.jsonl"))
+    assert streamed.first(1) == [{"prompt": "a"}]
+    with pytest.raises(ConfigError, match="line 2 is no object"):
+        streamed.first(2)

@@ -61,8 +61,8 @@ def test_our_own_plugins_come_in_by_entry_points() -> None:
         assert list(offered) == sorted(offered)
         for name, plugin in offered.items():
             assert (plugin.group, plugin.name) == (group, name)
-            address = f"{name}:http://localhost" if name == "remote" else f"{name}://localhost"
-            named = address if plugin.target.endswith(":RemoteReward") else name
+            address = {"http": "http://localhost", "https": "https://localhost"}.get(name, f"{name}:http://localhost")
+            named = address if plugin.target.endswith((":RemoteReward", ":SiTModel")) else name
             assert load(group, named).__name__ == plugin.target.partition(":")[2]
 
 

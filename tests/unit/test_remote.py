@@ -299,7 +299,7 @@ def test_what_nobody_waits_for_is_not_scored(busy: Scorer, gate: Gate) -> None:
         ((None, 1), [None, 1.0]),
         ([1.0], "TypeError: the reward returned 1 scores for 2 images"),
         (None, "TypeError: 'NoneType' object is not iterable"),
-        (["a", 1], "could not convert string to float: 'a'"),
+        (["0.5", 1], "TypeError: the reward returned no number, but '0.5'"),
     ],
 )
 def test_what_a_reward_may_return(scores: Any, found: Any) -> None:

@@ -318,7 +318,9 @@ def rows_of(count: int) -> list[Row]:
 
 def score(reward: Any, paths: list[Path], rows: list[Row], batch_size: int) -> dict[str, Tensor]:
     rewards = Rewards({"reward": (1.0, reward)})
-    return scoring.score_images(rewards, paths, rows, batch_size=batch_size, device=torch.device("cpu"))
+    return scoring.joined(
+        list(scoring.score_images(rewards, paths, rows, batch_size=batch_size, device=torch.device("cpu")))
+    )
 
 
 def test_neighbours_of_one_size_make_a_batch(tmp_path: Path) -> None:

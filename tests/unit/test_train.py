@@ -443,7 +443,7 @@ def test_a_reward_that_judges_nothing_stops_the_training_and_is_named(monkeypatc
     monkeypatch.setattr(dmdr.trainer, "PATIENCE", 1)
     running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)))
     before = state(running)
-    with pytest.raises(RewardError, match="reward 'toy' has no finite score among the 8 of the global batch"):
+    with pytest.raises(RewardError, match="reward 'toy' has judged none of 8 images: no score is finite"):
         running.train_step()
     assert_equal(state(running), before)
 
@@ -458,7 +458,7 @@ def test_a_batch_without_a_judged_sample_is_plain_matching_but_many_in_a_row_sto
     assert (line["refl/invalid"], line["refl/coverage"]) == (8, 0.0)
     for _ in range(PATIENCE - 2):
         running.train_step()
-    with pytest.raises(RewardError, match="reward 'toy' has no finite score"):
+    with pytest.raises(RewardError, match="reward 'toy' has judged none of 8 images"):
         running.train_step()
 
 
@@ -470,7 +470,7 @@ def test_rewards_that_never_judge_the_same_sample_stop_the_training() -> None:
     running = trainer(objectives=[ReFL()], rewards=rewards, optimize=adam)
     for _ in range(PATIENCE - 1):
         running.train_step()
-    with pytest.raises(RewardError, match="no sample of the global batch has a finite score of every reward: one, two"):
+    with pytest.raises(RewardError, match="no image has a finite score of every reward: one, two"):
         running.train_step()
 
 

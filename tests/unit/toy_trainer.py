@@ -13,7 +13,7 @@ from dmdr.backends.toy import PROMPTS, ToyBackend
 from dmdr.learner import Learner
 from dmdr.matching import DMD
 from dmdr.paths import Prediction, VariancePreserving, expand
-from dmdr.prompts import PromptStream
+from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
@@ -135,7 +135,7 @@ def trainer(
         backend=backend,
         sampler=FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta, sde_type),
         prompts=PromptStream(
-            rows,
+            Prompts(rows),
             batch * accelerator.num_processes,
             group_size=group_size,
             process_index=accelerator.process_index,

@@ -1,0 +1,99 @@
+"""FLUX.1: flow matching on packed latents, as diffusers' `FluxPipeline`; guidance-distilled (dev) or not (schnell)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from dmdr.backends.flow import FlowBackend
+from dmdr.backends.pipeline import Network
+from dmdr.errors import ConfigError
+from dmdr.paths import Prediction
+from dmdr.protocols import BackendOptions
+from dmdr.types import Condition
+
+# All attention projections: of both streams in the double blocks, and of the single blocks (RTDMD, arXiv 2605.26108).
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class FluxBackend(FlowBackend):
+    """Teacher, fake score and student on one FLUX.1 transformer (`protocols.Backend`).
+
+    A guidance-distilled network F(g) is told its guidance scale g, and has no unconditional branch. With w0 the user's
+    --guidance_scale, its conditional prediction is c = F(1) and its direction of guidance
+
+        c - u = (F(w0) - F(1)) / (w0 - 1),
+
+    so that u + w (c - u) is the stock pipeline's own prediction at w = 1 and at w = w0, and a straight line through
+    both elsewhere. Student, fake score and reference are told 1. Without the guidance input, guidance leads away from
+    the empty prompt, as with the pipeline's `true_cfg_scale`.
+    """
+
+    pipeline_class = FluxPipeline
+    network_class = FluxTransformer2DModel
+    lora_targets = LORA_TARGETS
+    patch_size = 2  # of the packing, which the network's configuration does not know of
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        self.distilled = bool(self.network_config.get("guidance_embeds"))
+        if self.distilled and options.zero_empty_prompt is not None:
+            raise ConfigError(f"--zero_empty_prompt: guidance of {folder} is an input and needs no empty prompt")
+
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """T5's sequence [B, max_sequence_length, D] and CLIP's pooled [B, P]."""
+        sequence, pooled, _ = pipeline.encode_prompt(
+            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"sequence": sequence, "pooled": pooled}
+
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        config, length = self.network_config, self.max_sequence_length or 0
+        sequence = self.blank(count, length, config["joint_attention_dim"])
+        return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
+
+    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """`cond` may hold the network's `guidance`, [B] float32; it is 1 where it does not."""
+        batch, channels, height, width = x_t.shape
+        guidance = cond.get("guidance", torch.ones(batch, device=x_t.device)) if self.distilled else None
+        packed: Tensor = network(
+            hidden_states=FluxPipeline._pack_latents(x_t, batch, channels, height, width),
+            timestep=self.path.timestep(t).to(x_t.dtype) / 1000,  # rounded as in the pipeline
+            guidance=guidance,
+            encoder_hidden_states=cond["sequence"],
+            pooled_projections=cond["pooled"],
+            txt_ids=x_t.new_zeros(cond["sequence"].shape[1], 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype),
+            return_dict=False,
+        )[0]
+        unpacked: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+        return unpacked
+
+    def fresh_noise(self, drawn: Tensor) -> Tensor:
+        """The stock scheduler draws in packed layout: the same numbers as latents, [B, *latent]."""
+        batch, channels, height, width = drawn.shape
+        tokens = drawn.reshape(batch, height * width // 4, channels * 4)
+        unpacked: Tensor = FluxPipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)
+        return unpacked
+
+    @torch.no_grad()
+    def teacher(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
+    ) -> Prediction:
+        if not self.distilled:
+            return super().teacher(x_t, t, cond, guidance=guidance, fake_mix=fake_mix)
+
+        def told(scale: float) -> Prediction:
+            tensors = {**cond.tensors, "guidance": torch.full((len(x_t),), scale, device=x_t.device)}
+            return self._predict("fake_score" if fake_mix else None, x_t, t, tensors, share=fake_mix)
+
+        own = self.options.guidance_scale
+        if guidance in (1.0, own):
+            return told(guidance)
+        c = told(1.0)
+        if own == 1:
+            return c
+        towards = (told(own).value - c.value) / (own - 1)
+        return Prediction(c.value + (guidance - 1) * towards, self.kind, x_t, t, self.path)

@@ -1,0 +1,181 @@
+"""Stable Diffusion 1, 2 and XL: UNets on the variance-preserving path, as diffusers' pipelines of these names."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+
+from dmdr.backends.loading import one_line, quiet, read_config
+from dmdr.backends.pipeline import Network, PipelineBackend
+from dmdr.errors import ConfigError
+from dmdr.paths import Kind, VariancePreserving
+from dmdr.protocols import BackendOptions, Role, Sampler
+from dmdr.sampling import time_grid
+
+# Attention, feed-forward and convolution layers (DMD2's and DMDR's released SDXL scripts).
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+ONE_STEP = 0.399  # what a one-step student is told: at 999 an eps-predictor's x0 is its error 15-fold
+KINDS: Mapping[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+# What makes a noise schedule, by the names that all schedulers of this path give it.
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "prediction_type",
+)
+
+
+class UNetBackend(PipelineBackend):
+    """A `UNet2DConditionModel` that was trained on a table of 1000 noise levels.
+
+    Attributes:
+        needed: Text encoders that the network cannot do without.
+    """
+
+    network_class = UNet2DConditionModel
+    network_name = "unet"
+    lora_targets = LORA_TARGETS
+    needed: ClassVar[Sequence[str]] = ("text_encoder",)
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        name = self.pipeline_class.__name__
+        if options.shift is not None:
+            raise ConfigError(f"--shift is of flow matching; the noise levels of a {name} are chosen with --timesteps")
+        absent = [part for part in self.needed if part not in self.text_components]
+        if absent:
+            raise ConfigError(f"{folder} without its {', '.join(absent)}: a {name} cannot be trained without")
+        if self.network_config.get("time_cond_proj_dim"):
+            raise ConfigError(f"{folder} takes guidance as an input (time_cond_proj_dim); give the model it came from")
+        self.schedule = self._own_schedule()
+        table = self._lcm().alphas_cumprod.double()
+        self.path = VariancePreserving(table)
+        self.kind = KINDS[self.schedule["prediction_type"]]
+        if self.kind == "eps" and table[-1] == 0:
+            raise ConfigError(f"{folder}/scheduler: from pure noise (rescale_betas_zero_snr) eps says nothing of x0")
+
+    def _own_schedule(self) -> dict[str, Any]:
+        """Betas and prediction type of the folder's own scheduler, with the defaults of its class.
+
+        Raises:
+            ConfigError: If it is no scheduler of this path.
+        """
+        where = f"{self.folder}/scheduler"
+        given = read_config(DDPMScheduler, self.folder, "scheduler")
+        try:
+            with quiet():
+                own = getattr(diffusers, given["_class_name"]).from_config(given)
+                schedule = {name: own.config[name] for name in SCHEDULE if name in own.config}
+                LCMScheduler(**schedule)  # the export's; it may not know these betas
+                levels = len(getattr(own, "alphas_cumprod", ()))
+        except Exception as error:  # attribute, value and type errors of whatever the file holds
+            raise ConfigError(f"{where} cannot be read: {one_line(error)}") from error
+        if levels != 1000:
+            raise ConfigError(f"{where} is a {type(own).__name__} of {levels} noise levels; expected 1000")
+        kind = schedule.setdefault("prediction_type", "epsilon")
+        if kind not in KINDS:
+            raise ConfigError(f"{where}: unknown prediction_type '{kind}'; known are {', '.join(KINDS)}")
+        return schedule
+
+    def _lcm(self) -> Any:
+        """x0, noised anew: the sampler's step at eta 1, but for the boundary scalings of consistency models.
+
+        With this scaling c_skip is below 1e-8 and c_out above 1 - 1e-8 from timestep 1 on; by default c_skip is 0.0025
+        there. 1000 original steps put every timestep on the scheduler's own grid.
+        """
+        return LCMScheduler(**self.schedule, original_inference_steps=1000, timestep_scaling=1e4)
+
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
+        super().prepare(accelerator, roles=roles)
+        if any("add_embedding" in name for name in self.roles.layers):
+            raise ConfigError("--lora_target_modules: diffusers cannot load a LoRA file with layers of add_embedding")
+
+    def grid(self, num_inference_steps: int) -> Tensor:
+        """A straight line; told 999, 750, 500 and 250 with four steps.
+
+        A single step is fed pure noise and told 399.
+
+        Source: the released one-step SDXL of DMD2 (Yin et al. 2024, arXiv 2405.14867), "cond399", and DMDR's scripts.
+        """
+        if num_inference_steps == 1:
+            return torch.tensor([ONE_STEP, 0.0], dtype=torch.float64)
+        return time_grid(num_inference_steps)
+
+    def scheduler(self, sampler: Sampler) -> Any:
+        """Euler's step in x_t / alpha is DDIM's; with "leading" the network is fed unit noise at any first time."""
+        if sampler.eta == 1:
+            return self._lcm()
+        return EulerDiscreteScheduler(**self.schedule, timestep_spacing="leading")
+
+    def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
+        timesteps = self.path.timestep(sampler.t[:-1]).tolist()
+        return super().call_arguments(sampler) | {"timesteps": timesteps, "guidance_scale": 1.0}
+
+    def lora_key(self, name: str) -> str:
+        """Kohya's form, which diffusers and ComfyUI read; ComfyUI does not know PEFT's names of a UNet's attention."""
+        module, part = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if part == 'A' else 'up'}.weight"
+
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        return {"sequence": self.blank(count, self.clip_length(), self.network_config["cross_attention_dim"])}
+
+    def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """What the network is told beside time and prompt."""
+        return None
+
+    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = network(
+            sample=x_t,
+            timestep=self.path.timestep(t),
+            encoder_hidden_states=cond["sequence"],
+            added_cond_kwargs=self.added(x_t, cond),
+            return_dict=False,
+        )[0]
+        return output
+
+
+class SDXLBackend(UNetBackend):
+    """Teacher, fake score and student on one SDXL UNet (`protocols.Backend`)."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    needed = ("text_encoder", "text_encoder_2")
+
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Sequence [B, 77, D1 + D2] of both encoders, and pooled [B, P] of the second."""
+        sequence, _, pooled, _ = pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"sequence": sequence, "pooled": pooled}
+
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        config = self.network_config
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return super().blank_embeddings(count) | {"pooled": self.blank(count, pooled)}
+
+    def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pooled embeddings, and sizes as the pipeline gives them: original, corner of the crop, target."""
+        size = [self.resolution] * 2
+        return {"text_embeds": cond["pooled"], "time_ids": x_t.new_tensor([*size, 0, 0, *size]).expand(len(x_t), -1)}
+
+
+class SD1Backend(UNetBackend):
+    """The same of Stable Diffusion 1 and 2."""
+
+    pipeline_class = StableDiffusionPipeline
+    default_size = 64
+
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Sequence [B, 77, D]."""
+        return {"sequence": pipeline.encode_prompt(list(prompts), self.device, 1, False)[0]}

@@ -1,0 +1,174 @@
+"""SiT (Scalable Interpolant Transformers): class-conditional flow matching on ImageNet 256.
+
+Checkpoints as published by REPA, or by the authors of SiT, are given with their size: `--model sit-xl-2:PATH`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from dmdr.backends.flow import FlowBackend
+from dmdr.backends.loading import load_network, quiet
+from dmdr.backends.pipeline import Network
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions, Sampler
+from dmdr.types import Condition
+from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel, class_index
+
+__all__ = ["SiTBackend", "SiTModel"]
+
+# All attention projections. DMDR's released scripts adapt the queries and values of the fake score alone, and train the
+# student in full (--full_finetune); here queries, keys and values are one layer.
+LORA_TARGETS = ("attn.qkv", "attn.proj")
+
+SNIPPET = """\
+import json, torch
+from diffusers import DiffusionPipeline
+
+student = "path/to/this/folder"
+pipe = DiffusionPipeline.from_pretrained(student, custom_pipeline=student, trust_remote_code=True)
+torch.manual_seed(0)
+image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
+image.save("image.png")"""
+
+
+class SiTBackend(FlowBackend):
+    """Teacher, fake score and student on one SiT (`protocols.Backend`).
+
+    A sample's class is its column `label`; where the prompts have no such column, the prompt "class 207" says it.
+    """
+
+    pipeline_class = SiTPipeline
+    network_class = SiTTransformer2DModel
+    lora_targets = LORA_TARGETS
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        own = self.vae_scale * self.network_config["sample_size"]
+        if self.resolution != own:
+            raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} are for {own}")
+        if options.zero_empty_prompt is not None:
+            raise ConfigError("--zero_empty_prompt: a SiT has no empty prompt, but a null label of its own")
+        self.num_classes = int(self.network_config["num_classes"])
+
+    def _pipeline(self, network: Any, **text: Any) -> Any:
+        # diffusers takes a network of a custom pipeline from its folder only, but ours is loaded already.
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        return SiTPipeline(network, self.vae, scheduler)
+
+    def check_prompts(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        """Refuse what has no class.
+
+        Raises:
+            ConfigError: If a label or prompt names none.
+        """
+        self._labels(prompts, columns)
+
+    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:
+        """`label`, [B] int64; raises as `check_prompts` does."""
+        labels = torch.tensor(self._labels(prompts, columns), device=self.device)
+        return Condition(tuple(prompts), {"label": labels}, columns)
+
+    def _labels(self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[int]:
+        given = columns.get("label", [None] * len(prompts))
+        meant = [prompt if label is None else label for prompt, label in zip(prompts, given, strict=True)]
+        try:
+            return [class_index(label, self.num_classes) for label in meant]
+        except ValueError as error:
+            what = "the column 'label'" if "label" in columns else "the prompts have no column 'label', and of them"
+            raise ConfigError(f"--prompts: {what}: {error}") from error
+
+    def unconditional(self, cond: Condition) -> Mapping[str, Tensor]:
+        return {"label": torch.full_like(cond.tensors["label"], self.num_classes)}
+
+    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = network(x_t, t.to(torch.float32), cond["label"], return_dict=False)[0]
+        return output
+
+    def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
+        """Without height and width: the network has one size."""
+        return {n: value for n, value in super().call_arguments(sampler).items() if n in self.own_call_arguments}
+
+    # --- Export: no stock pipeline knows SiT, so that the student brings a whole one ----------------------------------
+
+    def export(self, directory: Path, sampler: Sampler) -> Mapping[str, Any]:
+        """A pipeline folder with its code; `transformer/*.safetensors` has the layout of the published checkpoints.
+
+        A LoRA is merged into it, and also written as the file that `load_lora_weights` reads.
+        """
+        if not self.options.full_finetune:
+            super().export(directory, sampler)
+        with torch.device("meta"):
+            network = SiTTransformer2DModel.from_config(self.network_config)
+        network.load_state_dict(self.roles.merged("student"), assign=True)
+        vae = load_network(AutoencoderKL, self.folder, "vae", torch.float32)
+        with quiet():
+            SiTPipeline(network, vae, self.scheduler(sampler)).save_pretrained(directory)
+        return self.call_arguments(sampler)
+
+    def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
+        return SNIPPET.format(prompt=prompt)
+
+
+class SiTModel:
+    """`--model sit-xl-2:PATH`, and sit-l-2, sit-b-2, sit-s-2 (`protocols.NamedModel`).
+
+    PATH is a checkpoint of REPA or of SiT's authors: a .pt or .safetensors file of weights, or a training checkpoint,
+    whose `ema` is taken. The VAE is a folder `vae` beside it, or else stabilityai/sd-vae-ft-ema.
+    """
+
+    size: ClassVar[str]
+    checkpoint: ClassVar[Path]
+    # The cold start that DMDR published for SiT-XL/2; its global batch of 512 and fp16 are left to the user.
+    recipe: ClassVar[Mapping[str, Any]] = {
+        "full_finetune": True,
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+        "fake_lora_rank": 32,
+        "learning_rate": 2e-5,
+        "stage2_learning_rate": 1e-5,
+        "fake_learning_rate": 2e-5,
+        "stage2_fake_learning_rate": 1e-5,
+        "stage1_steps": 20000,
+        "stage2_steps": 2000,
+        "dyna_steps": 10000,
+        "dyna_guidance": 0.375,  # the fake score's adapter at .75 of its own strength 2
+        "objectives": {"refl": {"rl_weight": 0.05}},
+    }
+
+    @classmethod
+    def at(cls, address: str) -> type["SiTModel"]:
+        """The model of a size and a checkpoint, `sit-xl-2:PATH`.
+
+        Raises:
+            ConfigError: If no path follows the name.
+        """
+        size, _, path = address.partition(":")
+        if not path:
+            raise ConfigError(f"model '{size}' needs a checkpoint: --model {size}:PATH")
+        own = {"size": size, "checkpoint": Path(path).expanduser().resolve()}
+        return type(cls.__name__, (cls,), own | {"__doc__": cls.__doc__, "__module__": cls.__module__})
+
+    def __init__(self) -> None:
+        if not self.checkpoint.is_file():
+            raise ConfigError(f"--model {self.size}:{self.checkpoint} is no file; expected a checkpoint of SiT or REPA")
+
+    def folder(self) -> Path:
+        """The checkpoint as a pipeline, converted on first use."""
+        from dmdr_sit.checkpoint import pipeline_folder
+
+        return pipeline_folder(self.size, self.checkpoint)
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """A row for each of ImageNet's 1000 classes: `prompt`, and the class as `label`."""
+        return [{"prompt": f"class {label}", "label": label} for label in range(1000)]
+
+    def reward_checkpoint(self, reward: str) -> Path | None:
+        return None
+
+    def judge(self) -> None:
+        return None

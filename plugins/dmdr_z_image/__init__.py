@@ -1,0 +1,73 @@
+"""Z-Image: flow matching on a single-stream transformer, as diffusers' `ZImagePipeline`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dmdr.backends.flow import FlowBackend
+from dmdr.backends.pipeline import Network
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions, Sampler
+
+# All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class ZImageBackend(FlowBackend):
+    """Teacher, fake score and student on one Z-Image transformer (`protocols.Backend`).
+
+    Guidance is w in u + w (c - u); the pipeline counts from zero, c + g (c - u), and thus calls the same g = w - 1.
+    """
+
+    pipeline_class = ZImagePipeline
+    network_class = ZImageTransformer2DModel
+    lora_targets = LORA_TARGETS
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        if options.zero_empty_prompt:
+            raise ConfigError("--zero_empty_prompt: Z-Image knows no zeros, only the empty prompt's embeddings")
+
+    @property
+    def patch_size(self) -> int:
+        return int(self.network_config["all_patch_size"][0])
+
+    @property
+    def text_limit(self) -> int:
+        """Text, in blocks of 32 tokens, and the image behind it share the first axis of the rotary embedding."""
+        return int(self.network_config["axes_lens"][0]) // 32 * 32 - 32
+
+    def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Sequence [B, max_sequence_length, D], zero after each prompt's own length [B] int64."""
+        sequences, _ = pipeline.encode_prompt(
+            list(prompts),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        limit = self.max_sequence_length
+        assert limit is not None
+        padded = [pad(sequence, (0, 0, 0, limit - len(sequence))) for sequence in sequences]
+        return {"sequence": torch.stack(padded), "length": torch.tensor([len(sequence) for sequence in sequences])}
+
+    def blank_embeddings(self, count: int) -> dict[str, Tensor]:
+        longest = self.max_sequence_length or 0
+        sequence = self.blank(count, longest, self.network_config["cap_feat_dim"])
+        return {"sequence": sequence, "length": torch.full((count,), longest)}
+
+    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        lengths = cond["length"].tolist()
+        negative: list[Tensor] = network(
+            x=list(x_t.unsqueeze(2)),  # one frame each
+            t=(1 - t).to(torch.float32),  # 0 is noise
+            cap_feats=[row[:length] for row, length in zip(cond["sequence"], lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(negative).squeeze(2)
+
+    def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
+        return super().call_arguments(sampler) | {"guidance_scale": 0.0}

@@ -1,0 +1,59 @@
+"""Z-Image beyond what every family must show: texts of unequal length, what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import z_image
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
+from dmdr_z_image import ZImageBackend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("z_image")
+    z_image.build(path)
+    return path
+
+
+def built(folder: Path, **options: Any) -> ZImageBackend:
+    return ZImageBackend(str(folder), BackendOptions(**{"resolution": 16, "max_sequence_length": 60} | options))
+
+
+def test_a_prompt_is_answered_alike_beside_a_longer_one(folder: Path) -> None:
+    backend = built(folder)
+    backend.prepare(Accelerator(cpu=True), roles=("student",))
+    prompts = ["", "a handwritten seven on a page as long as can be"]
+    cond = backend.encode(prompts)
+    assert cond.tensors["sequence"].shape[:2] == (2, 60) and cond.tensors["length"].tolist() == [19, 60]
+    x_t, t = torch.randn(2, *backend.latent_shape), torch.tensor([0.6, 0.9])
+    together = backend.teacher(x_t, t, cond).value
+    for i, prompt in enumerate(prompts):
+        alone = backend.teacher(x_t[i : i + 1], t[i : i + 1], backend.encode([prompt])).value
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+    assert (together[0] - backend.teacher(x_t[:1], t[:1], backend.encode([prompts[1]])).value).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_text_encoders": ("text_encoder",)}, "text_encoder: a ZImagePipeline needs it"),
+        ({"zero_empty_prompt": True}, "--zero_empty_prompt: Z-Image knows no zeros"),
+        ({"max_sequence_length": 65}, "--max_sequence_length 65: .* takes 64 at most"),
+    ],
+)
+def test_refuses_in_one_line(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        built(folder, **options).prepare(Accelerator(cpu=True), roles=())
+    assert "\n" not in str(error.value)
+
+
+def test_the_longest_text_and_the_image_behind_it_have_places(folder: Path) -> None:
+    backend = built(folder, max_sequence_length=64)
+    backend.prepare(Accelerator(cpu=True), roles=("student",))
+    x_t = torch.randn(1, *backend.latent_shape)
+    assert backend.teacher(x_t, torch.tensor([0.5]), backend.encode(["a" * 100])).value.isfinite().all()
