@@ -338,6 +338,8 @@ def _row_of(line: str, column: str, where: str) -> Row:
         raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         raise ConfigError(f"{where} is no object with a text under the key '{column}'")
+    if any("\ud800" <= letter <= "\udfff" for letter in row[column]):
+        raise ConfigError(f"{where}: the prompt holds half a surrogate pair, which is no text")
     _refuse_arguments(row.keys() - {column}, where)
     return row
 

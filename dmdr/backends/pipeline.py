@@ -6,6 +6,7 @@ network is called, and the scheduler that samples a student.
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -249,17 +250,19 @@ class PipelineBackend:
             return self.embed(pipeline, prompts)
 
     def cache_prompts(self, prompts: Sequence[str]) -> None:
-        """Store the embeddings of all prompts, this process's share of what is missing, and let go of the encoders.
+        """Store the embeddings of all prompts, where they are missing, by shares, and let go of the encoders.
 
         Raises:
             ConfigError: If the disk has no room for them.
         """
         if self.cache is None:
             return
-        missing = self.cache.missing([*prompts, ""])
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        self.cache.fill(missing[index::count], show=self.accelerator.is_main_process)
+        # Shares of all prompts: of what is missing they would differ where one process looks later than another.
+        distinct = list(dict.fromkeys([*prompts, ""]))
+        share = distinct[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.cache.fill(share, show=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
+        self.cache.fill(distinct)  # what another machine has stored on a disk of its own
         self._text = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -267,7 +270,7 @@ class PipelineBackend:
     def _cache_folder(self) -> Path:
         """Of what the embeddings depend on: model, encoders, precision and text length."""
         place = Path(self.options.prompt_cache or cache_folder() / "prompts").expanduser()
-        if place.exists() and not place.is_dir():
+        if os.path.exists(place) and not place.is_dir():  # Path.exists raises where it may not look
             raise ConfigError(f"--prompt_cache {place} is no folder; give one, or 'off'")
         return place / fingerprint(
             self.pipeline_class.__name__,

@@ -77,7 +77,11 @@ class PromptCache:
 
     def _look(self) -> None:
         """Learn of shards that other processes and runs have written meanwhile."""
-        for shard in sorted(set(self.folder.glob("*.safetensors")) - self._read):
+        try:
+            shards = sorted(set(self.folder.glob("*.safetensors")) - self._read)
+        except OSError as error:
+            raise ConfigError(f"--prompt_cache {self.folder} cannot be read: {error}") from error
+        for shard in shards:
             file, _ = self._open(shard)
             self._where.update((name.partition("/")[0], shard) for name in file.keys())  # noqa: SIM118
             self._read.add(shard)
@@ -85,14 +89,17 @@ class PromptCache:
     def _write(self, prompts: Sequence[str], rows: Mapping[str, Tensor]) -> None:
         numbered = list(enumerate(map(_key, prompts)))
         tensors = {f"{key}/{name}": tensor[i].clone() for i, key in numbered for name, tensor in rows.items()}
+        shard = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        partial = shard.with_suffix(".partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shard = self.folder / f"{uuid.uuid4().hex}.safetensors"
-            partial = shard.with_suffix(".partial")
-            save_file(tensors, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.rename(shard)
+            try:
+                save_file(tensors, partial)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.rename(shard)
+            finally:
+                partial.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"--prompt_cache {self.folder} cannot be written: {error}") from error
         self._where.update((_key(prompt), shard) for prompt in prompts)

@@ -117,6 +117,7 @@ def test_one_object_a_line(tmp_path: Path) -> None:
         ('["prompt"]', "line 3 is no object with a text under the key 'prompt'"),
         ('{"text": "a fox", "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
         ('{"prompt": 3, "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
+        (r'{"prompt": "a \ud83e", "label": 1}', "line 3: the prompt holds half a surrogate pair, which is no text"),
         ('{"prompt": "a fox"}', "line 3 has the keys prompt, but the first has label, prompt"),
         (
             '{"prompt": "a", "label": 1, "x": 1}',

@@ -1,0 +1,432 @@
+"""Prompt embeddings on disk, of a small Stable Diffusion 3 with three text encoders: right, whoever writes or dies."""
+
+import gc
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dmdr.run
+import sd3
+from dmdr.backends import pipeline
+from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
+from dmdr.run import train
+from dmdr_sd3 import SD3Backend
+
+PROMPTS = ["a handwritten seven", "a handwritten two", "a handwritten zero", "two, not seven"]
+MANY = [f"number {i}" for i in range(1500)]
+FORK = multiprocessing.get_context("fork")  # with the model loaded; a fresh interpreter takes seconds to get there
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline, built once."""
+    folder = tmp_path_factory.mktemp("pipeline") / "sd3"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sd3.build(folder)
+    return folder
+
+
+def accelerator(precision: str = "no", index: int = 0, processes: int = 1, barrier: Any = lambda: None) -> Any:
+    """As many of them as a test likes, where accelerate has one a process."""
+    return SimpleNamespace(
+        mixed_precision=precision,
+        device=torch.device("cpu"),
+        process_index=index,
+        num_processes=processes,
+        is_main_process=index == 0,
+        wait_for_everyone=barrier,
+    )
+
+
+ALONE = accelerator()
+
+
+def prepared(folder: Path, cache: Path | str, accelerator: Any = ALONE, **options: Any) -> SD3Backend:
+    given = {"lora_rank": 4, "max_sequence_length": 5, "prompt_cache": str(cache)} | options
+    backend = SD3Backend(str(folder), BackendOptions(**given))
+    backend.prepare(accelerator, roles=("student", "fake_score"))
+    return backend
+
+
+def embeddings(backend: SD3Backend, prompts: Sequence[str]) -> dict[str, Tensor]:
+    return dict(backend.encode(prompts).tensors)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class Calls(NamedTuple):
+    """What text has cost: encoders that were loaded, and how often each prompt was encoded."""
+
+    loads: list[str]
+    encoded: Counter[str]
+
+    def forget(self) -> None:
+        self.loads.clear()
+        self.encoded.clear()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls, load, encode = Calls([], Counter()), pipeline.load_text_encoder, StableDiffusion3Pipeline.encode_prompt
+
+    def loading(cls: Any, folder: str, name: str, dtype: torch.dtype) -> Any:
+        calls.loads.append(name)
+        return load(cls, folder, name, dtype)
+
+    def encoding(self: Any, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
+        calls.encoded.update(prompts)
+        return encode(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "load_text_encoder", loading)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encoding)
+    return calls
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Train; the student's tensors."""
+    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def run(name: str, **settings: Any) -> dict[str, Tensor]:
+        given = {
+            "model": str(folder), "prompts": str(tmp_path / "prompts.txt"), "rl": "none", "reward": "none",
+            "num_inference_steps": 2, "guidance_scale": 4.0, "fake_updates": 2, "learning_rate": 1e-3,
+            "max_sequence_length": 5, "lora_rank": 4, "per_device_train_batch_size": 2, "stage1_steps": 3,
+            "stage2_steps": 0, "sample_images": 1, "sample_steps": 0, "save_steps": 0, "teacher_steps": 2,
+            "report_to": "none", "output_dir": str(tmp_path / name), "prompt_cache": str(tmp_path / "cache"),
+        }  # fmt: skip
+        output = train(**given | settings)
+        return load_file(output / "student" / "pytorch_lora_weights.safetensors")
+
+    return run
+
+
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(run: Any, calls: Calls) -> None:
+    first = run("first")
+    assert calls.loads == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert calls.encoded == Counter([*PROMPTS, ""])  # once each, with the empty prompt of guidance
+    calls.forget()
+    assert equal(run("second"), first)
+    assert not calls.loads and not calls.encoded
+
+
+def test_without_a_cache_a_run_learns_the_same(run: Any, calls: Calls, tmp_path: Path) -> None:
+    cached = run("cached")
+    for name, tensor in run("off", prompt_cache="off").items():
+        torch.testing.assert_close(tensor, cached[name], rtol=0, atol=1e-4)  # AdamW's first steps have unit size
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_streamed_run_caches_as_it_goes(run: Any, calls: Calls, tmp_path: Path) -> None:
+    first = run("first", dataset_streaming=True)
+    assert calls.loads == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert calls.encoded == Counter([*PROMPTS, ""])
+    calls.forget()
+    assert equal(run("second", dataset_streaming=True), first)
+    assert not calls.loads and not calls.encoded
+
+
+# --- What is read is what was encoded ---------------------------------------------------------------------------------
+
+
+def test_embeddings_are_those_without_a_cache(folder: Path, tmp_path: Path) -> None:
+    plain, repeated = prepared(folder, "off"), [*PROMPTS[:2], *PROMPTS]
+    expected = embeddings(plain, repeated)
+    assert equal(embeddings(prepared(folder, tmp_path / "alike"), repeated), expected)  # encoded in the same batch
+    other = prepared(folder, tmp_path / "other")
+    other.cache_prompts([*MANY[:100], *reversed(PROMPTS)])
+    for name, tensor in embeddings(other, repeated).items():
+        assert tensor.dtype == expected[name].dtype
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(expected["sequence"][0], expected["sequence"][1])
+
+
+def test_encoders_are_let_go(folder: Path, tmp_path: Path) -> None:
+    """At once: nothing waits for the collector of cycles, or the memory would not be free when training begins."""
+    backend = prepared(folder, tmp_path)
+    parts = [backend._text_pipeline().components[name] for name in backend.text_components if "encoder" in name]
+    references = [weakref.ref(part) for part in parts]
+    del parts
+    gc.collect()
+    gc.disable()
+    try:
+        backend.cache_prompts(PROMPTS)
+        assert len(references) == 3 and not any(reference() for reference in references)
+    finally:
+        gc.enable()
+
+
+def changed_file(folder: Path, file: str) -> None:
+    """Other weights in a file of the same size."""
+    state = load_file(folder / file)
+    save_file({name: tensor + 0.1 for name, tensor in state.items()}, folder / file, {"format": "pt"})
+
+
+def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    prepared(folder, cache).cache_prompts(PROMPTS)
+
+    def missing(folder: Path = folder, accelerator: Any = ALONE, **options: Any) -> list[str]:
+        return prepared(folder, cache, accelerator, **options).cache.missing(PROMPTS)
+
+    assert missing() == missing(seed=3, lora_rank=2, guidance_scale=7.0) == []
+    assert missing(max_sequence_length=6) == PROMPTS
+    assert missing(drop_text_encoders=("text_encoder_3",)) == PROMPTS
+    assert missing(accelerator=accelerator("bf16")) == PROMPTS
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))  # with the times of the files
+    assert missing(copy) == []
+    changed_file(copy, "transformer/diffusion_pytorch_model.safetensors")
+    assert missing(copy) == []
+    changed_file(copy, "text_encoder_2/model.safetensors")
+    assert missing(copy) == PROMPTS
+    assert not equal(embeddings(prepared(copy, cache), PROMPTS), embeddings(prepared(folder, cache), PROMPTS))
+
+
+# --- Several writers, and their deaths --------------------------------------------------------------------------------
+
+
+def right(folder: Path, cache: Path, prompts: Sequence[str]) -> None:
+    """Assert that a reader finds every embedding without encoding, and that each is its own prompt's."""
+    reader, plain = prepared(folder, cache), prepared(folder, "off")
+    reader._embed = None  # type: ignore[assignment, method-assign]
+    assert reader.cache.missing(prompts) == []
+    for start in range(0, len(prompts), 250):
+        part = prompts[start : start + 250]
+        expected = embeddings(plain, part)
+        for name, tensor in embeddings(reader, part).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_writers_that_are_killed_leave_a_usable_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = prepared(folder, tmp_path)
+    backend._text_pipeline()
+    stored, moments = [], random.Random(0)
+
+    def files() -> int:
+        return len(list(tmp_path.glob("*/*")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: time.sleep(0.02))  # of a slow disk: half of the deaths meet a write
+        for _ in range(10):
+            writer = FORK.Process(target=backend.cache_prompts, args=(MANY,))
+            before, since = files(), time.monotonic()
+            writer.start()
+            while files() == before and time.monotonic() - since < 60:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.08))
+            writer.kill()
+            writer.join()
+            stored.append(len(MANY) - len(prepared(folder, tmp_path).cache.missing(MANY)))
+    torn = len(list(tmp_path.rglob("*.partial")))
+    print(f"stored after each death: {stored} of {len(MANY)}, {torn} of them in the middle of a shard")
+    assert stored == sorted(stored) and torn and 0 < stored[0] < len(MANY)
+    backend.cache_prompts(MANY)
+    right(folder, tmp_path, MANY)
+
+
+def test_two_that_fill_one_folder(folder: Path, tmp_path: Path) -> None:
+    """Two runs that know nothing of each other."""
+    prompts = MANY[:500]
+    backend = prepared(folder, tmp_path)
+    backend._text_pipeline()
+    writers = [FORK.Process(target=backend.cache_prompts, args=(order,)) for order in (prompts, prompts[::-1])]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    right(folder, tmp_path, prompts)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_processes_of_a_run_share_the_work(folder: Path, tmp_path: Path, calls: Calls, first: int) -> None:
+    """Each prompt is encoded once, even where one has stored its share before the other looks."""
+    prompts, barrier = MANY[:200], threading.Barrier(2)
+    backends = [prepared(folder, tmp_path, accelerator("no", rank, 2, barrier.wait)) for rank in (0, 1)]
+    threads = [threading.Thread(target=backend.cache_prompts, args=(prompts,)) for backend in backends]
+    threads[first].start()
+    while not barrier.n_waiting:
+        time.sleep(0.01)
+    threads[1 - first].start()
+    for thread in threads:
+        thread.join()
+    assert calls.encoded == Counter([*prompts, ""])
+    assert all(backend._text is None for backend in backends)
+    right(folder, tmp_path, prompts)
+
+
+def test_processes_with_disks_of_their_own(folder: Path, tmp_path: Path) -> None:
+    """What the others have stored is not there: a process encodes it before it lets go of its encoders."""
+    backend = prepared(folder, tmp_path, accelerator("no", 0, 2))
+    backend.cache_prompts(MANY[:100])
+    right(folder, tmp_path, [*MANY[:100], ""])
+
+
+# --- Bad places -------------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path, cache: Path | str) -> str:
+    with pytest.raises(ConfigError) as error:
+        prepared(folder, cache).cache_prompts(PROMPTS)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_disk_without_room(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+    said = refusal(folder, tmp_path / "cache")
+    assert said.startswith("the prompt embeddings take ") and "--prompt_cache" in said
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_fills_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a shard is written: no part of it takes room."""
+
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dmdr.backends.prompt_cache.save_file", full)
+    assert "No space left on device" in refusal(folder, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, damage: str) -> None:
+    prepared(folder, tmp_path).cache_prompts(PROMPTS)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff" * len(content)}[damage])
+    assert refusal(folder, tmp_path) == f"--prompt_cache: {shard} is damaged; delete it"
+    shard.unlink()
+    prepared(folder, tmp_path).cache_prompts(PROMPTS)
+    right(folder, tmp_path, PROMPTS)
+
+
+def test_a_file_in_the_place_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refusal(folder, tmp_path / "file") == f"--prompt_cache {tmp_path / 'file'} is no folder; give one, or 'off'"
+    assert "file" in refusal(folder, tmp_path / "file" / "below")
+
+
+@pytest.fixture
+def nobody(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may be looked into but not written to, and the rights of a user who is not its owner."""
+    shut = tmp_path / "shut"
+    shut.mkdir(mode=0o555)
+    root = os.geteuid() == 0
+    for parent in (tmp_path, *tmp_path.parents[:2]) if root else ():
+        parent.chmod(0o755)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield shut
+    finally:
+        if root:
+            os.seteuid(0)
+        shut.chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_a_folder_that_is_not_ours(nobody: Path, mode: int) -> None:
+    uid = os.geteuid()
+    os.seteuid(os.stat(nobody).st_uid)
+    nobody.chmod(mode)
+    os.seteuid(uid)
+    cache = PromptCache(nobody / "cache", lambda prompts: {"x": torch.zeros(len(prompts), 2)})
+    with pytest.raises(ConfigError, match=r"^--prompt_cache .*shut/cache cannot be .*Permission denied") as error:
+        cache.fill(PROMPTS)
+    assert "\n" not in str(error.value)
+
+
+# --- Keys and size ----------------------------------------------------------------------------------------------------
+
+ODD = [
+    "",
+    " ",
+    "a",
+    "a ",
+    "A",
+    "\ud800",
+    "\udc00",
+    "\ud800\udc00",
+    "\U00010000",
+    "é",
+    "e\u0301",
+    "🦊",
+    "🦊\ufe0f",
+    "\0",
+]
+
+
+def numbered(prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Embeddings that say whose they are."""
+    codes = [[float(int(_key(prompt)[start : start + 4], 16)) for start in range(0, 32, 4)] for prompt in prompts]
+    return {"sequence": torch.tensor(codes), "pooled": torch.tensor(codes).neg().half()}
+
+
+def test_odd_prompts_have_keys_of_their_own(tmp_path: Path) -> None:
+    prompts = [*ODD, "long" * 10**5, "long" * 10**5 + "s", "two\nlines", "a/sequence", "../../up"]
+    assert len(set(map(_key, prompts))) == len(prompts)
+    PromptCache(tmp_path, numbered).fill(prompts)
+    found = PromptCache(tmp_path, numbered)
+    assert found.missing(prompts) == []
+    assert equal(found(prompts), numbered(prompts))
+
+
+def test_thousands_of_prompts(tmp_path: Path) -> None:
+    count = 10_000
+    prompts, handles = [f"prompt {i}" for i in range(count)], len(os.listdir("/proc/self/fd"))
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    started = time.perf_counter()
+    PromptCache(tmp_path, numbered).fill(prompts)
+    filled = time.perf_counter()
+    cache = PromptCache(tmp_path, numbered)
+    assert cache.missing(prompts) == []
+    found = time.perf_counter()
+    order = random.Random(0).sample(prompts, count)
+    for start in range(0, count, 16):
+        part = order[start : start + 16]
+        assert equal(cache(part), numbered(part))
+    read = time.perf_counter()
+    assert len(list(tmp_path.iterdir())) == math.ceil(count / SHARD)
+    assert len(os.listdir("/proc/self/fd")) - handles <= OPEN + 2 and mapped() <= OPEN
+    print(
+        json.dumps(
+            {"files": math.ceil(count / SHARD), "fill": filled - started, "find": found - filled, "read": read - found}
+        )
+    )
