@@ -22,6 +22,7 @@ from dmdr.backends.toy import PROMPTS
 from dmdr.errors import ConfigError
 from dmdr.run import Trainer, train
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # not 5 seconds whenever a stream of Parquet is closed
 FAST: dict[str, Any] = {
     "model": "toy",
     "rl": "refl",
@@ -54,7 +55,6 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(dmdr.run, "write_report", lambda folder: None)
         patch.setattr("dmdr.prompts.BUFFER", 3)
-        patch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
 
 
