@@ -222,8 +222,10 @@ class Config(Flags):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
-        if self.prompts is None and self.dataset_streaming:
-            raise ConfigError("--dataset_streaming streams --prompts: name them")
+        if self.prompts is None:
+            own = {"prompt_column": "prompt", "dataset_config": None, "dataset_train_split": "train"}
+            for name, default in (own | {"dataset_streaming": False}).items():
+                self._require(getattr(self, name) == default, name, "left out where no --prompts are named")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
 

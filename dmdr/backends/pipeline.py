@@ -303,7 +303,7 @@ class PipelineBackend:
             return self.embed(pipeline, prompts)
 
     def cache_prompts(self, prompts: Sequence[str]) -> None:
-        """Store the embeddings of all prompts, this process's share of what is missing, and let go of the encoders.
+        """Store the embeddings of all prompts, where they are missing, by shares, and let go of the encoders.
 
         Raises:
             ConfigError: If the disk has no room for them.

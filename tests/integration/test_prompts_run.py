@@ -22,6 +22,7 @@ from dmdr.backends.toy import PROMPTS
 from dmdr.errors import ConfigError
 from dmdr.run import Trainer, train
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # not 5 seconds whenever a stream of Parquet is closed
 FAST: dict[str, Any] = {
     "model": "toy",
     "rl": "refl",
@@ -54,7 +55,6 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(dmdr.run, "write_report", lambda folder: None)
         patch.setattr("dmdr.prompts.BUFFER", 3)
-        patch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
 
 
@@ -177,7 +177,7 @@ def test_what_was_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     ("settings", "said"),
     [
         ({"prompts": "no/such"}, "--prompts: no/such: no such file, and the hub says: Couldn't reach 'no/such'"),
-        ({"dataset_streaming": True}, "--dataset_streaming streams --prompts: name them"),
+        ({"dataset_streaming": True}, "--dataset_streaming must be left out where no --prompts are named, not True"),
     ],
 )
 def test_a_refusal_is_one_line(tmp_path: Path, settings: dict[str, Any], said: str) -> None:

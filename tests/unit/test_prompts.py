@@ -18,12 +18,13 @@ from dmdr import prompts
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, PromptStream, Row, Rows, read_prompts, split_columns, stream_prompts
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # not 5 seconds whenever a stream of Parquet is closed
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds after each stream of Parquet
 
 
 def write(folder: Path, content: bytes, name: str = "prompts.txt") -> str:
