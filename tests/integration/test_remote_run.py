@@ -1,6 +1,7 @@
 """A run whose reward is a server that is killed: it waits, or saves and stops, and loses nothing."""
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -110,6 +111,7 @@ def student(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_outlives_its_server(operator: Operator, digits: Digits, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "dmdr")
     whole = train(**FAST, reward=operator.url, output_dir="whole")
     assert not caplog.records
     operator.kill_in(3)
