@@ -35,17 +35,24 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """A library's failure in one line of ours, and nothing of its own."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:  # each library, and the hub, has its own
+        raise ConfigError(f"{what}: {one_line(error)}") from error
+
+
 def read_config(cls: Any, folder: str, subfolder: str = "") -> dict[str, Any]:
     """The configuration of a component, or of the pipeline itself where no subfolder is named.
 
     Raises:
         ConfigError: If it is missing or no JSON.
     """
-    try:
-        with quiet():
-            config: dict[str, Any] = dict(cls.load_config(folder, **({"subfolder": subfolder} if subfolder else {})))
-    except Exception as error:  # OSError, hub and JSON errors, each in several lines
-        raise ConfigError(f"{_where(folder, subfolder)} has no readable configuration: {one_line(error)}") from error
+    with _refusing(f"{_where(folder, subfolder)} has no readable configuration"):
+        config: dict[str, Any] = dict(cls.load_config(folder, **({"subfolder": subfolder} if subfolder else {})))
     return config
 
 
@@ -57,11 +64,8 @@ def load_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> A
     """
     where = _where(folder, subfolder)
     extra = {"subfolder": subfolder} if subfolder else {}
-    try:
-        with quiet():
-            network, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
-    except Exception as error:
-        raise ConfigError(f"{where} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    with _refusing(f"{where} cannot be loaded as {cls.__name__}"):
+        network, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
     refuse_misfits(where, found["missing_keys"], found["unexpected_keys"])
     return network.eval()
 
@@ -73,11 +77,8 @@ def build_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> 
         ConfigError: If there is no configuration, or no such network.
     """
     config = read_config(cls, folder, subfolder)
-    try:
-        with quiet(), torch.device("meta"):
-            return cls.from_config(config).to(dtype).eval()
-    except Exception as error:
-        raise ConfigError(f"{_where(folder, subfolder)} is no {cls.__name__}: {one_line(error)}") from error
+    with _refusing(f"{_where(folder, subfolder)} is no {cls.__name__}"), torch.device("meta"):
+        return cls.from_config(config).to(dtype).eval()
 
 
 def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
@@ -87,11 +88,8 @@ def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype)
         ConfigError: If weights are missing. Others than its own, such as an image tower's, are left out.
     """
     where = _where(folder, subfolder)
-    try:
-        with quiet():
-            model, found = cls.from_pretrained(folder, subfolder=subfolder, dtype=dtype, output_loading_info=True)
-    except Exception as error:
-        raise ConfigError(f"{where} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    with _refusing(f"{where} cannot be loaded as {cls.__name__}"):
+        model, found = cls.from_pretrained(folder, subfolder=subfolder, dtype=dtype, output_loading_info=True)
     refuse_misfits(where, found["missing_keys"], ())
     return model.requires_grad_(False).eval()
 
@@ -102,11 +100,8 @@ def read_text_config(cls: Any, folder: str, subfolder: str) -> Any:
     Raises:
         ConfigError: If it is missing or no JSON.
     """
-    try:
-        with quiet():
-            return cls.config_class.from_pretrained(folder, subfolder=subfolder)
-    except Exception as error:
-        raise ConfigError(f"{_where(folder, subfolder)} has no readable configuration: {one_line(error)}") from error
+    with _refusing(f"{_where(folder, subfolder)} has no readable configuration"):
+        return cls.config_class.from_pretrained(folder, subfolder=subfolder)
 
 
 def build_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
@@ -116,11 +111,8 @@ def build_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype
         ConfigError: If there is no configuration, or no such encoder.
     """
     config = read_text_config(cls, folder, subfolder)
-    try:
-        with quiet(), torch.device("meta"):
-            model = cls(config).to(dtype)
-    except Exception as error:
-        raise ConfigError(f"{_where(folder, subfolder)} is no {cls.__name__}: {one_line(error)}") from error
+    with _refusing(f"{_where(folder, subfolder)} is no {cls.__name__}"), torch.device("meta"):
+        model = cls(config).to(dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -130,11 +122,8 @@ def load_tokenizer(cls: Any, folder: str, subfolder: str) -> Any:
     Raises:
         ConfigError: If its files are missing or damaged.
     """
-    try:
-        with quiet():
-            return cls.from_pretrained(folder, subfolder=subfolder)
-    except Exception as error:
-        raise ConfigError(f"{_where(folder, subfolder)} holds no {cls.__name__}: {one_line(error)}") from error
+    with _refusing(f"{_where(folder, subfolder)} holds no {cls.__name__}"):
+        return cls.from_pretrained(folder, subfolder=subfolder)
 
 
 def identity(folder: str, components: Iterable[str]) -> object:
@@ -153,11 +142,8 @@ def load_pipeline(cls: Any, folder: str, dtype: torch.dtype, **parts: Any) -> An
     Raises:
         ConfigError: If another part is missing or damaged.
     """
-    try:
-        with quiet():
-            pipeline = cls.from_pretrained(folder, dtype=dtype, **parts)
-    except Exception as error:
-        raise ConfigError(f"{folder} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    with _refusing(f"{folder} cannot be loaded as {cls.__name__}"):
+        pipeline = cls.from_pretrained(folder, dtype=dtype, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -203,11 +189,8 @@ def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]
     from peft.tuners.lora import LoraLayer
 
     network: nn.Module = getattr(pipeline, network_name)
-    try:
-        with quiet():
-            pipeline.load_lora_weights(path, adapter_name="teacher")
-    except Exception as error:
-        raise ConfigError(f"--teacher_lora {path} cannot be loaded: {one_line(error)}") from error
+    with _refusing(f"--teacher_lora {path} cannot be loaded"):
+        pipeline.load_lora_weights(path, adapter_name="teacher")
     layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer) and "teacher" in m.lora_A}
     if not layers:
         raise ConfigError(f"--teacher_lora {path}: no key of it belongs to a layer of the {network_name}")

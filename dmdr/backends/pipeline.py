@@ -219,10 +219,10 @@ class PipelineBackend:
         if options.gradient_checkpointing:
             for each in self.roles.networks:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
-        cached = self.text_components and options.prompt_cache != "off"
         if options.torch_compile:
             for each in self.roles.networks:
                 compile_blocks(each)
+        cached = self.text_components and options.prompt_cache != "off"
         self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
 
     def _load_network(self, cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:

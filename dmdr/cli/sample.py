@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,14 @@ def draw(
     from dmdr.sampling import FewStepSampler
 
     base = model or about["base_model"]
-    options = BackendOptions(**about["options"])
+    options = replace(  # what only training needs may be gone by now
+        BackendOptions(**about["options"]),
+        student_weights=None,
+        reward_vae=None,
+        gradient_checkpointing=False,
+        torch_compile=False,
+        prompt_cache="off",
+    )
     backend = registry.load("backends", pipeline_class(base))(base, options)
     accelerator = Accelerator()
     backend.prepare(accelerator, roles=("student",))

@@ -1,6 +1,7 @@
 """What only the UNet families must show: noise schedules, the one-step student, exact stock schedulers, decoders."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ import parts
 import sd1
 import sdxl
 from dmdr.assemble import assemble
+from dmdr.cli.sample import draw
 from dmdr.config import parse
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise
@@ -34,7 +36,7 @@ from dmdr.sampling import FewStepSampler
 from dmdr.types import Condition
 from dmdr_sdxl import SD1Backend, SDXLBackend
 from family import FAMILIES, Family
-from test_families import prepared, stock_steps
+from test_families import prepared, stock_steps, trained
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 ZERO_SNR = {"rescale_betas_zero_snr": True}
@@ -187,13 +189,31 @@ def test_student_weights(built: Callable[..., Path], tmp_path: Path) -> None:
         prepared(folder, FAMILIES["sdxl"], **options)
 
 
-def test_the_small_decoder_is_for_rewards_only(built: Callable[..., Path], tmp_path: Path) -> None:
-    tiny = AutoencoderTiny(
+def test_an_export_is_sampled_without_what_only_training_needs(built: Callable[..., Path], tmp_path: Path) -> None:
+    """The weights that the student began with, and the rewards' decoder, are gone."""
+    folder, file, small = built(sd1.build), tmp_path / "ode.bin", tmp_path / "tiny"
+    torch.save(diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict(), file)
+    tiny_decoder().save_pretrained(small)
+    settings = {"full_finetune": True, "student_weights": str(file), "reward_vae": str(small)}
+    run = trained(folder, FAMILIES["sd1"], tmp_path, "none", stage1_steps=1, stage2_steps=0, **settings)
+    file.unlink()
+    shutil.rmtree(small)
+    student = run.output / "student"
+    about = json.loads((student / "sampling.json").read_text())
+    assert all(path.is_file() for path in draw(student, about, PROMPTS, 0, None, tmp_path / "drawn"))
+
+
+def tiny_decoder() -> AutoencoderTiny:
+    return AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     ).eval()
+
+
+def test_the_small_decoder_is_for_rewards_only(built: Callable[..., Path], tmp_path: Path) -> None:
+    tiny = tiny_decoder()
     tiny.save_pretrained(tmp_path)
     backend = prepared(built(sdxl.build), FAMILIES["sdxl"], reward_vae=str(tmp_path))
     latents = torch.randn(2, *backend.latent_shape, requires_grad=True)
