@@ -4,10 +4,11 @@
     pytest --dmdr-plugin my_file.py:MyReward --dmdr-option checkpoint=weights.safetensors
     pytest --dmdr-plugin MyPipeline --dmdr-model path/to/pipeline --dmdr-prompt "a cat"
 
+Where no paths are given, these checks are all that runs.
 pytest loads this file wherever DMDR is installed: everything heavy waits until a plugin is named.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--dmdr-prompt", action="append", default=[], metavar="TEXT", help="prompt that a backend understands"
     )
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Leave out what lies in the working directory by chance."""
+    chosen = config.args_source is pytest.Config.ArgsSource.ARGS
+    return True if config.getoption("--dmdr-plugin") and not chosen else None
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -127,7 +134,7 @@ def _objective_checks(build: Callable[[], Any]) -> Iterator[tuple[str, Callable[
 def _reward_checks(cls: Any, options: dict[str, Any]) -> Iterator[tuple[str, Callable[[], None]]]:
     from dmdr.testing.rewards import REWARD_CHECKS, RewardTrial
 
-    columns = {name: [0, 1, 2, 3] for name in getattr(cls, "columns", ())}
+    columns: dict[str, Sequence[Any]] = {name: [0, 1, 2, 3] for name in getattr(cls, "columns", ())}
     trial = RewardTrial(_build(cls, options), columns=columns)
     for check in REWARD_CHECKS:
         yield check.__name__, lambda check=check: check(trial)  # type: ignore[misc]

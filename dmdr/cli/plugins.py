@@ -59,7 +59,7 @@ def write_package(name: str, folder: Path | None) -> None:
     for group in ("objectives", "rewards"):
         taken = registry.plugins(group).get(name if group == "objectives" else f"{name}_reward")
         if taken:
-            raise ConfigError(f"new {name}: there is a {taken} already; choose another name")
+            raise ConfigError(f"new {name}: {taken} has this name; choose another")
     folder = folder or Path(name.replace("_", "-"))
     if folder.exists():
         raise ConfigError(f"new {name}: {folder} exists; choose another with --output_dir")

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dmdr.paths import add_noise
-from dmdr.protocols import Backend
+from dmdr.protocols import Backend, Role
 from dmdr.testing.common import untouched_global_rng
 from dmdr.types import Condition
 
-ROLES = ("student", "fake_score", "reference")
+ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
 
 
 def check_backend(backend: Backend, prompts: Sequence[str]) -> None:
@@ -107,11 +107,11 @@ def gradients_reach_their_own_role(trial: BackendTrial) -> None:
     for name in ("student", "fake_score"):
         getattr(backend, name)(*trial.state).value.square().mean().backward()
         for other in ROLES:
-            grads = [p.grad for p in backend.parameters(other).values()]  # type: ignore[arg-type]
+            grads = [p.grad for p in backend.parameters(other).values()]
             reached = any(g is not None and bool(g.any()) for g in grads)
             verb = "reaches" if reached else "misses"
             assert reached == (other == name), f"the gradient of the {name} {verb} the {other}"
-            for parameter in backend.parameters(other).values():  # type: ignore[arg-type]
+            for parameter in backend.parameters(other).values():
                 parameter.grad = None
 
 

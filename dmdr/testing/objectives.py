@@ -78,7 +78,19 @@ def _bench(build: Build, reward: Reward | None, *, groups: int = 4) -> _Bench:
 
 
 def _valid(term: Term, draw: Draw) -> Tensor:
-    return draw.mask if term.valid is None else draw.mask & term.valid
+    """The samples that count, [B] bool."""
+    if term.valid is None:
+        return draw.mask
+    shape, dtype = term.valid.shape, term.valid.dtype
+    wanted = f"Term.valid must be [{len(draw)}] bool, or None for all, not {list(shape)} {dtype}"
+    assert shape == draw.mask.shape and dtype == torch.bool, wanted
+    return draw.mask & term.valid
+
+
+def _reaches(leaf: Tensor, answers: list[Term], trainer: Trainer) -> bool:
+    """Whether there is a gradient for the student, at its answer or in its parameters."""
+    climbed = leaf.grad is not None or any(term.grad is not None for term in answers)
+    return climbed or any(p.grad is not None for p in trainer.backend.parameters("student").values())
 
 
 def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> None:
@@ -90,10 +102,6 @@ def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> No
         loss = term.loss
         assert loss.shape == (count,), f"Term.loss must be one loss per sample, [{count}], not {list(loss.shape)}"
         assert loss.dtype in (torch.float32, torch.float64), f"Term.loss must be float32 or float64, not {loss.dtype}"
-        if term.valid is not None:
-            assert term.valid.shape == (count,) and term.valid.dtype == torch.bool, (
-                f"Term.valid must be [{count}] bool, or None for all"
-            )
         assert loss[_valid(term, bench.draw)].isfinite().all(), "Term.loss must be finite for every valid sample"
         for name, value in term.metrics.items():
             shape = torch.as_tensor(value).shape
@@ -104,11 +112,14 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
     bench = _bench(build, reward)
     leaf, answers = bench.ask_and_learn()
     backend = bench.trainer.backend
-    climbed = leaf.grad is not None or any(term.grad is not None for term in answers)
-    student = any(p.grad is not None for p in backend.parameters("student").values())
-    assert climbed or student, (
+    assert _reaches(leaf, answers, bench.trainer), (
         "the loss reaches neither draw.leaf, the student's answer, nor the student's parameters: is there a detach or "
         "a no_grad on the way, or draw.x0 in place of draw.leaf?"
+    )
+    climbed = leaf.grad is not None or any(term.grad is not None for term in answers)
+    assert climbed or not bench.needs.reward_grad, (
+        "needs.reward_grad is declared, but no gradient arrives at draw.leaf: leave it out, or users of rewards "
+        "without gradient are turned away for nothing"
     )
     reached = any(p.grad is not None for p in backend.parameters("fake_score").values())
     assert not reached, "the loss must not reach the fake score; detach its prediction"
@@ -131,7 +142,8 @@ class _Flat(Redness):
 def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> None:
     """It needs what it declares, and nothing that it does not."""
     needs = build().needs
-    bench = _bench(build, reward if needs.reward_grad else _Flat(), groups=1)
+    flat: Any = _Flat()
+    bench = _bench(build, reward if needs.reward_grad else flat, groups=1)
     if "reference" not in needs.roles:
         bench.trainer.backend.reference = _undeclared("the reference", "needs.roles")  # type: ignore[method-assign]
     if not needs.reward:
@@ -152,10 +164,8 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
             f"given only what `needs` declares, the objective failed with {type(error).__name__}: {error}; it may use, "
             f"without declaring it, {', '.join(lacking)}"
         ) from error
-    climbed = leaf.grad is not None or any(term.grad is not None for term in answers)
-    assert climbed or not needs.reward_grad, (
-        "needs.reward_grad is declared, but no gradient arrives at draw.leaf: leave it out, or users of rewards "
-        "without gradient are turned away for nothing"
+    assert needs.reward_grad or _reaches(leaf, answers, bench.trainer), (
+        "given a reward without gradient the loss has none, either; if it needs the reward's, declare reward_grad=True"
     )
 
 
@@ -237,7 +247,8 @@ def unjudged_samples_are_left_out(build: Build, reward: Reward | None = None) ->
     """A NaN score must not become a NaN gradient."""
     if not build().needs.reward:
         return
-    trainer = toy_trainer(WeightedObjective("checked", 1.0, build()), reward=_Silent(), batch_size=_whole_batch(build))
+    silent: Any = _Silent()
+    trainer = toy_trainer(WeightedObjective("checked", 1.0, build()), reward=silent, batch_size=_whole_batch(build))
     line = trainer.train_step()
     bad = [name for name, value in line.items() if name.startswith(("loss/", "grad_norm/")) and value != value]
     assert not bad, (
@@ -303,11 +314,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
+    declared_needs_are_honest,
     one_finite_loss_per_sample,
     gradient_reaches_the_student_only,
-    declared_needs_are_honest,
-    a_sample_does_not_depend_on_its_micro_batch,
     random_numbers_are_keyed,
+    a_sample_does_not_depend_on_its_micro_batch,
     bfloat16_predictions_are_enough,
     unjudged_samples_are_left_out,
     whole_training_steps_run,
