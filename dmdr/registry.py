@@ -137,10 +137,7 @@ def load(group: str, name: str) -> Any:
             return found.at(plugin.name + name[len(head or name) :])
         if name == head:
             return found
-    found = load_object(name)
-    if group == "rewards" and callable(found) and not inspect.isclass(found):
-        return as_reward(found, name)
-    return _checked(group, found, f"{group[:-1]} '{name}'")
+    return _checked(group, load_object(name), f"{group[:-1]} '{name}'", name)
 
 
 def problem(plugin: Plugin) -> str | None:
@@ -166,10 +163,12 @@ def _imported(plugin: Plugin) -> Any:
         raise PluginError(f"{plugin} needs the package '{error.name}': pip install '{wanted}'") from error
     except (Exception, SystemExit) as error:  # what a stranger's module may do when it is imported
         raise PluginError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
-    return _checked(plugin.group, target, str(plugin))
+    return _checked(plugin.group, target, str(plugin), plugin.name)
 
 
-def _checked(group: str, target: Any, where: str) -> Any:
+def _checked(group: str, target: Any, where: str, name: str) -> Any:
+    if group == "rewards" and callable(target) and not inspect.isclass(target):
+        return as_reward(target, name)
     if not inspect.isclass(target):
         raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else ""))
     if group in ("objectives", "rewards", "matchings"):
@@ -185,9 +184,9 @@ def _checked(group: str, target: Any, where: str) -> Any:
                     f"{where} has a field '{f.name}' of a type that no flag can have: {f.type}; flags are bool, int, "
                     "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
                 )
-    for name in READ_OFF_THE_CLASS.get(group, ()):
-        if not hasattr(target, name):
-            raise PluginError(f"{where} has no {name}; dmdr.protocols says what it needs")
+    for attribute in READ_OFF_THE_CLASS.get(group, ()):
+        if not hasattr(target, attribute):
+            raise PluginError(f"{where} has no {attribute}; dmdr.protocols says what it needs")
     problem = misfit(target, _protocol(group))
     if problem:
         raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")

@@ -161,6 +161,12 @@ def test_a_reward_must_take_all_columns(install: Install) -> None:
     )
 
 
+def test_a_function_may_be_registered_as_a_reward(install: Install) -> None:
+    source = "def score(images, prompts): return [1.0] * len(images)\n"
+    install("spam", {"rewards": {"egg": "spam_mod:score"}}, spam_mod=source)
+    assert load("rewards", "egg")().reads_prompts
+
+
 def test_flags_of_every_kind_are_welcome(install: Install) -> None:
     fields = ("a: int = 1", "b: 'float | None' = None", "c: Optional[list[str]] = None", "d: Literal['x', 1] = 'x'")
     source = "from typing import Literal, Optional\n" + dataclass_of(
