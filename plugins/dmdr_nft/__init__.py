@@ -87,7 +87,7 @@ class DiffusionNFT:
         scores, group = ctx.global_scores()
         advantage, valid = advantages(scores, ctx.rewards.weights, group)
         valid = valid[draw.sample]
-        r = optimality(advantage[draw.sample])
+        r = optimality(advantage[draw.sample]).to(draw.x0.dtype)
         x = draw.rollout.final
         at = renoised_to_grid(x, "nft", draw, ctx)
         before = self.old(at.x_t, at.t, draw, ctx)  # first: it may write to the parameters of the student's graph
