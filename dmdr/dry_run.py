@@ -133,9 +133,8 @@ def _simulated(job: Job, backend: PipelineBackend) -> Estimate:
         mixed_precision="no",
         optim="adamw_torch",
     )
-    rewards = (
-        Rewards({name: (share, AnyReward()) for name, (share, _) in job.rewards.parts.items()}) if job.rewards else None
-    )
+    shares = job.rewards.weights if job.rewards else {}
+    rewards = Rewards({name: (share, AnyReward()) for name, share in shares.items()}) if shares else None
     roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(job.objectives).roles)
     meter, phases = Meter(), {}
     with meter, GPUKernels():

@@ -67,6 +67,8 @@ class Digits:
         "objectives": {
             "grpo": {"num_generations": 8, "rl_weight": 1.0},
             "dpo": {"num_generations": 8, "rl_weight": 0.2},
+            "nft": {"num_generations": 8, "rl_weight": 3.0},
+            "rwr": {"num_generations": 8, "rl_weight": 0.2, "rwr_temperature": 0.2},
             # These small rewards know no control words: the bare prompt is set against words that they never saw.
             "srpo": {"srpo_positive": [""], "srpo_k": 1.0},
         },
