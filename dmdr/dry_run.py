@@ -30,7 +30,7 @@ from dmdr.plan import Stage, choose_folder, stages
 from dmdr.protocols import Role
 from dmdr.rewards import Rewards
 from dmdr.run import Run, check_tracker
-from dmdr.trainer import combined_needs
+from dmdr.trainer import Trainer, combined_needs
 from dmdr.types import Condition
 
 GIB = 2**30
@@ -134,15 +134,20 @@ def _simulated(job: Job) -> Estimate:
     assert isinstance(backend, PipelineBackend)
     roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(job.objectives).roles)
     process, phases = Process(META, config.mixed_precision), {}
-    encoders_stay = config.prompt_cache == "off" or config.dataset_streaming
     with Meter() as meter, GPUKernels():
-        encoders = _encode(backend, process, meter)
-        if encoders and not encoders_stay:
-            phases["prompts"] = meter.peak
-        parts = {ENCODERS: encoders if encoders_stay and not config.cpu_offload else []}
+        backend.connect(process)
+        encoders = [*backend.load_text_encoders().values()]
+        held = {ENCODERS: [tensor for encoder in encoders for tensor in _tensors(encoder)]}
+        parameters = _count(held)
+        if encoders and config.prompt_cache != "off" and not config.dataset_streaming:
+            meter.label(ENCODERS, held.pop(ENCODERS))
+            phases["prompts"] = _encode(backend, encoders, meter)
+        elif config.cpu_offload:
+            held.clear()
         del encoders
         backend.prepare(process, roles=roles)
-        parts = _parts(backend, roles) | parts
+        parts = _parts(backend, roles) | held
+        parameters |= _count(parts)
         for name, tensors in parts.items():
             meter.label(name, tensors)
         for role in roles:
@@ -154,34 +159,32 @@ def _simulated(job: Job) -> Estimate:
             phases[f"stage {stage.number}"] = _train(run, stage, meter)
         phases["sample grid"] = _draw(run, meter)
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
+    names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
-        {name: sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for name, tensors in parts.items()},
-        {phase: {name: peak[name] for name in (*parts, *RUNNING) if peak[name]} for phase, peak in phases.items()},
+        {name: number for name, number in parameters.items() if number},
+        {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
         backbones=1 + len(backend.roles.copies),
         backbone=sum(t.nbytes for t in parts[NETWORK]),
     )
 
 
 @torch.no_grad()
-def _encode(backend: PipelineBackend, process: "Process", meter: Meter) -> list[Tensor]:
-    """Let each text encoder read a batch of the prompt cache; what the encoders hold."""
-    backend.connect(process)
-    encoders = backend.load_text_encoders().values()
-    held = [tensor for encoder in encoders for tensor in _tensors(encoder)]
-    meter.label(ENCODERS, held)
+def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> Counter[str]:
+    """The peak of a batch of the prompt cache."""
     meter.restart()
     for encoder in encoders:
         clip = encoder.config.model_type.startswith("clip")
         length = encoder.config.max_position_embeddings if clip else backend.max_sequence_length or 0
         encoder(torch.zeros(SHARD, length, dtype=torch.int64, device=META))
-    return held
+    return meter.peak
 
 
 def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
     """The peak of a step."""
-    gc.collect()  # an optimizer of the stage before and its schedule hold each other
-    trainer = run.trainer(stage, None)
+    run.current = None
+    gc.collect()  # an optimizer and its schedule hold each other
+    run.current = trainer = run.trainer(stage, None)
     for learner in (trainer.student, trainer.fake_score):
         learner.update()  # of nothing, after which all states are there
         held = (value for state in learner.optimizer.state.values() for value in state.values())
@@ -194,8 +197,7 @@ def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
 
 
 def _draw(run: "DryRun", meter: Meter) -> Counter[str]:
-    """The peak of a batch of a sample grid."""
-    gc.collect()
+    """The peak of a batch of a sample grid, drawn while the last stage goes on."""
     meter.restart()
     rows = run.shown[: run.config.per_device_train_batch_size]
     run.generate(run.job.backend.student, run.user_sampler, rows, "grid")
@@ -218,6 +220,10 @@ def _parts(backend: PipelineBackend, roles: Sequence[Role]) -> dict[str, list[Te
     if backend.reward_vae is not backend.vae:
         parts["VAE of the rewards"] = _tensors(backend.reward_vae)
     return parts | trained
+
+
+def _count(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
+    return {name: sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for name, tensors in parts.items()}
 
 
 def _label_gradient(meter: Meter, parameter: Tensor) -> None:
@@ -245,6 +251,8 @@ class Process:
 
 class DryRun(Run):
     """A run on the CPU around a backend on the meta device; its optimizers keep what they would on a GPU."""
+
+    current: Trainer | None = None
 
     def __init__(self, job: Job, backend: PipelineBackend) -> None:
         # Further updates of the fake score find the same tensors alive.
