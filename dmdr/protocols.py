@@ -96,9 +96,10 @@ class Backend(Protocol):
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
     (`ConfigError`). Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which
-    refuses (`ConfigError`) before weights are loaded; `cache_prompts(prompts)`, called once with all prompts of a run
-    before its first step, unless they are streamed; `fresh_noise(drawn)`, which makes latents [B, *latent] of as many
-    numbers in the order in which the stock scheduler draws those of later steps, where that is in another layout.
+    refuses (`ConfigError`) before weights are loaded; `cache_prompts(accelerator, prompts)`, called once with all
+    prompts of a run, unless they are streamed, before `prepare`: encoders and network need not share the memory;
+    `fresh_noise(drawn)`, which makes latents [B, *latent] of as many numbers in the order in which the stock scheduler
+    draws those of later steps, where that is in another layout.
     """
 
     options: BackendOptions

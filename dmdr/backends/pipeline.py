@@ -96,6 +96,7 @@ class PipelineBackend:
             ConfigError: If one is missing, or the options do not fit this model.
         """
         self.folder, self.options = folder, options
+        self._text: Any = None  # a second pipeline, with the text encoders
         self.index = read_config(self.pipeline_class, folder)
         self.network_config = read_config(self.network_class, folder, self.network_name)
         self.vae_config = read_config(AutoencoderKL, folder, "vae")
@@ -185,13 +186,11 @@ class PipelineBackend:
             ConfigError: If weights are missing or unexpected, or an option finds nothing to act on.
         """
         options = self.options
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
-        network = self._load_network(self.network_class, self.folder, self.network_name, dtype)
+        self.connect(accelerator)
+        network = self._load_network(self.network_class, self.folder, self.network_name, self.dtype)
         self.vae = self._load_vae(AutoencoderKL, self.folder, "vae")
         self.reward_vae = self._load_vae(AutoencoderTiny, options.reward_vae) if options.reward_vae else self.vae
-        self.pipeline = self._pipeline(network)
-        self._text: Any = None  # a second pipeline around the same network, with the text encoders
+        self.pipeline = self._pipeline(network, vae=self.vae)
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
         self._teacher_lora: Mapping[str, Tensor] = {}
         if options.teacher_lora:
@@ -222,7 +221,12 @@ class PipelineBackend:
         if options.torch_compile:
             for each in self.roles.networks:
                 compile_blocks(each)
-        cached = self.text_components and options.prompt_cache != "off"
+
+    def connect(self, accelerator: Any) -> None:
+        """Where and in which precision all that is loaded will lie."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
+        cached = self.text_components and self.options.prompt_cache != "off"
         self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
 
     def _load_network(self, cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
@@ -237,11 +241,11 @@ class PipelineBackend:
             vae.enable_tiling()
         return vae.to("cpu" if self.options.cpu_offload else self.device).requires_grad_(False)
 
-    def _pipeline(self, network: Any, **text: Any) -> Any:
-        """The stock pipeline around our network, with these text encoders and tokenizers only."""
+    def _pipeline(self, network: Any, **parts: Any) -> Any:
+        """The stock pipeline around our network and these parts; it does without all others but the scheduler."""
         others = [name for name, value in self.index.items() if isinstance(value, list) and name != "scheduler"]
-        parts = dict.fromkeys(others) | {self.network_name: network, "vae": self.vae} | text
-        return load_pipeline(self.pipeline_class, self.folder, self.dtype, **parts)
+        given = dict.fromkeys(others) | {self.network_name: network} | parts
+        return load_pipeline(self.pipeline_class, self.folder, self.dtype, **given)
 
     # --- Text --------------------------------------------------------------------------------------------------------
 
@@ -290,7 +294,10 @@ class PipelineBackend:
             for name, (_, cls) in self.text_components.items():
                 if name not in parts:
                     parts[name] = load_tokenizer(getattr(transformers, cls), self.folder, name)
-            self._text = self._pipeline(self.roles.network, **parts)
+            # Around a network whose configuration may be asked, and no weights.
+            self._text = self._pipeline(
+                build_network(self.network_class, self.folder, self.network_name, self.dtype), **parts
+            )
         return self._text
 
     @torch.no_grad()
@@ -302,12 +309,13 @@ class PipelineBackend:
         with self._on_device(*encoders):
             return self.embed(pipeline, prompts)
 
-    def cache_prompts(self, prompts: Sequence[str]) -> None:
+    def cache_prompts(self, accelerator: Any, prompts: Sequence[str]) -> None:
         """Store the embeddings of all prompts, where they are missing, by shares, and let go of the encoders.
 
         Raises:
             ConfigError: If the disk has no room for them.
         """
+        self.connect(accelerator)
         if self.cache is None:
             return
         # Shares of all prompts: of what is missing they would differ where one process looks later than another.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -139,6 +139,21 @@ def test_a_second_run_encodes_nothing_and_loads_no_encoder(run: Any, calls: Call
     assert not calls.loads and not calls.encoded
 
 
+def test_prompts_are_encoded_before_the_network_is_loaded(
+    run: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders and network need not find room beside each other."""
+    encoded, load = [], SD3Transformer2DModel.from_pretrained
+
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        encoded.append(Counter(calls.encoded))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", loading)
+    run("first")
+    assert encoded == [Counter([*PROMPTS, ""])]
+
+
 def test_without_a_cache_a_run_learns_the_same(run: Any, calls: Calls, tmp_path: Path) -> None:
     cached = run("cached")
     for name, tensor in run("off", prompt_cache="off").items():
@@ -163,7 +178,7 @@ def test_embeddings_are_those_without_a_cache(folder: Path, tmp_path: Path) -> N
     expected = embeddings(plain, repeated)
     assert equal(embeddings(prepared(folder, tmp_path / "alike"), repeated), expected)  # encoded in the same batch
     other = prepared(folder, tmp_path / "other")
-    other.cache_prompts([*MANY[:100], *reversed(PROMPTS)])
+    other.cache_prompts(ALONE, [*MANY[:100], *reversed(PROMPTS)])
     for name, tensor in embeddings(other, repeated).items():
         assert tensor.dtype == expected[name].dtype
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
@@ -179,7 +194,7 @@ def test_encoders_are_let_go(folder: Path, tmp_path: Path) -> None:
     gc.collect()
     gc.disable()
     try:
-        backend.cache_prompts(PROMPTS)
+        backend.cache_prompts(ALONE, PROMPTS)
         assert len(references) == 3 and not any(reference() for reference in references)
     finally:
         gc.enable()
@@ -193,7 +208,7 @@ def changed_file(folder: Path, file: str) -> None:
 
 def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    prepared(folder, cache).cache_prompts(PROMPTS)
+    prepared(folder, cache).cache_prompts(ALONE, PROMPTS)
 
     def missing(folder: Path = folder, accelerator: Any = ALONE, **options: Any) -> list[str]:
         return prepared(folder, cache, accelerator, **options).cache.missing(PROMPTS)
@@ -239,7 +254,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: time.sleep(0.02))  # of a slow disk: half of the deaths meet a write
         for _ in range(10):
-            writer = FORK.Process(target=backend.cache_prompts, args=(MANY,))
+            writer = FORK.Process(target=backend.cache_prompts, args=(ALONE, MANY))
             before, since = files(), time.monotonic()
             writer.start()
             while files() == before and time.monotonic() - since < 60:
@@ -251,7 +266,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
     torn = len(list(tmp_path.rglob("*.partial")))
     print(f"stored after each death: {stored} of {len(MANY)}, {torn} of them in the middle of a shard")
     assert stored == sorted(stored) and torn and 0 < stored[0] < len(MANY)
-    backend.cache_prompts(MANY)
+    backend.cache_prompts(ALONE, MANY)
     right(folder, tmp_path, MANY)
 
 
@@ -260,7 +275,7 @@ def test_two_that_fill_one_folder(folder: Path, tmp_path: Path) -> None:
     prompts = MANY[:500]
     backend = prepared(folder, tmp_path)
     backend._text_pipeline()
-    writers = [FORK.Process(target=backend.cache_prompts, args=(order,)) for order in (prompts, prompts[::-1])]
+    writers = [FORK.Process(target=backend.cache_prompts, args=(ALONE, order)) for order in (prompts, prompts[::-1])]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -274,7 +289,9 @@ def test_processes_of_a_run_share_the_work(folder: Path, tmp_path: Path, calls: 
     """Each prompt is encoded once, even where one has stored its share before the other looks."""
     prompts, barrier = MANY[:200], threading.Barrier(2)
     backends = [prepared(folder, tmp_path, accelerator("no", rank, 2, barrier.wait)) for rank in (0, 1)]
-    threads = [threading.Thread(target=backend.cache_prompts, args=(prompts,)) for backend in backends]
+    threads = [
+        threading.Thread(target=backend.cache_prompts, args=(backend.accelerator, prompts)) for backend in backends
+    ]
     threads[first].start()
     while not barrier.n_waiting:
         time.sleep(0.01)
@@ -289,7 +306,7 @@ def test_processes_of_a_run_share_the_work(folder: Path, tmp_path: Path, calls: 
 def test_processes_with_disks_of_their_own(folder: Path, tmp_path: Path) -> None:
     """What the others have stored is not there: a process encodes it before it lets go of its encoders."""
     backend = prepared(folder, tmp_path, accelerator("no", 0, 2))
-    backend.cache_prompts(MANY[:100])
+    backend.cache_prompts(backend.accelerator, MANY[:100])
     right(folder, tmp_path, [*MANY[:100], ""])
 
 
@@ -298,7 +315,7 @@ def test_processes_with_disks_of_their_own(folder: Path, tmp_path: Path) -> None
 
 def refusal(folder: Path, cache: Path | str) -> str:
     with pytest.raises(ConfigError) as error:
-        prepared(folder, cache).cache_prompts(PROMPTS)
+        prepared(folder, cache).cache_prompts(ALONE, PROMPTS)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -324,13 +341,13 @@ def test_a_disk_that_fills_up(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, damage: str) -> None:
-    prepared(folder, tmp_path).cache_prompts(PROMPTS)
+    prepared(folder, tmp_path).cache_prompts(ALONE, PROMPTS)
     (shard,) = tmp_path.rglob("*.safetensors")
     content = shard.read_bytes()
     shard.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff" * len(content)}[damage])
     assert refusal(folder, tmp_path) == f"--prompt_cache: {shard} is damaged; delete it"
     shard.unlink()
-    prepared(folder, tmp_path).cache_prompts(PROMPTS)
+    prepared(folder, tmp_path).cache_prompts(ALONE, PROMPTS)
     right(folder, tmp_path, PROMPTS)
 
 
