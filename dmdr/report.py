@@ -27,8 +27,13 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from dmdr.images import embed, write_atomically
 
-GROUPS = {"loss": "Losses", "reward": "Rewards", "grad_norm": "Gradient norms"}  # shown open, in this order
-BETTER = {"accuracy": "higher", "frechet_distance": "lower", "precision": "higher", "recall": "higher"}
+GROUPS = {
+    "loss": "Losses",
+    "reward": "Rewards",
+    "eval_reward": "Rewards that only measure",
+    "grad_norm": "Gradient norms",
+}  # shown open, in this order
+BETTER = dict.fromkeys(("accuracy", "inception_score", "precision", "recall"), "higher") | {"frechet_distance": "lower"}
 PACKAGES = ("dmdr", "torch", "diffusers", "transformers", "accelerate", "peft", "trl", "numpy")
 SIZE = (4.0, 2.0)  # inches of 72 units
 POINTS = 400  # more than the width of a plot can show
@@ -158,8 +163,8 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, lis
         cells = [column.get(name) for column in columns.values()]
         largest = max((abs(cell) for cell in cells if cell is not None and math.isfinite(cell)), default=0)
         # Rewards of neighbouring runs differ late: 0.2811 and 0.2843 are far apart for HPS.
-        digits = max(1, (4 if name.startswith("reward/") else 3) - int(math.log10(max(largest, 1))))
-        better = "higher" if name.startswith("reward/") else BETTER.get(name, "")
+        digits = max(1, (4 if "reward/" in name else 3) - int(math.log10(max(largest, 1))))
+        better = "higher" if "reward/" in name else BETTER.get(name, "")
         table.append((name, better, ["\N{EN DASH}" if cell is None else f"{cell:.{digits}f}" for cell in cells]))
     return table
 
