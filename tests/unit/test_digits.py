@@ -240,7 +240,8 @@ def test_clip_layouts_load_strictly(digits: Digits, name: str, activation: str, 
         model.load_state_dict(state, strict=True)
     for tower in (model.visual.transformer, model.transformer):
         assert type(tower.resblocks[0].mlp.gelu).__name__ == activation
-    assert clip_accuracy(model, unseen(held_out)) > 0.7  # a short training
+    # a short training, on half as many scans where held out; chance is 0.1
+    assert clip_accuracy(model, unseen(held_out)) > (0.4 if held_out else 0.7)
 
 
 def clip_accuracy(model: torch.nn.Module, scans: Scans) -> float:
