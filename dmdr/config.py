@@ -333,14 +333,18 @@ class Settings:
     def of(self, group: str) -> list[Chosen]:
         return [plugin for plugin in self.plugins if plugin.group == group]
 
-    def as_yaml(self) -> str:
-        """What `--config` reads to repeat the run, wherever it is written to."""
+    def values(self) -> dict[str, Any]:
+        """Every setting by its full name, but for where the run is written to."""
         values = dataclasses.asdict(self.config)
         for name in ("dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
             del values[name]
         for plugin in self.plugins:
             values |= {plugin.key(name): value for name, value in plugin.options.items()}
-        return yaml.safe_dump(values, sort_keys=False)
+        return values
+
+    def as_yaml(self) -> str:
+        """What `--config` reads to repeat the run, wherever it is written to."""
+        return yaml.safe_dump(self.values(), sort_keys=False)
 
 
 def _named(group: str, expression: str) -> list[tuple[str, float, str]]:

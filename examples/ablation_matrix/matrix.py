@@ -59,8 +59,7 @@ class Run:
 
     def values(self) -> dict[str, Any]:
         """What `config.yaml` of the run holds."""
-        values: dict[str, Any] = yaml.safe_load(self.settings.as_yaml())
-        return values
+        return values_of(self.settings)
 
     def state(self, root: Path) -> str:
         """ "finished", "begun" (there is a checkpoint to go on from) or "new"; other settings are another run."""
@@ -158,7 +157,7 @@ class Builder:
     def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path) -> None:
         self.settings, self.seeds, self.root = dict(settings), seeds, root
         known_settings(settings, "settings")
-        self.base = yaml.safe_load(resolve(settings, "settings").as_yaml())
+        self.base = values_of(resolve(settings, "settings"))
         self.runs: dict[str, Run] = {}
 
     def block(self, name: str, content: Any) -> Block:
@@ -186,7 +185,7 @@ class Builder:
         texts = [str(content.get(key, default)).strip() for key, default in (("title", name), ("text", ""))]
         return Block(name, *texts, runs, content.get("curves", ()), content.get("table", ()), claims)
 
-    def cell(self, given: Mapping[str, Any], stage1: Mapping[str, Any], export: bool, where: str) -> list[Run]:
+    def cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
         """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
         settings = resolve(given | {"init_student": "?"} if given.get("stage2_steps", 1) else given, where)
         config = settings.config
@@ -208,7 +207,7 @@ class Builder:
         place = start and start.folder(self.root) / ("student" if export else "")
         config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
         settings = replace(settings, config=config)
-        values = yaml.safe_load(settings.as_yaml())
+        values = values_of(settings)
         varied = {key: value for key, value in given.items() if values.get(key, ...) != self.base.get(key)}
         if start is None:
             varied = {key: value for key, value in varied.items() if key not in STAGE2}
@@ -219,6 +218,12 @@ class Builder:
             name = name.replace(ugly, plain)
         name = re.sub(r"[^\w.+-]", "_", name)[:90] + f"-seed{seed}-{digest}"
         return self.runs.setdefault(name, Run(name, settings, start, varied))
+
+
+def values_of(settings: Settings) -> dict[str, Any]:
+    """Settings as a file holds them, tuples as lists."""
+    values: dict[str, Any] = json.loads(json.dumps(settings.values()))
+    return values
 
 
 def resolve(given: Mapping[str, Any], where: str) -> Settings:
@@ -238,13 +243,13 @@ def resolve(given: Mapping[str, Any], where: str) -> Settings:
     return settings
 
 
-def known(content: Any, keys: Sequence[str], where: str) -> None:
+def known(content: Any, keys: Iterable[str], where: str) -> None:
     """Refuse a key that nothing reads."""
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must be a mapping, not {content!r}")
     for key in content:
         if key not in keys:
-            raise ConfigError(f"{where}: unknown key '{key}'{registry.suggest(str(key), keys)}")
+            raise ConfigError(f"{where}: unknown key '{key}'{registry.suggest(str(key), list(keys))}")
 
 
 def known_settings(given: Mapping[str, Any], where: str) -> None:

@@ -83,8 +83,8 @@ def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[
     varied = {name for run in matrix.runs for name in run.varied}
     settings = [name for name in ("rl", *AXES) if name in varied] + sorted(varied.difference(("rl", *AXES)))
     results = [(run, found[run.name]) for run in matrix.runs]
-    metrics = dict.fromkeys([*METRICS, *(name for _, result in results if result for name in result.final)])
-    metrics = [name for name in metrics if any(result and name in result.final for _, result in results)]
+    names = dict.fromkeys([*METRICS, *(name for _, result in results if result for name in result.final)])
+    metrics = [name for name in names if any(result and name in result.final for _, result in results)]
     header = ["run", "cells", "seed", "updates", "samples", *settings, *metrics, "seconds"]
     table = []
     for run, result in results:

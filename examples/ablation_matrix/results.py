@@ -147,14 +147,15 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
     if not margins:
         return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: no seed has both")
     by, around, count = mean(margins), spread(margins), len(margins)
-    text = f"{claim.higher} {'above' if by > 0 else 'below'} {claim.lower} {what} by {abs(by):.{shape.digits}f}"
+    stands = "above" if by > 0 else "below" if by < 0 else "level with"
+    text = f"{claim.higher} {stands} {claim.lower} {what} by {abs(by):.{shape.digits}f}"
     missing = len(sides[0]) - count
     tail = f"; {missing} not finished" * (missing > 0)
     if count == 1:
         return Verdict("one seed", f"{text}; two or more are needed to tell{tail}")
     agree = sum(margin * by > 0 for margin in margins)
     text += f" ± {around:.{shape.digits}f} in {agree} of {count} seeds"
-    if abs(by) <= shape.noise:
+    if abs(by) <= shape.noise > 0:
         return Verdict("inconclusive", f"{text}; differences up to {shape.noise:g} are noise{tail}")
     if agree < count or abs(by) <= around:
         return Verdict("inconclusive", f"{text}; the margin is within the seeds' spread{tail}")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -133,7 +133,8 @@ def end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             assert process.stdin
             process.stdin.close()
         for process in processes:
-            process.wait(PATIENCE)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
     finally:
         for process in processes:
             process.kill()
