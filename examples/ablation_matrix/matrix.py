@@ -182,8 +182,8 @@ class Builder:
             runs[str(label)] = self.cell(given, content.get("stage1") or {}, start == "export", where)
         equal(runs, name)
         claims = [_claim(claim, runs, name) for claim in content.get("claims", ())]
-        texts = [str(content.get(key, default)).strip() for key, default in (("title", name), ("text", ""))]
-        return Block(name, *texts, runs, content.get("curves", ()), content.get("table", ()), claims)
+        title, text = (str(content.get(key, default)).strip() for key, default in (("title", name), ("text", "")))
+        return Block(name, title, text, runs, content.get("curves", ()), content.get("table", ()), claims)
 
     def cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
         """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+TOY = ROOT / "tests" / "integration" / "ablation_toy.yaml"
 
 pytestmark = pytest.mark.verify
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -18,15 +18,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a small matrix on the toy, trained by the command."""
-    from test_ablation import TOY
-
     root = tmp_path_factory.mktemp("matrix")
-    (root / "toy.yaml").write_text(TOY)
     command = [
         sys.executable,
         str(ROOT / "examples" / "ablation_matrix" / "run.py"),
         "--config",
-        str(root / "toy.yaml"),
+        str(TOY),
     ]
     subprocess.run([*command, "--output_dir", str(root / "out")], check=True)
     return root / "out" / "report.html"
