@@ -185,16 +185,16 @@ def pipeline_class(folder: str) -> str:
 
 
 def open_backend(folder: str, config: Config) -> Backend:
-    """The backend of the folder's pipeline class."""
+    """The backend that the user names, or else that of the folder's pipeline class."""
     name = pipeline_class(folder)
-    if name not in registry.plugins("backends"):
+    if not config.backend and not registry.registered("backends", name):
         known = ", ".join(registry.plugins("backends"))
         raise ConfigError(
             f"--model {folder} is a {name}, which no backend trains; there are backends for {known} "
-            "(a package adds one under the entry-point group 'dmdr.backends')"
+            "(name another with --backend; a package adds one under the entry-point group 'dmdr.backends')"
         )
     given = {option.name: getattr(config, option.name) for option in fields(BackendOptions)}
     lists = {name: tuple(given[name] or ()) for name in ("lora_target_modules", "drop_text_encoders")}
     options = BackendOptions(**(given | lists))
-    backend: Backend = registry.load("backends", name)(folder, options)
+    backend: Backend = registry.load("backends", config.backend or name)(folder, options)
     return backend

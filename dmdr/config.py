@@ -147,6 +147,9 @@ class Config(Flags):
     vae_tiling: bool = flag(False, "decode by tiles")
     decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
     # The model
+    backend: str | None = flag(
+        None, "model family, e.g. package:NAME or my_file.py:NAME; by default the one for the pipeline's class"
+    )
     resolution: int | None = flag(None, "image size in pixels; the model's own by default")
     max_sequence_length: int | None = flag(None, "tokens of the longest text encoder; the model's own by default")
     drop_text_encoders: list[str] | None = flag(None, "text encoders to do without, e.g. text_encoder_3 (T5) of SD3")
@@ -318,9 +321,18 @@ class Chosen:
         return f"_{key}" if key[0].isdigit() else key
 
     def build(self, **defaults: Any) -> Any:
-        """The plugin, from its flags; `defaults` fill those left unset (None)."""
+        """The plugin, from its flags; `defaults` fill those left unset (None).
+
+        Raises:
+            ConfigError: If it refuses their values (a ValueError).
+        """
         unset = {key: value for key, value in defaults.items() if self.options.get(key) is None}
-        return self.cls(**(self.options | unset))
+        try:
+            return self.cls(**(self.options | unset))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{self.group[:-1]} '{self.name}': {error}") from error
 
 
 @dataclass(frozen=True)

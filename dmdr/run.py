@@ -298,6 +298,7 @@ class Run:
                 self.job.backend,
                 self.user_sampler,
                 base=self.job.folder,
+                family=self.config.backend,
                 name=self.config.model,
                 prompt=self.shown[0]["prompt"],
                 objectives=objectives,

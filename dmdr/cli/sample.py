@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
     rows = [row for row in rows for _ in range(args.num_images)]
     try:
         about = json.loads((folder / "sampling.json").read_text())
-        missing = {"base_model", "sample_eta", "grid", "options"} - about.keys()
+        missing = {"base_model", "backend", "sample_eta", "grid", "options"} - about.keys()
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / 'sampling.json'} is damaged: {error}") from error
     if missing:
@@ -81,7 +81,7 @@ def draw(
         torch_compile=False,
         prompt_cache="off",
     )
-    backend = registry.load("backends", pipeline_class(base))(base, options)
+    backend = registry.load("backends", about["backend"] or pipeline_class(base))(base, options)
     accelerator = Accelerator()
     backend.prepare(accelerator, roles=("student",))
     backend.load_export(folder)

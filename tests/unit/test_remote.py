@@ -763,10 +763,13 @@ def test_a_plugin_with_a_setting_called_at_knows_no_addresses(monkeypatch: pytes
     source = (
         "from dataclasses import dataclass\n@dataclass\nclass Spot:\n    at: float = 0.5\n    differentiable = False\n"
     )
-    (tmp_path / "spot_module.py").write_text(f"{source}    prepare = __call__ = None\n")
+    source += (
+        "    prepare = lambda self, device, dtype: None\n    __call__ = lambda self, images, prompts, **columns: None\n"
+    )
+    (tmp_path / "spot_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     spot = registry.Plugin("rewards", "spot", "spot_module:Spot", "spots", "1")
-    monkeypatch.setattr(registry, "plugins", lambda group: {"spot": spot})
+    monkeypatch.setattr(registry, "offers", lambda group: [spot])
     assert registry.load("rewards", "spot")().at == 0.5
 
 
