@@ -25,6 +25,7 @@ class Job:
         settings: The resolved settings.
         folder: Pipeline folder or hub id of the teacher.
         model: The named model that it came from, if any.
+        eval_rewards: What evaluations measure beside the rewards that are trained on.
     """
 
     settings: Settings
@@ -34,6 +35,7 @@ class Job:
     matching: Matching
     objectives: tuple[WeightedObjective, ...]
     rewards: Rewards | None
+    eval_rewards: Rewards | None
     prompts: Rows
 
     @property
@@ -60,16 +62,20 @@ def assemble(settings: Settings) -> Job:
     if config.dry_run and named and not bare:
         raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
     model = registry.load("models", config.model)() if named else None
-    prompts = open_prompts(config, model, settings.of("rewards"))
-    check_columns(settings.of("rewards"), prompts.first(1))
+    scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
+    prompts = open_prompts(config, model, scorers)
+    check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
     backend = open_backend(folder, config)
     if hasattr(backend, "check_prompts"):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
     checkpoints = None if config.dry_run else model  # which builds them
-    rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
-    return Job(settings, folder, model, backend, matching, objectives, rewards, prompts)
+    rewards, eval_rewards = (
+        build_rewards(settings.of(group), checkpoints) if settings.of(group) else None
+        for group in ("rewards", "eval_rewards")
+    )
+    return Job(settings, folder, model, backend, matching, objectives, rewards, eval_rewards, prompts)
 
 
 def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Chosen]) -> Rows:
@@ -133,6 +139,8 @@ def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
 def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults: Any) -> Rewards:
     """The weighted sum of the named rewards; a named model supplies their checkpoints unless a flag does.
 
+    Rewards that only measure get checkpoints of its that were trained on other data.
+
     Args:
         chosen: At least one.
         model: The named model, if any.
@@ -142,7 +150,7 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
     for plugin in chosen:
         own = {name: value for name, value in defaults.items() if name in plugin.options}
         if model is not None and plugin.options.get("checkpoint", "") is None:
-            path = model.reward_checkpoint(plugin.name)
+            path = model.reward_checkpoint(plugin.name, held_out=plugin.group == "eval_rewards")
             own |= {"checkpoint": str(path)} if path else {}
         parts[plugin.name] = (plugin.weight, plugin.build(**own))
     return Rewards(parts)

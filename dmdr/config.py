@@ -67,6 +67,9 @@ class Config(Flags):
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
+    eval_reward: str = flag(
+        "none", "sum of rewards that every evaluation measures and none trains on; their flags begin with eval_"
+    )
     matching: str = flag("dmd", "how student and teacher are compared")
     dmd_weight: float = flag(1.0, "weight of the matching loss; 0 is RL only")
     rl_weight: float = flag(0.3, "lambda of L = L_DMD + lambda L_RL in stage 2")
@@ -225,6 +228,8 @@ class Config(Flags):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
+        if self.eval_reward != "none":
+            self._require(self.num_eval_samples > 0, "num_eval_samples", "above 0 for --eval_reward")
         if self.prompts is None:
             own = {"prompt_column": "prompt", "dataset_config": None, "dataset_train_split": "train"}
             for name, default in (own | {"dataset_streaming": False}).items():
@@ -296,13 +301,24 @@ def _norway(value: Any, hint: Any) -> str:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plugin that the run names: `weight * name`, its class, and the values of its own flags."""
+    """A plugin that the run names: `weight * name`, its class, and the values of its own flags.
+
+    Attributes:
+        group: That of the registry, or "eval_rewards": rewards that only measure.
+    """
 
     group: str
     name: str
     weight: float
     cls: type
     options: dict[str, Any] = field(default_factory=dict)
+
+    def key(self, option: str) -> str:
+        """The full name of one of its flags."""
+        key = f"{re.sub(r'[^0-9a-zA-Z]', '_', self.name)}_{option}"
+        if self.group == "eval_rewards":
+            return f"eval_{key}"
+        return f"_{key}" if key[0].isdigit() else key
 
     def build(self, **defaults: Any) -> Any:
         """The plugin, from its flags; `defaults` fill those left unset (None).
@@ -329,19 +345,18 @@ class Settings:
     def of(self, group: str) -> list[Chosen]:
         return [plugin for plugin in self.plugins if plugin.group == group]
 
-    def as_yaml(self) -> str:
-        """What `--config` reads to repeat the run, wherever it is written to."""
+    def values(self) -> dict[str, Any]:
+        """Every setting by its full name, but for where the run is written to."""
         values = dataclasses.asdict(self.config)
         for name in ("dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
             del values[name]
         for plugin in self.plugins:
-            values |= {_key(plugin.name, name): value for name, value in plugin.options.items()}
-        return yaml.safe_dump(values, sort_keys=False)
+            values |= {plugin.key(name): value for name, value in plugin.options.items()}
+        return values
 
-
-def _key(plugin: str, name: str) -> str:
-    key = f"{re.sub(r'[^0-9a-zA-Z]', '_', plugin)}_{name}"
-    return f"_{key}" if key[0].isdigit() else key
+    def as_yaml(self) -> str:
+        """What `--config` reads to repeat the run, wherever it is written to."""
+        return yaml.safe_dump(self.values(), sort_keys=False)
 
 
 def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
@@ -354,7 +369,9 @@ def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
 
 
 def _load(parts: Sequence[tuple[str, float, str]]) -> list[Chosen]:
-    return [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
+    return [
+        Chosen(group, name, weight, registry.load(group.removeprefix("eval_"), name)) for group, weight, name in parts
+    ]
 
 
 def _help_of(cls: type) -> dict[str, str]:
@@ -367,12 +384,15 @@ def _help_of(cls: type) -> dict[str, str]:
 
 
 def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
-    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous."""
+    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous.
+
+    Rewards that only measure have no short names, and take none from the others.
+    """
     taken = {f.name for f in dataclasses.fields(command)}
     count: dict[str, int] = {}
     for plugin in chosen:
         for f in dataclasses.fields(plugin.cls):
-            if f.init:
+            if f.init and plugin.group != "eval_rewards":
                 count[f.name] = count.get(f.name, 0) + 1
     fields: list[tuple[str, Any, Any]] = []
     short: dict[str, str] = {}
@@ -381,11 +401,11 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
         for f in dataclasses.fields(plugin.cls):
             if not f.init:
                 continue
-            key = _key(plugin.name, f.name)
+            key = plugin.key(f.name)
             if key in (name for name, _, _ in fields):
                 raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
             metadata = {"help": help_texts.get(f.name, "")}
-            if count[f.name] == 1 and f.name not in taken:
+            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in taken:
                 short[f.name] = key
                 metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
             copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
@@ -441,7 +461,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         SystemExit: After printing `--help`.
     """
     arguments = _joined(arguments)
-    names = ("model", "rl", "reward", "matching")
+    names = ("model", "rl", "reward", "eval_reward", "matching")
     first = _first_look(arguments, *names, "architecture", "resume_from_checkpoint", "output_dir")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
@@ -461,8 +481,9 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     default = {f.name: f.default for f in dataclasses.fields(Config)}
     recipe = dict(model_recipe(str(_first_given(look["model"], default["model"]))))
     per_objective = recipe.pop("objectives", {})
-    rl, reward, matching = (str(_first_given(look[key], recipe.get(key), default[key])) for key in names[1:])
-    chosen = _load([*_named("objectives", rl), *_named("rewards", reward), ("matchings", 1.0, matching)])
+    named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in names}
+    rewards = *_named("rewards", named["reward"]), *_named("eval_rewards", named["eval_reward"])
+    chosen = _load([*_named("objectives", named["rl"]), *rewards, ("matchings", 1.0, named["matching"])])
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
@@ -524,9 +545,7 @@ def _parse(
     plugins = tuple(
         dataclasses.replace(
             plugin,
-            options={
-                f.name: getattr(values, _key(plugin.name, f.name)) for f in dataclasses.fields(plugin.cls) if f.init
-            },
+            options={f.name: getattr(values, plugin.key(f.name)) for f in dataclasses.fields(plugin.cls) if f.init},
         )
         for plugin in chosen
     )
@@ -555,7 +574,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     """`--reward -1*hps` as `--reward=-1*hps`: argparse takes such a value for a flag."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] in ("--reward", "--rl") and re.match(r"-[\d.]", argument):
+        if joined and joined[-1] in ("--reward", "--eval_reward", "--rl") and re.match(r"-[\d.]", argument):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

@@ -180,9 +180,10 @@ class Run:
         if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
         backend.prepare(accelerator, roles=roles)
-        if self.job.rewards:
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
-            self.job.rewards.prepare(accelerator.device, dtype)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
+        for rewards in (self.job.rewards, self.job.eval_rewards):
+            if rewards:
+                rewards.prepare(accelerator.device, dtype)
         progress = Progress(0, 0, 0, 0)
         if self.resume:  # what does not fit is found before anything is written
             progress = read_progress(self.resume)
@@ -466,7 +467,10 @@ class Run:
         if evaluated and self.accelerator.is_main_process:
             with self._averaged(trainer):
                 found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
-            values |= {f"eval/{name.removeprefix('reward/')}": value for name, value in found.items()}
+            values |= {
+                name if name.startswith("eval_reward/") else f"eval/{name.removeprefix('reward/')}": value
+                for name, value in found.items()
+            }
         short = {"stage": self.progress.stage} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
             for key, value in values.items()
@@ -524,12 +528,20 @@ class Run:
         images.save(images.grid(student, columns), folder / f"step-{step:06d}.png")
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
-        """Accuracy, Frechet distance, precision and recall by the model's judge, and the rewards."""
+        """What the model's judge sees, and the rewards, those that only measure included."""
         rows = self.shown[: self.config.num_eval_samples]
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns(rows)
-        return evaluate(pictures, prompts, columns, judge, self.job.rewards, device=self.accelerator.device)
+        return evaluate(
+            pictures,
+            prompts,
+            columns,
+            judge,
+            self.job.rewards,
+            self.job.eval_rewards,
+            device=self.accelerator.device,
+        )
 
     def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
         """Add a column to `evaluation.json`."""

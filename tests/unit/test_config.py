@@ -214,6 +214,19 @@ def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
     assert written.keys() - names == {"refl_steps", "refl_hinge", "refl_balance", "dmd_floor"}
 
 
+def test_rewards_that_only_measure_have_flags_of_their_own(file: Path) -> None:
+    flags = ("--reward", "clip", "--eval_reward", "0.5*clip+hps", "--num_eval_samples", "4")
+    settings = toy(*flags, "--checkpoint", "a", "--eval_clip_checkpoint", "b")  # which leave short names alone
+    assert [(p.name, p.options["checkpoint"]) for p in settings.of("rewards")] == [("clip", "a")]
+    measured = [(p.weight, p.name, p.options["checkpoint"]) for p in settings.of("eval_rewards")]
+    assert measured == [(0.5, "clip", "b"), (1.0, "hps", None)]
+    file.write_text(settings.as_yaml())
+    assert parse(["--config", str(file)]).plugins == settings.plugins
+    assert "unknown argument --eval_clip_checkpoint" in refusal("--reward", "clip", "--eval_clip_checkpoint", "b")
+    assert "unknown reward 'clipp'" in refusal("--eval_reward", "clipp")
+    assert "eval_reward expression" in refusal("--eval_reward", "2*")
+
+
 # --- What is refused -----------------------------------------------------------------------------------------------
 
 
@@ -370,6 +383,7 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
         ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by num_generations, 2, not 5"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "nothing to train"),
         ({"dmd_weight": 0.0, "rl": "refl"}, "--init_student"),
+        ({"eval_reward": "toy"}, "--num_eval_samples must be above 0 for --eval_reward, not 0"),
         ({"dmd_weight": 0.0, "init_student": "x"}, "leaves nothing to train"),
         ({"dmd_weight": 0.0, "init_student": "x", "rl": "refl", "rl_weight": 0.0}, "leaves nothing to train"),
     ],
