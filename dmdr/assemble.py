@@ -53,7 +53,7 @@ def assemble(settings: Settings) -> Job:
     named = registry.registered("models", config.model)
     bare = config.architecture if config.dry_run else None
     if bare or not named:
-        pipeline_class(bare or config.model)  # refuse a wrong folder before anything else
+        pipeline_class(bare or config.model, config.revision)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
@@ -148,8 +148,8 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
     return Rewards(parts)
 
 
-def pipeline_class(folder: str) -> str:
-    """Class name of the pipeline in a folder or of a hub id.
+def pipeline_class(folder: str, revision: str | None = None) -> str:
+    """Class name of the pipeline in a folder, or of a hub id at some revision.
 
     Raises:
         ConfigError: If it is no diffusers pipeline.
@@ -168,7 +168,7 @@ def pipeline_class(folder: str) -> str:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
     try:
-        index = Path(hf_hub_download(folder, "model_index.json"))
+        index = Path(hf_hub_download(folder, "model_index.json", revision=revision))
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except Exception as error:  # every hub and network failure; the first line says which
         raise ConfigError(
@@ -178,7 +178,7 @@ def pipeline_class(folder: str) -> str:
 
 def open_backend(folder: str, config: Config) -> Backend:
     """The backend of the folder's pipeline class."""
-    name = pipeline_class(folder)
+    name = pipeline_class(folder, config.revision)
     if name not in registry.plugins("backends"):
         known = ", ".join(registry.plugins("backends"))
         raise ConfigError(

@@ -144,6 +144,8 @@ class Config(Flags):
     vae_tiling: bool = flag(False, "decode by tiles")
     decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
     # The model
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
+    variant: str | None = flag(None, "weights files of --model that are meant, such as fp16")
     resolution: int | None = flag(None, "image size in pixels; the model's own by default")
     max_sequence_length: int | None = flag(None, "tokens of the longest text encoder; the model's own by default")
     drop_text_encoders: list[str] | None = flag(None, "text encoders to do without, e.g. text_encoder_3 (T5) of SD3")

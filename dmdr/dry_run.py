@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dmdr.assemble import Job, assemble
-from dmdr.backends.loading import one_line
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.config import Settings
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, one_line
 from dmdr.memory import REST, GPUKernels, Meter
 from dmdr.paths import Prediction
 from dmdr.plan import choose_folder, stages
@@ -30,7 +29,7 @@ from dmdr.protocols import Role
 from dmdr.rewards import Rewards
 from dmdr.run import Run, check_tracker
 from dmdr.trainer import Trainer, combined_needs
-from dmdr.types import Condition
+from dmdr.types import Condition, dtype_of
 
 GIB = 2**30
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -142,7 +141,7 @@ def _simulated(job: Job, backend: PipelineBackend) -> Estimate:
         backend.prepare(Process(META, precision), roles=roles)
         parts = _parts(backend, roles)
         if config.prompt_cache == "off" and not config.cpu_offload:
-            parts["text encoders"] = [t for encoder in backend.load_text_encoders().values() for t in _tensors(encoder)]
+            parts["text encoders"] = [t for encoder in backend.text.load_encoders().values() for t in _tensors(encoder)]
         for name, tensors in parts.items():
             meter.label(name, tensors)
         for role in roles:
@@ -233,8 +232,8 @@ class Process:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What `GPUKernels` takes for autocast."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
-        return torch.autocast("cpu", dtype) if dtype else nullcontext()
+        dtype = dtype_of(self.mixed_precision)
+        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -18,6 +18,7 @@ from dmdr.randomness import Random
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
+LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that load_lora_weights looks for
 
 
 class Denoiser(Protocol):
@@ -59,6 +60,8 @@ class BackendOptions:
         vae_tiling: Decode by tiles.
         decode_chunk_size: Images that are decoded at a time; None for all.
         torch_compile: Compile the network's blocks.
+        revision: Of the model on the hub: branch, tag or commit.
+        variant: Of the model's weights files, such as fp16.
         attention_backend: Attention kernel by diffusers' name; None for its default.
         cpu_offload: Keep text encoders and VAE on the CPU while they are idle.
         prompt_cache: Folder of prompt embeddings on disk, "off" for none; None for the usual one.
@@ -84,6 +87,8 @@ class BackendOptions:
     vae_tiling: bool = False
     decode_chunk_size: int | None = None
     torch_compile: bool = False
+    revision: str | None = None
+    variant: str | None = None
     attention_backend: str | None = None
     cpu_offload: bool = False
     prompt_cache: str | None = None
@@ -96,9 +101,10 @@ class Backend(Protocol):
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
     (`ConfigError`). Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which
-    refuses (`ConfigError`) before weights are loaded; `cache_prompts(prompts)`, called once with all prompts of a run
-    before its first step, unless they are streamed; `fresh_noise(drawn)`, which makes latents [B, *latent] of as many
-    numbers in the order in which the stock scheduler draws those of later steps, where that is in another layout.
+    refuses (`ConfigError`) before weights are loaded; `cache_prompts(accelerator, prompts)`, called once with all
+    prompts of a run, unless they are streamed, before `prepare`: encoders and network need not share the memory;
+    `draw_noise(step, count)`, which draws `count` latents as the stock pipeline does: its initial state for step 0, and
+    what its scheduler adds before each of the later steps.
     """
 
     options: BackendOptions

@@ -6,7 +6,8 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dmdr.backends.pipeline import PipelineBackend, read_config
+from dmdr.backends.loading import read_config
+from dmdr.backends.pipeline import PipelineBackend
 from dmdr.paths import RectifiedFlow
 from dmdr.protocols import BackendOptions, Sampler
 from dmdr.sampling import time_grid, unshift_times
@@ -18,7 +19,7 @@ class FlowBackend(PipelineBackend):
     def __init__(self, folder: str, options: BackendOptions) -> None:
         super().__init__(folder, options)
         self.path = RectifiedFlow()
-        self.scheduler_config = read_config(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
+        self.scheduler_config = read_config(FlowMatchEulerDiscreteScheduler, self.source, "scheduler")
         self.shift = float(options.shift or self.own_shift())
 
     def own_shift(self) -> float:

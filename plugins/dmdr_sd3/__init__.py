@@ -30,13 +30,13 @@ class SD3Backend(FlowBackend):
             None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=self.text_length,
         )
         return {"sequence": sequence, "pooled": pooled}
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        config, length = self.network_config, self.max_sequence_length or 0
-        sequence = self.blank(count, self.clip_length() + length, config["joint_attention_dim"])
+        config, length = self.network_config, self.text.clip_length() + self.text_length
+        sequence = self.blank(count, length, config["joint_attention_dim"])
         return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

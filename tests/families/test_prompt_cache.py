@@ -25,7 +25,7 @@ from torch import Tensor
 
 import dmdr.run
 import sd3
-from dmdr.backends import pipeline
+from dmdr.backends import prompt_encoder
 from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
 from dmdr.errors import ConfigError
 from dmdr.protocols import BackendOptions
@@ -92,17 +92,17 @@ class Calls(NamedTuple):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    calls, load, encode = Calls([], Counter()), pipeline.load_text_encoder, StableDiffusion3Pipeline.encode_prompt
+    calls, load, encode = Calls([], Counter()), prompt_encoder.load_text_encoder, StableDiffusion3Pipeline.encode_prompt
 
-    def loading(cls: Any, folder: str, name: str, dtype: torch.dtype) -> Any:
+    def loading(cls: Any, source: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         calls.loads.append(name)
-        return load(cls, folder, name, dtype)
+        return load(cls, source, name, *args, **kwargs)
 
     def encoding(self: Any, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
         calls.encoded.update(prompts)
         return encode(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", loading)
+    monkeypatch.setattr(prompt_encoder, "load_text_encoder", loading)
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encoding)
     return calls
 
@@ -163,7 +163,7 @@ def test_embeddings_are_those_without_a_cache(folder: Path, tmp_path: Path) -> N
     expected = embeddings(plain, repeated)
     assert equal(embeddings(prepared(folder, tmp_path / "alike"), repeated), expected)  # encoded in the same batch
     other = prepared(folder, tmp_path / "other")
-    other.cache_prompts([*MANY[:100], *reversed(PROMPTS)])
+    other.cache_prompts(ALONE, [*MANY[:100], *reversed(PROMPTS)])
     for name, tensor in embeddings(other, repeated).items():
         assert tensor.dtype == expected[name].dtype
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
@@ -173,13 +173,13 @@ def test_embeddings_are_those_without_a_cache(folder: Path, tmp_path: Path) -> N
 def test_encoders_are_let_go(folder: Path, tmp_path: Path) -> None:
     """At once: nothing waits for the collector of cycles, or the memory would not be free when training begins."""
     backend = prepared(folder, tmp_path)
-    parts = [backend._text_pipeline().components[name] for name in backend.text_components if "encoder" in name]
+    parts = [backend.text.pipeline().components[name] for name in backend.text.components if "encoder" in name]
     references = [weakref.ref(part) for part in parts]
     del parts
     gc.collect()
     gc.disable()
     try:
-        backend.cache_prompts(PROMPTS)
+        backend.cache_prompts(ALONE, PROMPTS)
         assert len(references) == 3 and not any(reference() for reference in references)
     finally:
         gc.enable()
@@ -193,10 +193,10 @@ def changed_file(folder: Path, file: str) -> None:
 
 def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    prepared(folder, cache).cache_prompts(PROMPTS)
+    prepared(folder, cache).cache_prompts(ALONE, PROMPTS)
 
     def missing(folder: Path = folder, accelerator: Any = ALONE, **options: Any) -> list[str]:
-        return prepared(folder, cache, accelerator, **options).cache.missing(PROMPTS)
+        return prepared(folder, cache, accelerator, **options).text.cache.missing(PROMPTS)
 
     assert missing() == missing(seed=3, lora_rank=2, guidance_scale=7.0) == []
     assert missing(max_sequence_length=6) == PROMPTS
@@ -217,8 +217,8 @@ def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -
 def right(folder: Path, cache: Path, prompts: Sequence[str]) -> None:
     """Assert that a reader finds every embedding without encoding, and that each is its own prompt's."""
     reader, plain = prepared(folder, cache), prepared(folder, "off")
-    reader._embed = None  # type: ignore[assignment, method-assign]
-    assert reader.cache.missing(prompts) == []
+    reader.text.encode = None  # type: ignore[assignment, method-assign]
+    assert reader.text.cache.missing(prompts) == []
     for start in range(0, len(prompts), 250):
         part = prompts[start : start + 250]
         expected = embeddings(plain, part)
@@ -230,7 +230,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = prepared(folder, tmp_path)
-    backend._text_pipeline()
+    backend.text.pipeline()
     stored, moments = [], random.Random(0)
 
     def files() -> int:
@@ -239,7 +239,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: time.sleep(0.02))  # of a slow disk: half of the deaths meet a write
         for _ in range(10):
-            writer = FORK.Process(target=backend.cache_prompts, args=(MANY,))
+            writer = FORK.Process(target=backend.cache_prompts, args=(ALONE, MANY))
             before, since = files(), time.monotonic()
             writer.start()
             while files() == before and time.monotonic() - since < 60:
@@ -247,11 +247,11 @@ def test_writers_that_are_killed_leave_a_usable_cache(
             time.sleep(moments.uniform(0, 0.08))
             writer.kill()
             writer.join()
-            stored.append(len(MANY) - len(prepared(folder, tmp_path).cache.missing(MANY)))
+            stored.append(len(MANY) - len(prepared(folder, tmp_path).text.cache.missing(MANY)))
     torn = len(list(tmp_path.rglob("*.partial")))
     print(f"stored after each death: {stored} of {len(MANY)}, {torn} of them in the middle of a shard")
     assert stored == sorted(stored) and torn and 0 < stored[0] < len(MANY)
-    backend.cache_prompts(MANY)
+    backend.cache_prompts(ALONE, MANY)
     right(folder, tmp_path, MANY)
 
 
@@ -259,8 +259,8 @@ def test_two_that_fill_one_folder(folder: Path, tmp_path: Path) -> None:
     """Two runs that know nothing of each other."""
     prompts = MANY[:500]
     backend = prepared(folder, tmp_path)
-    backend._text_pipeline()
-    writers = [FORK.Process(target=backend.cache_prompts, args=(order,)) for order in (prompts, prompts[::-1])]
+    backend.text.pipeline()
+    writers = [FORK.Process(target=backend.cache_prompts, args=(ALONE, order)) for order in (prompts, prompts[::-1])]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -274,7 +274,9 @@ def test_processes_of_a_run_share_the_work(folder: Path, tmp_path: Path, calls: 
     """Each prompt is encoded once, even where one has stored its share before the other looks."""
     prompts, barrier = MANY[:200], threading.Barrier(2)
     backends = [prepared(folder, tmp_path, accelerator("no", rank, 2, barrier.wait)) for rank in (0, 1)]
-    threads = [threading.Thread(target=backend.cache_prompts, args=(prompts,)) for backend in backends]
+    threads = [
+        threading.Thread(target=backend.cache_prompts, args=(backend.accelerator, prompts)) for backend in backends
+    ]
     threads[first].start()
     while not barrier.n_waiting:
         time.sleep(0.01)
@@ -282,14 +284,14 @@ def test_processes_of_a_run_share_the_work(folder: Path, tmp_path: Path, calls: 
     for thread in threads:
         thread.join()
     assert calls.encoded == Counter([*prompts, ""])
-    assert all(backend._text is None for backend in backends)
+    assert all(backend.text._pipeline is None for backend in backends)
     right(folder, tmp_path, prompts)
 
 
 def test_processes_with_disks_of_their_own(folder: Path, tmp_path: Path) -> None:
     """What the others have stored is not there: a process encodes it before it lets go of its encoders."""
     backend = prepared(folder, tmp_path, accelerator("no", 0, 2))
-    backend.cache_prompts(MANY[:100])
+    backend.cache_prompts(backend.accelerator, MANY[:100])
     right(folder, tmp_path, [*MANY[:100], ""])
 
 
@@ -298,7 +300,7 @@ def test_processes_with_disks_of_their_own(folder: Path, tmp_path: Path) -> None
 
 def refusal(folder: Path, cache: Path | str) -> str:
     with pytest.raises(ConfigError) as error:
-        prepared(folder, cache).cache_prompts(PROMPTS)
+        prepared(folder, cache).cache_prompts(ALONE, PROMPTS)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -324,13 +326,13 @@ def test_a_disk_that_fills_up(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path, damage: str) -> None:
-    prepared(folder, tmp_path).cache_prompts(PROMPTS)
+    prepared(folder, tmp_path).cache_prompts(ALONE, PROMPTS)
     (shard,) = tmp_path.rglob("*.safetensors")
     content = shard.read_bytes()
     shard.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff" * len(content)}[damage])
     assert refusal(folder, tmp_path) == f"--prompt_cache: {shard} is damaged; delete it"
     shard.unlink()
-    prepared(folder, tmp_path).cache_prompts(PROMPTS)
+    prepared(folder, tmp_path).cache_prompts(ALONE, PROMPTS)
     right(folder, tmp_path, PROMPTS)
 
 

@@ -278,8 +278,8 @@ def test_labels_come_from_their_column_or_from_the_prompt(backend: SiTBackend) -
         with pytest.raises(ConfigError, match=r"column 'label': .* is no class; give one of 0 \.\. 9"):
             backend.encode(["class 7"], label=[label])
     assert class_index(torch.tensor(5).item(), 10) == 5
-    assert backend.cache is None
-    backend.cache_prompts(["class 7"])
+    assert backend.text.cache is None
+    backend.cache_prompts(backend.accelerator, ["class 7"])
 
 
 def test_prompts_without_labels_are_refused_before_weights_are_loaded(folder: Path, tmp_path: Path) -> None:
