@@ -67,9 +67,16 @@ def assemble(settings: Settings) -> Job:
     if hasattr(backend, "check_prompts"):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
+        backend.check_prompts(own_prompts(objectives))
     checkpoints = None if config.dry_run else model  # which builds them
     rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
     return Job(settings, folder, model, backend, matching, objectives, rewards, prompts)
+
+
+def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:
+    """Prompts that objectives bring beside the run's."""
+    parts = (term.objective for term in objectives)
+    return [prompt for part in parts if hasattr(part, "prompts") for prompt in part.prompts()]
 
 
 def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Chosen]) -> Rows:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.assemble import Job, assemble
+from dmdr.assemble import Job, assemble, own_prompts
 from dmdr.checkpoint import (
     Progress,
     checkpoints,
@@ -423,7 +423,7 @@ class Run:
         stream = self.prompts()
         some = batches * stream.batch_size < size * config.num_generations
         drawn = stream.first(batches) if some else self.job.prompts.first(size)
-        return [row["prompt"] for row in (*drawn, *self.shown)]
+        return [row["prompt"] for row in (*drawn, *self.shown)] + own_prompts(self.job.objectives)
 
     def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""

@@ -1,6 +1,7 @@
 """Reading what diffusers and transformers saved, strictly: a weight that is missing or unknown is an error."""
 
 import logging
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -212,9 +215,11 @@ def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
         else:
             # Training checkpoints often keep their command line, too; a Namespace can hold values only.
             with torch.serialization.safe_globals([Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                mapped = is_zipfile(file)  # as torch saves since 1.6
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        raise ConfigError(f"{path} is damaged, or holds more than tensors and is refused") from error
+        what = "is damaged, or holds more than tensors and is refused"
+        raise ConfigError(f"{path} {what}: {one_line(error)}") from error
     if isinstance(state, Mapping):
         state = next((state[key] for key in within if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -229,11 +234,20 @@ def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]
         The merged layers at full strength, float32: `<module>.lora_A.weight` and `<module>.lora_B.weight`.
 
     Raises:
-        ConfigError: If it cannot be read, or no layer of the network is among it.
+        ConfigError: If it cannot be read, has no layer of the network, or more than LoRA layers of the network.
     """
     from peft.tuners.lora import LoraLayer
 
     network: nn.Module = getattr(pipeline, network_name)
+    with _refusing(f"--teacher_lora {path} cannot be loaded"):
+        keys = _lora_keys(path)
+    for key in keys:
+        if re.match(r"text_encoder|lora_te|te\d?[._]", key):
+            what = f"adapts a text encoder, too ({key}), which stays as it is here: leave such keys out"
+            raise ConfigError(f"--teacher_lora {path} {what}")
+        if not re.search(r"lora.*[._](A|B|down|up)(\.default)?\.weight$|alpha$", key):
+            what = f"is more than a LoRA ({key}), as a DoRA or one with biases is: merge it into the model first"
+            raise ConfigError(f"--teacher_lora {path} {what}")
     with _refusing(f"--teacher_lora {path} cannot be loaded"):
         pipeline.load_lora_weights(path, adapter_name="teacher")
     layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer) and "teacher" in m.lora_A}
@@ -247,6 +261,14 @@ def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]
         pipeline.fuse_lora(adapter_names=["teacher"])
         pipeline.unload_lora_weights()
     return merged
+
+
+def _lora_keys(path: str) -> list[str]:
+    """Names in a LoRA file as they are, found as pipelines find it; these leave out what they do not know."""
+    names = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+    given = dict.fromkeys((*names, "weight_name", "user_agent"))
+    state, _ = _fetch_state_dict(path, use_safetensors=True, allow_pickle=True, **given)
+    return sorted(state)
 
 
 @contextmanager

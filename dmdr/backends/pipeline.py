@@ -27,7 +27,7 @@ from dmdr.backends.loading import (
     read_config,
     read_weights,
 )
-from dmdr.backends.lora import LoRARoles, joined, parted
+from dmdr.backends.lora import LoRARoles, check_targets, joined, parted
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
 from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Kind, NoisePath, Prediction
@@ -186,7 +186,7 @@ class PipelineBackend:
             ConfigError: If weights are missing or unexpected, or an option finds nothing to act on.
         """
         options = self.options
-        self._connect(accelerator)
+        self.connect(accelerator)
         network = self._load(self.network_class, self.source, self.network_name, self.dtype)
         self.vae = self._load_vae(AutoencoderKL, self.source, "vae")
         small = options.reward_vae
@@ -199,6 +199,7 @@ class PipelineBackend:
         network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend)
+        check_targets(network, options.lora_target_modules)
         self.roles = LoRARoles(
             network,
             roles=roles,
@@ -223,11 +224,27 @@ class PipelineBackend:
             for each in self.roles.networks:
                 compile_blocks(each)
 
-    def _connect(self, accelerator: Any) -> None:
-        """Where and in which precision all that is loaded will lie."""
+    def connect(self, accelerator: Any) -> None:
+        """Say where and in which precision all that is loaded will lie; loads nothing.
+
+        Raises:
+            ConfigError: If --reward_vae is of other latents.
+        """
+        if self.options.reward_vae:
+            self._check_reward_vae(self.options.reward_vae)
         self.accelerator, self.device = accelerator, accelerator.device
         self.dtype = dtype_of(accelerator.mixed_precision)
         self.text.prepare(accelerator, self.dtype)
+
+    def _check_reward_vae(self, folder: str) -> None:
+        """Refuse a decoder of other latents, or to another size."""
+        tiny = load_network(AutoencoderTiny, Source(folder), "", torch.float32, meta=True).config
+        channels, scale = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
+        if (channels, scale) != (self.latent_shape[0], self.vae_scale):
+            raise ConfigError(
+                f"--reward_vae {folder} decodes {channels} channels to {scale}-fold size; the latents of {self.folder} "
+                f"have {self.latent_shape[0]}, of {self.vae_scale}-fold size"
+            )
 
     def _load(self, cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -> Any:
         return load_network(cls, source, subfolder, dtype, meta=self.device.type == "meta")
@@ -260,7 +277,7 @@ class PipelineBackend:
         Raises:
             ConfigError: If the disk has no room for them.
         """
-        self._connect(accelerator)
+        self.connect(accelerator)
         self.text.fill(prompts)
 
     def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:

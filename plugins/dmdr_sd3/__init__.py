@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dmdr.backends.flow import FlowBackend
 from dmdr.backends.pipeline import Network
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
 
 # All attention projections of the MMDiT blocks, of the image and of the text stream (DMDR's released scripts).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -21,6 +23,12 @@ class SD3Backend(FlowBackend):
     network_class = SD3Transformer2DModel
     lora_targets = LORA_TARGETS
     droppable = ("text_encoder_3",)
+
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        longest = int(self.network_config["pos_embed_max_size"]) * self.patch_size * self.vae_scale
+        if self.resolution > longest:
+            raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} end at {longest}")
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77 + max_sequence_length, D] and pooled [B, P]; without T5 its part of the sequence is zero."""
