@@ -235,7 +235,7 @@ print(backend.snippet("org/name", "seven", FewStepSampler(backend.path, backend.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     first, second, *snippet = done.stdout.splitlines()
-    assert (first, second) == ("no main", "(1, 333, 64)")
+    assert (first, second) == ("no main", "(1, 262, 64)")  # six tokens of CLIP, 256 of T5
     assert 'pipe = StableDiffusion3Pipeline.from_pretrained("org/name", revision="other")' in snippet
 
 

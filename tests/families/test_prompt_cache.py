@@ -20,6 +20,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -155,6 +156,17 @@ def test_a_streamed_run_caches_as_it_goes(run: Any, calls: Calls, tmp_path: Path
     assert not calls.loads and not calls.encoded
 
 
+def test_prompts_of_pairs_are_encoded_with_the_others(run: Any, calls: Calls, tmp_path: Path) -> None:
+    """Before the network is there: no encoder comes back in the middle of training."""
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16), {"a": "white", "b": "black"}[name]).save(tmp_path / f"{name}.png")
+    pair = {"prompt": "of a pair", "chosen": "a.png", "rejected": "b.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    run("dpo", rl="dpo", dpo_pairs=str(tmp_path / "pairs.jsonl"), stage1_steps=1, stage2_steps=2)
+    assert calls.loads == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert calls.encoded == Counter([*PROMPTS, "of a pair", ""])
+
+
 # --- What is read is what was encoded ---------------------------------------------------------------------------------
 
 
@@ -191,6 +203,29 @@ def changed_file(folder: Path, file: str) -> None:
     save_file({name: tensor + 0.1 for name, tensor in state.items()}, folder / file, {"format": "pt"})
 
 
+def test_encoders_are_let_go_after_a_prompt_that_nobody_foresaw(folder: Path, tmp_path: Path, calls: Calls) -> None:
+    """They stay only where prompts are not known beforehand."""
+    backend = prepared(folder, tmp_path / "foreseen")
+    backend.cache_prompts(ALONE, PROMPTS)
+    embeddings(backend, PROMPTS)
+    calls.forget()
+    embeddings(backend, ["another"])
+    assert len(calls.loads) == 3 and backend.text._pipeline is None
+    for cache in (tmp_path / "streamed", "off"):
+        backend = prepared(folder, cache)
+        embeddings(backend, ["another"])
+        assert backend.text._pipeline is not None
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_embeddings_of_other_libraries_are_not_reused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    prepared(folder, tmp_path).cache_prompts(ALONE, PROMPTS)
+    monkeypatch.setattr(f"{library}.__version__", "99.0")
+    assert prepared(folder, tmp_path).text.cache.missing(PROMPTS) == PROMPTS
+
+
 def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     prepared(folder, cache).cache_prompts(ALONE, PROMPTS)
@@ -202,11 +237,14 @@ def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -
     assert missing(max_sequence_length=6) == PROMPTS
     assert missing(drop_text_encoders=("text_encoder_3",)) == PROMPTS
     assert missing(accelerator=accelerator("bf16")) == PROMPTS
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))  # with the times of the files
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert missing(copy) == []
     changed_file(copy, "transformer/diffusion_pytorch_model.safetensors")
     assert missing(copy) == []
+    file = copy / "text_encoder_2" / "model.safetensors"
+    times = file.stat()
     changed_file(copy, "text_encoder_2/model.safetensors")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as images of containers, which set them all alike
     assert missing(copy) == PROMPTS
     assert not equal(embeddings(prepared(copy, cache), PROMPTS), embeddings(prepared(folder, cache), PROMPTS))
 
@@ -217,7 +255,7 @@ def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -
 def right(folder: Path, cache: Path, prompts: Sequence[str]) -> None:
     """Assert that a reader finds every embedding without encoding, and that each is its own prompt's."""
     reader, plain = prepared(folder, cache), prepared(folder, "off")
-    reader.text.encode = None  # type: ignore[assignment, method-assign]
+    reader.text.cache._embed = None  # type: ignore[assignment, union-attr]
     assert reader.text.cache.missing(prompts) == []
     for start in range(0, len(prompts), 250):
         part = prompts[start : start + 250]
