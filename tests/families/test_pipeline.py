@@ -29,6 +29,7 @@ from torch import nn
 
 import sd3
 import sdxl
+from conftest import Stock
 from dmdr.backends.loading import digest, on_device, read_weights
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
@@ -37,7 +38,7 @@ from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_sd3 import SD3Backend
 from dmdr_sdxl import SDXLBackend
 from family import FAMILIES
-from test_families import STOCK, trained
+from test_families import trained
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 COMMIT = "0123abcd" * 5
@@ -292,23 +293,20 @@ def test_offloaded_modules_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places == ["cpu:0", "cpu", "cpu:0", "cpu", "cpu:0"]
 
 
-def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: Path) -> None:
+def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: Path, stock: Stock) -> None:
     """By its card, in stock diffusers, to the same images but for rounding."""
     settings = {"mixed_precision": "bf16", "variant": "fp16", "stage1_steps": 2, "stage2_steps": 0}
     student = trained(half, FAMILIES["sd3"], tmp_path, "none", **settings).output / "student"
     card, about = (student / "README.md").read_text(), json.loads((student / "sampling.json").read_text())
     assert f'from_pretrained("{half}", variant="fp16", torch_dtype=torch.bfloat16)' in card
     assert about["mixed_precision"] == "bf16"
-    (tmp_path / "stock").mkdir()
     draw(student, about, PROMPTS, 0, None, tmp_path / "ours")
     draw(student, about, PROMPTS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
-    command = [sys.executable, "-c", STOCK, json.dumps(PROMPTS), json.dumps([[str(student), str(tmp_path / "stock")]])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    stock(student, PROMPTS, tmp_path / "stock")
     for i in range(len(PROMPTS)):
-        ours, stock, exact = (
+        ours, theirs, exact = (
             np.asarray(Image.open(tmp_path / place / f"{i:04d}.png")).astype(float)
             for place in ("ours", "stock", "exact")
         )
-        assert np.abs(ours - stock).mean() < 2 and ours.std() > 2
+        assert np.abs(ours - theirs).mean() < 2 and ours.std() > 2
         assert np.abs(ours - exact).mean() > 0

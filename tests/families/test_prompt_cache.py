@@ -24,7 +24,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import dmdr.run
 import sd3
 from dmdr.backends import prompt_encoder
 from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
@@ -112,9 +111,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(folder: Path, tmp_path: Path) -> Any:
     """Train; the student's tensors."""
-    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
     def run(name: str, **settings: Any) -> dict[str, Tensor]:

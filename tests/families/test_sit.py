@@ -326,7 +326,7 @@ def test_options_that_do_not_fit_are_refused(folder: Path) -> None:
             SiTBackend(str(folder), BackendOptions(**option))
     for option, message in (
         ({"attention_backend": "flash"}, "--attention_backend flash: diffusers would ignore it"),
-        ({"lora_target_modules": ("to_q",)}, "--lora_target_modules to_q"),
+        ({"lora_target_modules": ("to_q",)}, "--lora_target_modules: a SiTTransformer2DModel has no to_q"),
         ({"drop_text_encoders": ("text_encoder",)}, "has none"),
     ):
         with pytest.raises(ConfigError, match=message):
