@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import dmdr.run
+from family import Stock
 
 STOCK = """
 import json, re, sys, torch
@@ -23,7 +24,6 @@ for line in sys.stdin:
     exec(code, {"output": output})
     print("drawn", flush=True)
 """
-Stock = Callable[[Path, Sequence[str], Path], None]
 
 
 @pytest.fixture(scope="session")

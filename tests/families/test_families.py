@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import Stock
 from dmdr import registry
 from dmdr.assemble import assemble, pipeline_class
 from dmdr.cli.sample import draw
@@ -23,7 +22,7 @@ from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.testing import check_backend
-from family import FAMILIES, Family
+from family import FAMILIES, Family, Stock
 
 ROLES = ("student", "fake_score")
 CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
@@ -128,9 +127,8 @@ def test_the_model_card_reproduces_dmdr_sample(
         folder.mkdir()
         run = trained(folders[name], family, folder, "none", stage1_steps=2, stage2_steps=0, **variant)
         student = run.output / "student"
-        draw(
-            student, json.loads((student / "sampling.json").read_text()), list(family.prompts), 0, None, folder / "ours"
-        )
+        about = json.loads((student / "sampling.json").read_text())
+        draw(student, about, list(family.prompts), 0, None, folder / "ours")
         stock(student, family.prompts, folder / "stock")
         for k in range(2):
             a, b = (np.asarray(Image.open(folder / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock"))

@@ -29,7 +29,6 @@ from torch import nn
 
 import sd3
 import sdxl
-from conftest import Stock
 from dmdr.backends.loading import digest, on_device, read_weights
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
@@ -37,7 +36,7 @@ from dmdr.protocols import BackendOptions
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_sd3 import SD3Backend
 from dmdr_sdxl import SDXLBackend
-from family import FAMILIES
+from family import FAMILIES, Stock
 from test_families import trained
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
