@@ -142,8 +142,8 @@ class Config(Flags):
     attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
     cpu_offload: bool = flag(
         False,
-        "keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes back with its "
-        "next use without one",
+        "keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes back "
+        "with its next use without one",
     )
     vae_tiling: bool = flag(False, "decode by tiles")
     decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
