@@ -55,7 +55,7 @@ def assemble(settings: Settings) -> Job:
     named = registry.registered("models", config.model)
     bare = config.architecture if config.dry_run else None
     if bare or not named:
-        pipeline_class(bare or config.model)  # refuse a wrong folder before anything else
+        pipeline_class(bare or config.model, config.revision)  # refuse a wrong folder before anything else
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
     check_needs(config, objectives, settings)
     matching = settings.of("matchings")[0].build()
@@ -70,12 +70,19 @@ def assemble(settings: Settings) -> Job:
     if hasattr(backend, "check_prompts"):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
+        backend.check_prompts(own_prompts(objectives))
     checkpoints = None if config.dry_run else model  # which builds them
     rewards, eval_rewards = (
         build_rewards(settings.of(group), checkpoints) if settings.of(group) else None
         for group in ("rewards", "eval_rewards")
     )
     return Job(settings, folder, model, backend, matching, objectives, rewards, eval_rewards, prompts)
+
+
+def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:
+    """Prompts that objectives bring beside the run's."""
+    parts = (term.objective for term in objectives)
+    return [prompt for part in parts if hasattr(part, "prompts") for prompt in part.prompts()]
 
 
 def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Chosen]) -> Rows:
@@ -156,8 +163,8 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
     return Rewards(parts)
 
 
-def pipeline_class(folder: str) -> str:
-    """Class name of the pipeline in a folder or of a hub id.
+def pipeline_class(folder: str, revision: str | None = None) -> str:
+    """Class name of the pipeline in a folder, or of a hub id at some revision.
 
     Raises:
         ConfigError: If it is no diffusers pipeline.
@@ -176,7 +183,7 @@ def pipeline_class(folder: str) -> str:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
     try:
-        index = Path(hf_hub_download(folder, "model_index.json"))
+        index = Path(hf_hub_download(folder, "model_index.json", revision=revision))
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except Exception as error:  # every hub and network failure; the first line says which
         raise ConfigError(
@@ -186,7 +193,7 @@ def pipeline_class(folder: str) -> str:
 
 def open_backend(folder: str, config: Config) -> Backend:
     """The backend that the user names, or else that of the folder's pipeline class."""
-    name = pipeline_class(folder)
+    name = pipeline_class(folder, config.revision)
     if not config.backend and not registry.registered("backends", name):
         known = ", ".join(registry.plugins("backends"))
         raise ConfigError(

@@ -84,7 +84,7 @@ class Config(Flags):
     timesteps: list[int] | None = flag(
         None, "the same in the network's unit, decreasing within 1000 .. 1, e.g. 999 749 500 250"
     )
-    shift: float | None = flag(None, "timestep shift of the student's grid; the model's own by default")
+    shift: float | None = flag(None, "timestep shift of the student's grid; by default that of the model's scheduler")
     eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them an SDE")
     sde_type: Literal["cps", "ddim", "flow_sde", "dance_sde"] = flag(
         "cps", "how the noise enters between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO, DanceGRPO"
@@ -143,20 +143,28 @@ class Config(Flags):
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
     torch_compile: bool = flag(False, "compile the network's blocks: minutes at the start, faster steps")
     attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
-    cpu_offload: bool = flag(False, "keep text encoders and VAE on the CPU while they are idle")
+    cpu_offload: bool = flag(
+        False,
+        "keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes back "
+        "with its next use without one",
+    )
     vae_tiling: bool = flag(False, "decode by tiles")
     decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
     # The model
     backend: str | None = flag(
         None, "model family, e.g. package:NAME or my_file.py:NAME; by default the one for the pipeline's class"
     )
+    revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
+    variant: str | None = flag(None, "weights files of --model that are meant, such as fp16")
     resolution: int | None = flag(None, "image size in pixels; the model's own by default")
     max_sequence_length: int | None = flag(None, "tokens of the longest text encoder; the model's own by default")
     drop_text_encoders: list[str] | None = flag(None, "text encoders to do without, e.g. text_encoder_3 (T5) of SD3")
     zero_empty_prompt: bool | None = flag(
         None, "guidance leads away from zeros (true) or the empty prompt (false); as the model says by default"
     )
-    teacher_lora: str | None = flag(None, "LoRA that is merged into the teacher first: a file, folder or hub id")
+    teacher_lora: str | None = flag(
+        None, "LoRA that is merged into the teacher's network first: a file, folder or hub id"
+    )
     student_weights: str | None = flag(None, "weights file that a full student (--full_finetune) starts from")
     reward_vae: str | None = flag(None, "tiny decoder for the rewards (AutoencoderTiny): a folder or hub id")
     prompt_cache: str | None = flag(

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dmdr.assemble import Job, assemble
-from dmdr.backends.loading import one_line
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
 from dmdr.config import Settings
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, one_line
 from dmdr.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
 from dmdr.paths import Prediction
 from dmdr.plan import Stage, choose_folder, stages
@@ -31,7 +30,7 @@ from dmdr.protocols import Role
 from dmdr.rewards import Rewards
 from dmdr.run import Run, check_tracker
 from dmdr.trainer import Trainer, combined_needs
-from dmdr.types import Condition
+from dmdr.types import Condition, dtype_of
 
 GIB = 2**30
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -136,7 +135,7 @@ def _simulated(job: Job) -> Estimate:
     process, phases = Process(META, config.mixed_precision), {}
     with Meter() as meter, GPUKernels():
         backend.connect(process)
-        encoders = [*backend.load_text_encoders().values()]
+        encoders = [*backend.text.load_encoders().values()]
         held = {ENCODERS: [tensor for encoder in encoders for tensor in _tensors(encoder)]}
         parameters = _count(held)
         if encoders and config.prompt_cache != "off" and not config.dataset_streaming:
@@ -175,7 +174,7 @@ def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> 
     meter.restart()
     for encoder in encoders:
         clip = encoder.config.model_type.startswith("clip")
-        length = encoder.config.max_position_embeddings if clip else backend.max_sequence_length or 0
+        length = encoder.config.max_position_embeddings if clip else backend.text_length
         encoder(torch.zeros(SHARD, length, dtype=torch.int64, device=META))
     return meter.peak
 
@@ -242,8 +241,9 @@ class Process:
     is_main_process = True
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
-        return autocast(dtype) if dtype else nullcontext()
+        """What `GPUKernels` takes for autocast."""
+        dtype = dtype_of(self.mixed_precision)
+        return nullcontext() if dtype == torch.float32 else autocast(dtype)
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor

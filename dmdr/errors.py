@@ -7,3 +7,9 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """A failure in a running training: saved what could be saved. Exit code 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from dmdr.protocols import Backend, Sampler
+from dmdr.protocols import LORA_FILE, Backend, Sampler
 
 CARD = """\
 ---
@@ -40,6 +40,7 @@ def export(
     family: str | None,
     name: str,
     prompt: str,
+    mixed_precision: str,
     objectives: str,
     rewards: str,
 ) -> Path:
@@ -51,6 +52,7 @@ def export(
         family: Name of the backend, where it is not that of the teacher's class.
         name: What users call it.
         prompt: Example of the model card.
+        mixed_precision: Of the run, and of whoever samples it unless they choose another.
         objectives, rewards: Expressions of the run, for the model card; empty if it had none.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -58,7 +60,7 @@ def export(
     partial.mkdir(parents=True)
     call = dict(backend.export(partial, sampler))
     about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
-    about["options"] = asdict(backend.options)
+    about |= {"mixed_precision": mixed_precision, "options": asdict(backend.options)}
     (partial / "sampling.json").write_text(json.dumps(about, indent=2) + "\n")
     card = jinja2.Template(CARD).render(
         name=name,
@@ -67,7 +69,7 @@ def export(
         rewards=rewards,
         version=version("dmdr"),
         snippet=backend.snippet(base, prompt, sampler),
-        lora=(partial / "pytorch_lora_weights.safetensors").exists(),
+        lora=(partial / LORA_FILE).exists(),
         stochastic=sampler.eta == 1 and len(sampler.t) > 2,
     )
     (partial / "README.md").write_text(card)

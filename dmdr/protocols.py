@@ -18,6 +18,7 @@ from dmdr.randomness import Random
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
+LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that load_lora_weights looks for
 
 
 class Denoiser(Protocol):
@@ -59,6 +60,8 @@ class BackendOptions:
         vae_tiling: Decode by tiles.
         decode_chunk_size: Images that are decoded at a time; None for all.
         torch_compile: Compile the network's blocks.
+        revision: Of the model on the hub: branch, tag or commit.
+        variant: Of the model's weights files, such as fp16.
         attention_backend: Attention kernel by diffusers' name; None for its default.
         cpu_offload: Keep text encoders and VAE on the CPU while they are idle.
         prompt_cache: Folder of prompt embeddings on disk, "off" for none; None for the usual one.
@@ -84,6 +87,8 @@ class BackendOptions:
     vae_tiling: bool = False
     decode_chunk_size: int | None = None
     torch_compile: bool = False
+    revision: str | None = None
+    variant: str | None = None
     attention_backend: str | None = None
     cpu_offload: bool = False
     prompt_cache: str | None = None
@@ -98,8 +103,8 @@ class Backend(Protocol):
     (`ConfigError`). Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which
     refuses (`ConfigError`) before weights are loaded; `cache_prompts(accelerator, prompts)`, called once with all
     prompts of a run, unless they are streamed, before `prepare`: encoders and network need not share the memory;
-    `fresh_noise(drawn)`, which makes latents [B, *latent] of as many numbers in the order in which the stock scheduler
-    draws those of later steps, where that is in another layout.
+    `draw_noise(step, count)`, which draws `count` latents as the stock pipeline does: its initial state for step 0, and
+    what its scheduler adds before each of the later steps.
     """
 
     options: BackendOptions
@@ -311,7 +316,8 @@ class SampleWeight(Protocol):
 class RewardObjective(Protocol):
     """The one thing an RL plugin writes: a dataclass whose fields are its flags.
 
-    Optional methods: `setup(ctx)` before the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)`
+    Optional methods: `prompts()`, those that it encodes beside the run's own, known from the start; `setup(ctx)` before
+    the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)`
     after the updates of a step; `state_dict()` for checkpoints, and `load_state_dict(state)`, which comes after `setup`
     where a run is resumed.
     `shared_noise` names the noises that all images of a group shall share: 0 is the initial state, i + 1 the fresh

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.assemble import Job, assemble
+from dmdr.assemble import Job, assemble, own_prompts
 from dmdr.checkpoint import (
     Progress,
     checkpoints,
@@ -38,7 +38,7 @@ from dmdr.checkpoint import (
 )
 from dmdr.config import Config, Settings, parse
 from dmdr.ema import EMA
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, one_line
 from dmdr.evaluation import evaluate
 from dmdr.export import export
 from dmdr.learner import Learner
@@ -51,6 +51,7 @@ from dmdr.sampling import FewStepSampler
 from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
 from dmdr.tilt import RewardTilt
 from dmdr.trainer import Trainer, combined_needs
+from dmdr.types import dtype_of
 
 logger = logging.getLogger("dmdr")
 T = TypeVar("T")
@@ -84,9 +85,7 @@ def run(settings: Settings) -> Path:
     """
     if settings.config.dry_run:
         raise ConfigError("dry_run makes no run: from Python, dmdr.dry_run.estimate(dmdr.config.parse(settings=...))")
-    # MPS has no float64, in which times and weights are kept.
-    if torch.backends.mps.is_available() or not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    avoid_mps()
     # Processes on CPUs find each other only if told that they are. The others wait while the main process draws grids
     # and evaluates, which takes longer than the usual ten minutes.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -104,6 +103,26 @@ def run(settings: Settings) -> Path:
     if state.is_main_process:
         logger.info("prompts: %s", job.prompts)
     return Run(job, output, resume, initial)()
+
+
+def avoid_mps() -> None:
+    """Stay on the CPU where the only accelerator is one without float64, in which times and weights are kept."""
+    if torch.backends.mps.is_available() or not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def open_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
+    """An accelerator of this precision, whatever an earlier run of this process had.
+
+    Raises:
+        ConfigError: If the device cannot compute in it.
+    """
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=mixed_precision, **options)
+    except ValueError as error:
+        raise ConfigError(f"--mixed_precision {mixed_precision}: {one_line(error)}") from error
 
 
 def check_tracker(config: Config) -> None:
@@ -165,11 +184,8 @@ class Run:
         self.stopped: int | None = None  # the signal that asked for an end
 
     def _accelerator(self) -> Accelerator:
-        config = self.config
-        trackers = None if config.report_to == "none" else config.report_to
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-            AcceleratorState._reset_state()  # an earlier run of this process
-        return Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_dir=str(self.output))
+        trackers = None if self.config.report_to == "none" else self.config.report_to
+        return open_accelerator(self.config.mixed_precision, log_with=trackers, project_dir=str(self.output))
 
     # --- The course of a run ---------------------------------------------------------------------------------------
 
@@ -180,10 +196,9 @@ class Run:
         if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
         backend.prepare(accelerator, roles=roles)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
         for rewards in (self.job.rewards, self.job.eval_rewards):
             if rewards:
-                rewards.prepare(accelerator.device, dtype)
+                rewards.prepare(accelerator.device, dtype_of(config.mixed_precision))
         progress = Progress(0, 0, 0, 0)
         if self.resume:  # what does not fit is found before anything is written
             progress = read_progress(self.resume)
@@ -301,6 +316,7 @@ class Run:
                 family=self.config.backend,
                 name=self.config.model,
                 prompt=self.shown[0]["prompt"],
+                mixed_precision=self.config.mixed_precision,
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
             )
@@ -409,7 +425,7 @@ class Run:
         stream = self.prompts()
         some = batches * stream.batch_size < size * config.num_generations
         drawn = stream.first(batches) if some else self.job.prompts.first(size)
-        return [row["prompt"] for row in (*drawn, *self.shown)]
+        return [row["prompt"] for row in (*drawn, *self.shown)] + own_prompts(self.job.objectives)
 
     def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""

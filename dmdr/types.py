@@ -14,6 +14,11 @@ from torch import Tensor
 from dmdr.errors import TrainingError
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What `--mixed_precision` and `--dtype` mean: bf16 and fp16; float32 by any other name."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 @dataclass(frozen=True)
 class Condition:
     """What the images shall show: prompts, their other columns, and the backend's encoding of them.

@@ -6,7 +6,9 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dmdr.backends.pipeline import PipelineBackend, read_config
+from dmdr.backends.loading import read_config
+from dmdr.backends.pipeline import PipelineBackend
+from dmdr.errors import ConfigError
 from dmdr.paths import RectifiedFlow
 from dmdr.protocols import BackendOptions, Sampler
 from dmdr.sampling import time_grid, unshift_times
@@ -16,16 +18,26 @@ class FlowBackend(PipelineBackend):
     """A pipeline with a `FlowMatchEulerDiscreteScheduler`."""
 
     def __init__(self, folder: str, options: BackendOptions) -> None:
+        """As every pipeline's.
+
+        Raises:
+            ConfigError: If the folder's scheduler is another and the options name no shift, too.
+        """
         super().__init__(folder, options)
         self.path = RectifiedFlow()
-        self.scheduler_config = read_config(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
+        self.scheduler_config = read_config(FlowMatchEulerDiscreteScheduler, self.source, "scheduler")
+        own, known = self.scheduler_config.get("_class_name"), FlowMatchEulerDiscreteScheduler.__name__
+        if own != known:
+            if options.shift is None:
+                raise ConfigError(f"{folder}/scheduler is a {own}, not a {known}: say its timestep shift with --shift")
+            self.scheduler_config = {}
         self.shift = float(options.shift or self.own_shift())
 
     def own_shift(self) -> float:
         """The shift that the pipeline itself applies at this resolution.
 
-        Source: with `use_dynamic_shifting` exp(mu), where mu is linear in the number of image tokens (diffusers'
-            `calculate_shift` and `_time_shift_exponential`).
+        Source: with `use_dynamic_shifting` exp(mu), or mu itself where `time_shift_type` is linear; mu is linear in
+            the number of image tokens (diffusers' `calculate_shift`, `_time_shift_exponential`, `_time_shift_linear`).
         """
         config = self.scheduler_config
         if not config.get("use_dynamic_shifting"):
@@ -34,7 +46,8 @@ class FlowBackend(PipelineBackend):
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         _, height, width = self.latent_shape
         tokens = height * width // self.patch_size**2
-        return math.exp(low + (high - low) * (tokens - few) / (many - few))
+        mu = float(low + (high - low) * (tokens - few) / (many - few))
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def grid(self, num_inference_steps: int) -> Tensor:
         return time_grid(num_inference_steps, self.shift)

@@ -1,19 +1,24 @@
 """Reading what diffusers and transformers saved, strictly: a weight that is missing or unknown is an error."""
 
 import logging
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, one_line
 from dmdr.states import refuse_misfits
 
 
@@ -35,6 +40,40 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    Attributes:
+        folder: Local folder or hub id.
+        revision: Branch, tag or commit of the hub; None for the newest.
+        variant: Middle part of the weights files' names, such as fp16; None for those without.
+    """
+
+    folder: str
+    revision: str | None = None
+    variant: str | None = None
+
+    def place(self, subfolder: str) -> str:
+        """The component's place, for messages."""
+        return f"{self.folder}/{subfolder}" if subfolder else self.folder
+
+    def files(self, subfolder: str = "") -> dict[str, str]:
+        """Arguments of `from_pretrained` and `load_config` that say which files are meant."""
+        return {name: value for name, value in (("subfolder", subfolder), ("revision", self.revision)) if value}
+
+    def weights(self, subfolder: str = "") -> dict[str, str]:
+        """The same of what has weights."""
+        return self.files(subfolder) | ({"variant": self.variant} if self.variant else {})
+
+    def other_variants(self, subfolder: str) -> str:
+        """What to say where local weights are there, but not of the variant that was asked for."""
+        names = [file.name.split(".") for file in (Path(self.folder) / subfolder).glob("*.safetensors")]
+        there = {name[1].split("-0")[0] if len(name) > 2 else None for name in names} - {self.variant}
+        flags = sorted(f"--variant {variant}" if variant else "no --variant" for variant in there)
+        return f"; its weights ask for {' or '.join(flags)}" if flags else ""
+
+
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
     """A library's failure in one line of ours, and nothing of its own."""
@@ -45,105 +84,114 @@ def _refusing(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {one_line(error)}") from error
 
 
-def read_config(cls: Any, folder: str, subfolder: str = "") -> dict[str, Any]:
+def read_config(cls: Any, source: Source, subfolder: str = "") -> dict[str, Any]:
     """The configuration of a component, or of the pipeline itself where no subfolder is named.
 
     Raises:
         ConfigError: If it is missing or no JSON.
     """
-    with _refusing(f"{_where(folder, subfolder)} has no readable configuration"):
-        config: dict[str, Any] = dict(cls.load_config(folder, **({"subfolder": subfolder} if subfolder else {})))
+    with _refusing(f"{source.place(subfolder)} has no readable configuration"):
+        config: dict[str, Any] = dict(cls.load_config(source.folder, **source.files(subfolder)))
     return config
 
 
-def load_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+def load_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *, meta: bool = False) -> Any:
     """A network of diffusers with its weights, in eval mode.
+
+    Args:
+        meta: Of its configuration alone, on the meta device.
 
     Raises:
         ConfigError: If weights are missing, unexpected or of another shape; names the first three of each.
     """
-    where = _where(folder, subfolder)
-    extra = {"subfolder": subfolder} if subfolder else {}
-    with _refusing(f"{where} cannot be loaded as {cls.__name__}"):
-        network, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
-    refuse_misfits(where, found["missing_keys"], found["unexpected_keys"])
+    place = source.place(subfolder)
+    if meta:
+        config = read_config(cls, source, subfolder)
+        with _refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
+            return cls.from_config(config).to(dtype).eval()
+    with _refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
+        network, found = cls.from_pretrained(
+            source.folder, dtype=dtype, output_loading_info=True, **source.weights(subfolder)
+        )
+    refuse_misfits(place, found["missing_keys"], found["unexpected_keys"])
     return network.eval()
 
 
-def build_network(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
-    """The network that `load_network` would give, on the meta device: of its configuration, without weights.
-
-    Raises:
-        ConfigError: If there is no configuration, or no such network.
-    """
-    config = read_config(cls, folder, subfolder)
-    with _refusing(f"{_where(folder, subfolder)} is no {cls.__name__}"), torch.device("meta"):
-        return cls.from_config(config).to(dtype).eval()
-
-
-def load_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
+def load_text_encoder(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *, meta: bool = False) -> Any:
     """A text encoder of transformers, frozen and in eval mode.
+
+    Args:
+        meta: Of its configuration alone, on the meta device.
 
     Raises:
         ConfigError: If weights are missing. Others than its own, such as an image tower's, are left out.
     """
-    where = _where(folder, subfolder)
-    with _refusing(f"{where} cannot be loaded as {cls.__name__}"):
-        model, found = cls.from_pretrained(folder, subfolder=subfolder, dtype=dtype, output_loading_info=True)
-    refuse_misfits(where, found["missing_keys"], ())
+    place = source.place(subfolder)
+    if meta:
+        config = read_text_config(cls, source, subfolder)
+        with _refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
+            return cls(config).to(dtype).requires_grad_(False).eval()
+    with _refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
+        model, found = cls.from_pretrained(
+            source.folder, dtype=dtype, output_loading_info=True, **source.weights(subfolder)
+        )
+    refuse_misfits(place, found["missing_keys"], ())
     return model.requires_grad_(False).eval()
 
 
-def read_text_config(cls: Any, folder: str, subfolder: str) -> Any:
+def read_text_config(cls: Any, source: Source, subfolder: str) -> Any:
     """The configuration of a text encoder of transformers.
 
     Raises:
         ConfigError: If it is missing or no JSON.
     """
-    with _refusing(f"{_where(folder, subfolder)} has no readable configuration"):
-        return cls.config_class.from_pretrained(folder, subfolder=subfolder)
+    with _refusing(f"{source.place(subfolder)} has no readable configuration"):
+        return cls.config_class.from_pretrained(source.folder, **source.files(subfolder))
 
 
-def build_text_encoder(cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
-    """The text encoder that `load_text_encoder` would give, on the meta device.
-
-    Raises:
-        ConfigError: If there is no configuration, or no such encoder.
-    """
-    config = read_text_config(cls, folder, subfolder)
-    with _refusing(f"{_where(folder, subfolder)} is no {cls.__name__}"), torch.device("meta"):
-        model = cls(config).to(dtype)
-    return model.requires_grad_(False).eval()
-
-
-def load_tokenizer(cls: Any, folder: str, subfolder: str) -> Any:
+def load_tokenizer(cls: Any, source: Source, subfolder: str) -> Any:
     """A tokenizer of transformers.
 
     Raises:
         ConfigError: If its files are missing or damaged.
     """
-    with _refusing(f"{_where(folder, subfolder)} holds no {cls.__name__}"):
-        return cls.from_pretrained(folder, subfolder=subfolder)
+    with _refusing(f"{source.place(subfolder)} holds no {cls.__name__}"):
+        return cls.from_pretrained(source.folder, **source.files(subfolder))
 
 
-def identity(folder: str, components: Iterable[str]) -> object:
-    """What changes whenever the files of these components do: sizes and times, or the commit on the hub."""
-    if Path(folder).is_dir():
-        files = sorted(file for name in components for file in (Path(folder) / name).rglob("*") if file.is_file())
-        return [(file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def identity(source: Source, components: Iterable[str]) -> object:
+    """What changes whenever the files of these components do: digests of them, or the commit on the hub."""
+    folder = Path(source.folder)
+    if folder.is_dir():
+        files = sorted(file for name in components for file in (folder / name).rglob("*") if file.is_file())
+        return [(str(file.relative_to(folder)), digest(file)) for file in files]
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(folder, "model_index.json")).parent.name
+    return Path(hf_hub_download(source.folder, "model_index.json", revision=source.revision)).parent.name
 
 
-def load_pipeline(cls: Any, folder: str, dtype: torch.dtype, **parts: Any) -> Any:
+def digest(file: Path) -> str:
+    """Of size and content, all of it up to 2 MiB; of a larger file 512 pages at even distances.
+
+    Whatever a training changes, it changes in more than the 20 MiB that lie between two pages of 10 GiB.
+    """
+    size, page = file.stat().st_size, 4096
+    found = blake2b(str(size).encode(), digest_size=16)
+    with file.open("rb") as content:
+        for start in range(0, size, max(page, size // 512)):
+            content.seek(start)
+            found.update(content.read(page))
+    return found.hexdigest()
+
+
+def load_pipeline(cls: Any, source: Source, dtype: torch.dtype, **parts: Any) -> Any:
     """A pipeline around parts that are loaded already; None is a part that it does without.
 
     Raises:
         ConfigError: If another part is missing or damaged.
     """
-    with _refusing(f"{folder} cannot be loaded as {cls.__name__}"):
-        pipeline = cls.from_pretrained(folder, dtype=dtype, **parts)
+    with _refusing(f"{source.folder} cannot be loaded as {cls.__name__}"):
+        pipeline = cls.from_pretrained(source.folder, dtype=dtype, **source.weights(), **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -167,9 +215,11 @@ def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
         else:
             # Training checkpoints often keep their command line, too; a Namespace can hold values only.
             with torch.serialization.safe_globals([Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                mapped = is_zipfile(file)  # as torch saves since 1.6
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        raise ConfigError(f"{path} is damaged, or holds more than tensors and is refused") from error
+        what = "is damaged, or holds more than tensors and is refused"
+        raise ConfigError(f"{path} {what}: {one_line(error)}") from error
     if isinstance(state, Mapping):
         state = next((state[key] for key in within if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -184,11 +234,20 @@ def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]
         The merged layers at full strength, float32: `<module>.lora_A.weight` and `<module>.lora_B.weight`.
 
     Raises:
-        ConfigError: If it cannot be read, or no layer of the network is among it.
+        ConfigError: If it cannot be read, has no layer of the network, or more than LoRA layers of the network.
     """
     from peft.tuners.lora import LoraLayer
 
     network: nn.Module = getattr(pipeline, network_name)
+    with _refusing(f"--teacher_lora {path} cannot be loaded"):
+        keys = _lora_keys(path)
+    for key in keys:
+        if re.match(r"text_encoder|lora_te|te\d?[._]", key):
+            what = f"adapts a text encoder, too ({key}), which stays as it is here: leave such keys out"
+            raise ConfigError(f"--teacher_lora {path} {what}")
+        if not re.search(r"lora.*[._](A|B|down|up)(\.default)?\.weight$|alpha$", key):
+            what = f"is more than a LoRA ({key}), as a DoRA or one with biases is: merge it into the model first"
+            raise ConfigError(f"--teacher_lora {path} {what}")
     with _refusing(f"--teacher_lora {path} cannot be loaded"):
         pipeline.load_lora_weights(path, adapter_name="teacher")
     layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer) and "teacher" in m.lora_A}
@@ -204,11 +263,25 @@ def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]
     return merged
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what a library says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _lora_keys(path: str) -> list[str]:
+    """Names in a LoRA file as they are, found as pipelines find it; these leave out what they do not know."""
+    names = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+    given = dict.fromkeys((*names, "weight_name", "user_agent"))
+    state, _ = _fetch_state_dict(path, use_safetensors=True, allow_pickle=True, **given)
+    return sorted(state)
 
 
-def _where(folder: str, subfolder: str) -> str:
-    return f"{folder}/{subfolder}" if subfolder else folder
+@contextmanager
+def on_device(device: torch.device, *modules: nn.Module, offload: bool) -> Iterator[None]:
+    """Modules on the device; back on the CPU afterwards where they are to be offloaded.
+
+    What a graph was built with stays, for its backward pass, until its next use without a gradient.
+    """
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        if offload and not torch.is_grad_enabled():
+            for module in modules:
+                module.to("cpu")

@@ -186,6 +186,18 @@ class LoRARoles:
             parameter.copy_(student[name])
 
 
+def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse module names of a user that no module of the network has; PEFT is content if one of them matches.
+
+    Raises:
+        ConfigError: Names them.
+    """
+    modules = [f".{name}" for name, _ in network.named_modules()]
+    absent = [target for target in targets if not any(name.endswith(f".{target}") for name in modules)]
+    if absent:
+        raise ConfigError(f"--lora_target_modules: a {type(network).__name__} has no {', '.join(absent)}")
+
+
 def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Two adapters of one network as one that adds both: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
 

@@ -5,16 +5,12 @@ network is called, and the scheduler that samples a student.
 """
 
 import inspect
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,38 +18,29 @@ from torch.utils.checkpoint import checkpoint
 
 from dmdr.backends.images import to_unit_range
 from dmdr.backends.loading import (
-    build_network,
-    build_text_encoder,
-    identity,
+    Source,
     load_network,
     load_pipeline,
-    load_text_encoder,
-    load_tokenizer,
     merge_lora,
-    one_line,
+    on_device,
     quiet,
     read_config,
-    read_text_config,
     read_weights,
 )
-from dmdr.backends.lora import LoRARoles, joined, parted
-from dmdr.backends.prompt_cache import PromptCache, fingerprint
-from dmdr.cache import cache_folder
-from dmdr.errors import ConfigError
+from dmdr.backends.lora import LoRARoles, check_targets, joined, parted
+from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
+from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Kind, NoisePath, Prediction
-from dmdr.protocols import BackendOptions, Role, Sampler
+from dmdr.protocols import LORA_FILE, BackendOptions, Role, Sampler
 from dmdr.states import load_strict
-from dmdr.types import Condition
-
-TEXT = ("text_encoder", "tokenizer")  # how text components are called
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+from dmdr.types import Condition, dtype_of
 
 SNIPPET = """\
 import json, torch
 from diffusers import {imports}
 
 student = "path/to/this/folder"
-pipe = {pipeline}.from_pretrained("{base}"{absent})
+pipe = {pipeline}.from_pretrained("{base}"{given})
 {load}
 pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")
 torch.manual_seed(0)
@@ -77,6 +64,7 @@ class PipelineBackend:
         lora_targets: Modules that get an adapter, as PEFT matches names.
         droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
+        text_length: Tokens of the longest text encoder, where the pipeline's call asks for them; 0 where it does not.
     """
 
     pipeline_class: ClassVar[Any]
@@ -96,10 +84,10 @@ class PipelineBackend:
             ConfigError: If one is missing, or the options do not fit this model.
         """
         self.folder, self.options = folder, options
-        self._text: Any = None  # a second pipeline, with the text encoders
-        self.index = read_config(self.pipeline_class, folder)
-        self.network_config = read_config(self.network_class, folder, self.network_name)
-        self.vae_config = read_config(AutoencoderKL, folder, "vae")
+        self.source = Source(folder, options.revision, options.variant)
+        self.index = read_config(self.pipeline_class, self.source)
+        self.network_config = read_config(self.network_class, self.source, self.network_name)
+        self.vae_config = read_config(AutoencoderKL, self.source, "vae")
         self.vae_scale = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         size = self.network_config.get("sample_size") or self.default_size
         resolution = options.resolution or self.vae_scale * size
@@ -109,16 +97,23 @@ class PipelineBackend:
         side = resolution // self.vae_scale
         self.latent_shape: tuple[int, ...] = (self.vae_config["latent_channels"], side, side)
         self.resolution = resolution
-        own = self.own_call_arguments.get("max_sequence_length")
-        if own is None and options.max_sequence_length:
+        own = self.own_call_arguments().get("max_sequence_length", 0)
+        if not own and options.max_sequence_length:
             raise ConfigError(f"--max_sequence_length: the text length of a {self.pipeline_class.__name__} is fixed")
-        self.max_sequence_length: int | None = options.max_sequence_length or own
-        if self.max_sequence_length and self.max_sequence_length > self.text_limit:
-            raise ConfigError(
-                f"--max_sequence_length {self.max_sequence_length}: {folder} takes {self.text_limit} at most"
-            )
+        self.text_length: int = options.max_sequence_length or own
+        if self.text_length > self.text_limit:
+            raise ConfigError(f"--max_sequence_length {self.text_length}: {folder} takes {self.text_limit} at most")
         if options.student_weights and not options.full_finetune:
             raise ConfigError("--student_weights are of a full network: they need --full_finetune")
+        self.text = PromptEncoder(
+            self.source,
+            text_components(self.index, options.drop_text_encoders, self.droppable, folder),
+            options,
+            open_pipeline=self._text_pipeline,
+            embed=self.embed,
+            blank=self.blank_embeddings,
+            settings=(self.pipeline_class.__name__, self.text_length),
+        )
 
     # --- What a family says of itself --------------------------------------------------------------------------------
 
@@ -160,36 +155,42 @@ class PipelineBackend:
         """Key in the exported file of `<module>.lora_A.weight` or `<module>.lora_B.weight`."""
         return f"{self.network_name}.{name}"
 
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """Latents [count, *latent] float32, as the stock pipeline draws them from torch's generator.
+
+        Here of a pipeline that draws its initial state, of step 0, in its own precision; a flow-matching scheduler
+        computes in float32. A random number depends on its precision.
+        """
+        return self._randn((count, *self.latent_shape), self.dtype if step == 0 else torch.float32)
+
+    def _randn(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.randn(tuple(shape), device=self.device, dtype=dtype).float()
+
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """Arguments of the pipeline's call that no scheduler can hold; a family adds its grid."""
-        text = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        text = {"max_sequence_length": self.text_length} if self.text_length else {}
         size = {"height": self.resolution, "width": self.resolution}
         return {"num_inference_steps": len(sampler.t) - 1} | text | size
 
-    @cached_property
     def own_call_arguments(self) -> dict[str, Any]:
-        """Defaults of the pipeline's call, under those that a local folder asks for in its `dmdr.json`.
-
-        A model trained with another text length than the pipeline's default has no other place to say so.
-        """
+        """Defaults of the pipeline's call."""
         parameters = inspect.signature(self.pipeline_class.__call__).parameters
-        file = Path(self.folder) / "dmdr.json"
-        own = json.loads(file.read_text()) if file.is_file() else {}
-        return {name: parameter.default for name, parameter in parameters.items()} | own
+        return {name: parameter.default for name, parameter in parameters.items()}
 
     # --- Loading -----------------------------------------------------------------------------------------------------
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
-        """Load network and VAE onto the device and create the roles; text encoders are loaded when they are needed.
+        """Load network and VAE onto the device and create the roles; no text encoder yet.
 
         Raises:
             ConfigError: If weights are missing or unexpected, or an option finds nothing to act on.
         """
         options = self.options
         self.connect(accelerator)
-        network = self._load_network(self.network_class, self.folder, self.network_name, self.dtype)
-        self.vae = self._load_vae(AutoencoderKL, self.folder, "vae")
-        self.reward_vae = self._load_vae(AutoencoderTiny, options.reward_vae) if options.reward_vae else self.vae
+        network = self._load(self.network_class, self.source, self.network_name, self.dtype)
+        self.vae = self._load_vae(AutoencoderKL, self.source, "vae")
+        small = options.reward_vae
+        self.reward_vae = self._load_vae(AutoencoderTiny, Source(small)) if small else self.vae
         self.pipeline = self._pipeline(network, vae=self.vae)
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
         self._teacher_lora: Mapping[str, Tensor] = {}
@@ -198,6 +199,7 @@ class PipelineBackend:
         network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend)
+        check_targets(network, options.lora_target_modules)
         self.roles = LoRARoles(
             network,
             roles=roles,
@@ -223,133 +225,63 @@ class PipelineBackend:
                 compile_blocks(each)
 
     def connect(self, accelerator: Any) -> None:
-        """Where and in which precision all that is loaded will lie."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
-        cached = self.text_components and self.options.prompt_cache != "off"
-        self.cache = PromptCache(self._cache_folder(), self._embed) if cached else None
+        """Say where and in which precision all that is loaded will lie; loads nothing.
 
-    def _load_network(self, cls: Any, folder: str, subfolder: str, dtype: torch.dtype) -> Any:
-        load = build_network if self.device.type == "meta" else load_network
-        return load(cls, folder, subfolder, dtype)
+        Raises:
+            ConfigError: If --reward_vae is of other latents.
+        """
+        if self.options.reward_vae:
+            self._check_reward_vae(self.options.reward_vae)
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.dtype = dtype_of(accelerator.mixed_precision)
+        self.text.prepare(accelerator, self.dtype)
 
-    def _load_vae(self, cls: Any, folder: str, subfolder: str = "") -> Any:
+    def _check_reward_vae(self, folder: str) -> None:
+        """Refuse a decoder of other latents, or to another size."""
+        tiny = load_network(AutoencoderTiny, Source(folder), "", torch.float32, meta=True).config
+        channels, scale = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
+        if (channels, scale) != (self.latent_shape[0], self.vae_scale):
+            raise ConfigError(
+                f"--reward_vae {folder} decodes {channels} channels to {scale}-fold size; the latents of {self.folder} "
+                f"have {self.latent_shape[0]}, of {self.vae_scale}-fold size"
+            )
+
+    def _load(self, cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -> Any:
+        return load_network(cls, source, subfolder, dtype, meta=self.device.type == "meta")
+
+    def _load_vae(self, cls: Any, source: Source, subfolder: str = "") -> Any:
+        vae = self._load(cls, source, subfolder, torch.float32)
         # Decoders of the Stable Diffusion families overflow in float16, which their `force_upcast` says.
-        upcast = self.dtype == torch.float16 and read_config(cls, folder, subfolder).get("force_upcast", False)
-        vae = self._load_network(cls, folder, subfolder, torch.float32 if upcast else self.dtype)
+        upcast = self.dtype == torch.float16 and vae.config.force_upcast
+        vae.to("cpu" if self.options.cpu_offload else self.device, torch.float32 if upcast else self.dtype)
         if self.options.vae_tiling:
             vae.enable_tiling()
-        return vae.to("cpu" if self.options.cpu_offload else self.device).requires_grad_(False)
+        return vae.requires_grad_(False)
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:
         """The stock pipeline around our network and these parts; it does without all others but the scheduler."""
         others = [name for name, value in self.index.items() if isinstance(value, list) and name != "scheduler"]
         given = dict.fromkeys(others) | {self.network_name: network} | parts
-        return load_pipeline(self.pipeline_class, self.folder, self.dtype, **given)
+        return load_pipeline(self.pipeline_class, self.source, self.dtype, **given)
+
+    def _text_pipeline(self, **text: Any) -> Any:
+        """For `embed`: with a network whose configuration may be asked, and no weights."""
+        network = load_network(self.network_class, self.source, self.network_name, self.dtype, meta=True)
+        return self._pipeline(network, **text)
 
     # --- Text --------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def text_components(self) -> dict[str, tuple[str, str]]:
-        """Text encoders and tokenizers of the pipeline but those that the user drops: name -> library and class.
-
-        Raises:
-            ConfigError: If an encoder is dropped that is not there, or that the pipeline cannot do without.
-        """
-        there = {
-            name: (str(value[0]), str(value[1]))
-            for name, value in self.index.items()
-            if name.startswith(TEXT) and isinstance(value, list) and value[0] is not None
-        }
-        for name in self.options.drop_text_encoders:
-            if name not in there or name not in self.droppable:
-                has = ", ".join(part for part in there if part.startswith("text_encoder")) or "none"
-                why = f"a {self.pipeline_class.__name__} needs it" if name in there else f"{self.folder} has {has}"
-                raise ConfigError(f"--drop_text_encoders {name}: {why}")
-            del there[name]
-            there.pop(name.replace("text_encoder", "tokenizer"), None)
-        return there
-
-    def clip_length(self) -> int:
-        """Tokens of the CLIP text encoder; 77 without one, as pipelines have it."""
-        if "text_encoder" not in self.text_components:
-            return 77
-        cls = getattr(transformers, self.text_components["text_encoder"][1])
-        return int(read_text_config(cls, self.folder, "text_encoder").max_position_embeddings)
-
-    def load_text_encoders(self) -> dict[str, Any]:
-        """Those that are not dropped, by name; loaded anew by each call."""
-        load = build_text_encoder if self.device.type == "meta" else load_text_encoder
-        return {
-            name: load(getattr(transformers, cls), self.folder, name, self.dtype)
-            for name, (library, cls) in self.text_components.items()
-            if library == "transformers" and name.startswith("text_encoder")
-        }
-
-    def _text_pipeline(self) -> Any:
-        """The pipeline with its text encoders, loaded on first use."""
-        if self._text is None:
-            place = "cpu" if self.options.cpu_offload else self.device
-            parts = {name: encoder.to(place) for name, encoder in self.load_text_encoders().items()}
-            for name, (_, cls) in self.text_components.items():
-                if name not in parts:
-                    parts[name] = load_tokenizer(getattr(transformers, cls), self.folder, name)
-            # Around a network whose configuration may be asked, and no weights.
-            self._text = self._pipeline(
-                build_network(self.network_class, self.folder, self.network_name, self.dtype), **parts
-            )
-        return self._text
-
-    @torch.no_grad()
-    def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        if self.device.type == "meta":
-            return self.blank_embeddings(len(prompts))
-        pipeline = self._text_pipeline()
-        encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-        with self._on_device(*encoders):
-            return self.embed(pipeline, prompts)
-
     def cache_prompts(self, accelerator: Any, prompts: Sequence[str]) -> None:
-        """Store the embeddings of all prompts, where they are missing, by shares, and let go of the encoders.
+        """Store the embeddings of all prompts, where they are missing, and let go of the encoders.
 
         Raises:
             ConfigError: If the disk has no room for them.
         """
         self.connect(accelerator)
-        if self.cache is None:
-            return
-        # Shares of all prompts: of what is missing they would differ where one process looks later than another.
-        distinct = list(dict.fromkeys([*prompts, ""]))
-        share = distinct[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.cache.fill(share, show=self.accelerator.is_main_process)
-        self.accelerator.wait_for_everyone()
-        self.cache.fill(distinct)  # what another machine has stored on a disk of its own
-        self._text = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _cache_folder(self) -> Path:
-        """Of what the embeddings depend on: model, encoders, precision and text length."""
-        place = Path(self.options.prompt_cache or cache_folder() / "prompts").expanduser()
-        if os.path.exists(place) and not place.is_dir():  # Path.exists raises where it may not look
-            raise ConfigError(f"--prompt_cache {place} is no folder; give one, or 'off'")
-        return place / fingerprint(
-            self.pipeline_class.__name__,
-            identity(self.folder, self.text_components),
-            sorted(self.text_components),
-            self.dtype,
-            self.max_sequence_length,
-        )
-
-    def _embeddings(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """[B, ...] each on the device, every distinct prompt encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        found = self.cache(distinct) if self.cache else self._embed(distinct)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        return {name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in found.items()}
+        self.text.fill(prompts)
 
     def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:
-        return Condition(tuple(prompts), self._embeddings(prompts), columns)
+        return Condition(tuple(prompts), self.text(prompts), columns)
 
     # --- Images ------------------------------------------------------------------------------------------------------
 
@@ -359,7 +291,7 @@ class PipelineBackend:
         decode = partial(self._decode, vae)
         if self.options.decode_chunk_size and latents.requires_grad and torch.is_grad_enabled():
             decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
-        with self._on_device(vae):
+        with on_device(self.device, vae, offload=self.options.cpu_offload):
             return torch.cat([decode(part) for part in latents.split(size)])
 
     @staticmethod
@@ -369,20 +301,10 @@ class PipelineBackend:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        with self._on_device(self.vae):
+        with on_device(self.device, self.vae, offload=self.options.cpu_offload):
             latents = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist.mode().float()
         scale, shift = _latent_statistics(self.vae, latents)
         return (latents - shift) / scale
-
-    @contextmanager
-    def _on_device(self, *modules: nn.Module) -> Iterator[None]:
-        """With --cpu_offload these rest on the CPU. What a graph was built with stays, for its backward pass."""
-        for module in modules:
-            module.to(self.device)
-        yield
-        if self.options.cpu_offload and not torch.is_grad_enabled():
-            for module in modules:
-                module.to("cpu")
 
     # --- Roles -------------------------------------------------------------------------------------------------------
 
@@ -422,7 +344,7 @@ class PipelineBackend:
     def unconditional(self, cond: Condition) -> Mapping[str, Tensor]:
         """What guidance leads away from: the empty prompt's embeddings, or zeros."""
         if self._empty is None:
-            self._empty = self._embeddings([""])
+            self._empty = self.text([""])
             if self.zero_empty_prompt:
                 self._empty = {name: torch.zeros_like(tensor) for name, tensor in self._empty.items()}
         return {name: tensor.expand(len(cond), *tensor.shape[1:]) for name, tensor in self._empty.items()}
@@ -458,7 +380,10 @@ class PipelineBackend:
         return self.call_arguments(sampler)
 
     def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
-        absent = [name for name in self.index if name.startswith(TEXT) and name not in self.text_components]
+        given = {"revision": self.options.revision, "variant": self.options.variant}
+        said = [f'{name}="{value}"' for name, value in given.items() if value]
+        said += [f"{name}=None" for name in self.index if name.startswith(TEXT) and name not in self.text.components]
+        said += [f"torch_dtype={self.dtype}"] * (self.dtype != torch.float32)
         pipeline, network, scheduler = (
             kind.__name__ for kind in (self.pipeline_class, self.network_class, type(self.scheduler(sampler)))
         )
@@ -471,7 +396,7 @@ class PipelineBackend:
             imports=", ".join(sorted(imports)),
             pipeline=pipeline,
             scheduler=scheduler,
-            absent="".join(f", {name}=None" for name in absent),
+            given="".join(f", {argument}" for argument in said),
             base=base,
             prompt=prompt,
             load=load,
@@ -483,7 +408,9 @@ class PipelineBackend:
         if not (directory / file).exists():
             raise ConfigError(f"{directory} holds no {file}: {kind} is needed (--full_finetune says which)")
         if full:
-            given = load_network(self.network_class, str(directory), self.network_name, torch.float32).state_dict()
+            given = load_network(
+                self.network_class, Source(str(directory)), self.network_name, torch.float32
+            ).state_dict()
             load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
         else:
             names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}

@@ -128,10 +128,5 @@ def _open(shard: Path) -> tuple[Any, tuple[str, ...]]:
         raise ConfigError(f"--prompt_cache: {shard} is damaged; delete it") from error
 
 
-def fingerprint(*settings: object) -> str:
-    """A folder's name for what embeddings depend on."""
-    return blake2b(repr(settings).encode(), digest_size=16).hexdigest()
-
-
 def _key(prompt: str) -> str:
     return blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

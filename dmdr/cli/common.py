@@ -60,16 +60,14 @@ def open_rewards(flags: "RewardFlags", chosen: "Sequence[Chosen]") -> "tuple[Rew
     Raises:
         ConfigError: If the device, the model or a checkpoint is not to be had.
     """
-    import torch
-
     from dmdr import registry
     from dmdr.assemble import build_rewards
+    from dmdr.types import dtype_of
 
     device = find_device(flags.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(flags.dtype, torch.float32)
     model = registry.load("models", flags.model)() if flags.model else None
     rewards = build_rewards(chosen, model, resize="exact")
-    rewards.prepare(device, dtype)
+    rewards.prepare(device, dtype_of(flags.dtype))
     return rewards, device
 
 

@@ -20,6 +20,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed, as torch.manual_seed takes it (default: 0)")
     parser.add_argument("--output_dir", default="samples", help="folder of the PNG files (default: samples)")
     parser.add_argument("--model", help="folder or hub id of the teacher, if it has moved since the export")
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16", "fp16"), help="precision of the networks (default: the run's)"
+    )
+    parser.add_argument(
+        "--cpu_offload", action="store_true", help="keep text encoders and VAE on the CPU while they are idle"
+    )
     return parser
 
 
@@ -41,7 +47,7 @@ def run(argv: list[str]) -> None:
     rows = [row for row in rows for _ in range(args.num_images)]
     try:
         about = json.loads((folder / "sampling.json").read_text())
-        missing = {"base_model", "backend", "sample_eta", "grid", "options"} - about.keys()
+        missing = {"base_model", "backend", "sample_eta", "grid", "mixed_precision", "options"} - about.keys()
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / 'sampling.json'} is damaged: {error}") from error
     if missing:
@@ -50,7 +56,8 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--output_dir {args.output_dir} is no folder")
     prompts = [row["prompt"] for row in rows]
     columns = {name: [row.get(name) for row in rows] for row in rows for name in row if name != "prompt"}
-    for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir), columns):
+    how = {"mixed_precision": args.mixed_precision, "cpu_offload": args.cpu_offload}
+    for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir), columns, **how):
         print(path)
 
 
@@ -62,16 +69,20 @@ def draw(
     model: str | None,
     output: Path,
     columns: dict[str, list[Any]] | None = None,
+    *,
+    mixed_precision: str | None = None,
+    cpu_offload: bool = False,
 ) -> list[Path]:
     """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does."""
     import torch
-    from accelerate import Accelerator
 
     from dmdr import images, registry
     from dmdr.assemble import pipeline_class
     from dmdr.protocols import BackendOptions
+    from dmdr.run import avoid_mps, open_accelerator
     from dmdr.sampling import FewStepSampler
 
+    avoid_mps()
     base = model or about["base_model"]
     options = replace(  # what only training needs may be gone by now
         BackendOptions(**about["options"]),
@@ -80,19 +91,22 @@ def draw(
         gradient_checkpointing=False,
         torch_compile=False,
         prompt_cache="off",
+        cpu_offload=cpu_offload,
     )
-    backend = registry.load("backends", about["backend"] or pipeline_class(base))(base, options)
-    accelerator = Accelerator()
+    options = replace(options, revision=None) if model else options  # which was of where it lay before
+    backend = registry.load("backends", about["backend"] or pipeline_class(base, options.revision))(base, options)
+    accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
     backend.prepare(accelerator, roles=("student",))
     backend.load_export(folder)
     sampler = FewStepSampler(backend.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
     torch.manual_seed(seed)
-    cond = backend.encode(prompts, **(columns or {}))
     shape = (len(prompts), *backend.latent_shape)
-    noise = [torch.randn(shape, device=accelerator.device) for _ in range(sampler.num_inference_steps)]
-    if hasattr(backend, "fresh_noise"):
-        noise[1:] = map(backend.fresh_noise, noise[1:])
-    pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
+    plainly = lambda step, count: torch.randn(shape, device=accelerator.device)  # noqa: E731
+    draw_noise = getattr(backend, "draw_noise", plainly)
+    with torch.no_grad():
+        cond = backend.encode(prompts, **(columns or {}))
+        noise = [draw_noise(step, len(prompts)) for step in range(sampler.num_inference_steps)]
+        pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{i:04d}.png" for i in range(len(prompts))]
     for picture, path in zip(images.to_pil(pictures.cpu()), paths, strict=True):

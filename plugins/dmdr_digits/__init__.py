@@ -42,6 +42,7 @@ class Digits:
         "stage1_steps": 140,
         "stage2_steps": 60,
         "num_inference_steps": 4,
+        "max_sequence_length": 1,  # there is no T5: one zero token in its place instead of 256
         "guidance_scale": 1.0,
         "dyna_steps": 40,
         "reward_tilt": 4.0,

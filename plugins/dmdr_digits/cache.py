@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from dmdr.cache import cache_folder
 from dmdr.errors import ConfigError
 
 VERSION = 1  # raise it whenever what a build writes changes
@@ -32,8 +33,7 @@ def scaled(steps: int) -> int:
 
 def root() -> Path:
     """The folder of all artefacts of this version and budget, under `DMDR_CACHE` or ~/.cache/dmdr."""
-    base = Path(os.environ.get("DMDR_CACHE") or Path.home() / ".cache" / "dmdr")
-    return base.expanduser() / f"digits-v{VERSION}-b{budget():g}"
+    return cache_folder() / f"digits-v{VERSION}-b{budget():g}"
 
 
 def cached(name: str, build: Callable[[Path], None], *, seed: int = 0) -> Path:

@@ -1,6 +1,5 @@
 """A genuine StableDiffusion3Pipeline made small, and the training of its transformer: the teacher."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from dmdr_digits.quiet import quiet
 from dmdr_digits.text import WIDTH, build_text_encoder, build_tokenizer
 from dmdr_digits.vae import build_vae
 
-CALL = {"max_sequence_length": 1}  # there is no T5: one zero token in its place instead of the pipeline's default 256
+TEXT_LENGTH = 1  # there is no T5: one zero token in its place instead of the pipeline's default 256
 
 
 def build_pipeline(folder: Path) -> None:
-    """Train VAE and teacher; write what `StableDiffusion3Pipeline.from_pretrained` loads, and `dmdr.json`."""
+    """Train VAE and teacher; write what `StableDiffusion3Pipeline.from_pretrained` loads."""
     vae = build_vae()
     tokenizer = build_tokenizer()
     pipeline: Any = StableDiffusion3Pipeline(
@@ -36,7 +35,6 @@ def build_pipeline(folder: Path) -> None:
     train_teacher(pipeline)
     with quiet():
         pipeline.save_pretrained(folder)
-    (folder / "dmdr.json").write_text(json.dumps(CALL, indent=2) + "\n")
 
 
 def build_transformer() -> Any:
@@ -71,7 +69,7 @@ def train_teacher(pipeline: Any) -> None:
     vae, transformer = pipeline.vae, pipeline.transformer
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
-            [*PROMPTS, ""], None, None, do_classifier_free_guidance=False, **CALL
+            [*PROMPTS, ""], None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
         )
         posterior = vae.encode(train.images * 2 - 1).latent_dist
 

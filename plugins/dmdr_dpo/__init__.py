@@ -91,6 +91,10 @@ class DPO:
             stochastic_steps=1 if self.form == "transition" else 0,
         )
 
+    def prompts(self) -> list[str]:
+        """Those of the given pairs."""
+        return [pair.prompt for pair in self._pairs]
+
     def setup(self, ctx: Context) -> None:
         if self.form == "transition" and not stochastic_steps(ctx):
             raise ConfigError("dpo: form transition needs --num_inference_steps of at least 2 and --eta above 0")

@@ -45,13 +45,13 @@ class FluxBackend(FlowBackend):
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5's sequence [B, max_sequence_length, D] and CLIP's pooled [B, P]."""
         sequence, pooled, _ = pipeline.encode_prompt(
-            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
+            list(prompts), None, device=self.device, max_sequence_length=self.text_length
         )
         return {"sequence": sequence, "pooled": pooled}
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        config, length = self.network_config, self.max_sequence_length or 0
-        sequence = self.blank(count, length, config["joint_attention_dim"])
+        config = self.network_config
+        sequence = self.blank(count, self.text_length, config["joint_attention_dim"])
         return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -71,10 +71,12 @@ class FluxBackend(FlowBackend):
         unpacked: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
         return unpacked
 
-    def fresh_noise(self, drawn: Tensor) -> Tensor:
-        """The stock scheduler draws in packed layout: the same numbers as latents, [B, *latent]."""
-        batch, channels, height, width = drawn.shape
-        tokens = drawn.reshape(batch, height * width // 4, channels * 4)
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """The scheduler draws in packed layout."""
+        if step == 0:
+            return super().draw_noise(step, count)
+        channels, height, width = self.latent_shape
+        tokens = self._randn((count, height * width // 4, channels * 4), torch.float32)
         unpacked: Tensor = FluxPipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)
         return unpacked
 

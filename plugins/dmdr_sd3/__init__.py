@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dmdr.backends.flow import FlowBackend
 from dmdr.backends.pipeline import Network
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
 
 # All attention projections of the MMDiT blocks, of the image and of the text stream (DMDR's released scripts).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -22,6 +24,12 @@ class SD3Backend(FlowBackend):
     lora_targets = LORA_TARGETS
     droppable = ("text_encoder_3",)
 
+    def __init__(self, folder: str, options: BackendOptions) -> None:
+        super().__init__(folder, options)
+        longest = int(self.network_config["pos_embed_max_size"]) * self.patch_size * self.vae_scale
+        if self.resolution > longest:
+            raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} end at {longest}")
+
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77 + max_sequence_length, D] and pooled [B, P]; without T5 its part of the sequence is zero."""
         sequence, _, pooled, _ = pipeline.encode_prompt(
@@ -30,13 +38,13 @@ class SD3Backend(FlowBackend):
             None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=self.text_length,
         )
         return {"sequence": sequence, "pooled": pooled}
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        config, length = self.network_config, self.max_sequence_length or 0
-        sequence = self.blank(count, self.clip_length() + length, config["joint_attention_dim"])
+        config, length = self.network_config, self.text.clip_length() + self.text_length
+        sequence = self.blank(count, length, config["joint_attention_dim"])
         return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

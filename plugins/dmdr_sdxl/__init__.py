@@ -16,9 +16,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from dmdr.backends.loading import one_line, quiet, read_config
+from dmdr.backends.loading import quiet, read_config
 from dmdr.backends.pipeline import Network, PipelineBackend
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Kind, VariancePreserving
 from dmdr.protocols import BackendOptions, Role, Sampler
 from dmdr.sampling import time_grid
@@ -54,7 +54,7 @@ class UNetBackend(PipelineBackend):
         name = self.pipeline_class.__name__
         if options.shift is not None:
             raise ConfigError(f"--shift is of flow matching; the noise levels of a {name} are chosen with --timesteps")
-        absent = [part for part in self.needed if part not in self.text_components]
+        absent = [part for part in self.needed if part not in self.text.components]
         if absent:
             raise ConfigError(f"{folder} without its {', '.join(absent)}: a {name} cannot be trained without")
         if self.network_config.get("time_cond_proj_dim"):
@@ -73,7 +73,7 @@ class UNetBackend(PipelineBackend):
             ConfigError: If it is no scheduler of this path.
         """
         where = f"{self.folder}/scheduler"
-        given = read_config(DDPMScheduler, self.folder, "scheduler")
+        given = read_config(DDPMScheduler, self.source, "scheduler")
         try:
             with quiet():
                 own = getattr(diffusers, given["_class_name"]).from_config(given)
@@ -119,6 +119,10 @@ class UNetBackend(PipelineBackend):
             return self._lcm()
         return EulerDiscreteScheduler(**self.schedule, timestep_spacing="leading")
 
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """All in the pipeline's own precision."""
+        return self._randn((count, *self.latent_shape), self.dtype)
+
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         timesteps = self.path.timestep(sampler.t[:-1]).tolist()
         return super().call_arguments(sampler) | {"timesteps": timesteps, "guidance_scale": 1.0}
@@ -129,7 +133,7 @@ class UNetBackend(PipelineBackend):
         return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if part == 'A' else 'up'}.weight"
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        return {"sequence": self.blank(count, self.clip_length(), self.network_config["cross_attention_dim"])}
+        return {"sequence": self.blank(count, self.text.clip_length(), self.network_config["cross_attention_dim"])}
 
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """What the network is told beside time and prompt."""

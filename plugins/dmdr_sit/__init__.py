@@ -30,7 +30,7 @@ import json, torch
 from diffusers import DiffusionPipeline
 
 student = "path/to/this/folder"
-pipe = DiffusionPipeline.from_pretrained(student, custom_pipeline=student, trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(student, custom_pipeline=student, trust_remote_code=True{dtype})
 torch.manual_seed(0)
 image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
 image.save("image.png")"""
@@ -55,10 +55,10 @@ class SiTBackend(FlowBackend):
             raise ConfigError("--zero_empty_prompt: a SiT has no empty prompt, but a null label of its own")
         self.num_classes = int(self.network_config["num_classes"])
 
-    def _pipeline(self, network: Any, **text: Any) -> Any:
+    def _pipeline(self, network: Any, **parts: Any) -> Any:
         # diffusers takes a network of a custom pipeline from its folder only, but ours is loaded already.
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
-        return SiTPipeline(network, self.vae, scheduler)
+        return SiTPipeline(network, scheduler=scheduler, **parts)
 
     def check_prompts(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
         """Refuse what has no class.
@@ -89,9 +89,13 @@ class SiTBackend(FlowBackend):
         output: Tensor = network(x_t, t.to(torch.float32), cond["label"], return_dict=False)[0]
         return output
 
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """All in float32."""
+        return self._randn((count, *self.latent_shape), torch.float32)
+
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """Without height and width: the network has one size."""
-        return {n: value for n, value in super().call_arguments(sampler).items() if n in self.own_call_arguments}
+        return {n: value for n, value in super().call_arguments(sampler).items() if n in self.own_call_arguments()}
 
     # --- Export: no stock pipeline knows SiT, so that the student brings a whole one ----------------------------------
 
@@ -105,13 +109,14 @@ class SiTBackend(FlowBackend):
         with torch.device("meta"):
             network = SiTTransformer2DModel.from_config(self.network_config)
         network.load_state_dict(self.roles.merged("student"), assign=True)
-        vae = load_network(AutoencoderKL, self.folder, "vae", torch.float32)
+        vae = load_network(AutoencoderKL, self.source, "vae", torch.float32)
         with quiet():
             SiTPipeline(network, vae, self.scheduler(sampler)).save_pretrained(directory)
         return self.call_arguments(sampler)
 
     def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
-        return SNIPPET.format(prompt=prompt)
+        dtype = "" if self.dtype == torch.float32 else f", torch_dtype={self.dtype}"
+        return SNIPPET.format(prompt=prompt, dtype=dtype)
 
 
 class SiTModel:

@@ -10,9 +10,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from filelock import FileLock
 from torch import Tensor
 
-from dmdr.backends.loading import identity, load_network, quiet, read_weights
-from dmdr.backends.prompt_cache import fingerprint
-from dmdr.cache import cache_folder
+from dmdr.backends.loading import Source, identity, load_network, quiet, read_weights
+from dmdr.cache import cache_folder, fingerprint
 from dmdr.errors import ConfigError
 from dmdr.states import load_strict
 from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel
@@ -39,7 +38,7 @@ def pipeline_folder(size: str, checkpoint: Path) -> Path:
     vae = str(beside) if beside.is_dir() else PUBLISHED_VAE
     about = checkpoint.stat()
     key = fingerprint(
-        checkpoint, about.st_size, about.st_mtime_ns, identity(str(checkpoint.parent), ["vae"]) or PUBLISHED_VAE
+        checkpoint, about.st_size, about.st_mtime_ns, identity(Source(str(checkpoint.parent)), ["vae"]) or PUBLISHED_VAE
     )
     target = cache_folder() / "sit" / f"{size}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +46,7 @@ def pipeline_folder(size: str, checkpoint: Path) -> Path:
         if not target.exists():
             network = convert(size, checkpoint)
             try:
-                decoder = load_network(AutoencoderKL, vae, "", torch.float32)
+                decoder = load_network(AutoencoderKL, Source(vae), "", torch.float32)
             except ConfigError as error:
                 raise ConfigError(f"{error}; the VAE can lie beside {checkpoint.name}, as {beside}") from error
             partial = target.with_suffix(".partial")

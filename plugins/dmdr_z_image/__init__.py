@@ -47,17 +47,14 @@ class ZImageBackend(FlowBackend):
             list(prompts),
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=self.text_length,
         )
-        limit = self.max_sequence_length
-        assert limit is not None
-        padded = [pad(sequence, (0, 0, 0, limit - len(sequence))) for sequence in sequences]
+        padded = [pad(sequence, (0, 0, 0, self.text_length - len(sequence))) for sequence in sequences]
         return {"sequence": torch.stack(padded), "length": torch.tensor([len(sequence) for sequence in sequences])}
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        longest = self.max_sequence_length or 0
-        sequence = self.blank(count, longest, self.network_config["cap_feat_dim"])
-        return {"sequence": sequence, "length": torch.full((count,), longest)}
+        sequence = self.blank(count, self.text_length, self.network_config["cap_feat_dim"])
+        return {"sequence": sequence, "length": torch.full((count,), self.text_length)}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         lengths = cond["length"].tolist()
@@ -68,6 +65,10 @@ class ZImageBackend(FlowBackend):
             return_dict=False,
         )[0]
         return -torch.stack(negative).squeeze(2)
+
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """All in float32."""
+        return self._randn((count, *self.latent_shape), torch.float32)
 
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         return super().call_arguments(sampler) | {"guidance_scale": 0.0}

@@ -17,6 +17,8 @@ import sdxl
 import sit
 import z_image
 
+Stock = Callable[[Path, Sequence[str], Path], None]  # draws an export's images for prompts, as its card says
+
 
 @dataclass(frozen=True)
 class Family:

@@ -114,7 +114,7 @@ def test_shapes_and_dtypes_are_those_of_the_loaded_model(folders: dict[str, Path
     for process in (Accelerator(cpu=True, mixed_precision="bf16"), Process(META, "bf16")):
         backend = registry.load("backends", pipeline_class(folder))(folder, options)
         backend.prepare(process, roles=("student", "fake_score"))
-        modules = {"network": backend.roles.network, "vae": backend.vae, **backend.load_text_encoders()}
+        modules = {"network": backend.roles.network, "vae": backend.vae, **backend.text.load_encoders()}
         tensors = {f"{part}.{key}": t for part, module in modules.items() for key, t in module.state_dict().items()}
         cond = backend.encode(family.prompts)
         found.append({key: (t.shape, t.dtype) for key, t in (tensors | dict(cond.tensors)).items()})

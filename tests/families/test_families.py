@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.testing import check_backend
-from family import FAMILIES, Family
+from family import FAMILIES, Family, Stock
 
 ROLES = ("student", "fake_score")
 CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
@@ -120,39 +118,21 @@ def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Ten
     return seen
 
 
-STOCK = """
-import json, re, sys
-sys.modules["dmdr"] = None  # importing it is an error from here on
-prompts, jobs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-for student, output in jobs:
-    code = re.search("```python\\n(.*?)```", open(student + "/README.md").read(), re.S)[1]
-    code = code.replace("path/to/this/folder", student).replace(".images[0]", ".images")
-    code = re.sub(r"pipe\\('[^']*'", f"pipe({prompts!r}", code)
-    code = code.replace('image.save("image.png")', 'for i, one in enumerate(image): one.save(f"{output}/{i:04d}.png")')
-    exec(code)
-"""
-
-
-def test_the_model_card_reproduces_dmdr_sample(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_the_model_card_reproduces_dmdr_sample(
+    folders: dict[str, Path], tmp_path: Path, name: str, stock: Stock
+) -> None:
     """The card's own snippet, in a process that cannot import dmdr: same seed, same images (under 2/255)."""
-    family, jobs = FAMILIES[name], []
+    family = FAMILIES[name]
     for i, variant in enumerate(family.variants):
         folder = tmp_path / str(i)
         folder.mkdir()
         run = trained(folders[name], family, folder, "none", stage1_steps=2, stage2_steps=0, **variant)
         student = run.output / "student"
-        (folder / "stock").mkdir()
         about = json.loads((student / "sampling.json").read_text())
         draw(student, about, list(family.prompts), 0, None, folder / "ours")
-        jobs.append([str(student), str(folder / "stock")])
-    command = [sys.executable, "-c", STOCK, json.dumps(family.prompts), json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for i, variant in enumerate(family.variants):
+        stock(student, family.prompts, folder / "stock")
         for k in range(2):
-            a, b = (
-                np.asarray(Image.open(tmp_path / str(i) / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock")
-            )
+            a, b = (np.asarray(Image.open(folder / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock"))
             assert np.abs(a - b).max() < 2, variant
             assert a.std() > 2  # a picture, not a flat field
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import dmdr.run
 import sd3
-from dmdr.backends import pipeline
+from dmdr.backends import prompt_encoder
 from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
 from dmdr.errors import ConfigError
 from dmdr.protocols import BackendOptions
@@ -92,17 +92,17 @@ class Calls(NamedTuple):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    calls, load, encode = Calls([], Counter()), pipeline.load_text_encoder, StableDiffusion3Pipeline.encode_prompt
+    calls, load, encode = Calls([], Counter()), prompt_encoder.load_text_encoder, StableDiffusion3Pipeline.encode_prompt
 
-    def loading(cls: Any, folder: str, name: str, dtype: torch.dtype) -> Any:
+    def loading(cls: Any, source: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         calls.loads.append(name)
-        return load(cls, folder, name, dtype)
+        return load(cls, source, name, *args, **kwargs)
 
     def encoding(self: Any, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
         calls.encoded.update(prompts)
         return encode(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", loading)
+    monkeypatch.setattr(prompt_encoder, "load_text_encoder", loading)
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encoding)
     return calls
 
@@ -111,9 +111,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(folder: Path, tmp_path: Path) -> Any:
     """Train; the student's tensors."""
-    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
     def run(name: str, **settings: Any) -> dict[str, Tensor]:
@@ -170,6 +169,17 @@ def test_a_streamed_run_caches_as_it_goes(run: Any, calls: Calls, tmp_path: Path
     assert not calls.loads and not calls.encoded
 
 
+def test_prompts_of_pairs_are_encoded_with_the_others(run: Any, calls: Calls, tmp_path: Path) -> None:
+    """Before the network is there: no encoder comes back in the middle of training."""
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16), {"a": "white", "b": "black"}[name]).save(tmp_path / f"{name}.png")
+    pair = {"prompt": "of a pair", "chosen": "a.png", "rejected": "b.png"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    run("dpo", rl="dpo", dpo_pairs=str(tmp_path / "pairs.jsonl"), stage1_steps=1, stage2_steps=2)
+    assert calls.loads == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert calls.encoded == Counter([*PROMPTS, "of a pair", ""])
+
+
 # --- What is read is what was encoded ---------------------------------------------------------------------------------
 
 
@@ -188,7 +198,7 @@ def test_embeddings_are_those_without_a_cache(folder: Path, tmp_path: Path) -> N
 def test_encoders_are_let_go(folder: Path, tmp_path: Path) -> None:
     """At once: nothing waits for the collector of cycles, or the memory would not be free when training begins."""
     backend = prepared(folder, tmp_path)
-    parts = [backend._text_pipeline().components[name] for name in backend.text_components if "encoder" in name]
+    parts = [backend.text.pipeline().components[name] for name in backend.text.components if "encoder" in name]
     references = [weakref.ref(part) for part in parts]
     del parts
     gc.collect()
@@ -206,22 +216,48 @@ def changed_file(folder: Path, file: str) -> None:
     save_file({name: tensor + 0.1 for name, tensor in state.items()}, folder / file, {"format": "pt"})
 
 
+def test_encoders_are_let_go_after_a_prompt_that_nobody_foresaw(folder: Path, tmp_path: Path, calls: Calls) -> None:
+    """They stay only where prompts are not known beforehand."""
+    backend = prepared(folder, tmp_path / "foreseen")
+    backend.cache_prompts(ALONE, PROMPTS)
+    embeddings(backend, PROMPTS)
+    calls.forget()
+    embeddings(backend, ["another"])
+    assert len(calls.loads) == 3 and backend.text._pipeline is None
+    for cache in (tmp_path / "streamed", "off"):
+        backend = prepared(folder, cache)
+        embeddings(backend, ["another"])
+        assert backend.text._pipeline is not None
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_embeddings_of_other_libraries_are_not_reused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    prepared(folder, tmp_path).cache_prompts(ALONE, PROMPTS)
+    monkeypatch.setattr(f"{library}.__version__", "99.0")
+    assert prepared(folder, tmp_path).text.cache.missing(PROMPTS) == PROMPTS
+
+
 def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     prepared(folder, cache).cache_prompts(ALONE, PROMPTS)
 
     def missing(folder: Path = folder, accelerator: Any = ALONE, **options: Any) -> list[str]:
-        return prepared(folder, cache, accelerator, **options).cache.missing(PROMPTS)
+        return prepared(folder, cache, accelerator, **options).text.cache.missing(PROMPTS)
 
     assert missing() == missing(seed=3, lora_rank=2, guidance_scale=7.0) == []
     assert missing(max_sequence_length=6) == PROMPTS
     assert missing(drop_text_encoders=("text_encoder_3",)) == PROMPTS
     assert missing(accelerator=accelerator("bf16")) == PROMPTS
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))  # with the times of the files
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert missing(copy) == []
     changed_file(copy, "transformer/diffusion_pytorch_model.safetensors")
     assert missing(copy) == []
+    file = copy / "text_encoder_2" / "model.safetensors"
+    times = file.stat()
     changed_file(copy, "text_encoder_2/model.safetensors")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as images of containers, which set them all alike
     assert missing(copy) == PROMPTS
     assert not equal(embeddings(prepared(copy, cache), PROMPTS), embeddings(prepared(folder, cache), PROMPTS))
 
@@ -232,8 +268,8 @@ def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -
 def right(folder: Path, cache: Path, prompts: Sequence[str]) -> None:
     """Assert that a reader finds every embedding without encoding, and that each is its own prompt's."""
     reader, plain = prepared(folder, cache), prepared(folder, "off")
-    reader._embed = None  # type: ignore[assignment, method-assign]
-    assert reader.cache.missing(prompts) == []
+    reader.text.cache._embed = None  # type: ignore[assignment, union-attr]
+    assert reader.text.cache.missing(prompts) == []
     for start in range(0, len(prompts), 250):
         part = prompts[start : start + 250]
         expected = embeddings(plain, part)
@@ -245,7 +281,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = prepared(folder, tmp_path)
-    backend._text_pipeline()
+    backend.text.pipeline()
     stored, moments = [], random.Random(0)
 
     def files() -> int:
@@ -262,7 +298,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
             time.sleep(moments.uniform(0, 0.08))
             writer.kill()
             writer.join()
-            stored.append(len(MANY) - len(prepared(folder, tmp_path).cache.missing(MANY)))
+            stored.append(len(MANY) - len(prepared(folder, tmp_path).text.cache.missing(MANY)))
     torn = len(list(tmp_path.rglob("*.partial")))
     print(f"stored after each death: {stored} of {len(MANY)}, {torn} of them in the middle of a shard")
     assert stored == sorted(stored) and torn and 0 < stored[0] < len(MANY)
@@ -274,7 +310,7 @@ def test_two_that_fill_one_folder(folder: Path, tmp_path: Path) -> None:
     """Two runs that know nothing of each other."""
     prompts = MANY[:500]
     backend = prepared(folder, tmp_path)
-    backend._text_pipeline()
+    backend.text.pipeline()
     writers = [FORK.Process(target=backend.cache_prompts, args=(ALONE, order)) for order in (prompts, prompts[::-1])]
     for writer in writers:
         writer.start()
@@ -299,7 +335,7 @@ def test_processes_of_a_run_share_the_work(folder: Path, tmp_path: Path, calls: 
     for thread in threads:
         thread.join()
     assert calls.encoded == Counter([*prompts, ""])
-    assert all(backend._text is None for backend in backends)
+    assert all(backend.text._pipeline is None for backend in backends)
     right(folder, tmp_path, prompts)
 
 

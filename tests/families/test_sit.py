@@ -278,7 +278,7 @@ def test_labels_come_from_their_column_or_from_the_prompt(backend: SiTBackend) -
         with pytest.raises(ConfigError, match=r"column 'label': .* is no class; give one of 0 \.\. 9"):
             backend.encode(["class 7"], label=[label])
     assert class_index(torch.tensor(5).item(), 10) == 5
-    assert backend.cache is None
+    assert backend.text.cache is None
     backend.cache_prompts(backend.accelerator, ["class 7"])
 
 
@@ -326,7 +326,7 @@ def test_options_that_do_not_fit_are_refused(folder: Path) -> None:
             SiTBackend(str(folder), BackendOptions(**option))
     for option, message in (
         ({"attention_backend": "flash"}, "--attention_backend flash: diffusers would ignore it"),
-        ({"lora_target_modules": ("to_q",)}, "--lora_target_modules to_q"),
+        ({"lora_target_modules": ("to_q",)}, "--lora_target_modules: a SiTTransformer2DModel has no to_q"),
         ({"drop_text_encoders": ("text_encoder",)}, "has none"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,0 +1,178 @@
+"""The text half of a pipeline: its encoders, there while they are needed, and what they make of prompts."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from dmdr.backends.loading import (
+    Source,
+    identity,
+    load_text_encoder,
+    load_tokenizer,
+    on_device,
+    read_text_config,
+)
+from dmdr.backends.prompt_cache import PromptCache, Rows
+from dmdr.cache import cache_folder, fingerprint
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
+
+TEXT = ("text_encoder", "tokenizer")  # how text components are called
+FORMAT = 1  # of what is stored; raise it whenever it changes
+
+Components = Mapping[str, tuple[str, str]]  # name -> library and class
+
+
+def text_components(index: Mapping[str, Any], drop: Sequence[str], droppable: Sequence[str], where: str) -> Components:
+    """Text encoders and tokenizers of a pipeline but those that the user drops.
+
+    Args:
+        index: The pipeline's `model_index.json`.
+        drop: Encoders to do without, of those that are `droppable`.
+        where: The pipeline's place, for messages.
+
+    Raises:
+        ConfigError: If an encoder is dropped that is not there, or that the pipeline cannot do without.
+    """
+    there = {
+        name: (str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if name.startswith(TEXT) and isinstance(value, list) and value[0] is not None
+    }
+    for name in drop:
+        if name not in there or name not in droppable:
+            has = ", ".join(part for part in there if part.startswith("text_encoder")) or "none"
+            why = f"a {index['_class_name']} needs it" if name in there else f"{where} has {has}"
+            raise ConfigError(f"--drop_text_encoders {name}: {why}")
+        del there[name]
+        there.pop(name.replace("text_encoder", "tokenizer"), None)
+    return there
+
+
+class PromptEncoder:
+    """Embeddings of prompts, from disk where they are there, or else by a pipeline's own text encoders.
+
+    Encoders are loaded with the first prompt that is not on disk. They stay where prompts are not known beforehand;
+    once `fill` was told of all, they are let go again.
+
+    Args:
+        source: Of the pipeline.
+        components: Its text encoders and tokenizers.
+        options: The run's.
+        open_pipeline: The stock pipeline around text encoders and tokenizers, by name.
+        embed: That pipeline and B prompts -> embeddings by name, each [B, ...].
+        blank: Tensors of such shapes for a number of prompts, in place of `embed` on the meta device.
+        settings: What else embeddings depend on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        components: Components,
+        options: BackendOptions,
+        *,
+        open_pipeline: Callable[..., Any],
+        embed: Callable[[Any, Sequence[str]], Rows],
+        blank: Callable[[int], Rows],
+        settings: Sequence[object],
+    ) -> None:
+        self.source, self.components, self.options = source, components, options
+        self._open_pipeline, self._embed, self._blank, self._settings = open_pipeline, embed, blank, settings
+        self._pipeline: Any = None
+        self._transient = False
+
+    def prepare(self, accelerator: Any, dtype: torch.dtype) -> None:
+        """Say where the encoders run, and in which precision; loads nothing."""
+        self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
+        cached = self.components and self.options.prompt_cache != "off"
+        self.cache = PromptCache(self._folder(), self.encode) if cached else None
+
+    def clip_length(self) -> int:
+        """Tokens of the CLIP text encoder; 77 without one, as pipelines have it."""
+        if "text_encoder" not in self.components:
+            return 77
+        cls = getattr(transformers, self.components["text_encoder"][1])
+        return int(read_text_config(cls, self.source, "text_encoder").max_position_embeddings)
+
+    def load_encoders(self) -> dict[str, Any]:
+        """The text encoders by name; loaded anew by each call."""
+        return {
+            name: load_text_encoder(
+                getattr(transformers, cls), self.source, name, self.dtype, meta=self.device.type == "meta"
+            )
+            for name, (library, cls) in self.components.items()
+            if library == "transformers" and name.startswith("text_encoder")
+        }
+
+    def pipeline(self) -> Any:
+        """The stock pipeline with its text encoders, loaded on first use."""
+        if self._pipeline is None:
+            place = "cpu" if self.options.cpu_offload else self.device
+            parts = {name: encoder.to(place) for name, encoder in self.load_encoders().items()}
+            for name, (_, cls) in self.components.items():
+                if name not in parts:
+                    parts[name] = load_tokenizer(getattr(transformers, cls), self.source, name)
+            self._pipeline = self._open_pipeline(**parts)
+        return self._pipeline
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Rows:
+        """Embeddings of B prompts by the encoders, each [B, ...]."""
+        if self.device.type == "meta":
+            return self._blank(len(prompts))
+        pipeline = self.pipeline()
+        encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
+        with on_device(self.device, *encoders, offload=self.options.cpu_offload):
+            return self._embed(pipeline, prompts)
+
+    def __call__(self, prompts: Sequence[str]) -> Rows:
+        """[B, ...] each on the device, every distinct prompt encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        found = self.cache(distinct) if self.cache else self.encode(distinct)
+        if self._transient:
+            self._let_go()
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return {name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in found.items()}
+
+    def fill(self, prompts: Sequence[str]) -> None:
+        """Store the embeddings of all prompts, where they are missing, by shares, and let go of the encoders.
+
+        Raises:
+            ConfigError: If the disk has no room for them.
+        """
+        if self.cache is None:
+            return
+        # Shares of all prompts: of what is missing they would differ where one process looks later than another.
+        distinct = list(dict.fromkeys([*prompts, ""]))
+        share = distinct[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.cache.fill(share, show=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        self.cache.fill(distinct)  # what another machine has stored on a disk of its own
+        self._transient = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _folder(self) -> Path:
+        """Of all that embeddings depend on."""
+        place = Path(self.options.prompt_cache or cache_folder() / "prompts").expanduser()
+        if os.path.exists(place) and not place.is_dir():  # Path.exists raises where it may not look
+            raise ConfigError(f"--prompt_cache {place} is no folder; give one, or 'off'")
+        return place / fingerprint(
+            FORMAT,
+            diffusers.__version__,
+            transformers.__version__,
+            identity(self.source, self.components),
+            sorted(self.components.items()),
+            self.dtype,
+            *self._settings,
+        )
