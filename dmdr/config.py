@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import logging
 import math
 import re
 import typing
@@ -19,6 +20,7 @@ from dmdr import registry
 from dmdr.errors import ConfigError
 from dmdr.expression import parse_sum
 
+logger = logging.getLogger(__name__)
 REQUIRED = dataclasses.MISSING
 F = TypeVar("F", bound="Flags")
 
@@ -477,6 +479,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     given = read_yaml(file) if file else {}
     if file and isinstance(given.get("architecture"), str):  # a recipe's, beside its YAML
         given["architecture"] = str(Path(file).parent / given["architecture"])
+    in_file = dict(given)
     given |= settings
     if first.model is None and (bare := first.architecture or given.get("architecture")):
         given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
@@ -490,12 +493,30 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     recipe = dict(model_recipe(str(_first_given(look["model"], default["model"]))))
     per_objective = recipe.pop("objectives", {})
     named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in names}
-    rewards = *_named("rewards", named["reward"]), *_named("eval_rewards", named["eval_reward"])
-    chosen = _load([*_named("objectives", named["rl"]), *rewards, ("matchings", 1.0, named["matching"])])
+    chosen = _load(_parts(named))
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
+    there = {(plugin.group, plugin.name) for plugin in chosen}
+    replaced = [Chosen(group, name, weight, object) for group, weight, name in _parts(in_file)]
+    stale = tuple(plugin.key("") for plugin in replaced if (plugin.group, plugin.name) not in there)
+    given = {key: value for key, value in given.items() if not _is_stale(key, stale, chosen)}
     return Settings(*_parse(Config, chosen, arguments, given, recipe, **about))
+
+
+def _parts(named: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Group, weight and name of all plugins that settings name."""
+    sums = {"objectives": "rl", "rewards": "reward", "eval_rewards": "eval_reward", "matchings": "matching"}
+    return [part for group, key in sums.items() for part in _named(group, str(named.get(key, "none")))]
+
+
+def _is_stale(key: str, prefixes: tuple[str, ...], chosen: Sequence[Chosen]) -> bool:
+    """Whether a file's setting is of a plugin that flags have replaced, and of none that is chosen; says so."""
+    own = tuple(plugin.key("") for plugin in chosen)
+    stale = str(key).startswith(prefixes) and not str(key).startswith(own)
+    if stale:
+        logger.warning("%s is left out: the run does not use what it is a setting of", key)
+    return stale
 
 
 def parse_command(

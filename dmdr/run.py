@@ -142,7 +142,7 @@ def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install 'dmdr[8bit]'") from error
+        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install bitsandbytes") from error
     eight_bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
     return eight_bit
 

@@ -35,6 +35,8 @@ class Climber:
     def __call__(self, draw, ctx): ...
 
 class Hill:
+    folder = prompts = judge = lambda self: None
+    reward_checkpoint = lambda self, reward, *, held_out=False: None
     recipe = {"stage1_steps": 7, "rl": "climb", "reward": "toy", "rl_weight": 0.1,
               "objectives": {"climb": {"rl_weight": 0.9, "stage2_steps": 9}}}
 '''
@@ -90,6 +92,19 @@ def test_python_over_yaml_and_flag_over_both(file: Path) -> None:
     file.write_text("model: toy\nseed: 1\n")
     assert parse(["--config", str(file)], {"seed": 2}).config.seed == 2
     assert parse(["--config", str(file), "--seed", "3"], {"seed": 2}).config.seed == 3
+
+
+def test_settings_of_a_plugin_that_flags_replace_are_left_out(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.write_text(
+        "model: toy\nrl: grpo\nreward: hps+clip\ngrpo_epsilon: 0.1\nhps_prompt_prefix: a\nclip_checkpoint: c\n"
+    )
+    settings = parse(["--config", str(file), "--reward", "clip", "--rl", "refl"])
+    assert [plugin.name for plugin in settings.plugins] == ["refl", "clip", "dmd"]
+    assert settings.of("rewards")[0].options["checkpoint"] == "c"
+    assert {record.args[0] for record in caplog.records} == {"grpo_epsilon", "hps_prompt_prefix"}
+    file.write_text("model: toy\nreward: clip\nhps_prompt_prefix: a\n")  # which it never named
+    with pytest.raises(ConfigError, match="unknown setting 'hps_prompt_prefix'"):
+        parse(["--config", str(file), "--reward", "toy"])
 
 
 def test_model_and_plugins_may_be_named_in_yaml(file: Path) -> None:
