@@ -173,7 +173,7 @@ def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> 
     """The peak of a batch of the prompt cache."""
     meter.restart()
     for encoder in encoders:
-        clip = encoder.config.model_type.startswith("clip")
+        clip = encoder.config.model_type == "clip_text_model"
         length = encoder.config.max_position_embeddings if clip else backend.text_length
         encoder(torch.zeros(SHARD, length, dtype=torch.int64, device=META))
     return meter.peak
