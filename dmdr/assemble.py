@@ -202,6 +202,7 @@ def open_backend(folder: str, config: Config) -> Backend:
         )
     given = {option.name: getattr(config, option.name) for option in fields(BackendOptions)}
     lists = {name: tuple(given[name] or ()) for name in ("lora_target_modules", "drop_text_encoders")}
+    given["reward_vae"] = None if config.reward_vae == "none" else config.reward_vae
     options = BackendOptions(**(given | lists))
     backend: Backend = registry.load("backends", config.backend or name)(folder, options)
     return backend

@@ -144,7 +144,9 @@ class Config(Flags):
     gradient_checkpointing: bool = flag(False, "recompute activations in backward")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
     torch_compile: bool = flag(False, "compile the network's blocks: minutes at the start, faster steps")
-    attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
+    attention_backend: str | None = flag(
+        None, "attention kernel by diffusers' name, e.g. flash, of families that choose one"
+    )
     cpu_offload: bool = flag(
         False,
         "keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes back "
@@ -168,7 +170,9 @@ class Config(Flags):
         None, "LoRA that is merged into the teacher's network first: a file, folder or hub id"
     )
     student_weights: str | None = flag(None, "weights file that a full student (--full_finetune) starts from")
-    reward_vae: str | None = flag(None, "tiny decoder for the rewards (AutoencoderTiny): a folder or hub id")
+    reward_vae: str | None = flag(
+        None, "tiny decoder for the rewards (AutoencoderTiny), a folder or hub id; 'none' for the model's own"
+    )
     prompt_cache: str | None = flag(
         None, "folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by default"
     )

@@ -120,9 +120,12 @@ def open_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=mixed_precision, **options)
+        accelerator = Accelerator(mixed_precision=mixed_precision, **options)
     except ValueError as error:
         raise ConfigError(f"--mixed_precision {mixed_precision}: {one_line(error)}") from error
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate has no autocast to it
+        raise ConfigError("--mixed_precision fp16 needs a GPU; a CPU takes bf16 or no")
+    return accelerator
 
 
 def check_tracker(config: Config) -> None:

@@ -42,8 +42,10 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
     rows = [{"prompt": prompt} for prompt in args.prompt]
     rows += read_prompts(args.prompts).rows if args.prompts else []
-    if not rows or args.num_images < 1:
-        raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
+    if not rows:
+        raise ConfigError("nothing to draw: give --prompt or --prompts")
+    if args.num_images < 1:
+        raise ConfigError(f"--num_images must be at least 1, not {args.num_images}")
     rows = [row for row in rows for _ in range(args.num_images)]
     try:
         about = json.loads((folder / "sampling.json").read_text())

@@ -203,6 +203,15 @@ def test_unknown_arguments_of_the_other_commands(refused: Callable[..., str]) ->
     assert "--fast" in refused("--fast", command=plugins)
 
 
+def test_half_precision_on_a_cpu(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [str(BIN / "dmdr-train"), "--model=toy", "--mixed_precision=fp16", "--output_dir=run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "dmdr-train: --mixed_precision fp16 needs a GPU; a CPU takes bf16 or no"
+    assert not list(tmp_path.iterdir())
+
+
 # --- Bad input of dmdr-train ---------------------------------------------------------------------------------------
 
 
