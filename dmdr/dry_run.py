@@ -7,7 +7,7 @@ beside a network's, lie on the CPU and have values, so that whatever looks at th
 """
 
 import gc
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from dmdr.assemble import Job, assemble
 from dmdr.backends.pipeline import PipelineBackend
+from dmdr.backends.prompt_cache import SHARD
 from dmdr.config import Settings
 from dmdr.errors import ConfigError, one_line
-from dmdr.memory import REST, GPUKernels, Meter
+from dmdr.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
 from dmdr.paths import Prediction
-from dmdr.plan import choose_folder, stages
+from dmdr.plan import Stage, choose_folder, stages
 from dmdr.protocols import Role
 from dmdr.rewards import Rewards
 from dmdr.run import Run, check_tracker
@@ -34,6 +35,7 @@ from dmdr.types import Condition, dtype_of
 GIB = 2**30
 META, CPU = torch.device("meta"), torch.device("cpu")
 NETWORK, AVERAGE, OPTIMIZER, GRADIENTS = "network, frozen", "average of the student", "optimizer states", "gradients"
+ENCODERS = "text encoders"
 RUNNING = (AVERAGE, OPTIMIZER, GRADIENTS, REST)
 
 
@@ -67,8 +69,8 @@ class Estimate:
         Further backbones are frozen copies of the network in the run's precision, and nothing else: what a run keeps
         that has a network for teacher and fake score each (two), and one more under the student (three).
         """
-        more = 0 if backbones is None else backbones - self.backbones
-        return sum(self.phases[self.highest].values()) + more * self.backbone
+        more = 0 if backbones is None else (backbones - self.backbones) * self.backbone
+        return max(sum(parts.values()) + (more if NETWORK in parts else 0) for parts in self.phases.values())
 
     def __str__(self) -> str:
         peak = self.phases[self.highest]
@@ -89,91 +91,116 @@ class Estimate:
 def estimate(settings: Settings) -> Estimate:
     """The training memory of a run; checks all that can be checked without weights, and writes nothing.
 
-    Each stage takes one step, with the optimizers' states in place; then one batch of a sample grid is drawn.
-    `<architecture>/reward_vae`, if it is there, stands in for --reward_vae. With --cpu_offload the VAE is counted all
-    the same.
+    Text encoders encode one batch of a prompt cache that is empty yet. Each stage takes one step, with the optimizers'
+    states in place; then one batch of a sample grid is drawn. `<architecture>/reward_vae`, if it is there, stands in
+    for --reward_vae. With --cpu_offload the VAE is counted all the same.
 
     Raises:
         ConfigError: For whatever a run would refuse, or a model that cannot be built without weights.
     """
-    config = settings.config
-    check_tracker(config)
-    choose_folder(config)
-    job = assemble(settings)
-    backend = job.backend
-    if not isinstance(backend, PipelineBackend):
-        raise ConfigError(f"--dry_run: {type(backend).__name__} builds no model without its weights")
-    # What touches weights or this machine. Merged, loaded or by another kernel, they take the same memory.
-    own = Path(job.folder) / "reward_vae"
-    backend.options = replace(
-        backend.options,
+    check_tracker(settings.config)
+    choose_folder(settings.config)
+    job = _weightless(assemble(settings))
+    try:
+        return _simulated(job)
+    except ConfigError:
+        raise
+    except (NotImplementedError, RuntimeError, ValueError, LookupError) as error:
+        raise ConfigError(f"--dry_run cannot follow this run without weights: {one_line(error)}") from error
+
+
+def _weightless(job: Job) -> Job:
+    """The job without what touches weights or this machine: merged, loaded or by another kernel they take the same."""
+    if not isinstance(job.backend, PipelineBackend):
+        raise ConfigError(f"--dry_run: {type(job.backend).__name__} builds no model without its weights")
+    options, own = job.backend.options, Path(job.folder) / "reward_vae"
+    options = replace(
+        options,
         teacher_lora=None,
         student_weights=None,
         attention_backend=None,
         cpu_offload=False,
         prompt_cache="off",
         torch_compile=False,
-        reward_vae=str(own) if backend.options.reward_vae and own.is_dir() else backend.options.reward_vae,
+        reward_vae=str(own) if options.reward_vae and own.is_dir() else options.reward_vae,
     )
-    try:
-        return _simulated(job, backend)
-    except (NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"--dry_run cannot follow this run without weights: {one_line(error)}") from error
+    rewards = job.rewards and Rewards({name: (share, AnyReward()) for name, (share, _) in job.rewards.parts.items()})
+    return replace(job, backend=type(job.backend)(job.folder, options), rewards=rewards)
 
 
-def _simulated(job: Job, backend: PipelineBackend) -> Estimate:
-    config, precision = job.config, job.config.mixed_precision
-    # More updates of the fake score, or more than two micro-batches, find the same tensors alive.
-    micro_batches = min(config.gradient_accumulation_steps, 2)
-    short = replace(
-        config,
-        fake_updates=1,
-        gradient_accumulation_steps=micro_batches,
-        mixed_precision="no",
-        optim="adamw_torch",
-    )
-    rewards = (
-        Rewards({name: (share, AnyReward()) for name, (share, _) in job.rewards.parts.items()}) if job.rewards else None
-    )
+def _simulated(job: Job) -> Estimate:
+    config, backend = job.config, job.backend
+    assert isinstance(backend, PipelineBackend)
     roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(job.objectives).roles)
-    meter, phases = Meter(), {}
-    with meter, GPUKernels():
-        backend.prepare(Process(META, precision), roles=roles)
-        parts = _parts(backend, roles)
-        if config.prompt_cache == "off" and not config.cpu_offload:
-            parts["text encoders"] = [t for encoder in backend.text.load_encoders().values() for t in _tensors(encoder)]
+    process, phases = Process(META, config.mixed_precision), {}
+    with Meter() as meter, GPUKernels():
+        backend.connect(process)
+        encoders = [*backend.text.load_encoders().values()]
+        held = {ENCODERS: [tensor for encoder in encoders for tensor in _tensors(encoder)]}
+        parameters = _count(held)
+        if encoders and config.prompt_cache != "off" and not config.dataset_streaming:
+            meter.label(ENCODERS, held.pop(ENCODERS))
+            phases["prompts"] = _encode(backend, encoders, meter)
+        elif config.cpu_offload:
+            held.clear()
+        del encoders
+        backend.prepare(process, roles=roles)
+        parts = _parts(backend, roles) | held
+        parameters |= _count(parts)
         for name, tensors in parts.items():
             meter.label(name, tensors)
         for role in roles:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter))
-        seen = replace(job, settings=replace(job.settings, config=short), backend=Bridge(backend), rewards=rewards)
-        run = Run(seen, Path(), None, None, Process(CPU))
-        trainer: Trainer | None = None
+        run = DryRun(job, backend)
         for stage in stages(config):
-            trainer = None
-            gc.collect()  # an optimizer and its schedule hold each other
-            trainer = run.trainer(stage, None)
-            _fill_optimizers(trainer, meter)
-            meter.restart()
-            trainer.train_step()
-            phases[f"stage {stage.number}"] = meter.peak
-        meter.restart()
-        rows = run.shown[: config.per_device_train_batch_size]
-        run.generate(run.job.backend.student, run.user_sampler, rows, "grid")
-        phases["sample grid"] = meter.peak
-    if config.optim == "adamw_bnb_8bit":
-        for peak in phases.values():
-            peak[OPTIMIZER] -= _saved_by_eight_bits(p for role in roles for p in backend.parameters(role).values())
+            phases[f"stage {stage.number}"] = _train(run, stage, meter)
+        phases["sample grid"] = _draw(run, meter)
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
+    names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
-        {name: sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for name, tensors in parts.items()},
-        {phase: {name: peak[name] for name in (*parts, *RUNNING) if peak[name]} for phase, peak in phases.items()},
+        {name: number for name, number in parameters.items() if number},
+        {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
         backbones=1 + len(backend.roles.copies),
         backbone=sum(t.nbytes for t in parts[NETWORK]),
     )
+
+
+@torch.no_grad()
+def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> Counter[str]:
+    """The peak of a batch of the prompt cache."""
+    meter.restart()
+    for encoder in encoders:
+        clip = encoder.config.model_type.startswith("clip")
+        length = encoder.config.max_position_embeddings if clip else backend.text_length
+        encoder(torch.zeros(SHARD, length, dtype=torch.int64, device=META))
+    return meter.peak
+
+
+def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
+    """The peak of a step."""
+    run.current = None
+    gc.collect()  # an optimizer and its schedule hold each other
+    run.current = trainer = run.trainer(stage, None)
+    for learner in (trainer.student, trainer.fake_score):
+        learner.update()  # of nothing, after which all states are there
+        held = (value for state in learner.optimizer.state.values() for value in state.values())
+        meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta])
+        if learner.ema:
+            meter.label(AVERAGE, learner.ema.average.values())
+    meter.restart()
+    trainer.train_step()
+    return meter.peak
+
+
+def _draw(run: "DryRun", meter: Meter) -> Counter[str]:
+    """The peak of a batch of a sample grid, drawn while the last stage goes on."""
+    meter.restart()
+    rows = run.shown[: run.config.per_device_train_batch_size]
+    run.generate(run.job.backend.student, run.user_sampler, rows, "grid")
+    return meter.peak
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -194,30 +221,13 @@ def _parts(backend: PipelineBackend, roles: Sequence[Role]) -> dict[str, list[Te
     return parts | trained
 
 
+def _count(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
+    return {name: sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for name, tensors in parts.items()}
+
+
 def _label_gradient(meter: Meter, parameter: Tensor) -> None:
     if parameter.grad is not None:
         meter.label(GRADIENTS, [parameter.grad])
-
-
-def _fill_optimizers(trainer: Trainer, meter: Meter) -> None:
-    """An update of nothing, after which all states are there. On CUDA, AdamW takes all parameters at once."""
-    for learner in (trainer.student, trainer.fake_score):
-        for group in learner.optimizer.param_groups:
-            group["foreach"] = True
-        learner.update()
-        held = (value for state in learner.optimizer.state.values() for value in state.values())
-        meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta])
-        if learner.ema:
-            meter.label(AVERAGE, learner.ema.average.values())
-
-
-def _saved_by_eight_bits(parameters: Iterable[Tensor]) -> int:
-    """Bytes: two moments of a byte a number, and a float32 scale for each 256 of them, in the place of two float32.
-
-    Source: bitsandbytes' block-wise AdamW8bit, which leaves parameters of fewer than 4096 numbers alone.
-    """
-    large = (p.numel() for p in parameters if p.requires_grad and p.numel() >= 4096)
-    return sum(2 * (4 * n - (n + 4 * math.ceil(n / 256))) for n in large)
 
 
 @dataclass(frozen=True)
@@ -231,12 +241,28 @@ class Process:
     is_main_process = True
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What `GPUKernels` takes for autocast."""
         dtype = dtype_of(self.mixed_precision)
-        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+        return nullcontext() if dtype == torch.float32 else autocast(dtype)
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor
+
+
+class DryRun(Run):
+    """A run on the CPU around a backend on the meta device; its optimizers keep what they would on a GPU."""
+
+    current: Trainer | None = None
+
+    def __init__(self, job: Job, backend: PipelineBackend) -> None:
+        # Further updates of the fake score find the same tensors alive.
+        config = replace(job.config, fake_updates=1, mixed_precision="no")
+        job = replace(job, settings=replace(job.settings, config=config), backend=Bridge(backend))
+        super().__init__(job, Path(), None, None, Process(CPU))
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        if self.config.optim == "adamw_bnb_8bit":
+            return AdamW8bit(parameters, **options)
+        return torch.optim.AdamW(parameters, foreach=True, **options)  # as is the default on CUDA
 
 
 class Bridge:

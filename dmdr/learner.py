@@ -1,10 +1,10 @@
 """A trained role: parameters, optimizer, schedule, and the average that follows them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
@@ -45,10 +45,7 @@ class Learner:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
-            flat = torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[union-attr]
-            flat = self.accelerator.reduce(flat, "mean")
-            for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.grad = grad.view_as(parameter)
+            average([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
         if not self.scaler.is_enabled() and norm - norm != 0:
@@ -59,3 +56,30 @@ class Learner:
             self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:
+    """Replace gradients by their means over the processes, in place.
+
+    Args:
+        grads: Of one dtype and device, in the same order in every process.
+        bucket: Bytes that are sent in one call and take memory beside the gradients; what is larger goes as it is.
+    """
+    for part in _buckets(grads, bucket):
+        flat = part[0] if len(part) == 1 else torch.cat([grad.flatten() for grad in part])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        if len(part) > 1:
+            for grad, mean in zip(part, flat.split([grad.numel() for grad in part]), strict=True):
+                grad.copy_(mean.view_as(grad))
+
+
+def _buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and sum(t.nbytes for t in part) + tensor.nbytes > size:
+            yield part
+            part = []
+        part.append(tensor)
+    if part:
+        yield part

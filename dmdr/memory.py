@@ -6,9 +6,12 @@ token's weight of every other. What no one can see from outside remains uncounte
 and what the caching allocator loses to fragmentation.
 """
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 REST = "activations"
@@ -37,8 +41,9 @@ AUTOCAST = dict.fromkeys(LOWER.split(), True) | dict.fromkeys(FLOAT32.split(), F
 class Meter(TorchDispatchMode):
     """Bytes of the storages that are alive, by label, and what they were when their sum was highest.
 
-    It answers for the values that meta tensors do not have: what is copied to the CPU is 0.5 everywhere, a number that
-    is asked for is 1. Whole numbers that were copied from the CPU, such as lengths, are remembered.
+    It answers for the values that meta tensors do not have: what is copied to the CPU is 0.5 everywhere (0 if it is of
+    whole numbers), a number that is asked for is 1. Whole numbers that were copied from the CPU, such as lengths, are
+    remembered until they change.
 
     Attributes:
         now: Bytes by label; what was never labelled is REST.
@@ -51,7 +56,7 @@ class Meter(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._labels: dict[int, str] = {}
         self._alive: dict[int, Any] = {}
-        self._values: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}  # on the CPU, laid out as the storage on the meta device
         self._sum = self._highest = 0
 
     def restart(self) -> None:
@@ -85,10 +90,10 @@ class Meter(TorchDispatchMode):
         if self._sum > self._highest:
             self._highest, self.peak = self._sum, self.now.copy()
 
-    def _value(self, tensor: Tensor) -> Tensor:
+    def _value(self, tensor: Tensor, otherwise: float) -> Tensor:
         known = self._values.get(id(tensor.untyped_storage()))
         if known is None:
-            return torch.full_like(tensor, 0.5, device="cpu")
+            return torch.full_like(tensor, otherwise, device="cpu")
         return known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def __torch_dispatch__(
@@ -96,25 +101,49 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.ones((), dtype=args[0].dtype).item()
+            return self._value(args[0], 1).item()
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            out: Any = self._value(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+            out: Any = self._value(args[0], 0.5).to(kwargs.get("dtype") or args[0].dtype)
         else:
             out = func(*args, **kwargs)
             if func is aten._to_copy.default and out.is_meta and not args[0].is_meta and not out.is_floating_point():
-                self._values[id(out.untyped_storage())] = args[0]
+                value = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(args[0])
+                self._values[id(out.untyped_storage())] = value
+            for tensor in _written(func, args, kwargs):
+                self._values.pop(id(tensor.untyped_storage()), None)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return out
 
 
-class GPUKernels(TorchFunctionMode):
-    """Autocast and attention of meta tensors as on a GPU.
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The arguments that an operation changes in place."""
+    if func._schema.is_mutable:
+        names = [argument.name for argument in func._schema.arguments if argument.is_write]
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
+        yield from (t for t in tree_leaves([given.get(name) for name in names]) if isinstance(t, Tensor))
 
-    Autocast is on where `torch.autocast("cpu")` says so, which itself means nothing to meta tensors: activation
-    checkpointing enters it again for its recomputation.
+
+@contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Autocast of meta tensors, where `GPUKernels` are on: of CUDA's lists, and with its cache.
+
+    The cache keeps the casts of float32 leaves that require a gradient until autocast ends, whoever else needs them.
     """
+    token = _casts.set(WeakIdKeyDictionary())
+    try:
+        with torch.autocast("cpu", dtype):  # means nothing to meta tensors; checkpointing enters it to recompute
+            yield
+    finally:
+        _casts.reset(token)
+
+
+_casts: ContextVar[Any] = ContextVar("casts", default=None)  # leaf -> its cast, within `autocast`
+
+
+class GPUKernels(TorchFunctionMode):
+    """Autocast and attention of meta tensors as on a GPU, the former wherever `torch.autocast("cpu")` is on."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -179,8 +208,14 @@ def _engine(
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    floating = isinstance(value, Tensor) and value.is_meta and value.is_floating_point()
-    return value.to(dtype) if floating and value.dtype != torch.float64 else value
+    if not (isinstance(value, Tensor) and value.is_meta and value.is_floating_point()) or value.dtype == torch.float64:
+        return value
+    casts = _casts.get()
+    if casts is None or dtype == value.dtype or not (value.is_leaf and value.requires_grad):
+        return value.to(dtype)
+    if value not in casts:
+        casts[value] = value.to(dtype)
+    return casts[value]
 
 
 def attention(
@@ -218,6 +253,30 @@ def attention(
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """Layer norm in its place: one kernel, as RMS norm is on CUDA, that keeps the same for backward."""
     return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-5)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """What bitsandbytes' optimizer of this name keeps; it moves nothing.
+
+    Each moment takes a byte a number and a float32 scale for each block of 256; those of parameters of fewer than 4096
+    numbers are float32. Parameters are updated one by one and in place: beside the states, a step takes nothing.
+
+    Source: `Optimizer2State.init_state` and `update_step` of bitsandbytes.
+    """
+
+    def __init__(self, params: Iterable[Tensor], **options: Any) -> None:
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[parameter]
+            for moment in () if state else ("1", "2"):
+                small = parameter.numel() < 4096
+                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                if not small:
+                    blocks = math.ceil(parameter.numel() / 256)
+                    state[f"absmax{moment}"] = torch.zeros(blocks, device=parameter.device)
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {"scaled_dot_product_attention": attention, "rms_norm": rms_norm}

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -21,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmdr import images
@@ -431,7 +431,7 @@ class Run:
         parameters = self.job.backend.parameters(role)
         if state:
             load_parameters(state, role, parameters)
-        optimizer = adamw(config)(
+        optimizer = self.optimizer(
             parameters.values(),
             lr=rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -445,6 +445,10 @@ class Run:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
         ema = EMA(parameters, config.ema_decay) if role == "student" and config.ema_decay else None
         return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm, ema)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        """The AdamW that --optim names."""
+        return adamw(self.config)(parameters, **options)
 
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         if not self.accelerator.is_main_process:

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import dmdr
 import parts
@@ -31,9 +34,9 @@ from dmdr.assemble import assemble, pipeline_class
 from dmdr.backends.lora import LoRARoles
 from dmdr.cli import train
 from dmdr.config import parse
-from dmdr.dry_run import META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
+from dmdr.dry_run import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
 from dmdr.errors import ConfigError
-from dmdr.memory import GPUKernels, Meter, attention
+from dmdr.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
 from dmdr.plan import stages
 from dmdr.protocols import BackendOptions
 from dmdr.rewards import Rewards
@@ -126,7 +129,8 @@ def test_every_family_and_every_objective_can_be_estimated(
     family = FAMILIES[name]
     given = {"model": str(folders[name]), "rl": objective, **family.settings, **family.objectives[objective]}
     found = dry(given, tmp_path)
-    assert list(found.phases) == ["stage 1", "stage 2", "sample grid"]
+    encoders = ["prompts"] if pipeline_class(given["model"]) != "SiTPipeline" else []
+    assert list(found.phases) == [*encoders, "stage 1", "stage 2", "sample grid"]
     assert all(parts["activations"] > 0 for parts in found.phases.values())
 
 
@@ -162,7 +166,7 @@ def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
     "given",
     [
         {},
-        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
         {"full_finetune": True, "ema_decay": 0.9},
         {"rl": "refl", "decode_chunk_size": 1, "gradient_checkpointing": True},
         {"rl": "grpo", "num_generations": 2},
@@ -215,14 +219,45 @@ def highest(function: Callable[[], object]) -> int:
     return peak
 
 
-def test_moments_of_8_bits_and_text_encoders_that_stay(folders: dict[str, Path], tmp_path: Path) -> None:
-    given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": True, "stage1_steps": 0}
-    plain, other = (dry(given | more, tmp_path) for more in ({}, {"optim": "adamw_bnb_8bit", "prompt_cache": "off"}))
+def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
+    """AdamW takes a float32 copy of all parameters while it steps; one of 8 bits does not."""
+    given = {
+        "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": True, "stage2_steps": 0,
+        "resolution": 8, "per_device_train_batch_size": 1, "gradient_checkpointing": True,
+    }  # fmt: skip
+    plain, other = (dry(given | {"optim": optim}, tmp_path) for optim in ("adamw_torch", "adamw_bnb_8bit"))
+    student = plain.phases["stage 1"]["student, full"]
+    assert plain.phases["stage 1"]["activations"] > student
+    assert all(phase["activations"] < student / 2 for name, phase in other.phases.items() if name != "prompts")
     # Most of these layers are too small for 8 bits.
-    assert other.phases["stage 2"][OPTIMIZER] < 0.6 * plain.phases["stage 2"][OPTIMIZER]
-    assert "text encoders" not in plain.parameters and other.parameters["text encoders"] > 0
-    assert plain.backbones == 2 and plain.backbone == plain.phases["stage 2"][NETWORK]
+    assert other.phases["stage 1"][OPTIMIZER] < 0.6 * plain.phases["stage 1"][OPTIMIZER]
+    assert plain.backbones == 2 and plain.backbone == plain.phases["stage 1"][NETWORK]
     assert [plain.total(n) - plain.total() for n in (2, 3)] == [0, plain.backbone]
+
+
+def test_states_of_8_bits() -> None:
+    large, small = (nn.Parameter(torch.empty(n, device="meta")) for n in (5000, 4000))
+    optimizer = AdamW8bit([large, small])
+    for parameter in (large, small):
+        parameter.grad = torch.zeros_like(parameter)
+    with Meter() as meter:
+        meter.label("there", [large, small, large.grad, small.grad])
+        for _ in range(2):
+            optimizer.step()
+        assert meter.now["activations"] == meter.peak["activations"] == 2 * (5000 + 4 * 20 + 4 * 4000)
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt_cache": "off"}, {"dataset_streaming": True}], ids=str)
+def test_text_encoders_go_before_training_where_all_prompts_are_known(
+    folders: dict[str, Path], tmp_path: Path, more: dict[str, Any]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    given = {"model": str(folders["sd3"]), "prompts": str(tmp_path / "prompts.txt"), "max_sequence_length": 5}
+    found = dry(given | {"stage2_steps": 0} | more, tmp_path)
+    assert ("prompts" in found.phases) == (not more)
+    assert more or list(found.phases["prompts"]) == [ENCODERS, "activations"]
+    held = [phase.get(ENCODERS, 0) for phase in found.phases.values()]
+    assert [size > 4 * found.parameters[ENCODERS] for size in held] == ([True, True] if more else [True, False, False])
 
 
 # --- As on a GPU ------------------------------------------------------------------------------------------------------
@@ -303,6 +338,33 @@ def test_autocast_is_that_of_cuda(build: Callable[[], Any]) -> None:
         torch.set_autocast_enabled("cuda", False)
 
 
+@pytest.mark.parametrize("mode", ["no_grad", "checkpointed", "plain"])
+def test_autocast_keeps_what_it_casts_of_trained_weights(mode: str) -> None:
+    """Of all layers until it ends, also where no graph needs them: as PyTorch's own on the CPU, within 3 %."""
+
+    def passes(device: str, context: AbstractContextManager[None]) -> Callable[[], None]:
+        with torch.device(device):
+            layers, x = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6))), torch.ones(4, 512)
+
+        def run() -> None:
+            y = x
+            with torch.set_grad_enabled(mode != "no_grad"), context:
+                for layer in layers:
+                    y = checkpoint(layer, y, use_reentrant=False) if mode == "checkpointed" else layer(y)
+            if mode != "no_grad":
+                y.float().sum().backward()
+
+        return run
+
+    with Meter() as meter, GPUKernels():
+        forward = passes("meta", autocast(torch.bfloat16))
+        there = meter.now["activations"]
+        meter.restart()
+        forward()
+    allocated = highest(passes("cpu", torch.autocast("cpu", torch.bfloat16)))
+    assert meter.peak["activations"] - there == pytest.approx(allocated, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("width", "dtype", "masked"),
     [(64, torch.bfloat16, False), (64, torch.float32, False), (512, torch.bfloat16, False), (64, torch.bfloat16, True)],
@@ -328,9 +390,19 @@ def test_the_meter_counts_storages_while_they_live() -> None:
         c = a + 1
         del c
         assert +meter.now == {"kept": 4000} and meter.peak == {"kept": 4000, "activations": 4000}
-        lengths = torch.tensor([3, 5, 7]).to("meta")
-        assert lengths[1:].tolist() == [5, 7]
         assert a.sum().item() == 1 and bool((a > 0).any())
+
+
+def test_the_meter_remembers_whole_numbers() -> None:
+    with Meter():
+        lengths = torch.tensor([3, 5, 7])
+        meta = lengths.to("meta")
+        lengths.zero_()
+        assert meta[1:].tolist() == [5, 7] and meta[2].item() == 7
+        assert torch.arange(10)[3:6].to("meta").tolist() == [3, 4, 5]
+        assert torch.arange(6).view(2, 3).t().to("meta").tolist() == [[0, 3], [1, 4], [2, 5]]
+        meta[0].add_(1)
+        assert meta.tolist() == [0, 0, 0] and meta[0].item() == 1  # as if it had never had any
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -375,6 +447,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
         ({"architecture": "/no/where"}, "no model_index.json"),
         ({"rl": "refl", "reward": "none"}, "climbs a reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules nothing"),
+        ({"resolution": 64}, "--resolution|pos_embed_max_size"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(
@@ -385,6 +458,16 @@ def test_bad_input_is_refused_in_a_line(
         dry(own | given, tmp_path)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_lacks_a_value_is_refused_in_a_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Which the network can do without, and the shapes of its embeddings cannot."""
+    copy = Path(shutil.copytree(folders["sd3"], tmp_path / "model"))
+    file = copy / "transformer" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "pooled_projection_dim"}))
+    with pytest.raises(ConfigError, match="--dry_run cannot follow this run without weights: KeyError") as refused:
+        dry({"model": str(copy)}, tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_from_python_there_is_no_run_to_return(folders: dict[str, Path]) -> None:
@@ -398,5 +481,14 @@ def test_config_yaml_does_not_hold_it(folders: dict[str, Path]) -> None:
 
 
 def test_further_backbones_are_frozen_copies() -> None:
-    found = Estimate("", {}, {"stage 1": {"network, frozen": 10, "activations": 5}, "grid": {"a": 1}}, 1, 10)
-    assert [found.total(n) for n in (None, 1, 2, 3)] == [15, 15, 25, 35]
+    found = Estimate("", {}, {"prompts": {"a": 18}, "stage 1": {"network, frozen": 10, "activations": 5}}, 1, 10)
+    assert [found.total(n) for n in (None, 1, 2, 3)] == [18, 18, 25, 35]
+
+
+def test_the_numbers_of_the_readme() -> None:
+    """Of its recipe that takes least time to estimate."""
+    root = Path(dmdr.__file__).parents[1]
+    recipe = parse(["--config", str(root / "examples/sit/stage2.yaml"), "--dry_run"])
+    found = estimate(recipe)
+    row = next(line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `sit/stage2`"))
+    assert [f"{found.total(n) / 2**30:.1f}" for n in (2, 3)] == [cell.strip() for cell in row.split("|")[5:7]]

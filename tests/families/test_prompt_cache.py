@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -136,6 +136,21 @@ def test_a_second_run_encodes_nothing_and_loads_no_encoder(run: Any, calls: Call
     calls.forget()
     assert equal(run("second"), first)
     assert not calls.loads and not calls.encoded
+
+
+def test_prompts_are_encoded_before_the_network_is_loaded(
+    run: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders and network need not find room beside each other."""
+    encoded, load = [], SD3Transformer2DModel.from_pretrained
+
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        encoded.append(Counter(calls.encoded))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", loading)
+    run("first")
+    assert encoded == [Counter([*PROMPTS, ""])]
 
 
 def test_without_a_cache_a_run_learns_the_same(run: Any, calls: Calls, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from toy_trainer import Plain, Policy, prepared, state, trainer
 
 from dmdr.backends.toy import Redness
 from dmdr.ema import EMA
+from dmdr.learner import average
+from dmdr.memory import Meter
 from dmdr.protocols import Needs
 from dmdr.tilt import RewardTilt
 from dmdr_ac_dmd import ACDMD
@@ -126,6 +128,26 @@ def test_two_processes_train_as_one(both: list[dict[str, Any]], case: str) -> No
     assert torch.equal(torch.cat([first["sample"], second["sample"]]), alone["sample"])
     assert torch.equal(torch.cat([first["group"], second["group"]]), alone["group"])
     torch.testing.assert_close(torch.cat([first["states"], second["states"]], 1), alone["states"], rtol=0, atol=1e-5)
+
+
+def test_gradients_are_averaged_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one bucket beside them; the other process has three times ours."""
+    sent: list[int] = []
+
+    def reduce(flat: Tensor) -> None:
+        sent.append(flat.numel())
+        flat *= 4
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    grads = [torch.full((n, 10), float(n)) for n in (3, 40, 2, 2, 5, 1)]
+    places = [grad.data_ptr() for grad in grads]
+    with Meter() as meter:
+        meter.label("gradients", grads)
+        average(grads, bucket=100 * 4)
+        assert meter.peak["activations"] <= 100 * 4
+    assert sent == [30, 400, 90, 10] and [grad.data_ptr() for grad in grads] == places
+    assert all(torch.equal(grad, torch.full_like(grad, 2.0 * len(grad))) for grad in grads)
 
 
 @pytest.mark.parametrize("case", CASES)
