@@ -253,13 +253,13 @@ class PipelineBackend:
         return load_network(cls, source, subfolder, dtype, meta=self.device.type == "meta")
 
     def _load_vae(self, cls: Any, source: Source, subfolder: str = "") -> Any:
-        vae = self._load(cls, source, subfolder, torch.float32)
-        # Decoders of the Stable Diffusion families overflow in float16, which their `force_upcast` says.
-        upcast = self.dtype == torch.float16 and vae.config.force_upcast
-        vae.to("cpu" if self.options.cpu_offload else self.device, torch.float32 if upcast else self.dtype)
+        dtype = self.dtype
+        if dtype == torch.float16 and load_network(cls, source, subfolder, dtype, meta=True).config.force_upcast:
+            dtype = torch.float32  # decoders of the Stable Diffusion families overflow in float16
+        vae = self._load(cls, source, subfolder, dtype)
         if self.options.vae_tiling:
             vae.enable_tiling()
-        return vae.requires_grad_(False)
+        return vae.to("cpu" if self.options.cpu_offload else self.device).requires_grad_(False)
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:
         """The stock pipeline around our network and these parts; it does without all others but the scheduler."""

@@ -97,13 +97,13 @@ FAMILIES: dict[str, Family] = {
     "sd1": Family(
         sd1.build,
         lora_keys=UNET_LORA_KEYS,
-        objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
+        objectives={"grpo": UNET_OBJECTIVES["grpo"]},
         variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
     ),
     "sd1-v": Family(
         partial(sd1.build, prediction_type="v_prediction"),
         lora_keys=UNET_LORA_KEYS,
-        objectives={"none": {}, "grpo": UNET_OBJECTIVES["grpo"]},
+        objectives={"none": {}},
         variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
     ),
     "flux": Family(
