@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/dmdr-train
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not verify" --cov=dmdr --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not verify" -n 2 --dist loadfile --cov=dmdr --cov-report=term:skip-covered
 
 lint: $(READY)
 	$(BIN)/ruff check .

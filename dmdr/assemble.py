@@ -25,6 +25,7 @@ class Job:
         settings: The resolved settings.
         folder: Pipeline folder or hub id of the teacher.
         model: The named model that it came from, if any.
+        eval_rewards: What evaluations measure beside the rewards that are trained on.
     """
 
     settings: Settings
@@ -34,6 +35,7 @@ class Job:
     matching: Matching
     objectives: tuple[WeightedObjective, ...]
     rewards: Rewards | None
+    eval_rewards: Rewards | None
     prompts: Rows
 
     @property
@@ -60,8 +62,9 @@ def assemble(settings: Settings) -> Job:
     if config.dry_run and named and not bare:
         raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
     model = registry.load("models", config.model)() if named else None
-    prompts = open_prompts(config, model, settings.of("rewards"))
-    check_columns(settings.of("rewards"), prompts.first(1))
+    scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
+    prompts = open_prompts(config, model, scorers)
+    check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
     backend = open_backend(folder, config)
     if hasattr(backend, "check_prompts"):
@@ -69,8 +72,11 @@ def assemble(settings: Settings) -> Job:
         backend.check_prompts(texts, **columns)
         backend.check_prompts(own_prompts(objectives))
     checkpoints = None if config.dry_run else model  # which builds them
-    rewards = build_rewards(settings.of("rewards"), checkpoints) if settings.of("rewards") else None
-    return Job(settings, folder, model, backend, matching, objectives, rewards, prompts)
+    rewards, eval_rewards = (
+        build_rewards(settings.of(group), checkpoints) if settings.of(group) else None
+        for group in ("rewards", "eval_rewards")
+    )
+    return Job(settings, folder, model, backend, matching, objectives, rewards, eval_rewards, prompts)
 
 
 def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:
@@ -140,6 +146,8 @@ def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
 def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults: Any) -> Rewards:
     """The weighted sum of the named rewards; a named model supplies their checkpoints unless a flag does.
 
+    Rewards that only measure get checkpoints of its that were trained on other data.
+
     Args:
         chosen: At least one.
         model: The named model, if any.
@@ -149,7 +157,7 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
     for plugin in chosen:
         own = {name: value for name, value in defaults.items() if name in plugin.options}
         if model is not None and plugin.options.get("checkpoint", "") is None:
-            path = model.reward_checkpoint(plugin.name)
+            path = model.reward_checkpoint(plugin.name, held_out=plugin.group == "eval_rewards")
             own |= {"checkpoint": str(path)} if path else {}
         parts[plugin.name] = (plugin.weight, plugin.build(**own))
     return Rewards(parts)
@@ -184,16 +192,17 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
 
 
 def open_backend(folder: str, config: Config) -> Backend:
-    """The backend of the folder's pipeline class."""
+    """The backend that the user names, or else that of the folder's pipeline class."""
     name = pipeline_class(folder, config.revision)
-    if name not in registry.plugins("backends"):
+    if not config.backend and not registry.registered("backends", name):
         known = ", ".join(registry.plugins("backends"))
         raise ConfigError(
             f"--model {folder} is a {name}, which no backend trains; there are backends for {known} "
-            "(a package adds one under the entry-point group 'dmdr.backends')"
+            "(name another with --backend; a package adds one under the entry-point group 'dmdr.backends')"
         )
     given = {option.name: getattr(config, option.name) for option in fields(BackendOptions)}
     lists = {name: tuple(given[name] or ()) for name in ("lora_target_modules", "drop_text_encoders")}
+    given["reward_vae"] = None if config.reward_vae == "none" else config.reward_vae
     options = BackendOptions(**(given | lists))
-    backend: Backend = registry.load("backends", name)(folder, options)
+    backend: Backend = registry.load("backends", config.backend or name)(folder, options)
     return backend

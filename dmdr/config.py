@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import logging
 import math
 import re
 import typing
@@ -19,6 +20,7 @@ from dmdr import registry
 from dmdr.errors import ConfigError
 from dmdr.expression import parse_sum
 
+logger = logging.getLogger(__name__)
 REQUIRED = dataclasses.MISSING
 F = TypeVar("F", bound="Flags")
 
@@ -67,6 +69,9 @@ class Config(Flags):
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
+    eval_reward: str = flag(
+        "none", "sum of rewards that every evaluation measures and none trains on; their flags begin with eval_"
+    )
     matching: str = flag("dmd", "how student and teacher are compared")
     dmd_weight: float = flag(1.0, "weight of the matching loss; 0 is RL only")
     rl_weight: float = flag(0.3, "lambda of L = L_DMD + lambda L_RL in stage 2")
@@ -139,7 +144,9 @@ class Config(Flags):
     gradient_checkpointing: bool = flag(False, "recompute activations in backward")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
     torch_compile: bool = flag(False, "compile the network's blocks: minutes at the start, faster steps")
-    attention_backend: str | None = flag(None, "attention kernel by diffusers' name, e.g. flash; its own by default")
+    attention_backend: str | None = flag(
+        None, "attention kernel by diffusers' name, e.g. flash, of families that choose one"
+    )
     cpu_offload: bool = flag(
         False,
         "keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes back "
@@ -148,6 +155,9 @@ class Config(Flags):
     vae_tiling: bool = flag(False, "decode by tiles")
     decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
     # The model
+    backend: str | None = flag(
+        None, "model family, e.g. package:NAME or my_file.py:NAME; by default the one for the pipeline's class"
+    )
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
     variant: str | None = flag(None, "weights files of --model that are meant, such as fp16")
     resolution: int | None = flag(None, "image size in pixels; the model's own by default")
@@ -160,7 +170,9 @@ class Config(Flags):
         None, "LoRA that is merged into the teacher's network first: a file, folder or hub id"
     )
     student_weights: str | None = flag(None, "weights file that a full student (--full_finetune) starts from")
-    reward_vae: str | None = flag(None, "tiny decoder for the rewards (AutoencoderTiny): a folder or hub id")
+    reward_vae: str | None = flag(
+        None, "tiny decoder for the rewards (AutoencoderTiny), a folder or hub id; 'none' for the model's own"
+    )
     prompt_cache: str | None = flag(
         None, "folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by default"
     )
@@ -230,6 +242,8 @@ class Config(Flags):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
+        if self.eval_reward != "none":
+            self._require(self.num_eval_samples > 0, "num_eval_samples", "above 0 for --eval_reward")
         if self.prompts is None:
             own = {"prompt_column": "prompt", "dataset_config": None, "dataset_train_split": "train"}
             for name, default in (own | {"dataset_streaming": False}).items():
@@ -301,7 +315,11 @@ def _norway(value: Any, hint: Any) -> str:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plugin that the run names: `weight * name`, its class, and the values of its own flags."""
+    """A plugin that the run names: `weight * name`, its class, and the values of its own flags.
+
+    Attributes:
+        group: That of the registry, or "eval_rewards": rewards that only measure.
+    """
 
     group: str
     name: str
@@ -309,10 +327,26 @@ class Chosen:
     cls: type
     options: dict[str, Any] = field(default_factory=dict)
 
+    def key(self, option: str) -> str:
+        """The full name of one of its flags."""
+        key = f"{re.sub(r'[^0-9a-zA-Z]', '_', self.name)}_{option}"
+        if self.group == "eval_rewards":
+            return f"eval_{key}"
+        return f"_{key}" if key[0].isdigit() else key
+
     def build(self, **defaults: Any) -> Any:
-        """The plugin, from its flags; `defaults` fill those left unset (None)."""
+        """The plugin, from its flags; `defaults` fill those left unset (None).
+
+        Raises:
+            ConfigError: If it refuses their values (a ValueError).
+        """
         unset = {key: value for key, value in defaults.items() if self.options.get(key) is None}
-        return self.cls(**(self.options | unset))
+        try:
+            return self.cls(**(self.options | unset))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{self.group[:-1]} '{self.name}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -325,19 +359,18 @@ class Settings:
     def of(self, group: str) -> list[Chosen]:
         return [plugin for plugin in self.plugins if plugin.group == group]
 
-    def as_yaml(self) -> str:
-        """What `--config` reads to repeat the run, wherever it is written to."""
+    def values(self) -> dict[str, Any]:
+        """Every setting by its full name, but for where the run is written to."""
         values = dataclasses.asdict(self.config)
         for name in ("dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
             del values[name]
         for plugin in self.plugins:
-            values |= {_key(plugin.name, name): value for name, value in plugin.options.items()}
-        return yaml.safe_dump(values, sort_keys=False)
+            values |= {plugin.key(name): value for name, value in plugin.options.items()}
+        return values
 
-
-def _key(plugin: str, name: str) -> str:
-    key = f"{re.sub(r'[^0-9a-zA-Z]', '_', plugin)}_{name}"
-    return f"_{key}" if key[0].isdigit() else key
+    def as_yaml(self) -> str:
+        """What `--config` reads to repeat the run, wherever it is written to."""
+        return yaml.safe_dump(self.values(), sort_keys=False)
 
 
 def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
@@ -350,7 +383,9 @@ def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
 
 
 def _load(parts: Sequence[tuple[str, float, str]]) -> list[Chosen]:
-    return [Chosen(group, name, weight, registry.load(group, name)) for group, weight, name in parts]
+    return [
+        Chosen(group, name, weight, registry.load(group.removeprefix("eval_"), name)) for group, weight, name in parts
+    ]
 
 
 def _help_of(cls: type) -> dict[str, str]:
@@ -363,12 +398,15 @@ def _help_of(cls: type) -> dict[str, str]:
 
 
 def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
-    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous."""
+    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous.
+
+    Rewards that only measure have no short names, and take none from the others.
+    """
     taken = {f.name for f in dataclasses.fields(command)}
     count: dict[str, int] = {}
     for plugin in chosen:
         for f in dataclasses.fields(plugin.cls):
-            if f.init:
+            if f.init and plugin.group != "eval_rewards":
                 count[f.name] = count.get(f.name, 0) + 1
     fields: list[tuple[str, Any, Any]] = []
     short: dict[str, str] = {}
@@ -377,11 +415,11 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
         for f in dataclasses.fields(plugin.cls):
             if not f.init:
                 continue
-            key = _key(plugin.name, f.name)
+            key = plugin.key(f.name)
             if key in (name for name, _, _ in fields):
                 raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
             metadata = {"help": help_texts.get(f.name, "")}
-            if count[f.name] == 1 and f.name not in taken:
+            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in taken:
                 short[f.name] = key
                 metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
             copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
@@ -437,7 +475,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         SystemExit: After printing `--help`.
     """
     arguments = _joined(arguments)
-    names = ("model", "rl", "reward", "matching")
+    names = ("model", "rl", "reward", "eval_reward", "matching")
     first = _first_look(arguments, *names, "architecture", "resume_from_checkpoint", "output_dir")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
@@ -445,6 +483,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     given = read_yaml(file) if file else {}
     if file and isinstance(given.get("architecture"), str):  # a recipe's, beside its YAML
         given["architecture"] = str(Path(file).parent / given["architecture"])
+    in_file = dict(given)
     given |= settings
     if first.model is None and (bare := first.architecture or given.get("architecture")):
         given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
@@ -457,12 +496,31 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     default = {f.name: f.default for f in dataclasses.fields(Config)}
     recipe = dict(model_recipe(str(_first_given(look["model"], default["model"]))))
     per_objective = recipe.pop("objectives", {})
-    rl, reward, matching = (str(_first_given(look[key], recipe.get(key), default[key])) for key in names[1:])
-    chosen = _load([*_named("objectives", rl), *_named("rewards", reward), ("matchings", 1.0, matching)])
+    named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in names}
+    chosen = _load(_parts(named))
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
+    there = {(plugin.group, plugin.name) for plugin in chosen}
+    replaced = [Chosen(group, name, weight, object) for group, weight, name in _parts(in_file)]
+    stale = tuple(plugin.key("") for plugin in replaced if (plugin.group, plugin.name) not in there)
+    given = {key: value for key, value in given.items() if not _is_stale(key, stale, chosen)}
     return Settings(*_parse(Config, chosen, arguments, given, recipe, **about))
+
+
+def _parts(named: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Group, weight and name of all plugins that settings name."""
+    sums = {"objectives": "rl", "rewards": "reward", "eval_rewards": "eval_reward", "matchings": "matching"}
+    return [part for group, key in sums.items() for part in _named(group, str(named.get(key, "none")))]
+
+
+def _is_stale(key: str, prefixes: tuple[str, ...], chosen: Sequence[Chosen]) -> bool:
+    """Whether a file's setting is of a plugin that flags have replaced, and of none that is chosen; says so."""
+    own = tuple(plugin.key("") for plugin in chosen)
+    stale = str(key).startswith(prefixes) and not str(key).startswith(own)
+    if stale:
+        logger.warning("%s is left out: the run does not use what it is a setting of", key)
+    return stale
 
 
 def parse_command(
@@ -520,9 +578,7 @@ def _parse(
     plugins = tuple(
         dataclasses.replace(
             plugin,
-            options={
-                f.name: getattr(values, _key(plugin.name, f.name)) for f in dataclasses.fields(plugin.cls) if f.init
-            },
+            options={f.name: getattr(values, plugin.key(f.name)) for f in dataclasses.fields(plugin.cls) if f.init},
         )
         for plugin in chosen
     )
@@ -551,7 +607,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     """`--reward -1*hps` as `--reward=-1*hps`: argparse takes such a value for a flag."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] in ("--reward", "--rl") and re.match(r"-[\d.]", argument):
+        if joined and joined[-1] in ("--reward", "--eval_reward", "--rl") and re.match(r"-[\d.]", argument):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

@@ -124,7 +124,7 @@ def _weightless(job: Job) -> Job:
         torch_compile=False,
         reward_vae=str(own) if options.reward_vae and own.is_dir() else options.reward_vae,
     )
-    rewards = job.rewards and Rewards({name: (share, AnyReward()) for name, (share, _) in job.rewards.parts.items()})
+    rewards = job.rewards and Rewards({name: (share, AnyReward()) for name, share in job.rewards.weights.items()})
     return replace(job, backend=type(job.backend)(job.folder, options), rewards=rewards)
 
 
@@ -173,7 +173,7 @@ def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> 
     """The peak of a batch of the prompt cache."""
     meter.restart()
     for encoder in encoders:
-        clip = encoder.config.model_type.startswith("clip")
+        clip = encoder.config.model_type == "clip_text_model"
         length = encoder.config.max_position_embeddings if clip else backend.text_length
         encoder(torch.zeros(SHARD, length, dtype=torch.int64, device=META))
     return meter.peak
@@ -241,6 +241,7 @@ class Process:
     is_main_process = True
 
     def autocast(self) -> AbstractContextManager[Any]:
+        """What `GPUKernels` takes for autocast."""
         dtype = dtype_of(self.mixed_precision)
         return nullcontext() if dtype == torch.float32 else autocast(dtype)
 

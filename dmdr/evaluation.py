@@ -92,6 +92,28 @@ def precision_recall(
     return _covered(fake, real, k, max_distances), _covered(real, fake, k, max_distances)
 
 
+def inception_score(probabilities: Tensor) -> float:
+    """How sure a classifier is of each image, and of how many classes over all.
+
+        score = exp( mean_x KL( p(y|x) || p(y) ) ),  p(y) = mean_x p(y|x)
+
+    Args:
+        probabilities: p(y|x), [N, C], any float dtype; rows sum to 1, N is 1 or more.
+
+    Returns: From 1 (each image says the same) to C (certain, and every class as often); NaN where one is not finite.
+
+    Raises:
+        ValueError: It is no such matrix.
+
+    Source: Salimans et al. 2016 (arXiv:1606.03498), eq. 1; over all images at once, not over ten parts of them.
+    """
+    if probabilities.ndim != 2 or probabilities.numel() == 0:
+        raise ValueError(f"expected probabilities [N, C], not {list(probabilities.shape)}")
+    p = probabilities.detach().cpu().double()
+    entropy = torch.special.entr(p).sum(1).mean()
+    return float((torch.special.entr(p.mean(0)).sum() - entropy).exp())  # the mean KL is H(y) - H(y|x)
+
+
 def _covered(points: Tensor, manifold: Tensor, k: int, max_distances: int) -> float:
     """Share of `points` inside the k-NN manifold of another set."""
     rows = max(1, max_distances // len(manifold))
@@ -120,6 +142,7 @@ def evaluate(
     columns: Mapping[str, Sequence[Any]],
     judge: Judge | None,
     rewards: Scorer | None,
+    eval_rewards: Scorer | None = None,
     *,
     chunk: int = 128,
     device: torch.device | None = None,
@@ -128,15 +151,16 @@ def evaluate(
 
     With a judge: `accuracy` in [0, 1], `frechet_distance` of `judge.features`, `precision` and `recall` of
     `judge.embed`, each against all of `judge.reference()`; the last three are left out of an evaluation of k = 3 images
-    or fewer, where they mean nothing. With rewards: `reward/<name>` and `reward/total`, means over the images whose
-    reward is finite (NaN where none is).
+    or fewer, where they mean nothing; `inception_score` in [1, C], of a judge that has `probabilities`. With rewards:
+    `reward/<name>` and `reward/total`, means over the images whose reward is finite (NaN where none is); the same under
+    `eval_reward/` for those that only measure.
 
     Args:
         images: [B, 3, H, W] float32 in [0, 1], B >= 1.
         prompts: What each image shall show, B strings.
         columns: Further columns of the prompt rows, each of length B.
         judge: The model's independent eye, or None.
-        rewards: The run's rewards, or None.
+        rewards, eval_rewards: The run's rewards, and those that only measure, or None.
         chunk: Images that the judge and the rewards see at a time.
         device: Where they are seen; where `images` lie by default.
 
@@ -156,6 +180,8 @@ def evaluate(
             judge.correct(images[i : i + chunk].to(device), prompts[i : i + chunk]).float().cpu() for i in starts
         ]
         metrics["accuracy"] = torch.cat(correct).mean().item()
+        if hasattr(judge, "probabilities"):
+            metrics["inception_score"] = inception_score(_map(judge.probabilities, images, chunk, device))
         real = judge.reference()
         if min(len(images), len(real)) > NEIGHBOURS:
             features, points = (
@@ -165,15 +191,17 @@ def evaluate(
             metrics["frechet_distance"] = frechet_distance(features[0], features[1])
             metrics["precision"], metrics["recall"] = precision_recall(points[0], points[1])
 
-    if rewards is not None:
+    for kind, scorer in (("reward", rewards), ("eval_reward", eval_rewards)):
+        if scorer is None:
+            continue
         parts = []
         for i in starts:
             row = {name: column[i : i + chunk] for name, column in columns.items()}
-            parts.append(rewards.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
+            parts.append(scorer.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
         # The total is taken of all images at once, in case it depends on the statistics of its batch.
         scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        metrics |= {f"reward/{name}": _finite_mean(values) for name, values in scores.items()}
-        metrics["reward/total"] = _finite_mean(rewards.total(scores))
+        metrics |= {f"{kind}/{name}": _finite_mean(values) for name, values in scores.items()}
+        metrics[f"{kind}/total"] = _finite_mean(scorer.total(scores))
     return metrics
 
 

@@ -37,6 +37,7 @@ def export(
     sampler: Sampler,
     *,
     base: str,
+    family: str | None,
     name: str,
     prompt: str,
     mixed_precision: str,
@@ -48,6 +49,7 @@ def export(
     Args:
         folder: Where to, usually `<run>/student`.
         base: Folder or hub id of the teacher.
+        family: Name of the backend, where it is not that of the teacher's class.
         name: What users call it.
         prompt: Example of the model card.
         mixed_precision: Of the run, and of whoever samples it unless they choose another.
@@ -57,7 +59,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     call = dict(backend.export(partial, sampler))
-    about = {"base_model": base, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
+    about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
     about |= {"mixed_precision": mixed_precision, "options": asdict(backend.options)}
     (partial / "sampling.json").write_text(json.dumps(about, indent=2) + "\n")
     card = jinja2.Template(CARD).render(

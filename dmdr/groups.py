@@ -6,9 +6,16 @@ advantages of nothing.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+STD_FLOOR = 1e-4  # added to standard deviations of rewards, as Flow-GRPO and TRL do
+ADVANTAGE_LIMIT = 5.0  # Flow-GRPO, DanceGRPO and DiffusionNFT clip advantages there
+
+ScaleRewards = Literal["group", "batch", "none"]
+Aggregation = Literal["normalize_then_sum", "sum_then_normalize"]
 
 
 def spread_out(values: Tensor) -> bool:
@@ -60,6 +67,55 @@ def group_std(deviation: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     index, number = _index(group)
     size = _sum(valid.double(), index, number)
     return (_sum(deviation**2, index, number) / size.clamp_min(1)).sqrt()[index]
+
+
+def advantages(
+    scores: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    group: Tensor,
+    scale_rewards: ScaleRewards = "batch",
+    aggregation: Aggregation = "normalize_then_sum",
+) -> tuple[Tensor, Tensor]:
+    """How much better each sample is than its group.
+
+    Args:
+        scores: Raw rewards of the global batch by name, each [N].
+        weights: Weight of each name.
+        group: Group of each sample, [N].
+        scale_rewards: Unit of a deviation: the standard deviation of its "group", of the whole "batch", or 1 ("none").
+        aggregation: "normalize_then_sum" scales each reward before the weighted sum, so that none is silenced by
+            another's variance, and brings the sum to unit size over the batch (GDPO, arXiv 2601.05242; TRL), unless
+            there is no scale. "sum_then_normalize" scales the sum alone (Flow-GRPO, arXiv 2505.05470).
+
+    Returns:
+        Advantages [N] float64 in [-5, 5], exactly 0 in a group of equal rewards, and the valid samples [N] bool: those
+        with finite rewards whose group holds another such.
+    """
+    valid = comparable(group, judged(scores))
+    if aggregation == "sum_then_normalize":
+        total = torch.stack([weights[name] * score.double() for name, score in scores.items()]).sum(0)
+        advantage = _scaled(total, group, valid, scale_rewards)
+    else:
+        apart = [weights[name] * _scaled(score, group, valid, scale_rewards) for name, score in scores.items()]
+        advantage = torch.stack(apart).sum(0)
+        if scale_rewards != "none":
+            advantage = advantage / (_rms(advantage[valid]) + STD_FLOOR)
+    return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT), valid
+
+
+def _scaled(values: Tensor, group: Tensor, valid: Tensor, unit: ScaleRewards) -> Tensor:
+    """Deviation from the group's mean in that unit, [N] float64."""
+    deviation = group_deviation(values, group, valid)
+    if unit == "none":
+        return deviation
+    if unit == "group":
+        return deviation / (group_std(deviation, group, valid) + STD_FLOOR)
+    usable = values[valid].double()
+    return deviation / (_rms(usable - usable.mean()) + STD_FLOOR)
+
+
+def _rms(values: Tensor) -> Tensor:
+    return (values**2).mean().sqrt() if len(values) else values.new_zeros(())
 
 
 def _index(group: Tensor) -> tuple[Tensor, int]:

@@ -26,6 +26,25 @@ def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
     return Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device))
 
 
+def renoised_to_grid(x: Tensor, purpose: str, draw: Draw, ctx: Context, rows: Tensor | None = None) -> Renoised:
+    """Clean latents x [B, *latent] at the student's own times, one drawn for each; the first of them is pure noise.
+
+    The student starts from noise, whatever time it is told there: `eps` is then the noise that x_t is made of if x is
+    its image.
+
+    Args:
+        rows: The rows of `draw` whose sample index keys the time and the noise, [B]; those of x by default.
+    """
+    key = draw.sample if rows is None else draw.sample[rows]
+    i = ctx.random.integers(keyed(f"{purpose}/index", draw), key, ctx.sampler.num_inference_steps)
+    noise = ctx.random.normal(keyed(f"{purpose}/eps", draw), key, tuple(x.shape[1:])).to(x.dtype)
+    t = ctx.sampler.t.to(x.device)[i]
+    start = (i == 0).view(-1, *[1] * (x.ndim - 1))
+    x_t = torch.where(start, noise, add_noise(ctx.backend.path, x, noise, t))
+    eps = Prediction(x, "x0", x_t, t, ctx.backend.path).eps
+    return Renoised(x_t, t, x, eps, torch.ones(len(x), device=x.device))
+
+
 def denoising_error(prediction: Prediction, renoised: Renoised) -> Tensor:
     """Weighted denoising loss per sample, [B], in the network's own parameterisation."""
     error = (prediction.value - prediction.target(renoised.x0, renoised.eps)) ** 2

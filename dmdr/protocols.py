@@ -336,7 +336,10 @@ class RewardObjective(Protocol):
 
 
 class Judge(Protocol):
-    """An independent eye for evaluation, never a reward: trained on real images only."""
+    """An independent eye for evaluation, never a reward: trained on real images only.
+
+    Optional: `probabilities(images) -> [B, C]` of its classes, each row summing to 1, for the inception score.
+    """
 
     def features(self, images: Tensor) -> Tensor:
         """[B, D] features of the Frechet distance."""
@@ -369,7 +372,10 @@ class NamedModel(Protocol):
     def prompts(self) -> list[dict[str, Any]]:
         """Rows with a `prompt` and any further columns."""
 
-    def reward_checkpoint(self, reward: str) -> Path | None:
-        """A checkpoint for this reward in its published layout, built on first use; None for the published one."""
+    def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
+        """A checkpoint for this reward in its published layout, built on first use; None for the published one.
+
+        `held_out` asks for one that was trained on other data, for --eval_reward.
+        """
 
     def judge(self) -> Judge | None: ...

@@ -2,17 +2,23 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
+import re
+import types
+import typing
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.functions import as_reward, load_object
 
-PROMISED = {"objectives": ("needs", "__call__"), "rewards": ("differentiable", "prepare", "__call__")}
 GROUPS = ("objectives", "rewards", "matchings", "backends", "models")
+READ_OFF_THE_CLASS = {"rewards": ("differentiable",), "models": ("recipe",)}  # before there is an instance
 
 
 class PluginError(ConfigError):
@@ -25,8 +31,8 @@ class Plugin:
 
     Attributes:
         group: One of GROUPS.
-        name: What users type.
-        target: `module:attribute`.
+        name: What users type, as long as no other distribution offers the same.
+        target: `module:attribute`, as the entry point has it.
         distribution, version: The installed package that it comes from.
         extras: Extras of that package that it needs, as its entry point declares them: `"module:Class [extra]"`.
     """
@@ -38,32 +44,31 @@ class Plugin:
     version: str
     extras: tuple[str, ...] = ()
 
+    @property
+    def full_name(self) -> str:
+        """What users can always type, `distribution:name`."""
+        return f"{self.distribution}:{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.group[:-1]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
+
+
+def offers(group: str) -> list[Plugin]:
+    """Every offer of a group, by name and distribution; imports none, and a broken one is listed like any other."""
+    found = set()
+    for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
+        target, _, extras = point.value.partition("[")
+        names = tuple(extra.strip() for extra in extras.rstrip("] ").split(",") if extra.strip())
+        origin = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+        found.add(Plugin(group, point.name, re.sub(r"\s*:\s*", ":", target.strip()), *origin, names))
+    return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution, plugin.target))
+
 
 def plugins(group: str) -> dict[str, Plugin]:
-    """The plugins of a group by name, sorted; imports none of them.
-
-    Raises:
-        PluginError: If two distributions offer the same name.
-    """
-    found: dict[str, Plugin] = {}
-    for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
-        dist = point.dist
-        origin = (dist.name, dist.version) if dist else ("?", "?")
-        try:
-            plugin = Plugin(group, point.name, f"{point.module}:{point.attr}", *origin, tuple(point.extras))
-        except AttributeError as error:  # what importlib.metadata answers to a value of another form
-            raise PluginError(
-                f"{group[:-1]} '{point.name}' of {' '.join(origin)} has an entry point that is no "
-                f"'module:Class': '{point.value}'"
-            ) from error
-        clash = found.get(point.name)
-        if clash and clash != plugin:
-            raise PluginError(
-                f"{group[:-1]} '{point.name}' is offered by both {clash.distribution} and {plugin.distribution}; "
-                "uninstall one of them"
-            )
-        found[point.name] = plugin
-    return dict(sorted(found.items()))
+    """The plugins of a group by what users type: the name, or `distribution:name` where several offer it."""
+    found = offers(group)
+    count = Counter(plugin.name for plugin in found)
+    return {plugin.name if count[plugin.name] == 1 else plugin.full_name: plugin for plugin in found}
 
 
 def suggest(name: str, known: list[str]) -> str:
@@ -73,25 +78,46 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def find(group: str, name: str) -> Plugin:
-    """The plugin of this name.
+    """The plugin of this name or full name.
 
     Raises:
-        PluginError: If there is none; names the known ones.
+        PluginError: If there is none, which names the known ones, or several, which says how to choose.
     """
-    known = plugins(group)
-    if name not in known:
-        hint = " of a file, as in my_file.py:NAME" if name.endswith(".py") else suggest(name, list(known))
+    found = [plugin for plugin in offers(group) if _is_called(plugin, name)]
+    if len(found) > 1:
+        raise PluginError(
+            f"{group[:-1]} '{name}' is offered by {' and by '.join(f'{p.distribution} {p.version}' for p in found)}; "
+            f"write {' or '.join(('--backend ' if group == 'backends' else '') + p.full_name for p in found)}"
+        )
+    if not found:
+        known = list(plugins(group))
+        hint = " of a file, as in my_file.py:NAME" if name.endswith(".py") else suggest(name, known)
         raise PluginError(
             f"unknown {group[:-1]} '{name}'{hint}; known: {', '.join(known) or 'none'} "
             f"(a package adds one under the entry-point group 'dmdr.{group}')"
         )
-    return known[name]
+    return found[0]
+
+
+def _is_called(plugin: Plugin, name: str) -> bool:
+    """By its name or by its full name."""
+    distribution, _, rest = name.partition(":")
+    return plugin.name in (name, rest) and (
+        plugin.name == name or _canonical(plugin.distribution) == _canonical(distribution)
+    )
+
+
+def _canonical(distribution: str) -> str:
+    """Distributions are the same whatever their capitals and whichever of - _ . they are written with (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def registered(group: str, name: str) -> str | None:
-    """The plugin's name that `name` is, or begins with up to the colon of an address; None where there is none."""
-    kind = name.partition(":")[0]
-    return kind if kind in plugins(group) else None
+    """The registered name that `name` is, or begins with up to a colon of an address; None where there is none."""
+    parts = name.split(":")
+    heads = [name, *(":".join(parts[:count]) for count in (2, 1) if count < len(parts))]
+    found = offers(group)
+    return next((head for head in heads if any(_is_called(plugin, head) for plugin in found)), None)
 
 
 def load(group: str, name: str) -> Any:
@@ -103,39 +129,122 @@ def load(group: str, name: str) -> Any:
     Raises:
         ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.
     """
-    kind, colon, _ = name.partition(":")
-    if not colon or kind in plugins(group):
-        found = _imported(find(group, kind))
+    head = registered(group, name)
+    if head or ":" not in name:
+        plugin = find(group, head or name)
+        found = _imported(plugin)
         if inspect.ismethod(getattr(found, "at", None)):
-            return found.at(name)
-        if not colon:
+            return found.at(plugin.name + name[len(head or name) :])
+        if name == head:
             return found
-    found = load_object(name)
-    if group == "rewards" and callable(found) and not inspect.isclass(found):
-        return as_reward(found, name)
-    return _checked(group, found, f"{group[:-1]} '{name}'")
+    return _checked(group, load_object(name), f"{group[:-1]} '{name}'", name)
+
+
+def problem(plugin: Plugin) -> str | None:
+    """What keeps a plugin from being used, or None; imports it."""
+    try:
+        _imported(plugin)
+    except PluginError as error:
+        return str(error).removeprefix(f"{plugin} ")
+    return None
 
 
 def _imported(plugin: Plugin) -> Any:
     """The class of a registered plugin."""
-    where = f"{plugin.group[:-1]} '{plugin.name}' of {plugin.distribution} {plugin.version} ({plugin.target})"
-    module, _, attribute = plugin.target.partition(":")
+    module, colon, attribute = plugin.target.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise PluginError(f"{plugin} has an entry point that is no 'module:Class'")
     try:
-        target = getattr(importlib.import_module(module), attribute)
+        target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
     except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise PluginError(f"{plugin} has no module '{error.name}': reinstall {plugin.distribution}") from error
         wanted = f"{plugin.distribution}[{','.join(plugin.extras)}]" if plugin.extras else error.name
-        raise PluginError(f"{where} needs the package '{error.name}': pip install '{wanted}'") from error
-    except Exception as error:
-        raise PluginError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
-    return _checked(plugin.group, target, where)
+        raise PluginError(f"{plugin} needs the package '{error.name}': pip install '{wanted}'") from error
+    except (Exception, SystemExit) as error:  # what a stranger's module may do when it is imported
+        raise PluginError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
+    return _checked(plugin.group, target, str(plugin), plugin.name)
 
 
-def _checked(group: str, target: Any, where: str) -> Any:
+def _checked(group: str, target: Any, where: str, name: str) -> Any:
+    if group == "rewards" and callable(target) and not inspect.isclass(target):
+        return as_reward(target, name)
     if not inspect.isclass(target):
         raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else ""))
-    if group in ("objectives", "rewards", "matchings") and not dataclasses.is_dataclass(target):
-        raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
-    missing = [name for name in PROMISED.get(group, ()) if not hasattr(target, name)]
-    if missing:
-        raise PluginError(f"{where} has no {' and no '.join(missing)}; dmdr.protocols says what it needs")
+    if group in ("objectives", "rewards", "matchings"):
+        if not dataclasses.is_dataclass(target):
+            raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
+        try:
+            hints = typing.get_type_hints(target)
+        except Exception as error:  # whatever evaluating an annotation may raise
+            raise PluginError(f"{where} has a field whose type cannot be read: {error}") from error
+        for f in dataclasses.fields(target):
+            if f.init and not _is_flag(hints[f.name]):
+                raise PluginError(
+                    f"{where} has a field '{f.name}' of a type that no flag can have: {f.type}; flags are bool, int, "
+                    "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
+                )
+    for attribute in READ_OFF_THE_CLASS.get(group, ()):
+        if not hasattr(target, attribute):
+            raise PluginError(f"{where} has no {attribute}; dmdr.protocols says what it needs")
+    problem = misfit(target, _protocol(group))
+    if problem:
+        raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
     return target
+
+
+def _is_flag(hint: Any) -> bool:
+    """Whether a command line and YAML can give such a value."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        return len(kinds) == 1 and _is_flag(kinds[0])
+    if origin is list:
+        return arguments[0] in (bool, int, float, str)
+    return origin is typing.Literal or hint in (bool, int, float, str)
+
+
+def _protocol(group: str) -> type:
+    from dmdr import protocols  # which imports torch
+
+    return {
+        "objectives": protocols.RewardObjective,
+        "rewards": protocols.Reward,
+        "matchings": protocols.Matching,
+        "backends": protocols.Backend,
+        "models": protocols.NamedModel,
+    }[group]
+
+
+def misfit(target: type, protocol: type) -> str | None:
+    """What keeps a class from being called as a protocol's methods are, or None."""
+    for name, promised in vars(protocol).items():
+        if name.startswith("_") and name != "__call__":
+            continue
+        if not hasattr(target, name):
+            return f"has no {name}"
+        if not inspect.isfunction(promised):
+            continue  # a property
+        _, *parameters = inspect.signature(promised).parameters.values()
+        method = getattr(target, name)
+        if not callable(method):
+            return f"has a {name} that cannot be called"
+        bound = [] if inspect.ismethod(method) else [None]
+        by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        by_name = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        signature = inspect.signature(method)
+        try:
+            signature.bind(*bound, *by_place, **by_name)
+        except TypeError as error:
+            return f"cannot be called as {name}{_call(parameters)}: {error}"
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        if rest and not takes_all:
+            return f"cannot be called as {name}{_call(parameters)}: it takes no **{rest}"
+    return None
+
+
+def _call(parameters: Sequence[inspect.Parameter]) -> str:
+    """(draw, ctx), without types."""
+    bare = [p.replace(annotation=p.empty) for p in parameters]
+    return str(inspect.Signature(bare))

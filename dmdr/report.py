@@ -27,12 +27,18 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from dmdr.images import embed, write_atomically
 
-GROUPS = {"loss": "Losses", "reward": "Rewards", "grad_norm": "Gradient norms"}  # shown open, in this order
-BETTER = {"accuracy": "higher", "frechet_distance": "lower", "precision": "higher", "recall": "higher"}
+GROUPS = {
+    "loss": "Losses",
+    "reward": "Rewards",
+    "eval_reward": "Rewards that only measure",
+    "grad_norm": "Gradient norms",
+}  # shown open, in this order
+BETTER = dict.fromkeys(("accuracy", "inception_score", "precision", "recall"), "higher") | {"frechet_distance": "lower"}
 PACKAGES = ("dmdr", "torch", "diffusers", "transformers", "accelerate", "peft", "trl", "numpy")
 SIZE = (4.0, 2.0)  # inches of 72 units
 POINTS = 400  # more than the width of a plot can show
 TEXT, LINE = "#010101", "#020202"  # stand-ins that become colours of the page, which follow its theme
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,7 @@ def write_report(run_folder: Path) -> Path:
     columns = evaluation.pop("columns", {})
     rows = _rows(_text(run_folder / "metrics.jsonl"))
     groups = _curves(rows, _boundary(rows, config.get("stage1_steps")))
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html.jinja").render(
+    html = template(TEMPLATES / "report.html.jinja").render(
         folder=run_folder.resolve().name,
         config=config,
         step=rows[-1]["step"] if rows else 0,
@@ -96,6 +100,13 @@ def write_report(run_folder: Path) -> Path:
     report = run_folder / "report.html"
     write_atomically(report, html.encode(errors="replace"))
     return report
+
+
+def template(file: Path) -> jinja2.Template:
+    """A page that escapes every value and may include what lies beside it, or the style of all our reports."""
+    loader = jinja2.FileSystemLoader([file.parent, TEMPLATES])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(file.name)
 
 
 def _text(path: Path) -> str:
@@ -158,8 +169,8 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, lis
         cells = [column.get(name) for column in columns.values()]
         largest = max((abs(cell) for cell in cells if cell is not None and math.isfinite(cell)), default=0)
         # Rewards of neighbouring runs differ late: 0.2811 and 0.2843 are far apart for HPS.
-        digits = max(1, (4 if name.startswith("reward/") else 3) - int(math.log10(max(largest, 1))))
-        better = "higher" if name.startswith("reward/") else BETTER.get(name, "")
+        digits = max(1, (4 if "reward/" in name else 3) - int(math.log10(max(largest, 1))))
+        better = "higher" if "reward/" in name else BETTER.get(name, "")
         table.append((name, better, ["\N{EN DASH}" if cell is None else f"{cell:.{digits}f}" for cell in cells]))
     return table
 
@@ -219,6 +230,15 @@ def _plot(name: str, steps: np.ndarray, values: np.ndarray, span: Sequence[int],
     axes.tick_params(length=0, labelsize=8.5, labelcolor=TEXT)
     axes.grid(axis="y", color=TEXT, alpha=0.18, linewidth=0.6)
     axes.spines[:].set_visible(False)
+    return inline_svg(figure, name)
+
+
+def inline_svg(figure: Figure, name: str) -> Markup:
+    """A figure as part of a page: TEXT and LINE become the page's colours, text is text in the page's font.
+
+    Args:
+        name: Unlike that of any other figure of the page.
+    """
     buffer = StringIO()
     # A salt of its own, so that the ids of two plots in one page never meet; text as text, in the font of the page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -230,7 +250,8 @@ def _plot(name: str, steps: np.ndarray, values: np.ndarray, span: Sequence[int],
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # it would style the whole page
     svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     svg = svg.replace(TEXT, "var(--muted)").replace(LINE, "var(--accent)")
-    return Markup(f'<svg viewBox="0 0 {72 * SIZE[0]:g} {72 * SIZE[1]:g}" aria-hidden="true">{svg}')
+    width, height = 72 * figure.get_size_inches()
+    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" aria-hidden="true">{svg}')
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

@@ -82,6 +82,11 @@ class Rewards:
         self.parts = dict(parts)
         self.differentiable = all(reward.differentiable for _, reward in self.parts.values())
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each part in the sum, by name."""
+        return {name: weight for name, (weight, _) in self.parts.items()}
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the weights of every part, frozen.
 

@@ -120,9 +120,12 @@ def open_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=mixed_precision, **options)
+        accelerator = Accelerator(mixed_precision=mixed_precision, **options)
     except ValueError as error:
         raise ConfigError(f"--mixed_precision {mixed_precision}: {one_line(error)}") from error
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate has no autocast to it
+        raise ConfigError("--mixed_precision fp16 needs a GPU; a CPU takes bf16 or no")
+    return accelerator
 
 
 def check_tracker(config: Config) -> None:
@@ -142,7 +145,7 @@ def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install 'dmdr[8bit]'") from error
+        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install bitsandbytes") from error
     eight_bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
     return eight_bit
 
@@ -196,8 +199,9 @@ class Run:
         if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
         backend.prepare(accelerator, roles=roles)
-        if self.job.rewards:
-            self.job.rewards.prepare(accelerator.device, dtype_of(config.mixed_precision))
+        for rewards in (self.job.rewards, self.job.eval_rewards):
+            if rewards:
+                rewards.prepare(accelerator.device, dtype_of(config.mixed_precision))
         progress = Progress(0, 0, 0, 0)
         if self.resume:  # what does not fit is found before anything is written
             progress = read_progress(self.resume)
@@ -312,6 +316,7 @@ class Run:
                 self.job.backend,
                 self.user_sampler,
                 base=self.job.folder,
+                family=self.config.backend,
                 name=self.config.model,
                 prompt=self.shown[0]["prompt"],
                 mixed_precision=self.config.mixed_precision,
@@ -481,7 +486,10 @@ class Run:
         if evaluated and self.accelerator.is_main_process:
             with self._averaged(trainer):
                 found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
-            values |= {f"eval/{name.removeprefix('reward/')}": value for name, value in found.items()}
+            values |= {
+                name if name.startswith("eval_reward/") else f"eval/{name.removeprefix('reward/')}": value
+                for name, value in found.items()
+            }
         short = {"stage": self.progress.stage} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
             for key, value in values.items()
@@ -539,12 +547,20 @@ class Run:
         images.save(images.grid(student, columns), folder / f"step-{step:06d}.png")
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
-        """Accuracy, Frechet distance, precision and recall by the model's judge, and the rewards."""
+        """What the model's judge sees, and the rewards, those that only measure included."""
         rows = self.shown[: self.config.num_eval_samples]
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns(rows)
-        return evaluate(pictures, prompts, columns, judge, self.job.rewards, device=self.accelerator.device)
+        return evaluate(
+            pictures,
+            prompts,
+            columns,
+            judge,
+            self.job.rewards,
+            self.job.eval_rewards,
+            device=self.accelerator.device,
+        )
 
     def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
         """Add a column to `evaluation.json`."""

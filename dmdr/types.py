@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmdr.errors import TrainingError
+
 
 def dtype_of(precision: str) -> torch.dtype:
     """What `--mixed_precision` and `--dtype` mean: bf16 and fp16; float32 by any other name."""
@@ -195,7 +197,7 @@ class Term:
     """One additive loss.
 
     Attributes:
-        loss: Per-sample loss, [B] float32, with a graph into `draw.leaf` and/or the student's parameters.
+        loss: Per-sample loss, [B] float32 or float64, with a graph into `draw.leaf` and/or the student's parameters.
         valid: Samples that count, [B] bool; None means all. The others' gradient is dropped at `draw.leaf`; a loss that
             reaches the student's parameters has to mask them itself, before 0 * NaN can arise in its backward.
         grad: d loss_b / d leaf_b where the objective has taken it itself, [B, *latent]; `loss` is then a monitor.
@@ -208,6 +210,16 @@ class Term:
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
-def terms_of(answer: Term | Iterable[Term]) -> Iterable[Term]:
-    """What an objective returned, one term at a time."""
-    return (answer,) if isinstance(answer, Term) else answer
+def terms_of(answer: Term | Iterable[Term]) -> Iterator[Term]:
+    """What an objective returned, one term at a time.
+
+    Raises:
+        TrainingError: If it is neither a term nor a sequence or generator of terms.
+    """
+    answers = (answer,) if isinstance(answer, Term) else answer
+    if not isinstance(answers, Iterable):
+        raise TrainingError(f"an objective returns a Term, or yields several, but this one returned {answers!r}")
+    for found in answers:
+        if not isinstance(found, Term):
+            raise TrainingError(f"an objective returns a Term, or yields several, but this one gave {type(found)}")
+        yield found

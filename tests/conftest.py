@@ -9,6 +9,7 @@ import torch
 
 from dmdr_digits import Digits
 
+pytest_plugins = ["pytester"]
 PLUGIN = Path(__file__).parents[1] / "plugins" / "dmdr_digits"
 
 

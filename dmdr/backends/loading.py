@@ -196,6 +196,18 @@ def load_pipeline(cls: Any, source: Source, dtype: torch.dtype, **parts: Any) ->
     return pipeline
 
 
+def check_there(flag: str, path: str | None) -> None:
+    """Refuse a file that is not there, before anything heavy is loaded; what may be a hub id is let pass.
+
+    Raises:
+        ConfigError: If a path that ends as weights files do, or is no `owner/name`, leads nowhere.
+    """
+    if path is None or Path(path).expanduser().exists():
+        return
+    if Path(path).suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or path.count("/") != 1:
+        raise ConfigError(f"{flag} {path}: no such file or folder")
+
+
 def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of a weights file: safetensors, or what `torch.save` wrote of a state dict.
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dmdr.backends.images import to_unit_range
 from dmdr.backends.loading import (
     Source,
+    check_there,
     load_network,
     load_pipeline,
     merge_lora,
@@ -97,7 +98,7 @@ class PipelineBackend:
         side = resolution // self.vae_scale
         self.latent_shape: tuple[int, ...] = (self.vae_config["latent_channels"], side, side)
         self.resolution = resolution
-        own = self.own_call_arguments().get("max_sequence_length", 0)
+        own = min(self.own_call_arguments().get("max_sequence_length", 0), self.text_limit)
         if not own and options.max_sequence_length:
             raise ConfigError(f"--max_sequence_length: the text length of a {self.pipeline_class.__name__} is fixed")
         self.text_length: int = options.max_sequence_length or own
@@ -228,8 +229,10 @@ class PipelineBackend:
         """Say where and in which precision all that is loaded will lie; loads nothing.
 
         Raises:
-            ConfigError: If --reward_vae is of other latents.
+            ConfigError: If --reward_vae is of other latents, or a file that is named is not there.
         """
+        for name in ("student_weights", "teacher_lora"):
+            check_there(f"--{name}", getattr(self.options, name))
         if self.options.reward_vae:
             self._check_reward_vae(self.options.reward_vae)
         self.accelerator, self.device = accelerator, accelerator.device

@@ -165,7 +165,7 @@ class Toy:
     def prompts(self) -> list[dict[str, Any]]:
         return [{"prompt": prompt} for prompt in PROMPTS]
 
-    def reward_checkpoint(self, reward: str) -> Path | None:
+    def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
         return None
 
     def judge(self) -> None:

@@ -1,24 +1,88 @@
-"""`dmdr-plugins`: what is installed, and where it comes from."""
+"""`dmdr-plugins`: what is installed, where it comes from and whether it works; `dmdr-plugins new NAME` begins one."""
 
 import argparse
+import keyword
+import re
 import sys
+from contextlib import redirect_stdout
+from pathlib import Path
 
+import dmdr
 from dmdr import registry
 from dmdr.cli.common import command, refuse
+from dmdr.errors import ConfigError
 
 
 def run(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dmdr-plugins", description=__doc__, allow_abbrev=False)
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(arguments)
-    rows = [plugin for group in registry.GROUPS for plugin in registry.plugins(group).values()]
-    widths = [max(len(cell) for cell in column) for column in zip(*map(cells, rows), strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells(row), widths, strict=True)).rstrip())
+    actions = parser.add_subparsers(dest="action", title="action", metavar="new NAME")
+    new = actions.add_parser("new", help="write a package with an objective and a reward to start from")
+    new.error = refuse  # type: ignore[method-assign]
+    new.add_argument("name", help="name of the objective; the reward is called NAME_reward")
+    new.add_argument("--output_dir", type=Path, help="folder to write; by default the name, with - for _")
+    given = parser.parse_args(arguments)
+    if given.action == "new":
+        write_package(given.name, given.output_dir)
+    else:
+        list_plugins()
 
 
-def cells(plugin: registry.Plugin) -> tuple[str, str, str, str]:
-    return plugin.group[:-1], plugin.name, f"{plugin.distribution} {plugin.version}", plugin.target
+def list_plugins() -> None:
+    """A line a plugin; one that cannot be used says why."""
+    rows = [plugin for group in registry.GROUPS for plugin in registry.offers(group)]
+    names = {plugin: name for group in registry.GROUPS for name, plugin in registry.plugins(group).items()}
+    cells = {p: (p.group[:-1], names[p], f"{p.distribution} {p.version}", p.target) for p in rows}
+    widths = [max(len(cell) for cell in column) for column in zip(*cells.values(), strict=True)]
+    for plugin in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells[plugin], widths, strict=True)).rstrip()
+        with redirect_stdout(sys.stderr):  # what a module prints when it is imported
+            broken = registry.problem(plugin)
+        print(line + (f"  broken: {' '.join(broken.split())}" if broken else ""), flush=True)
+
+
+def template() -> Path:
+    """The example package: beside the core in a checkout, within it where it is installed."""
+    package = Path(dmdr.__file__).parent
+    found = (package / "plugin_template", package.parent / "examples" / "plugin_template")
+    return next(folder for folder in found if folder.is_dir())
+
+
+def write_package(name: str, folder: Path | None) -> None:
+    """Copy the template under another name.
+
+    Raises:
+        ConfigError: If the name is none, is taken, or the folder exists.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise ConfigError(f"new {name}: a name has lower-case letters, digits and _, as in my_objective")
+    for group in ("objectives", "rewards"):
+        taken = registry.plugins(group).get(name if group == "objectives" else f"{name}_reward")
+        if taken:
+            raise ConfigError(f"new {name}: {taken} has this name; choose another")
+    folder = folder or Path(name.replace("_", "-"))
+    if folder.exists():
+        raise ConfigError(f"new {name}: {folder} exists; choose another with --output_dir")
+    title = "".join(part.capitalize() for part in name.split("_"))
+    renamed = {
+        "dmdr-template": f"dmdr-{name.replace('_', '-')}",
+        "dmdr_template": f"dmdr_{name}",
+        "target_score": name,
+        "TargetScore": title,
+        "brightness": f"{name}_reward",
+        "Brightness": f"{title}Reward",
+    }
+    words = re.compile("|".join(map(re.escape, renamed)))
+    for source in sorted(template().rglob("*")):
+        if source.is_dir() or "__pycache__" in source.parts or ".egg-info" in str(source):
+            continue
+        path = str(source.relative_to(template()))
+        target = folder / words.sub(lambda match: renamed[match[0]], path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(
+            words.sub(lambda match: renamed[match[0]], source.read_text(encoding="utf-8")), encoding="utf-8"
+        )
+        print(target)
 
 
 def main() -> None:

@@ -42,12 +42,14 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
     rows = [{"prompt": prompt} for prompt in args.prompt]
     rows += read_prompts(args.prompts).rows if args.prompts else []
-    if not rows or args.num_images < 1:
-        raise ConfigError("nothing to draw: give --prompt or --prompts, and --num_images of at least 1")
+    if not rows:
+        raise ConfigError("nothing to draw: give --prompt or --prompts")
+    if args.num_images < 1:
+        raise ConfigError(f"--num_images must be at least 1, not {args.num_images}")
     rows = [row for row in rows for _ in range(args.num_images)]
     try:
         about = json.loads((folder / "sampling.json").read_text())
-        missing = {"base_model", "sample_eta", "grid", "mixed_precision", "options"} - about.keys()
+        missing = {"base_model", "backend", "sample_eta", "grid", "mixed_precision", "options"} - about.keys()
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / 'sampling.json'} is damaged: {error}") from error
     if missing:
@@ -94,7 +96,7 @@ def draw(
         cpu_offload=cpu_offload,
     )
     options = replace(options, revision=None) if model else options  # which was of where it lay before
-    backend = registry.load("backends", pipeline_class(base, options.revision))(base, options)
+    backend = registry.load("backends", about["backend"] or pipeline_class(base, options.revision))(base, options)
     accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
     backend.prepare(accelerator, roles=("student",))
     backend.load_export(folder)

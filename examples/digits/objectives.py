@@ -1,6 +1,6 @@
 """The README's table of objectives: each jointly with DMD and alone, from one stage 1, in about the same time.
 
-    python examples/digits/objectives.py             # seeds 0-2; about an hour on one core, after table.py
+    python examples/digits/objectives.py             # seeds 0-2; about an hour and a half on one core, after table.py
     python examples/digits/objectives.py --seeds 0   # one seed
 
 Every cell is an ordinary run folder under --output_dir, which it shares with table.py; finished ones are not repeated.
@@ -20,6 +20,8 @@ STEPS = {
     "grpo": (52, 216),
     "dpo": (53, 247),
     "srpo": (59, 298),
+    "nft": (54, 262),
+    "rwr": (56, 322),
     "grpo+0.1*refl": (49, 151),
 }
 SIZE = "examples/digits/png_size.py:score"

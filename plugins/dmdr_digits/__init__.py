@@ -68,6 +68,8 @@ class Digits:
         "objectives": {
             "grpo": {"num_generations": 8, "rl_weight": 1.0},
             "dpo": {"num_generations": 8, "rl_weight": 0.2},
+            "nft": {"num_generations": 8, "rl_weight": 3.0},
+            "rwr": {"num_generations": 8, "rl_weight": 0.2, "rwr_temperature": 0.2},
             # These small rewards know no control words: the bare prompt is set against words that they never saw.
             "srpo": {"srpo_positive": [""], "srpo_k": 1.0},
         },
@@ -91,13 +93,21 @@ class Digits:
 
         return [{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]
 
-    def reward_checkpoint(self, reward: str) -> Path | None:
-        """A folder in the layout of the published checkpoint, trained on first use; None for a reward not known."""
+    def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
+        """A folder in the layout of the published checkpoint, trained on first use; None for a reward not known.
+
+        One that is `held_out` has seen the 597 scans that nothing else is trained on, and no other, from another seed.
+        """
         if reward not in REWARDS:
             return None
         from dmdr_digits.cache import cached
+        from dmdr_digits.data import held_out_scans, train_scans
 
-        return cached(f"reward-{reward}", getattr(import_module(REWARDS[reward]), f"build_{reward}"))
+        def build(folder: Path) -> None:
+            train = held_out_scans() if held_out else train_scans()
+            getattr(import_module(REWARDS[reward]), f"build_{reward}")(folder, train)
+
+        return cached(f"reward-{reward}" + "-held-out" * held_out, build, seed=int(held_out))
 
     def judge(self) -> "DigitJudge":
         """A classifier of real scans, trained on first use."""

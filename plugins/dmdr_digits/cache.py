@@ -36,8 +36,8 @@ def root() -> Path:
     return cache_folder() / f"digits-v{VERSION}-b{budget():g}"
 
 
-def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder of an artefact, built by `build(folder)` on first use.
+def cached(name: str, build: Callable[[Path], None], *, seed: int = 0) -> Path:
+    """The folder of an artefact, built by `build(folder)` on first use, from this seed.
 
     The build works beside its final place and is renamed when it is complete; one process builds, others wait for it.
     """
@@ -50,7 +50,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
             partial = target.with_name(f"{name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: nobody else holds the lock
             partial.mkdir()
-            with isolated():
+            with isolated(seed):
                 build(partial)
             partial.rename(target)
     return target

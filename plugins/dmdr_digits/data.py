@@ -37,12 +37,12 @@ def scans() -> Scans:
 
 
 def train_scans() -> Scans:
-    """The 1,200 scans that everything is trained on: VAE, teacher, rewards, judge."""
+    """The 1,200 scans that everything is trained on but the held-out rewards: VAE, teacher, rewards, judge."""
     return scans()[:TRAIN]
 
 
 def held_out_scans() -> Scans:
-    """The other 597."""
+    """The other 597, which only rewards that measure (--eval_reward) are trained on."""
     return scans()[TRAIN:]
 
 

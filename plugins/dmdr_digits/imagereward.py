@@ -12,7 +12,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVi
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from dmdr_digits.cache import scaled
-from dmdr_digits.data import PROMPTS, train_scans
+from dmdr_digits.data import PROMPTS, Scans
 from dmdr_digits.fit import fit
 from dmdr_digits.lessons import CLIP_NORM, SIZE, degrade, preprocess
 from dmdr_digits.quiet import quiet
@@ -32,7 +32,7 @@ NAMES = {
 }
 
 
-def build_imagereward(folder: Path) -> None:
+def build_imagereward(folder: Path, train: Scans) -> None:
     """As THUDM/ImageReward: flat `ImageReward.pt`, `med_config.json`, and a BERT tokenizer; taught preferences."""
     tokenizer = build_tokenizer()
     vision = BlipVisionModel(
@@ -63,7 +63,7 @@ def build_imagereward(folder: Path) -> None:
         nn.Linear(TEXT_WIDTH, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
         nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
     )  # fmt: skip
-    train_preferences(tokenizer, vision, text, head)
+    train_preferences(train, tokenizer, vision, text, head)
     state = {f"blip.visual_encoder.{_published(name)}": value for name, value in vision.state_dict().items()}
     state |= {f"blip.text_encoder.{name}": value for name, value in text.state_dict().items()}
     state |= {f"mlp.layers.{name}": value for name, value in head.state_dict().items()}
@@ -80,9 +80,8 @@ def build_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True)
 
 
-def train_preferences(tokenizer: BertTokenizer, vision: Any, text: Any, head: nn.Module) -> None:
+def train_preferences(train: Scans, tokenizer: BertTokenizer, vision: Any, text: Any, head: nn.Module) -> None:
     """Bradley-Terry: a scan is preferred to its degraded copy, and its own prompt to another."""
-    train = train_scans()
     tokens = tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
 
     def score(patches: Tensor, prompt: Tensor) -> Tensor:

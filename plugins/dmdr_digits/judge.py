@@ -53,6 +53,11 @@ class DigitJudge:
         return (pixels - self._mean.to(pixels.device)) @ self._basis.to(pixels.device)
 
     @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of the ten digits, [B, 10]."""
+        return self._network.to(images.device)(images.float()).softmax(1)
+
+    @torch.no_grad()
     def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """1 where the image is classified as the digit that its prompt names, else 0, [B] float32."""
         asked = torch.tensor([label_of(prompt) for prompt in prompts], device=images.device)

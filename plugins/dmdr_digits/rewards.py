@@ -20,36 +20,35 @@ from transformers import (
 )
 
 from dmdr_digits.cache import scaled
-from dmdr_digits.data import PROMPTS, WORDS, train_scans
+from dmdr_digits.data import PROMPTS, WORDS, Scans
 from dmdr_digits.fit import fit
 from dmdr_digits.lessons import CLIP_NORM, IMAGENET_NORM, SIZE, degrade, preprocess, rated
 from dmdr_digits.quiet import quiet
 from dmdr_digits.text import build_tokenizer
 
 
-def build_clip(folder: Path) -> None:
+def build_clip(folder: Path, train: Scans) -> None:
     """As apple/DFN5B-CLIP-ViT-H-14: flat state dict, QuickGELU, images squashed."""
     config = clip_config(quick_gelu=True)
     model = open_clip.CLIP(**config)
-    train_contrastive(model, "digits: reward clip")
+    train_contrastive(model, train, "digits: reward clip")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     write_config(folder, config, resize_mode="squash")
 
 
-def build_hps(folder: Path) -> None:
+def build_hps(folder: Path, train: Scans) -> None:
     """As HPSv2.1: `{"state_dict": ...}` in half precision, GELU, images padded to a square; taught preferences."""
     config = clip_config()
     model = open_clip.CLIP(**config)
-    train_contrastive(model, "digits: reward hps (1/2)", clamp=False)
-    train_preferences(model, "digits: reward hps (2/2)")
+    train_contrastive(model, train, "digits: reward hps (1/2)", clamp=False)
+    train_preferences(model, train, "digits: reward hps (2/2)")
     state = {k: v.half() for k, v in model.state_dict().items()}
     torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
     write_config(folder, config, resize_mode="longest")
 
 
-def build_dinov2(folder: Path) -> None:
+def build_dinov2(folder: Path, train: Scans) -> None:
     """As facebook/dinov2-large-imagenet1k-1-layer: a classifier of transformers."""
-    train = train_scans()
     config = Dinov2Config(
         image_size=SIZE,
         patch_size=8,
@@ -76,10 +75,9 @@ def build_dinov2(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def build_pickscore(folder: Path) -> None:
+def build_pickscore(folder: Path, train: Scans) -> None:
     """As yuvalkirstain/PickScore_v1: a CLIP of transformers, GELU, with processor and tokenizer; taught preferences."""
     model, tokens = build_transformers_clip(folder)
-    train = train_scans()
 
     def similarity(images: Tensor) -> Tensor:
         found = model(input_ids=tokens, pixel_values=preprocess(images, CLIP_NORM))
@@ -96,11 +94,10 @@ def build_pickscore(folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def build_aesthetic(folder: Path) -> None:
+def build_aesthetic(folder: Path, train: Scans) -> None:
     """As LAION's predictor: five linear layers on the unit image feature of a CLIP of transformers, whose text tower is
     not trained here; taught to tell how much an image was degraded."""
     model, _ = build_transformers_clip(folder)
-    train = train_scans()
     widths = (model.config.projection_dim, 1024, 128, 64, 16, 1)
     layers = [nn.Linear(*pair) for pair in pairwise(widths)]
     dropouts = [nn.Dropout(0.2), nn.Dropout(0.2), nn.Dropout(0.1)]
@@ -146,9 +143,8 @@ def write_config(folder: Path, config: dict[str, Any], resize_mode: str) -> None
     (folder / "open_clip_config.json").write_text(text + "\n")
 
 
-def train_contrastive(model: open_clip.CLIP, label: str, clamp: bool = True) -> None:
+def train_contrastive(model: open_clip.CLIP, train: Scans, label: str, clamp: bool = True) -> None:
     """Cross-entropy over the ten prompts, of cosine times a learnt scale."""
-    train = train_scans()
     tokens = prompt_tokens(model)
 
     def loss(rows: Tensor) -> Tensor:
@@ -159,9 +155,8 @@ def train_contrastive(model: open_clip.CLIP, label: str, clamp: bool = True) -> 
     fit(model, loss, label, examples=len(train), steps=scaled(800), weight_decay=0.1)
 
 
-def train_preferences(model: open_clip.CLIP, label: str) -> None:
+def train_preferences(model: open_clip.CLIP, train: Scans, label: str) -> None:
     """Bradley-Terry on the scaled cosine: a scan is preferred to its degraded copy and to another digit."""
-    train = train_scans()
     tokens = prompt_tokens(model)
 
     def loss(rows: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dmdr.errors import ConfigError
-from dmdr.paths import Prediction, add_noise
+from dmdr.matching import keyed, renoised_to_grid
+from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs
 from dmdr.types import Condition, Draw, Rollout, Term
 from dmdr_dpo.pairs import Pair, best_and_worst, latents_of, read_pairs
@@ -149,7 +150,7 @@ class DPO:
 
     def stored_pairs(self, draw: Draw, rows: Tensor, ctx: Context) -> tuple[Tensor, Condition]:
         """Latents [2 P, *latent] and condition of one drawn pair for each of P rows: the chosen, then the rejected."""
-        index = ctx.random.integers(purpose("pair", draw), draw.sample[rows], len(self._pairs))
+        index = ctx.random.integers(keyed("dpo/pair", draw), draw.sample[rows], len(self._pairs))
         drawn = [self._pairs[i] for i in index.tolist()]
         files = [pair.chosen for pair in drawn] + [pair.rejected for pair in drawn]
         return latents_of(files, ctx.backend).to(draw.x_t), ctx.backend.encode([pair.prompt for pair in drawn] * 2)
@@ -172,21 +173,14 @@ def diffusion(x: Tensor, cond: Condition, draw: Draw, rows: Tensor, ctx: Context
         x: Clean latents of P winners, then of their losers, [2 P, *latent].
         rows: Rows of the winners, whose indices in the global batch draw the time and the noise that a pair shares.
     """
-    key, steps = draw.sample[rows], ctx.sampler.num_inference_steps
-    i = ctx.random.integers(purpose("index", draw), key, steps).repeat(2)
-    eps = torch.cat([ctx.random.normal(purpose("eps", draw), key, tuple(x.shape[1:])).to(x.dtype)] * 2)
-    t = ctx.sampler.t.to(x.device)[i]
-    # The student starts from pure noise, whatever time it is told.
-    start = (i == 0).view(-1, *[1] * (x.ndim - 1))
-    x_t = torch.where(start, eps, add_noise(ctx.backend.path, x, eps, t))
-    # The noise of which x_t is made if x is its image: eps, but at such a start.
-    noise = Prediction(x, "x0", x_t, t, ctx.backend.path).eps
+    at = renoised_to_grid(x, "dpo", draw, ctx, rows.repeat(2))
 
     def log_p(prediction: Prediction) -> Tensor:
-        error = prediction.x0 - x if steps == 1 else prediction.value - prediction.target(x, noise)
+        one_step = ctx.sampler.num_inference_steps == 1
+        error = prediction.x0 - x if one_step else prediction.value - prediction.target(x, at.eps)
         return -0.5 * (error**2).flatten(1).mean(1)
 
-    return log_ratio(log_p, x_t, t, cond, ctx)
+    return log_ratio(log_p, at.x_t, at.t, cond, ctx)
 
 
 def log_ratio(log_p: Callable[[Prediction], Tensor], x_t: Tensor, t: Tensor, cond: Condition, ctx: Context) -> Tensor:
@@ -215,8 +209,3 @@ def select(cond: Condition, rows: Tensor) -> Condition:
         {name: tensor[rows] for name, tensor in cond.tensors.items()},
         {name: [column[i] for i in index] for name, column in cond.columns.items()},
     )
-
-
-def purpose(name: str, draw: Draw) -> str:
-    """What a random number is for; anew in each update on the same rollout."""
-    return f"dpo/{name}/{draw.iteration}" if draw.iteration else f"dpo/{name}"

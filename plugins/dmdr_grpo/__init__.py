@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.groups import comparable, group_deviation, group_std, judged
+from dmdr.groups import Aggregation, ScaleRewards, advantages
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs
 from dmdr.types import Draw, Rollout, Term
 
 logger = logging.getLogger("dmdr")
-
-STD_FLOOR = 1e-4  # added to standard deviations of rewards, as Flow-GRPO and TRL do
-ADVANTAGE_LIMIT = 5.0  # Flow-GRPO and DanceGRPO clip advantages there
 
 
 @dataclass
@@ -57,8 +54,8 @@ class GRPO:
     ratio: Literal["guard", "plain"] = "guard"
     num_iterations: int = 1
     beta: float = 0.0
-    scale_rewards: Literal["group", "batch", "none"] = "batch"
-    multi_objective_aggregation: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum"
+    scale_rewards: ScaleRewards = "batch"
+    multi_objective_aggregation: Aggregation = "normalize_then_sum"
     policy_steps: str = "all"
     init_same_noise: bool = True
 
@@ -102,8 +99,7 @@ class GRPO:
 
     def __call__(self, draw: Draw, ctx: Context) -> Iterator[Term]:
         scores, group = ctx.global_scores()
-        weights = {name: weight for name, (weight, _) in ctx.rewards.parts.items()}
-        advantage, valid = self.advantages(scores, weights, group)
+        advantage, valid = self.advantages(scores, ctx.rewards.weights, group)
         advantage, valid = advantage[draw.sample], valid[draw.sample]
         rollout, steps = draw.rollout, self.trained_steps(ctx)
         low, high = (e / draw.x0[0].numel() for e in (self.epsilon, self.epsilon_high or self.epsilon))
@@ -144,36 +140,8 @@ class GRPO:
     def advantages(
         self, scores: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How much better each sample is than its group.
-
-        Args:
-            scores: Raw rewards of the global batch by name, each [N].
-            weights: Weight of each name.
-            group: Group of each sample, [N].
-
-        Returns:
-            Advantages [N] float64, exactly 0 in a group of equal rewards, and the valid samples [N] bool: those with
-            finite rewards whose group holds another such.
-        """
-        valid = comparable(group, judged(scores))
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            total = torch.stack([weights[name] * score.double() for name, score in scores.items()]).sum(0)
-            advantage = self.scaled(total, group, valid)
-        else:
-            advantage = torch.stack([weights[name] * self.scaled(s, group, valid) for name, s in scores.items()]).sum(0)
-            if self.scale_rewards != "none":
-                advantage = advantage / (rms(advantage[valid]) + STD_FLOOR)
-        return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT), valid
-
-    def scaled(self, values: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-        """Deviation from the group's mean in the unit that `scale_rewards` names, [N] float64."""
-        deviation = group_deviation(values, group, valid)
-        if self.scale_rewards == "none":
-            return deviation
-        if self.scale_rewards == "group":
-            return deviation / (group_std(deviation, group, valid) + STD_FLOOR)
-        usable = values[valid].double()
-        return deviation / (rms(usable - usable.mean()) + STD_FLOOR)
+        """`groups.advantages` by this objective's settings."""
+        return advantages(scores, weights, group, self.scale_rewards, self.multi_objective_aggregation)
 
     @torch.no_grad()
     def require_reproduced(self, i: int, prediction: Prediction, draw: Draw, ctx: Context) -> None:
@@ -194,7 +162,3 @@ class GRPO:
                 f"the rollout's (allowed: {allowed:.3g}); training and rollout do not compute the same, so every ratio "
                 "would be wrong: check precision, dropout, batch sizes and whether the weights changed in between"
             )
-
-
-def rms(values: Tensor) -> Tensor:
-    return (values**2).mean().sqrt() if len(values) else values.new_zeros(())

@@ -172,7 +172,7 @@ class SiTModel:
         """A row for each of ImageNet's 1000 classes: `prompt`, and the class as `label`."""
         return [{"prompt": f"class {label}", "label": label} for label in range(1000)]
 
-    def reward_checkpoint(self, reward: str) -> Path | None:
+    def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
         return None
 
     def judge(self) -> None:

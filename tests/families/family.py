@@ -78,6 +78,7 @@ UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
 FAMILIES: dict[str, Family] = {
     "sd3": Family(
         sd3.build,
+        objectives={**Family(sd3.build).objectives, "nft": {"num_generations": 2, "old_decay_ramp": 0.1}},
         settings={"max_sequence_length": 5},
         call={"max_sequence_length": 5},
         variants=(

@@ -18,6 +18,7 @@ from dmdr import registry
 from dmdr.assemble import assemble, pipeline_class
 from dmdr.cli.sample import draw
 from dmdr.config import parse
+from dmdr.ema import EMA
 from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
@@ -240,6 +241,29 @@ def test_ten_steps_move_student_and_fake_score_only(
     for guidance in (1.0, family.guidance):
         ours, fresh = (b.teacher(x_t, t, cond, guidance=guidance).value for b in (after, before))
         assert torch.equal(ours, fresh)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+@pytest.mark.parametrize("full_finetune", [False, True])
+def test_an_old_policy_answers_on_the_students_own_network(
+    folders: dict[str, Path], name: str, full_finetune: bool
+) -> None:
+    backend = prepared(folders[name], FAMILIES[name], full_finetune=full_finetune)
+    (x_t, t), cond = states(backend), backend.encode(FAMILIES[name].prompts)
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return backend.student(x_t, t, cond).x0
+
+    old, before = EMA(backend.parameters("student"), 0.5), answer()
+    with torch.no_grad():
+        for parameter in backend.parameters("student").values():
+            parameter.add_(0.1)
+    now = answer()
+    with old.applied():
+        assert torch.equal(answer(), before)
+    assert torch.equal(answer(), now)
+    assert not torch.equal(now, before)
 
 
 @pytest.mark.parametrize("role", ["student", "fake_score"])

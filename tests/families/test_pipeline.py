@@ -317,3 +317,13 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
         )
         assert np.abs(ours - theirs).mean() < 2 and ours.std() > 2
         assert np.abs(ours - exact).mean() > 0
+
+
+@pytest.mark.parametrize(("flag", "name"), [("teacher_lora", "gone.safetensors"), ("student_weights", "a/b/c")])
+def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded(
+    folders: dict[str, Path], flag: str, name: str
+) -> None:
+    options = BackendOptions(full_finetune=flag == "student_weights", **{flag: name})
+    backend = SD3Backend(str(folders["sd3"]), options)
+    with pytest.raises(ConfigError, match=f"^--{flag} {name}: no such file or folder$"):
+        backend.connect(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"))

@@ -169,7 +169,6 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
     ("command", "said"),
     [
         (("dmdr-train", "--help"), ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl RL"]),
-        (("dmdr-plugins",), ["refl", "opaque", "stranger 1.0", "dmdr_sd3:SD3Backend", "dmdr.backends.toy:Toy"]),
         (("dmdr-sample", "--help"), ["--prompt", "--num_images"]),
         (("dmdr-plugins", "--help"), ["usage: dmdr-plugins"]),
     ],
@@ -194,11 +193,23 @@ def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
     assert ["objective", "refl", "dmdr", rows[0][3], "dmdr_refl:ReFL"] in rows
     assert ["reward", "opaque", "stranger", "1.0", "stranger_cli:Opaque"] in rows
     assert {row[0] for row in rows} == {"objective", "reward", "matching", "backend", "model"}
+    broken = [line for line in out.splitlines() if "broken: " in line]
+    assert [line.split()[:4] for line in broken] == [["reward", "absent", "stranger", "1.0"]]
+    assert broken[0].endswith("broken: has no module 'stranger_gone': reinstall stranger")
 
 
 def test_unknown_arguments_of_the_other_commands(refused: Callable[..., str]) -> None:
     assert "--fast" in refused("run", "--prompt", "mode 1", "--fast", command=sample)
     assert "--fast" in refused("--fast", command=plugins)
+
+
+def test_half_precision_on_a_cpu(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [str(BIN / "dmdr-train"), "--model=toy", "--mixed_precision=fp16", "--output_dir=run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "dmdr-train: --mixed_precision fp16 needs a GPU; a CPU takes bf16 or no"
+    assert not list(tmp_path.iterdir())
 
 
 # --- Bad input of dmdr-train ---------------------------------------------------------------------------------------

@@ -237,6 +237,7 @@ def test_a_function_that_breaks_its_promise_is_named() -> None:
     [
         {"rl": "grpo", "policy_steps": "random:2", "grpo_beta": 0.5, "num_iterations": 2},
         {"rl": "grpo+0.1*refl", "ema_decay": 0.9, "refl_steps": "last"},
+        {"rl": "nft+rwr", "old_decay_ramp": 0.2, "kl_beta": 0.1},
     ],
 )
 def test_a_resumed_run_goes_on_to_the_same_bits(settings: dict[str, Any]) -> None:

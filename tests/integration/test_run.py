@@ -241,6 +241,20 @@ def test_evaluations_on_the_way_join_the_line_of_their_step(tmp_path: Path) -> N
     assert all("loss/dmd" in line for line in lines(folder))
 
 
+def test_rewards_that_only_measure_are_in_every_evaluation(tmp_path: Path) -> None:
+    settings = FAST | {"eval_steps": 4, "num_eval_samples": 4, "eval_reward": "0.5*toy", "reward": "green", "seed": 4}
+    folder = train(**settings, output_dir=str(tmp_path / "run"))
+    logged = {line["step"]: line for line in lines(folder) if "eval/green" in line}
+    assert list(logged) == [4, 8]
+    for line in logged.values():
+        assert line["eval_reward/total"] == pytest.approx(0.5 * line["eval_reward/toy"])
+        assert "eval/toy" not in line
+    for column in json.loads((folder / "evaluation.json").read_text())["columns"].values():
+        assert set(column) == {"reward/green", "reward/total", "eval_reward/toy", "eval_reward/total"}
+    apart = train(**settings | {"eval_reward": "none"}, output_dir=str(tmp_path / "apart"))
+    assert same(student(apart), student(folder))  # it has trained nothing
+
+
 def test_evaluation_has_its_columns(whole: Path) -> None:
     evaluation = json.loads((whole / "evaluation.json").read_text())
     assert evaluation["samples"] == 4

@@ -35,6 +35,8 @@ class Climber:
     def __call__(self, draw, ctx): ...
 
 class Hill:
+    folder = prompts = judge = lambda self: None
+    reward_checkpoint = lambda self, reward, *, held_out=False: None
     recipe = {"stage1_steps": 7, "rl": "climb", "reward": "toy", "rl_weight": 0.1,
               "objectives": {"climb": {"rl_weight": 0.9, "stage2_steps": 9}}}
 '''
@@ -90,6 +92,19 @@ def test_python_over_yaml_and_flag_over_both(file: Path) -> None:
     file.write_text("model: toy\nseed: 1\n")
     assert parse(["--config", str(file)], {"seed": 2}).config.seed == 2
     assert parse(["--config", str(file), "--seed", "3"], {"seed": 2}).config.seed == 3
+
+
+def test_settings_of_a_plugin_that_flags_replace_are_left_out(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.write_text(
+        "model: toy\nrl: grpo\nreward: hps+clip\ngrpo_epsilon: 0.1\nhps_prompt_prefix: a\nclip_checkpoint: c\n"
+    )
+    settings = parse(["--config", str(file), "--reward", "clip", "--rl", "refl"])
+    assert [plugin.name for plugin in settings.plugins] == ["refl", "clip", "dmd"]
+    assert settings.of("rewards")[0].options["checkpoint"] == "c"
+    assert {record.args[0] for record in caplog.records} == {"grpo_epsilon", "hps_prompt_prefix"}
+    file.write_text("model: toy\nreward: clip\nhps_prompt_prefix: a\n")  # which it never named
+    with pytest.raises(ConfigError, match="unknown setting 'hps_prompt_prefix'"):
+        parse(["--config", str(file), "--reward", "toy"])
 
 
 def test_model_and_plugins_may_be_named_in_yaml(file: Path) -> None:
@@ -212,6 +227,19 @@ def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
         "dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
     }  # fmt: skip
     assert written.keys() - names == {"refl_steps", "refl_hinge", "refl_balance", "dmd_floor"}
+
+
+def test_rewards_that_only_measure_have_flags_of_their_own(file: Path) -> None:
+    flags = ("--reward", "clip", "--eval_reward", "0.5*clip+hps", "--num_eval_samples", "4")
+    settings = toy(*flags, "--checkpoint", "a", "--eval_clip_checkpoint", "b")  # which leave short names alone
+    assert [(p.name, p.options["checkpoint"]) for p in settings.of("rewards")] == [("clip", "a")]
+    measured = [(p.weight, p.name, p.options["checkpoint"]) for p in settings.of("eval_rewards")]
+    assert measured == [(0.5, "clip", "b"), (1.0, "hps", None)]
+    file.write_text(settings.as_yaml())
+    assert parse(["--config", str(file)]).plugins == settings.plugins
+    assert "unknown argument --eval_clip_checkpoint" in refusal("--reward", "clip", "--eval_clip_checkpoint", "b")
+    assert "unknown reward 'clipp'" in refusal("--eval_reward", "clipp")
+    assert "eval_reward expression" in refusal("--eval_reward", "2*")
 
 
 # --- What is refused -----------------------------------------------------------------------------------------------
@@ -370,6 +398,7 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
         ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by num_generations, 2, not 5"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "nothing to train"),
         ({"dmd_weight": 0.0, "rl": "refl"}, "--init_student"),
+        ({"eval_reward": "toy"}, "--num_eval_samples must be above 0 for --eval_reward, not 0"),
         ({"dmd_weight": 0.0, "init_student": "x"}, "leaves nothing to train"),
         ({"dmd_weight": 0.0, "init_student": "x", "rl": "refl", "rl_weight": 0.0}, "leaves nothing to train"),
     ],

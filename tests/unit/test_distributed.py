@@ -23,7 +23,9 @@ from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
 from dmdr_dpo import DPO
 from dmdr_grpo import GRPO
+from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
+from dmdr_rwr import RWR
 from dmdr_srpo import SRPO
 
 BATCH, STEPS = 8, 2
@@ -59,6 +61,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "srpo": {"rewards": Redness(), "objectives": [SRPO(**WORDS)], "rl_weight": 2.0},
     "srpo_aligned": {"rewards": Redness(), "objectives": [SRPO(direct_align=True, **WORDS)], "rl_weight": 4.0},
+    "nft": {
+        "rewards": Plain(BROKEN),
+        "objectives": [DiffusionNFT(kl_beta=0.1, old_decay_ramp=0.4)],
+        "group_size": 4,
+        "rl_weight": 3.0,
+    },
+    "rwr": {"rewards": Plain(BROKEN), "objectives": [RWR(0.5)], "group_size": 2, "rl_weight": 3.0},
+    "rwr_singles": {"rewards": Plain(BROKEN), "objectives": [RWR()], "rl_weight": 3.0},
     "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
     "policy": {"rewards": Plain(), "objectives": [Policy(Needs(steps="stochastic"))], "rl_weight": 0.1},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from toy_trainer import Constant, DoubleToy, EpsToy, Plain, flat, prepared, state, step_of, trainer
+from toy_trainer import Constant, DoubleToy, EpsToy, Plain, flat, prepared, state, steadily, step_of, trainer
 
 from dmdr.backends.toy import CENTRES, PROMPTS, ToyBackend
 from dmdr.errors import ConfigError
@@ -346,10 +346,6 @@ def test_the_reference_follows_where_asked() -> None:
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
-
-
-def steadily(parameters: list[Any]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
 
 
 def rewards_of(cls: type[ToyBackend], steps: int, objectives: Sequence[DPO]) -> Tensor:

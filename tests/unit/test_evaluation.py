@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from dmdr.evaluation import evaluate, frechet_distance, precision_recall
+from dmdr.evaluation import evaluate, frechet_distance, inception_score, precision_recall
 from dmdr.images import embed, grid, save, to_pil
 
 
@@ -245,3 +245,38 @@ def test_save_is_complete_or_absent_and_embed_bounds_the_size(tmp_path: Path, mo
     uri, *size = embed(path, max_width=24)
     assert uri.startswith("data:image/jpeg;base64,")
     assert size == [24, 24]
+
+
+# ---- inception score
+
+
+def test_inception_score_of_sure_unsure_and_mixed_classifiers() -> None:
+    assert inception_score(torch.eye(10)) == pytest.approx(10)  # certain, every class as often
+    assert inception_score(torch.eye(10)[:4]) == pytest.approx(4)
+    assert inception_score(torch.full((7, 10), 0.1)) == pytest.approx(1)  # it never knows
+    assert inception_score(torch.eye(10)[[3, 3]]) == pytest.approx(1)  # one class only
+    p, rows = 0.9, torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    divergence = p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5)  # the same for both rows
+    assert inception_score(rows) == pytest.approx(math.exp(divergence))
+    assert math.isnan(inception_score(torch.tensor([[math.nan, 1.0]])))
+    for wrong in (torch.ones(3), torch.ones(0, 10)):
+        with pytest.raises(ValueError, match="probabilities"):
+            inception_score(wrong)
+
+
+def test_only_a_judge_with_probabilities_gives_an_inception_score(generator: torch.Generator) -> None:
+    class SureJudge(PixelJudge):
+        def probabilities(self, images: Tensor) -> Tensor:
+            return torch.eye(3)[torch.arange(len(images)) % 3]
+
+    real, images = torch.rand(2, 6, 3, 2, 2, generator=generator)
+    with_, without = (evaluate(images, ["0"] * 6, {}, kind(real), None, chunk=3) for kind in (SureJudge, PixelJudge))
+    assert with_.pop("inception_score") == pytest.approx(3)
+    assert with_ == without
+
+
+def test_rewards_that_only_measure_are_named_apart(generator: torch.Generator) -> None:
+    images, columns = torch.rand(4, 3, 2, 2, generator=generator), {"label": [1.0, 2.0, 3.0, 4.0]}
+    trained = evaluate(images, ["0"] * 4, columns, None, TwoRewards())
+    both = evaluate(images, ["0"] * 4, columns, None, TwoRewards(), TwoRewards())
+    assert both == trained | {f"eval_{name}": value for name, value in trained.items()}

@@ -11,7 +11,7 @@ import pytest
 
 from dmdr import registry
 from dmdr.errors import ConfigError
-from dmdr.registry import GROUPS, Plugin, PluginError, find, load, plugins, suggest
+from dmdr.registry import GROUPS, Plugin, PluginError, find, load, plugins, problem, registered, suggest
 
 Install = Callable[..., None]
 
@@ -67,9 +67,7 @@ def test_our_own_plugins_come_in_by_entry_points() -> None:
 
 
 def test_a_strangers_plugin_is_found_and_loaded(install: Install) -> None:
-    source = (
-        "from dataclasses import dataclass\n@dataclass\nclass Egg:\n    size: int = 1\n    needs = __call__ = None\n"
-    )
+    source = dataclass_of("size: int = 1", "needs = 1", "def __call__(self, draw, ctx): ...")
     install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=source)
     assert find("objectives", "egg") == Plugin("objectives", "egg", "spam_mod:Egg", "spam", "1.2")
     assert "refl" in plugins("objectives")
@@ -107,15 +105,39 @@ def test_missing_package_names_distribution_and_extra(install: Install) -> None:
     assert error_of("rewards", "ham") == f"reward 'ham' {where}'not_there_at_all'"
 
 
+def dataclass_of(*lines: str) -> str:
+    """Source of a dataclass Egg."""
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"from dataclasses import dataclass\n@dataclass\nclass Egg:\n{body}"
+
+
+UNFIT = "; dmdr.protocols says what it needs"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("raise RuntimeError('no luck')\n", "cannot be imported: RuntimeError: no luck"),
+        ("import sys\nsys.exit('bye')\n", "cannot be imported: SystemExit: bye"),
         ("from dmdr.types import Nothing\n", "cannot be imported: ImportError: cannot import name 'Nothing'"),
         ("def broken(:\n", "cannot be imported: SyntaxError: "),
         ("Other = 1\n", "cannot be imported: AttributeError: module 'spam_mod' has no attribute 'Egg'"),
         ("def Egg(): ...\n", "is no class"),
         ("class Egg: ...\n", "is no dataclass; its fields are its command-line flags"),
+        (dataclass_of("x: 'Nowhere' = 1"), "has a field whose type cannot be read: name 'Nowhere' is not defined"),
+        (dataclass_of("x: dict = None"), "has a field 'x' of a type that no flag can have: <class 'dict'>"),
+        (dataclass_of("x: int | str = 1"), "has a field 'x' of a type that no flag can have: int | str"),
+        (
+            dataclass_of("x: 'list[tuple] | None' = None"),
+            "has a field 'x' of a type that no flag can have: list[tuple]",
+        ),
+        (dataclass_of("x: int = 1"), "has no anchor" + UNFIT),
+        (dataclass_of("anchor = None"), "has a anchor that cannot be called" + UNFIT),
+        (dataclass_of("def anchor(self, draw): ..."), "cannot be called as anchor(prediction, draw, ctx): too many"),
+        (
+            dataclass_of("def anchor(self, a, b, c, d): ..."),
+            "cannot be called as anchor(prediction, draw, ctx): missing",
+        ),
     ],
 )
 def test_broken_plugin_is_named(install: Install, source: str, message: str) -> None:
@@ -123,21 +145,86 @@ def test_broken_plugin_is_named(install: Install, source: str, message: str) -> 
     found = error_of("matchings", "egg")
     assert found.startswith("matching 'egg' of spam 1.2 (spam_mod:Egg) ")
     assert message in found
+    assert problem(find("matchings", "egg")) == found.removeprefix("matching 'egg' of spam 1.2 (spam_mod:Egg) ")
+    assert problem(find("matchings", "dmd")) is None
+
+
+def test_a_reward_must_take_all_columns(install: Install) -> None:
+    lines = (
+        "differentiable = True",
+        "def prepare(self, device, dtype): ...",
+        "def __call__(self, images, prompts): ...",
+    )
+    install("spam", {"rewards": {"egg": "spam_mod:Egg"}}, spam_mod=dataclass_of(*lines))
+    assert "cannot be called as __call__(images, prompts, **columns): it takes no **columns" in error_of(
+        "rewards", "egg"
+    )
+
+
+def test_a_function_may_be_registered_as_a_reward(install: Install) -> None:
+    source = "def score(images, prompts): return [1.0] * len(images)\n"
+    install("spam", {"rewards": {"egg": "spam_mod:score"}}, spam_mod=source)
+    assert load("rewards", "egg")().reads_prompts
+
+
+def test_flags_of_every_kind_are_welcome(install: Install) -> None:
+    fields = ("a: int = 1", "b: 'float | None' = None", "c: Optional[list[str]] = None", "d: Literal['x', 1] = 'x'")
+    source = "from typing import Literal, Optional\n" + dataclass_of(
+        *fields, "needs = 1", "def __call__(self, draw, ctx): ..."
+    )
+    install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=source)
+    assert load("objectives", "egg")(c=["z"]).c == ["z"]
+
+
+def test_its_own_module_is_not_for_pip(install: Install) -> None:
+    install("spam", {"rewards": {"egg": "spam_gone.deep:Egg"}})
+    assert error_of("rewards", "egg").endswith("(spam_gone.deep:Egg) has no module 'spam_gone': reinstall spam")
 
 
 def test_backends_and_models_need_no_dataclass(install: Install) -> None:
-    install("spam", {"models": {"egg": "spam_mod:Egg"}}, spam_mod="class Egg: ...\n")
+    model = "class Egg:\n recipe = {}\n folder = prompts = judge = lambda self: None\n"
+    install(
+        "spam",
+        {"models": {"egg": "spam_mod:Egg"}},
+        spam_mod=model + " reward_checkpoint = lambda self, reward, **_: 1\n",
+    )
     assert load("models", "egg").__module__ == "spam_mod"
+    install("ham", {"models": {"ham": "ham_mod:Egg"}}, ham_mod=model)
+    assert error_of("models", "ham") == "model 'ham' of ham 1.2 (ham_mod:Egg) has no reward_checkpoint" + UNFIT
 
 
-def test_two_distributions_may_not_offer_one_name(install: Install) -> None:
-    install("spam", {"rewards": {"egg": "spam_mod:Egg"}})
-    install("ham", {"rewards": {"egg": "ham_mod:Egg"}})
-    with pytest.raises(PluginError) as error:
-        plugins("rewards")
-    names = ("ham and spam", "spam and ham")
-    assert str(error.value) in [f"reward 'egg' is offered by both {both}; uninstall one of them" for both in names]
-    assert "refl" in plugins("objectives")
+EGG = dataclass_of("needs = 1", "def __call__(self, draw, ctx): ...")
+
+
+def test_of_two_distributions_that_offer_one_name_one_is_chosen(install: Install) -> None:
+    install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=EGG)
+    install("my_ham", {"objectives": {"egg": "ham_mod:Egg"}}, ham_mod=EGG)
+    wanted = "objective 'egg' is offered by my_ham 1.2 and by spam 1.2; write my_ham:egg or spam:egg"
+    assert error_of("objectives", "egg") == wanted
+    assert load("objectives", "spam:egg").__module__ == "spam_mod"
+    assert load("objectives", "my-ham:egg").__module__ == "ham_mod"  # PEP 503: the same name
+    assert load("objectives", "dmdr:refl") is load("objectives", "refl")
+    assert {"my_ham:egg", "spam:egg", "refl"} <= set(plugins("objectives"))
+    assert "egg" not in plugins("objectives")
+    assert registered("objectives", "egg") == "egg"  # so that it is not taken for something else, a folder say
+    assert registered("objectives", "spam:egg") == "spam:egg"
+
+
+def test_a_pipeline_with_two_backends_says_which_flag_chooses(install: Install) -> None:
+    install("spam", {"backends": {"EggPipeline": "spam_mod:Egg"}})
+    install("ham", {"backends": {"EggPipeline": "ham_mod:Egg"}})
+    assert error_of("backends", "EggPipeline").endswith("write --backend ham:EggPipeline or --backend spam:EggPipeline")
+
+
+def test_an_address_may_have_its_distribution_before_it(install: Install) -> None:
+    source = "class Egg:\n @classmethod\n def at(cls, address):\n  return type('At', (), {'address': address})\n"
+    source += (
+        " recipe = {}\n folder = prompts = judge = lambda self: None\n reward_checkpoint = lambda self, r, **_: 1\n"
+    )
+    install("spam", {"models": {"egg": "spam_mod:Egg"}}, spam_mod=source)
+    for name in ("egg:some/file.pt", "spam:egg:some/file.pt"):
+        assert load("models", name).address == "egg:some/file.pt"
+    assert registered("models", "spam:egg:some/file.pt") == "spam:egg"
 
 
 def test_a_distribution_found_twice_is_no_clash(
@@ -152,8 +239,11 @@ def test_a_distribution_found_twice_is_no_clash(
 
 def test_registration_that_cannot_be_read_is_named(install: Install) -> None:
     install("spam", {"rewards": {"egg": "spam mod?"}})
-    with pytest.raises(PluginError, match="spam"):
-        plugins("rewards")
+    assert (
+        error_of("rewards", "egg")
+        == "reward 'egg' of spam 1.2 (spam mod?) has an entry point that is no 'module:Class'"
+    )
+    assert "hps" in plugins("rewards")
 
 
 def test_listing_imports_neither_torch_nor_any_plugin() -> None:

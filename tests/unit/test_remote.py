@@ -184,7 +184,8 @@ def test_a_body_that_is_no_request(tensors: dict[str, Tensor], metadata: dict[st
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{}", os.urandom(64), pickle.dumps({"images": 1}), (2**62).to_bytes(8, "little") + b"{}"]
+    "body",
+    [b"", b"{}", random.Random(0).randbytes(64), pickle.dumps({"images": 1}), (2**62).to_bytes(8, "little") + b"{}"],
 )
 def test_a_body_that_is_no_safetensors_file(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"the body is no safetensors file \(\w+\)"):
@@ -763,10 +764,13 @@ def test_a_plugin_with_a_setting_called_at_knows_no_addresses(monkeypatch: pytes
     source = (
         "from dataclasses import dataclass\n@dataclass\nclass Spot:\n    at: float = 0.5\n    differentiable = False\n"
     )
-    (tmp_path / "spot_module.py").write_text(f"{source}    prepare = __call__ = None\n")
+    source += (
+        "    prepare = lambda self, device, dtype: None\n    __call__ = lambda self, images, prompts, **columns: None\n"
+    )
+    (tmp_path / "spot_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     spot = registry.Plugin("rewards", "spot", "spot_module:Spot", "spots", "1")
-    monkeypatch.setattr(registry, "plugins", lambda group: {"spot": spot})
+    monkeypatch.setattr(registry, "offers", lambda group: [spot])
     assert registry.load("rewards", "spot")().at == 0.5
 
 

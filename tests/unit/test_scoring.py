@@ -185,7 +185,7 @@ def test_bad_flags(arguments: tuple[str, ...], said: str) -> None:
 class Model:
     """A named model with a checkpoint for `bright` alone."""
 
-    def reward_checkpoint(self, reward: str) -> Path | None:
+    def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
         return Path("small") if reward == "bright" else None
 
 

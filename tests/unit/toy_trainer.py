@@ -43,6 +43,10 @@ def cpu() -> Accelerator:
         return Accelerator(cpu=True)
 
 
+def steadily(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+
+
 class DoubleToy(ToyBackend):
     """The toy in float64; only images and rewards stay in float32."""
 
@@ -78,6 +82,13 @@ class EpsToy(ToyBackend):
 
     def teacher(self, *args: Any, **kwargs: Any) -> Prediction:
         return self._as_eps(super().teacher(*args, **kwargs))
+
+
+def at_rest(cls: type[ToyBackend] = ToyBackend) -> ToyBackend:
+    """A backend whose student and fake score are the teacher."""
+    backend = cls("", BackendOptions(seed=0))
+    backend.prepare(cpu(), roles=("student", "fake_score"))
+    return backend
 
 
 def prepared(cls: type[ToyBackend] = ToyBackend, *, roles: Sequence[Any] = ("student", "fake_score")) -> ToyBackend:

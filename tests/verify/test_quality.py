@@ -76,6 +76,31 @@ def test_help_within_two_seconds(command: list[str]) -> None:
     assert took < 2
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("name", ["hps", "clip"])
+def test_rewards_know_scans_that_they_never_saw(full_digits: Digits, name: str, held_out: bool) -> None:
+    """Which digit it is, and that it is better than a degraded copy; a held-out reward is no worse a judge."""
+    import torch
+
+    from dmdr import registry
+    from dmdr_digits.cache import isolated
+    from dmdr_digits.data import PROMPTS
+    from dmdr_digits.lessons import degrade
+
+    scans = train_scans() if held_out else held_out_scans()
+    reward = registry.load("rewards", name)(checkpoint=str(full_digits.reward_checkpoint(name, held_out=held_out)))
+    reward.prepare(torch.device("cpu"), torch.float32)
+    with isolated(), torch.no_grad():
+        scores = torch.stack([reward(scans.images, [prompt] * len(scans)) for prompt in PROMPTS])
+        own = scores.gather(0, scans.labels[None])[0]
+        worse = reward(degrade(scans, torch.arange(len(scans))), [PROMPTS[label] for label in scans.labels])
+    accuracy = (scores.argmax(0) == scans.labels).float().mean().item()
+    preferred = (own > worse).float().mean().item()
+    print(f"\n{name}{', held out' * held_out}: accuracy {accuracy:.3f}, prefers the scan {preferred:.3f}")
+    assert accuracy > 0.93
+    assert preferred > 0.87
+
+
 def test_teacher_does_not_memorise(full_digits: Digits) -> None:
     """Samples lie no nearer to the training scans than held-out scans do, nor than to as many scans never seen."""
     import torch

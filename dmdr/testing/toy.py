@@ -1,0 +1,77 @@
+"""A complete trainer on the toy Gaussian mixture, in which plugins are tried."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
+from dmdr.learner import Learner
+from dmdr.matching import DMD
+from dmdr.prompts import Prompts, PromptStream
+from dmdr.protocols import BackendOptions, Reward, SampleWeight
+from dmdr.rewards import Rewards
+from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.schedules import DynaDG, DynaRS
+from dmdr.trainer import Trainer, WeightedObjective
+
+
+def toy_trainer(
+    *objectives: WeightedObjective,
+    reward: Reward | None = None,
+    batch_size: int = 16,
+    micro_batch_size: int | None = None,
+    num_inference_steps: int = 4,
+    dmd_weight: float = 1.0,
+    rl_weight: float = 1.0,
+    sample_weight: SampleWeight | None = None,
+    learning_rate: float = 1e-3,
+    scaler: torch.amp.GradScaler | None = None,
+    seed: int = 0,
+) -> Trainer:
+    """A complete trainer on the toy backend: four prompts, an exact teacher, the reward `Redness` unless given.
+
+    Args:
+        objectives: The RL half, e.g. `WeightedObjective("mine", 1.0, Mine())`.
+        batch_size: Images of the global batch; `micro_batch_size` of one pass, the whole local batch by default.
+    """
+    climbed: Any = Redness() if reward is None else reward
+    accelerator = Accelerator(cpu=True)
+    backend = ToyBackend("", BackendOptions(seed=seed))
+    roles = [role for term in objectives for role in term.objective.needs.roles]
+    backend.prepare(accelerator, roles=("student", "fake_score", *dict.fromkeys(roles)))
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+
+    def learner(role: Any) -> Learner:
+        parameters = backend.parameters(role)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        return Learner(role, parameters, optimizer, schedule, accelerator, scaler, max_grad_norm=1e9)
+
+    return Trainer(
+        backend=backend,
+        sampler=FewStepSampler(backend.path, time_grid(num_inference_steps), 1.0),
+        prompts=PromptStream(
+            Prompts([{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]),
+            batch_size,
+            group_size=max((term.objective.needs.group_size for term in objectives), default=1),
+            seed=seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        ),
+        student=learner("student"),
+        fake_score=learner("fake_score"),
+        matching=DMD(),
+        accelerator=accelerator,
+        scaler=scaler,
+        seed=seed,
+        micro_batch_size=micro_batch_size or batch_size // accelerator.num_processes,
+        fake_updates=2,
+        fake_mix=DynaDG(0.0, 0),
+        renoise=DynaRS(1.0, 1.0, 0),
+        dmd_weight=dmd_weight,
+        rl_weight=rl_weight,
+        objectives=objectives,
+        rewards=Rewards({"toy": (1.0, climbed)}),
+        sample_weight=sample_weight,
+    )

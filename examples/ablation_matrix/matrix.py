@@ -1,0 +1,305 @@
+"""From a YAML of axes to runs: which cells there are, what each is called, and from which stage 1 it starts."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dmdr import registry
+from dmdr.assemble import check_needs
+from dmdr.checkpoint import checkpoints
+from dmdr.config import Settings, parse, read_yaml
+from dmdr.errors import ConfigError
+from dmdr.trainer import WeightedObjective
+
+# What only stage 2 reads: a stage 1 does without, so that cells which differ in nothing else share it.
+STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
+# What a folder is named after; a digest tells of the rest.
+AXES = (
+    *("reward", "dmd_weight", "rl_weight", "reward_tilt", "dyna_guidance", "dyna_renoise"),
+    *("num_inference_steps", "guidance_scale"),
+)
+RUNNER = ("seed", "output_dir", "init_student", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        name: Of the folder: what it varies, its seed, and a digest of all its settings.
+        settings: Resolved; `init_student` is a place in the run folder of `start`.
+        start: The stage 1 that it goes on from; None for a run that is its own beginning.
+        varied: The settings that differ from the matrix's own.
+    """
+
+    name: str
+    settings: Settings
+    start: "Run | None"
+    varied: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return self.settings.config.seed
+
+    @property
+    def updates(self) -> int:
+        """Student updates in all, those of its stage 1 included."""
+        config = self.settings.config
+        return config.stage2_steps + (self.start.updates if self.start else config.stage1_steps)
+
+    def folder(self, root: Path) -> Path:
+        return root / "cells" / self.name
+
+    def values(self) -> dict[str, Any]:
+        """What `config.yaml` of the run holds."""
+        return values_of(self.settings)
+
+    def state(self, root: Path) -> str:
+        """ "finished", "begun" (there is a checkpoint to go on from) or "new"; other settings are another run."""
+        folder, config = self.folder(root), self.settings.config
+        if _moved(_read(yaml.safe_load, folder / "config.yaml")) != _moved(self.values()):
+            return "new"
+        evaluation = _read(json.loads, folder / "evaluation.json")
+        complete = evaluation.get("samples") == config.num_eval_samples and self.stage in evaluation["columns"]
+        if complete and (folder / "report.html").is_file():  # which a run writes last
+            return "finished"
+        return "begun" if checkpoints(folder) else "new"
+
+    @property
+    def stage(self) -> str:
+        """The column of `evaluation.json` that counts."""
+        return "stage 2" if self.settings.config.stage2_steps else "stage 1"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A direction that the paper reports: one cell above another in a metric.
+
+    Attributes:
+        higher, lower: Labels of two cells of the block.
+        metric: As `evaluation.json` calls it, or "reward_gap" (trained minus held-out reward).
+        until: Compare the mean of the evaluations up to this update; None for the final ones.
+    """
+
+    higher: str
+    lower: str
+    metric: str
+    until: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A figure or a table.
+
+    Attributes:
+        cells: The runs of each cell by its label, one per seed.
+        curves: Metrics that are drawn over the student updates.
+        table: Metrics that are tabulated.
+    """
+
+    name: str
+    title: str
+    text: str
+    cells: Mapping[str, Sequence[Run]]
+    curves: Sequence[str]
+    table: Sequence[str]
+    claims: Sequence[Claim]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All blocks, and each of their runs once; a run comes after the one that it starts from."""
+
+    seeds: Sequence[int]
+    blocks: Sequence[Block]
+    runs: Sequence[Run]
+
+
+def load(file: Path, root: Path, *, quick: bool = False) -> Matrix:
+    """Read a matrix and check every setting of every cell.
+
+    Args:
+        file: `settings` of all runs, `seeds`, `blocks`, and under `quick` what a quick look has in their place.
+        root: Where the run folders lie.
+        quick: Only the blocks that `quick` names, under its settings and seeds.
+
+    Raises:
+        ConfigError: For whatever is unknown or cannot be meant, with its place.
+    """
+    content = read_yaml(str(file))
+    known(content, ("settings", "seeds", "blocks", "quick"), "the matrix")
+    blocks, seeds, settings = content.get("blocks"), content.get("seeds"), content.get("settings") or {}
+    if not isinstance(blocks, dict) or not blocks:
+        raise ConfigError(f"{file} has no blocks: a mapping of figures and tables")
+    if quick:
+        short = content.get("quick") or {}
+        known(short, ("settings", "seeds", "blocks"), "quick")
+        known(dict.fromkeys(short.get("blocks", ())), tuple(blocks), "quick: blocks")
+        blocks = {name: blocks[name] for name in short.get("blocks", blocks)}
+        seeds, settings = short.get("seeds", seeds), settings | short.get("settings", {})
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {seeds}")
+    builder = Builder(settings, sorted(set(seeds)), root)
+    made = [builder.block(name, block) for name, block in blocks.items()]
+    return Matrix(builder.seeds, made, list(builder.runs.values()))
+
+
+class Builder:
+    """Makes the runs of a matrix, each once."""
+
+    def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path) -> None:
+        self.settings, self.seeds, self.root = dict(settings), seeds, root
+        known_settings(settings, "settings")
+        self.base = values_of(resolve(settings, "settings"))
+        self.runs: dict[str, Run] = {}
+
+    def block(self, name: str, content: Any) -> Block:
+        """A block with the runs of its cells."""
+        keys = ("title", "text", "settings", "stage1", "start", "grid", "cells", "curves", "table", "claims")
+        known(content, keys, f"block {name}")
+        cells = dict(content.get("cells") or {})
+        axes = content.get("grid") or {}
+        for values in itertools.product(*axes.values()) if axes else ():
+            point = dict(zip(axes, values, strict=True))
+            cells[", ".join(f"{key} {value}" for key, value in point.items())] = point
+        if not cells:
+            raise ConfigError(f"block {name} has no cells and no grid")
+        runs = {}
+        for label, cell in cells.items():
+            where = f"block {name}, cell '{label}'"
+            given = self.settings | (content.get("settings") or {}) | (cell or {})
+            start = given.pop("start", content.get("start", "stage1"))
+            if start not in ("stage1", "export"):
+                raise ConfigError(f"{where}: start must be stage1 (with its fake score) or export, not {start}")
+            known_settings(given, where)
+            runs[str(label)] = self.cell(given, content.get("stage1") or {}, start == "export", where)
+        equal(runs, name)
+        claims = [_claim(claim, runs, name) for claim in content.get("claims", ())]
+        title, text = (str(content.get(key, default)).strip() for key, default in (("title", name), ("text", "")))
+        return Block(name, title, text, runs, content.get("curves", ()), content.get("table", ()), claims)
+
+    def cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
+        """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
+        settings = resolve(given | {"init_student": "?"} if given.get("stage2_steps", 1) else given, where)
+        config = settings.config
+        own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
+        first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
+        first = first | stage1 | {"rl": "none", "stage2_steps": 0}
+        if config.stage2_steps == 0:
+            return [self.run(resolve(first, where), first, seed) for seed in self.seeds]
+        if config.stage1_steps == 0:
+            raise ConfigError(f"{where}: stage1_steps is 0, and stage 2 starts from a stage 1")
+        begun = resolve(first, f"{where}, its stage 1")
+        starts = [self.run(begun, first, seed) for seed in self.seeds]
+        return [self.run(settings, given, start.seed, start, export) for start in starts]
+
+    def run(
+        self, settings: Settings, given: Mapping[str, Any], seed: int, start: Run | None = None, export: bool = False
+    ) -> Run:
+        """The run of these settings, made unless it is there."""
+        place = start and start.folder(self.root) / ("student" if export else "")
+        config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
+        settings = replace(settings, config=config)
+        values = values_of(settings)
+        varied = {key: value for key, value in given.items() if values.get(key, ...) != self.base.get(key)}
+        if start is None:
+            varied = {key: value for key, value in varied.items() if key not in STAGE2}
+        digest = hashlib.sha256(json.dumps(_moved(values), sort_keys=True).encode()).hexdigest()[:6]
+        words = [f"{key}_{value}" for key, value in varied.items() if key in AXES] + ["from_export"] * export
+        name = "-".join([f"stage2_{config.rl}" if start else "stage1", *words])
+        for ugly, plain in {", ": "_", "*": "x", "[": "", "]": ""}.items():
+            name = name.replace(ugly, plain)
+        name = re.sub(r"[^\w.+-]", "_", name)[:90] + f"-seed{seed}-{digest}"
+        return self.runs.setdefault(name, Run(name, settings, start, varied))
+
+
+def values_of(settings: Settings) -> dict[str, Any]:
+    """Settings as a file holds them, tuples as lists."""
+    values: dict[str, Any] = json.loads(json.dumps(settings.values()))
+    return values
+
+
+def resolve(given: Mapping[str, Any], where: str) -> Settings:
+    """Settings as a run resolves them, its objectives' needs checked.
+
+    Raises:
+        ConfigError: As a run would, after the place.
+    """
+    try:
+        settings = parse(settings=given)
+        objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
+        check_needs(settings.config, objectives, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if settings.config.num_eval_samples == 0:
+        raise ConfigError(f"{where}: num_eval_samples is 0, and there is nothing to compare")
+    return settings
+
+
+def known(content: Any, keys: Iterable[str], where: str) -> None:
+    """Refuse a key that nothing reads."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} must be a mapping, not {content!r}")
+    for key in content:
+        if key not in keys:
+            raise ConfigError(f"{where}: unknown key '{key}'{registry.suggest(str(key), list(keys))}")
+
+
+def known_settings(given: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that are the matrix's own to make; a run refuses those that it does not know."""
+    for key in given:
+        if key in RUNNER:
+            raise ConfigError(
+                f"{where}: '{key}' is no setting of a cell: the matrix makes it" + " (seeds)" * (key == "seed")
+            )
+
+
+def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:
+    """Refuse to compare cells of different length or number of samples; a stage 1 beside what starts from it may be.
+
+    Raises:
+        ConfigError: Names two such cells.
+    """
+    starts = {run.start.name for runs in cells.values() for run in runs if run.start}
+    found: dict[tuple[int, int], str] = {}
+    for label, (run, *_) in cells.items():
+        if run.name not in starts:
+            found.setdefault((run.updates, run.settings.config.num_eval_samples), label)
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise ConfigError(
+            f"block {block}: '{first}' has {one[0]} updates and {one[1]} samples, '{second}' {other[0]} and {other[1]}"
+        )
+
+
+def _claim(content: Any, cells: Iterable[str], block: str) -> Claim:
+    where = f"block {block}, claims"
+    known(content, ("higher", "lower", "metric", "until"), where)
+    try:
+        claim = Claim(**content)
+    except TypeError as error:
+        raise ConfigError(f"{where}: a claim has higher, lower and metric; this one is {content}") from error
+    known(dict.fromkeys((claim.higher, claim.lower)), list(cells), where)
+    return claim
+
+
+def _read(load: Any, file: Path) -> dict[str, Any]:
+    """A mapping in a file; nothing where it is missing or torn."""
+    try:
+        content = load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _moved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that do not depend on where the matrix lies."""
+    start = values.get("init_student")
+    return dict(values) | {"init_student": start and str(start).replace("\\", "/").rpartition("cells/")[2]}

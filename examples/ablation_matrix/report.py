@@ -1,0 +1,185 @@
+"""The report of a matrix: `report.html`, `plots/`, `results.csv` and `table.md`, from what the run folders hold."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matrix import AXES, Block, Matrix
+from results import METRICS, Metric, Result, Verdict, metric, read, shown, verdict
+
+from dmdr.images import embed, write_atomically
+from dmdr.report import TEXT, inline_svg, template
+
+COLOURS = ("#3b82d0", "#d9822b", "#2f9e63", "#b654c4", "#c94a4a")  # readable on light and on dark
+Results = Mapping[str, Sequence[Result | None]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A block as the page shows it."""
+
+    block: Block
+    plots: Sequence[tuple[str, Markup]]
+    header: Sequence[tuple[str, Metric]]
+    rows: Sequence[tuple[str, int, int, int, Sequence[str]]]  # cell, updates, samples, finished seeds, metrics
+    verdicts: Sequence[Verdict]
+    pictures: Sequence[tuple[str, tuple[str, int, int]]]
+
+
+def write_report(matrix: Matrix, root: Path) -> list[str]:
+    """Write all of it, from the runs that are finished.
+
+    Returns: The verdicts, a line each.
+    """
+    found = {run.name: read(run, root) for run in matrix.runs}
+    sections = []
+    for block in matrix.blocks:
+        results = {label: [found[run.name] for run in runs] for label, runs in block.cells.items()}
+        sections.append(
+            Section(
+                block,
+                [(name, draw(block, name, results, root)) for name in block.curves],
+                [(name, metric(name)) for name in block.table],
+                [_row(label, block, results[label]) for label in block.cells],
+                [verdict(claim, results) for claim in block.claims],
+                _pictures(block, root),
+            )
+        )
+    table, header = rows(matrix, found)
+    write_atomically(root / "results.csv", _csv(header, table).encode())
+    write_atomically(root / "table.md", _markdown(sections).encode())
+    verdicts = [v for section in sections for v in section.verdicts]
+    statuses = [v.status for v in verdicts]
+    finished = sum(result is not None for result in found.values())
+    html = template(Path(__file__).parent / "report.html.jinja").render(
+        sections=sections,
+        seeds=matrix.seeds,
+        finished=finished,
+        total=len(matrix.runs),
+        counts={status: statuses.count(status) for status in dict.fromkeys(statuses)},
+        header=header,
+        table=table,
+        settings=_common(matrix),
+    )
+    write_atomically(root / "report.html", html.encode())
+    return [f"{section.block.title.partition(':')[0]}: {v}" for section in sections for v in section.verdicts]
+
+
+def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[Any]], list[str]]:
+    """One row per finished run: the cells that it is, its seed, all settings that any run varies, all metrics."""
+    cells: dict[str, list[str]] = {run.name: [] for run in matrix.runs}
+    for block in matrix.blocks:
+        for label, runs in block.cells.items():
+            for run in runs:
+                cells[run.name].append(f"{block.name}: {label}")
+    varied = {name for run in matrix.runs for name in run.varied}
+    settings = [name for name in ("rl", *AXES) if name in varied] + sorted(varied.difference(("rl", *AXES)))
+    results = [(run, found[run.name]) for run in matrix.runs]
+    names = dict.fromkeys([*METRICS, *(name for _, result in results if result for name in result.final)])
+    metrics = [name for name in names if any(result and name in result.final for _, result in results)]
+    header = ["run", "cells", "seed", "updates", "samples", *settings, *metrics, "seconds"]
+    table = []
+    for run, result in results:
+        if result is not None:
+            values, config = run.values(), run.settings.config
+            table.append(
+                [
+                    *(
+                        run.name,
+                        "; ".join(cells[run.name]) or "stage 1",
+                        run.seed,
+                        run.updates,
+                        config.num_eval_samples,
+                    ),
+                    *(values.get(name, "") for name in settings),
+                    *(result.final.get(name, "") for name in metrics),
+                    round(result.seconds, 1),
+                ]
+            )
+    return table, header
+
+
+def _csv(header: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *table])
+    return text.getvalue()
+
+
+def _row(label: str, block: Block, results: Sequence[Result | None]) -> tuple[str, int, int, int, list[str]]:
+    run, done = block.cells[label][0], [result for result in results if result is not None]
+    texts = [shown(name, [result.final[name] for result in done if name in result.final]) for name in block.table]
+    return label, run.updates, run.settings.config.num_eval_samples, len(done), texts
+
+
+def _markdown(sections: Sequence[Section]) -> str:
+    """Tables for a paper: means over the seeds ± half their range."""
+    parts = []
+    for section in sections:
+        names = ["", "updates", *(shape.label for _, shape in section.header)]
+        lines = [f"### {section.block.title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        lines += [f"| {' | '.join([label, str(updates), *texts])} |" for label, updates, _, _, texts in section.rows]
+        parts.append("\n".join([*lines, "", *(f"- {v}" for v in section.verdicts)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _common(matrix: Matrix) -> list[tuple[str, Any]]:
+    """Settings that all runs have in common, of those that matter most."""
+    values = [run.values() for run in matrix.runs]
+    names = ("model", "reward", "eval_reward", "num_eval_samples", "per_device_train_batch_size", "num_inference_steps")
+    return [(name, values[0][name]) for name in names if len({str(v[name]) for v in values}) == 1]
+
+
+def _pictures(block: Block, root: Path) -> list[tuple[str, tuple[str, int, int]]]:
+    """The last sample grid of every cell's first seed."""
+    found = []
+    for label, runs in block.cells.items():
+        if files := sorted((runs[0].folder(root) / "samples").glob("step-*.png")):
+            found.append((label, embed(files[-1])))
+    return found
+
+
+def draw(block: Block, name: str, results: Results, root: Path) -> Markup:
+    """A metric over the updates, a line a cell with its band over the seeds; the same as PNG and SVG in `plots/`."""
+    path = root / "plots" / f"{block.name}-{name.replace('/', '-')}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = plot(block, name, results, TEXT)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        page = plot(block, name, results, "#222222")
+        page.savefig(path.with_suffix(".png"), dpi=150)
+        page.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    return inline_svg(figure, f"{block.name} {name}")
+
+
+def plot(block: Block, name: str, results: Results, text: str) -> Figure:
+    """The figure, its text in this colour."""
+    figure = Figure(figsize=(4.2, 3.1), layout="constrained")
+    axes = figure.add_subplot()
+    for (label, seeds), colour in zip(results.items(), COLOURS * len(results), strict=False):
+        curves = [dict(seed.curves.get(name, ())) for seed in seeds if seed is not None]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        if not steps:
+            continue
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        axes.plot(steps, values.mean(0), color=colour, linewidth=1.6, marker=".", label=label)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    starts = {run.start.updates for runs in block.cells.values() for run in runs if run.start}
+    for start in starts:
+        axes.axvline(start, color=text, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlabel("student updates", color=text, fontsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=text)
+    axes.grid(axis="y", color=text, alpha=0.18, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    axes.set_title(metric(name).label, color=text, fontsize=10, loc="left")
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=text, fontsize=8.5)
+    return figure

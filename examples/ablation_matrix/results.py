@@ -1,0 +1,171 @@
+"""What the runs measured, and what follows from it: numbers in, verdicts out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matrix import Claim, Run
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        label: In words.
+        higher: Whether higher is better; None where neither is.
+        noise: A difference of means within this says nothing.
+    """
+
+    label: str
+    higher: bool | None = True
+    digits: int = 3
+    noise: float = 0.0
+
+
+METRICS = {
+    "reward/total": Metric("trained reward"),
+    "eval_reward/total": Metric("held-out reward"),
+    "reward_gap": Metric("trained minus held-out reward", None),
+    "frechet_distance": Metric("Frechet distance", False, 1, noise=5.0),  # two halves of the scans are 19 apart
+    "accuracy": Metric("class accuracy"),
+    "precision": Metric("precision"),
+    "recall": Metric("recall"),
+    "inception_score": Metric("inception score", digits=2),
+}
+
+
+def metric(name: str) -> Metric:
+    """How a metric is shown; rewards have the names that the run gave them."""
+    kind, _, reward = name.partition("/")
+    words = {"reward": "trained", "eval_reward": "held-out"}
+    return METRICS.get(name) or Metric(f"{words.get(kind, kind)} {reward}".strip())
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        final: Metrics of the student at the end.
+        curves: Each metric as (updates, value), from the first evaluation of its stage 1 on.
+        seconds: Of its own training steps.
+    """
+
+    final: Mapping[str, float]
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def read(run: Run, root: Path) -> Result | None:
+    """What a run measured; None of one that is not finished."""
+    if run.state(root) != "finished":
+        return None
+    folder = run.folder(root)
+    final = _with_gap(json.loads((folder / "evaluation.json").read_text())["columns"][run.stage])
+    before = read(run.start, root) if run.start else None
+    offset = run.start.updates if run.start else 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = {}
+    for line in lines:
+        found = {name if name in final else f"reward/{name}": value for name, value in _evaluated(line).items()}
+        if found:
+            points[offset + line["step"]] = _with_gap(found)
+    points[run.updates] = final
+    curves: dict[str, list[tuple[int, float]]] = {
+        name: list(before.curves.get(name, ())) if before else [] for name in final
+    }
+    for step, values in points.items():
+        for name, value in values.items():
+            if name in curves and value is not None:
+                curves[name].append((step, value))
+    steps = [line["step"] for line in lines]
+    logged = [line["seconds"] for line in lines]
+    seconds = sum(logged) / len(logged) * max(steps) if steps else 0.0
+    return Result(final, curves, seconds)
+
+
+def _evaluated(line: Mapping[str, float]) -> dict[str, float]:
+    """The evaluation in a line of the log, if there is one."""
+    own = {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
+    return own | {name: value for name, value in line.items() if name.startswith("eval_reward/")}
+
+
+def _with_gap(values: Mapping[str, float]) -> dict[str, float]:
+    trained, held_out = values.get("reward/total"), values.get("eval_reward/total")
+    gap = {} if trained is None or held_out is None else {"reward_gap": trained - held_out}
+    return dict(values) | gap
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the range."""
+    return (max(values) - min(values)) / 2
+
+
+def shown(name: str, values: Sequence[float]) -> str:
+    """Mean and spread of a metric over the seeds."""
+    digits = metric(name).digits
+    if not values:
+        return ""
+    return f"{mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a direction was reproduced.
+
+    Attributes:
+        status: "reproduced", "not reproduced", "inconclusive", "one seed" or "not measured".
+        text: The figures.
+    """
+
+    status: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.text}"
+
+
+def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdict:
+    """Judge a claim seed by seed, from the difference of its two cells.
+
+    It is reproduced, or not, where every seed says the same, the mean difference exceeds half the range over the seeds,
+    and it exceeds the metric's noise. Anything else is inconclusive.
+
+    Args:
+        cells: Results by label, one per seed in the same order; None where a run is not finished.
+    """
+    shape = metric(claim.metric)
+    what = f"in {shape.label}" + ("" if claim.until is None else f" over the first {claim.until} updates")
+    sides = [[_value(result, claim) for result in cells[label]] for label in (claim.higher, claim.lower)]
+    margins = [high - low for high, low in zip(*sides, strict=True) if high is not None and low is not None]
+    if not margins:
+        return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: no seed has both")
+    by, around, count = mean(margins), spread(margins), len(margins)
+    stands = "above" if by > 0 else "below" if by < 0 else "level with"
+    text = f"{claim.higher} {stands} {claim.lower} {what} by {abs(by):.{shape.digits}f}"
+    missing = len(sides[0]) - count
+    tail = f"; {missing} not finished" * (missing > 0)
+    if count == 1:
+        return Verdict("one seed", f"{text}; two or more are needed to tell{tail}")
+    agree = sum(margin * by > 0 for margin in margins)
+    text += f" ± {around:.{shape.digits}f} in {agree} of {count} seeds"
+    if abs(by) <= shape.noise > 0:
+        return Verdict("inconclusive", f"{text}; differences up to {shape.noise:g} are noise{tail}")
+    if agree < count or abs(by) <= around:
+        return Verdict("inconclusive", f"{text}; the margin is within the seeds' spread{tail}")
+    return Verdict("reproduced" if by > 0 else "not reproduced", text + tail)
+
+
+def _value(result: Result | None, claim: Claim) -> float | None:
+    if result is None:
+        return None
+    if claim.until is None:
+        return result.final.get(claim.metric)
+    early = [value for step, value in result.curves.get(claim.metric, ()) if step <= claim.until]
+    return mean(early) if early else None

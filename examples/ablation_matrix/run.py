@@ -1,0 +1,227 @@
+"""The ablation matrix: every cell of a YAML is an ordinary run; then a report of them all.
+
+    python examples/ablation_matrix/run.py --jobs 2 --output_dir runs/ablation           # 3 seeds, on 2 cores
+    python examples/ablation_matrix/run.py --jobs 2 --output_dir runs/ablation --quick   # a first look
+    python examples/ablation_matrix/run.py --config my.yaml --dry_run                    # which cells there are
+
+Start it again to go on: finished cells are kept, half-finished ones go on from their last checkpoint. Exits with 1 if a
+cell failed, 2 for bad input.
+"""
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from matrix import Matrix, Run, load
+
+from dmdr import registry
+from dmdr.errors import ConfigError
+
+HERE = Path(__file__).parent
+PATIENCE = 60  # seconds that a process gets to save its checkpoint
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process, after those that it needs: the arguments of `worker.py`."""
+
+    name: str
+    arguments: Sequence[str]
+    needs: Sequence[str] = ()
+
+
+def tasks(matrix: Matrix, root: Path) -> list[Task]:
+    """What is left to do: what named models have to build first, once, then every run that is not finished."""
+    left = [run for run in matrix.runs if run.state(root) != "finished"]
+    builds = dict.fromkeys(build for run in left for build in parts(run))
+    first = [Task("build-" + "-".join(build), ["build", *build]) for build in builds]
+    names = [task.name for task in first]
+    return first + [
+        Task(run.name, command(run, root), [*names, *([run.start.name] if run.start else [])]) for run in left
+    ]
+
+
+def parts(run: Run) -> Iterator[tuple[str, ...]]:
+    """What a run's named model builds on first use, where it has a name."""
+    model = run.settings.config.model
+    if registry.registered("models", model):
+        yield model, "pipeline"
+        for group in ("rewards", "eval_rewards"):
+            for reward in run.settings.of(group):
+                if reward.options.get("checkpoint", "") is None:
+                    yield model, group, reward.name
+
+
+def command(run: Run, root: Path) -> list[str]:
+    """The flags with which a run goes on from its last checkpoint, or else begins."""
+    folder, settings = run.folder(root), root / "logs" / f"{run.name}.yaml"
+    begun = ["--resume_from_checkpoint", "latest"] if run.state(root) == "begun" else []
+    return ["train", "--config", str(settings), "--output_dir", str(folder), *begun]
+
+
+def clear(matrix: Matrix, root: Path) -> None:
+    """Write the settings of the runs that are left, and remove what cannot be gone on from."""
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    for run in matrix.runs:
+        state = run.state(root)
+        if state == "new":
+            shutil.rmtree(run.folder(root), ignore_errors=True)
+        if state != "finished":
+            (root / "logs" / f"{run.name}.yaml").write_text(run.settings.as_yaml())
+
+
+def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str, str]:
+    """Run the tasks, up to `jobs` at a time; whatever ends this function ends them.
+
+    Returns:
+        The tasks that failed, each with the last line of its log.
+    """
+    waiting, running = list(todo), dict[str, tuple[subprocess.Popen[bytes], float]]()
+    open_ends, failed = {task.name for task in todo}, dict[str, str]()
+    try:
+        while waiting or running:
+            for task in list(waiting):
+                if bad := [name for name in task.needs if name in failed]:
+                    waiting.remove(task)
+                    failed[task.name] = f"not begun: {bad[0]} has failed"
+                elif len(running) < jobs and not open_ends.intersection(task.needs):
+                    waiting.remove(task)
+                    running[task.name] = begin(task, logs, lock), time.monotonic()
+            for name, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    open_ends.discard(name)
+                    if process.returncode:
+                        failed[name] = f"exit code {process.returncode}: {last_line(logs / f'{name}.log')}"
+                    count = len(todo) - len(waiting) - len(running)
+                    took = f"{time.monotonic() - began:4.0f} s"
+                    print(f"[{count}/{len(todo)}] {took}  {name}  {failed.get(name, '')}".rstrip(), flush=True)
+            time.sleep(0.1)
+    finally:
+        end([process for process, _ in running.values()])
+    return failed
+
+
+def begin(task: Task, logs: Path, lock: IO[str]) -> "subprocess.Popen[bytes]":
+    """Start a task in a session of its own: Ctrl-C reaches this process, which ends its tasks in order."""
+    with (logs / f"{task.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), *task.arguments],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "5"},
+            pass_fds=[lock.fileno()],  # so that the folder stays locked until the last of them is gone
+            start_new_session=True,
+        )
+
+
+def end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Let go of their standard input, at which they save a checkpoint and end; a second signal does not wait."""
+    try:
+        for process in processes:
+            assert process.stdin
+            process.stdin.close()
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; a progress bar writes its over one another."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing in its log")
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[IO[str]]:
+    """The folder to ourselves, once processes of a matrix that was killed here have ended.
+
+    Raises:
+        ConfigError: Another matrix is at work in it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        for second in range(PATIENCE + 1):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second == PATIENCE:
+                    raise ConfigError(f"--output_dir {root}: another matrix is at work in it") from None
+                time.sleep(1)
+        yield lock
+
+
+def listing(matrix: Matrix, root: Path) -> str:
+    """The cells by block, and every run with its state."""
+    lines = []
+    for block in matrix.blocks:
+        lines.append(f"{block.title}:")
+        lines += [f"  {label}: {runs[0].updates} updates, {runs[0].name}" for label, runs in block.cells.items()]
+    states = [run.state(root) for run in matrix.runs]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("finished", "begun", "new"))
+    return "\n".join([*lines, f"{len(matrix.runs)} runs with seeds {list(matrix.seeds)}: {counts}"])
+
+
+def stop(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+def ablate(args: argparse.Namespace) -> int:
+    root = args.output_dir
+    matrix = load(args.config, root, quick=args.quick)
+    if args.dry_run:
+        print(listing(matrix, root))
+        return 0
+    failed: dict[str, str] = {}
+    if not args.report_only:
+        with locked(root) as lock:
+            clear(matrix, root)
+            failed = work(tasks(matrix, root), args.jobs, root / "logs", lock)
+    from report import write_report
+
+    print("\n".join(write_report(matrix, root)))
+    for name, line in failed.items():
+        print(f"FAILED {name}: {line}", file=sys.stderr)
+    print(f"done: {root}/report.html")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "matrix.yaml")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time; each takes one core")
+    parser.add_argument("--quick", action="store_true", help="what the YAML has under `quick`")
+    parser.add_argument("--dry_run", action="store_true", help="print the cells and write nothing")
+    parser.add_argument("--report_only", action="store_true", help="write the report of what is finished")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return ablate(args)
+    except ConfigError as error:
+        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

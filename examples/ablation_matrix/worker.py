@@ -1,0 +1,35 @@
+"""One process of the matrix: `worker.py train FLAGS` is `dmdr-train`; `worker.py build MODEL PART` makes what a named
+model has to make first. It ends when whoever holds the other end of its standard input does, in the way of SIGTERM."""
+
+import os
+import signal
+import sys
+import threading
+
+
+def end_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock the end of the process would wait for
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def build(name: str, part: str, reward: str = "") -> None:
+    from dmdr import registry
+
+    model = registry.load("models", name)()
+    if part == "pipeline":
+        model.folder()
+        model.judge()
+    else:
+        model.reward_checkpoint(reward, held_out=part == "eval_rewards")
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if sys.argv[1] == "build":
+        build(*sys.argv[2:])
+    else:
+        from dmdr.cli.train import main
+
+        sys.argv = ["dmdr-train", *sys.argv[2:]]
+        main()

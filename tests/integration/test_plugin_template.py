@@ -1,0 +1,136 @@
+"""The template of a plugin package in a fresh environment, what `dmdr-plugins new` writes, and the plugins' guide."""
+
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dmdr.cli.plugins import template, write_package
+from dmdr.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "examples" / "plugin_template"
+Shell = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh virtual environment that holds nothing of its own, and sees the packages of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    # addsitedir, and not the bare path: the .pth file of an editable install is read, too.
+    (site / "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    for command in ("dmdr-train", "dmdr-plugins"):
+        module = f"dmdr.cli.{command.removeprefix('dmdr-')}"
+        script = folder / "bin" / command
+        script.write_text(f"#!{folder}/bin/python\nfrom {module} import main\nmain()\n")
+        script.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def shell(environment: Path, tmp_path: Path) -> Shell:
+    """Run a command line in the fresh environment; its output, once it has succeeded."""
+    around = {"PATH": f"{environment}/bin{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    around |= {"HF_HUB_OFFLINE": "1", "DMDR_CACHE": str(tmp_path / "cache"), "PIP_NO_INDEX": "1"}
+
+    def run(line: str) -> str:
+        command = shlex.split(line)
+        if command[0] in ("pytest", "pip"):
+            command = [str(environment / "bin" / "python"), "-m", *command]
+        if command[:4] == [str(environment / "bin" / "python"), "-m", "pip", "install"]:
+            command += ["--quiet", "--no-build-isolation"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | around)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+TRAIN = "dmdr-train --model toy --stage1_steps 2 --stage2_steps 2 --per_device_train_batch_size 8"
+
+
+def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path) -> None:
+    shell(f"pip install {TEMPLATE}")
+    listed = shell("dmdr-plugins")
+    for kind, name, cls in (("objective", "target_score", "TargetScore"), ("reward", "brightness", "Brightness")):
+        row = next(line.split() for line in listed.splitlines() if line.split()[1] == name)
+        assert row == [kind, name, "dmdr-template", "0.1.0", f"dmdr_template:{cls}"]
+    usage = shell("dmdr-train --rl target_score --help")
+    assert re.search(r"--target \S+\s+The score that images shall have", usage)
+    shell(f"{TRAIN} --rl target_score --reward brightness --target 0.3 --output_dir run")
+    assert "target_score/distance" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
+    assert "17 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+
+
+def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
+    package = tmp_path / "here"
+    write_package("my_aim", package)
+    assert {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()} == {
+        "README.md",
+        "pyproject.toml",
+        "dmdr_my_aim/__init__.py",
+        "tests/test_dmdr_my_aim.py",
+    }
+    text = "".join(path.read_text() for path in package.rglob("*.*") if path.is_file())
+    assert not re.search("template|target_score|TargetScore|brightness|Brightness", text)
+    assert 'my_aim_reward = "dmdr_my_aim:MyAimReward"' in text
+
+
+@pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "class", ""])
+def test_new_wants_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="a name has lower-case letters"):
+        write_package(name, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"new refl: objective 'refl' of dmdr .* has this name"):
+        write_package("refl", None)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="new mine: mine exists; choose another with --output_dir"):
+        write_package("mine", None)
+
+
+def test_the_template_is_the_example() -> None:
+    assert template().resolve() == TEMPLATE.resolve()
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of each fenced block."""
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield match[1], match[2]
+
+
+def test_the_guide_is_true(shell: Shell, tmp_path: Path) -> None:
+    """Its files are written and its commands run, in order."""
+    commands = []
+    for language, content in blocks((ROOT / "plugins" / "README.md").read_text()):
+        if language == "python":
+            name = content.splitlines()[0].removeprefix("# ")
+            assert name.endswith(".py")
+            (tmp_path / name).write_text(content)
+        elif language == "sh":
+            commands += [(line, shell(line)) for line in content.splitlines()]
+    outputs = dict(commands)
+    assert [line.split()[0] for line in outputs] == [
+        *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins", "pytest")
+    ]
+    assert "9 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
+    assert "8 passed" in outputs["pytest --dmdr-plugin ink.py:Ink"]
+    log = (tmp_path / "runs" / "best" / "metrics.jsonl").read_text()
+    assert '"loss/best.py:Best"' in log and '"best.py:Best/best"' in log
+    assert "How hard the student is pulled." in shell("dmdr-train --rl best.py:Best --help")
+    assert "3 passed" in outputs["pytest best-of-n"]  # of the package that was written and installed
+    assert re.search(r"objective +best_of_n +dmdr-best-of-n 0.1.0 +dmdr_best_of_n:BestOfN\n", outputs["dmdr-plugins"])

@@ -1,0 +1,461 @@
+"""The ablation matrix: cells from a YAML, what is done and what is left, the pool, the verdicts. Trains nothing."""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dmdr.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "ablation_matrix"
+TOY = ROOT / "tests" / "integration" / "ablation_toy.yaml"
+sys.path.insert(0, str(EXAMPLE))
+
+import matrix as cells  # noqa: E402
+import report  # noqa: E402
+import results  # noqa: E402
+import run as command  # noqa: E402
+from matrix import Claim, Matrix, load  # noqa: E402
+from results import Result, verdict  # noqa: E402
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """The toy's matrix with other content."""
+
+    def written(**changes: Any) -> Path:
+        file = tmp_path / "matrix.yaml"
+        file.write_text(yaml.safe_dump(yaml.safe_load(TOY.read_text()) | changes, sort_keys=False))
+        return file
+
+    return written
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Matrix:
+    return load(TOY, tmp_path)
+
+
+# ---- from the YAML to runs
+
+
+@pytest.fixture(scope="module")
+def default() -> Matrix:
+    return load(EXAMPLE / "matrix.yaml", Path("out"))
+
+
+def test_the_default_matrix_shares_what_is_the_same(default: Matrix) -> None:
+    blocks = {block.name: block.cells for block in default.blocks}
+    joint = blocks["figure3"]["joint"]
+    assert [run.seed for run in joint] == list(default.seeds) == [0, 1, 2]
+    same = [blocks["figure4"]["RT-DM, then joint"], blocks["table5a"]["HPS + CLIP"], blocks["table5b"]["ReFL"]]
+    assert all(other[i] is joint[i] for other in same for i in range(3))
+    assert blocks["table5a"]["DMD only"][0] is blocks["figure3"]["DMD only"][0]
+    starts = {label: run.start for block in ("figure3", "table5a", "table5b", "table5c", "few-step")
+              for label, (run, *_) in blocks[block].items() if label != "stage 1"}  # fmt: skip
+    assert {start.name for start in starts.values() if start} == {blocks["table5b"]["stage 1"][0].name}
+    assert len({run.start.name for (run, *_) in blocks["table6"].values() if run.start}) == 3  # one by guidance
+    names = [run.name for run in default.runs]
+    assert len(set(names)) == len(names) == 87
+    assert all(names.index(run.start.name) < names.index(run.name) for run in default.runs if run.start)
+
+
+def test_a_stage_1_is_what_a_plain_distillation_would_be(default: Matrix) -> None:
+    grpo = next(block.cells["GRPO"][1] for block in default.blocks if block.name == "table5b")
+    assert grpo.settings.config.num_generations == 8
+    assert grpo.start is not None
+    first = grpo.start.settings.config
+    assert (first.rl, first.stage2_steps, first.num_generations, first.seed) == ("none", 0, 1, 1)
+    assert grpo.settings.config.init_student == f"out/cells/{grpo.start.name}"
+    assert grpo.updates == 200
+
+
+def test_every_claim_of_the_default_matrix_can_be_measured(default: Matrix) -> None:
+    for block in default.blocks:
+        measured = {"reward/hps", "reward/clip", "eval_reward/hps", "eval_reward/clip", *results.METRICS}
+        assert {claim.metric for claim in block.claims} | {*block.curves, *block.table} <= measured
+        assert block.claims
+        assert len(set(block.claims)) == len(block.claims)
+
+
+def test_grids_exports_and_labels(tmp_path: Path, write: Write) -> None:
+    content = {"start": "export", "grid": {"rl_weight": [0.1, 1], "refl_steps": ["last", "any"]}, "table": []}
+    block = load(write(blocks={"g": content}), tmp_path).blocks[0]
+    assert list(block.cells) == [f"rl_weight {w}, refl_steps {s}" for w in (0.1, 1) for s in ("last", "any")]
+    runs = [runs[0] for runs in block.cells.values()]
+    assert len({run.start.name for run in runs if run.start}) == 1
+    assert all(str(run.settings.config.init_student).endswith("/student") for run in runs)
+    assert [run.settings.of("objectives")[0].options["steps"] for run in runs] == ["last", "any"] * 2
+
+
+def test_quick_is_the_same_matrix_in_short(tmp_path: Path) -> None:
+    quick = load(TOY, tmp_path, quick=True)
+    assert [block.name for block in quick.blocks] == ["weights"]
+    assert {run.updates for runs in quick.blocks[0].cells.values() for run in runs} == {8}
+    whole = {run.name for run in load(TOY, tmp_path).runs}
+    assert {run.name for run in quick.runs} & whole == {run.start.name for run in quick.runs if run.start}
+
+
+def test_other_settings_are_another_folder_and_another_place_is_not(tmp_path: Path, write: Write, toy: Matrix) -> None:
+    settings = yaml.safe_load(TOY.read_text())["settings"]
+    changed = load(write(settings=settings | {"stage1_steps": 7}), tmp_path)
+    assert not {run.name for run in changed.runs} & {run.name for run in toy.runs}
+    assert [run.name for run in load(TOY, Path("elsewhere")).runs] == [run.name for run in toy.runs]
+
+
+CELL = {"grid": {"rl_weight": [0.1, 1]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block": {}}, "the matrix: unknown key 'block' (did you mean 'blocks'?)"),
+        ({"blocks": {}}, "has no blocks"),
+        ({"blocks": {"a": {}}}, "block a has no cells and no grid"),
+        ({"blocks": {"a": CELL | {"tabel": []}}}, "block a: unknown key 'tabel' (did you mean 'table'?)"),
+        ({"blocks": {"a": {"cells": {"x": {"rl_wieght": 1}}}}}, "block a, cell 'x': unknown setting 'rl_wieght'"),
+        ({"blocks": {"a": {"cells": {"x": {"rl_weight": -1}}}}}, "block a, cell 'x': --rl_weight must be at least 0"),
+        ({"blocks": {"a": {"cells": {"x": {"rl": "refll"}}}}}, "cell 'x': unknown objective 'refll'"),
+        ({"blocks": {"a": {"cells": {"x": {"rl": "grpo", "num_inference_steps": 1}}}}}, "cell 'x': --rl grpo"),
+        (
+            {"blocks": {"a": {"cells": {"x": {"seed": 1}}}}},
+            "'seed' is no setting of a cell: the matrix makes it (seeds)",
+        ),
+        ({"blocks": {"a": {"cells": {"x": {"start": "here"}}}}}, "cell 'x': start must be stage1"),
+        ({"blocks": {"a": {"cells": {"x": {"stage1_steps": 0}}}}}, "cell 'x': stage1_steps is 0"),
+        ({"blocks": {"a": {"cells": {"x": {"stage2_steps": 5}, "y": {}}}}}, "'x' has 11 updates and 8 samples, 'y' 10"),
+        ({"blocks": {"a": CELL | {"claims": [{"higher": "x"}]}}}, "block a, claims: a claim has higher, lower"),
+        (
+            {"blocks": {"a": CELL | {"claims": [{"higher": "x", "lower": "y", "metric": "recall"}]}}},
+            "block a, claims: unknown key 'x'",
+        ),
+        ({"blocks": {"a": CELL | {"stage1": {"rewrad": "toy"}}}}, "its stage 1: unknown setting 'rewrad'"),
+        ({"seeds": []}, "seeds must be a list of whole numbers"),
+        ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
+        ({"settings": {"model": "toy", "output_dir": "x"}}, "settings: 'output_dir' is no setting of a cell"),
+        ({"settings": {"model": "toy", "rl": "refl"}}, "settings: num_eval_samples is 0"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(tmp_path: Path, write: Write, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(write(**changes), tmp_path)
+    assert said in str(error.value)
+
+
+def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write) -> None:
+    file = write(blocks={"a": {"cells": {"x": {"rl_wieght": 1}}}})
+    call = [sys.executable, str(EXAMPLE / "run.py"), "--config", str(file), "--output_dir", str(tmp_path / "out")]
+    found = subprocess.run(call, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.count("\n") == 1
+    assert "cell 'x': unknown setting 'rl_wieght' (did you mean 'rl_weight'?)" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is done and what is left
+
+
+def finish(run: cells.Run, root: Path, reward: float = 0.5, log: str = "") -> Path:
+    """A run folder as a finished run leaves it."""
+    folder = run.folder(root)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(run.settings.as_yaml())
+    column = {"reward/toy": reward, "reward/total": reward, "eval_reward/toy": 0.4, "eval_reward/total": 0.4}
+    (folder / "evaluation.json").write_text(json.dumps({"samples": 8, "columns": {run.stage: column}}))
+    (folder / "metrics.jsonl").write_text(log)
+    (folder / "report.html").touch()
+    return folder
+
+
+def checkpoint(run: cells.Run, root: Path) -> None:
+    folder = run.folder(root) / "checkpoints" / "step-000002"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text('{"stage": 1, "step": 2, "total": 2, "prompts_consumed": 16}')
+
+
+def test_only_a_complete_run_of_the_same_settings_is_finished(tmp_path: Path, toy: Matrix) -> None:
+    run = toy.runs[1]
+    assert run.state(tmp_path) == "new"
+    folder = finish(run, tmp_path)
+    assert run.state(tmp_path) == "finished"
+    for name in ("report.html", "evaluation.json", "config.yaml"):
+        content = (folder / name).read_text()
+        (folder / name).unlink()
+        assert run.state(tmp_path) == "new", name
+        (folder / name).write_text(content[: len(content) // 2])  # torn
+        assert run.state(tmp_path) == ("finished" if name == "report.html" else "new")
+        (folder / name).write_text(content)
+    (folder / "evaluation.json").write_text('{"samples": 8, "columns": {"stage 1": {}}}')
+    assert run.state(tmp_path) == "new"  # its own stage is missing
+    checkpoint(run, tmp_path)
+    assert run.state(tmp_path) == "begun"
+    (folder / "config.yaml").write_text(run.settings.as_yaml().replace("rl_weight: 0.3", "rl_weight: 0.4"))
+    assert run.state(tmp_path) == "new"
+
+
+def test_a_matrix_may_be_moved(tmp_path: Path, toy: Matrix) -> None:
+    finish(toy.runs[0], tmp_path)
+    finish(toy.runs[1], tmp_path)
+    os.rename(tmp_path / "cells", tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    os.rename(tmp_path / "moved", tmp_path / "elsewhere" / "cells")
+    moved = load(TOY, tmp_path / "elsewhere")
+    assert [run.state(tmp_path / "elsewhere") for run in moved.runs[:2]] == ["finished"] * 2
+
+
+def test_what_is_left_goes_on_or_begins_anew(tmp_path: Path, toy: Matrix) -> None:
+    first, begun, half, *_ = toy.runs
+    kept = finish(first, tmp_path)
+    (finish(begun, tmp_path) / "report.html").unlink()
+    checkpoint(begun, tmp_path)
+    (finish(half, tmp_path) / "report.html").unlink()
+    command.clear(toy, tmp_path)
+    assert kept.is_dir() and begun.folder(tmp_path).is_dir() and not half.folder(tmp_path).exists()
+    todo = {task.name: task for task in command.tasks(toy, tmp_path)}
+    assert list(todo) == ["build-toy-pipeline", *(run.name for run in toy.runs[1:])]
+    assert list(todo[begun.name].arguments)[-2:] == ["--resume_from_checkpoint", "latest"]
+    assert "--resume_from_checkpoint" not in todo[half.name].arguments
+    assert first.name in todo[half.name].needs  # which is done, so that nobody waits for it
+    assert yaml.safe_load((tmp_path / "logs" / f"{half.name}.yaml").read_text()) == half.values()
+    for run in toy.runs[1:]:
+        finish(run, tmp_path) if not run.folder(tmp_path).exists() else (run.folder(tmp_path) / "report.html").touch()
+    assert command.tasks(toy, tmp_path) == []
+
+
+# ---- the pool
+
+WORKER = """
+import os, sys, time, pathlib
+name, *rest = sys.argv[1:]
+pathlib.Path(name).write_text(str(os.getpid()))
+if "fail" in rest:
+    print("first"); print("bar\\rwhat went wrong\\n"); sys.exit(3)
+if "hang" in rest:
+    while os.read(0, 1): pass
+    pathlib.Path(name + "-left").touch()
+    sys.exit(143)
+time.sleep(0.2)
+pathlib.Path(name + "-done").touch()
+"""
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+    """Runs tasks whose worker is a stub."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def work(*tasks: command.Task, jobs: int = 2) -> dict[str, str]:
+        with command.locked(tmp_path) as lock:
+            return command.work(tasks, jobs, tmp_path, lock)
+
+    return work
+
+
+def test_a_failure_is_reported_and_the_rest_goes_on(pool: Any, tmp_path: Path) -> None:
+    first, bad = command.Task("first", ["first"]), command.Task("bad", ["bad", "fail"])
+    waits, lost = command.Task("waits", ["waits"], ["first", "gone"]), command.Task("lost", ["lost"], ["bad"])
+    failed = pool(bad, lost, first, waits)
+    assert failed == {"bad": "exit code 3: what went wrong", "lost": "not begun: bad has failed"}
+    assert (tmp_path / "waits-done").exists() and not (tmp_path / "lost").exists()
+    assert (tmp_path / "waits").stat().st_mtime >= (tmp_path / "first-done").stat().st_mtime
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_so_many_at_a_time(pool: Any, tmp_path: Path, jobs: int) -> None:
+    pool(*(command.Task(name, [name]) for name in "abc"), jobs=jobs)
+    began = [(tmp_path / name).stat().st_mtime for name in "abc"]
+    ended = [(tmp_path / f"{name}-done").stat().st_mtime for name in "abc"]
+    together = max(sum(b <= moment < e for b, e in zip(began, ended, strict=True)) for moment in began)
+    assert together == jobs
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_whatever_ends_the_pool_ends_its_tasks(
+    pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    sleep = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        sleep(seconds)
+        if (tmp_path / "a").exists() and (tmp_path / "b").exists():
+            monkeypatch.setattr(command.time, "sleep", sleep)
+            raise error
+
+    monkeypatch.setattr(command.time, "sleep", interrupted)
+    with pytest.raises(error):
+        pool(*(command.Task(name, [name, "hang"]) for name in "abc"))
+    assert (tmp_path / "a-left").exists() and (tmp_path / "b-left").exists()  # in order, not killed
+    assert not (tmp_path / "c").exists()
+    for name in "ab":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "PATIENCE", 0)
+    with (
+        command.locked(tmp_path),
+        pytest.raises(ConfigError, match="another matrix is at work in it"),
+        command.locked(tmp_path),
+    ):
+        pass
+    with command.locked(tmp_path):
+        pass
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    wait = "import worker, time, threading; threading.Thread(target=worker.end_with_parent).start(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", wait], stdin=subprocess.PIPE, cwd=EXAMPLE)
+    time.sleep(0.5)
+    assert process.poll() is None
+    assert process.stdin
+    process.stdin.close()
+    assert process.wait(10) == -signal.SIGTERM
+
+
+# ---- verdicts
+
+
+def judged(high: list[float | None], low: list[float | None], metric: str = "eval_reward/total") -> results.Verdict:
+    sides = {
+        label: [None if value is None else Result({metric: value}) for value in values]
+        for label, values in (("a", high), ("b", low))
+    }
+    return verdict(Claim("a", "b", metric), sides)
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "metric", "said"),
+    [
+        (
+            [0.50, 0.51, 0.52],
+            [0.46, 0.46, 0.47],
+            "eval_reward/total",
+            "reproduced: a above b in held-out reward by 0.047 ± 0.005 in 3 of 3 seeds",
+        ),
+        ([0.1, 0.2], [0.3, 0.4], "recall", "not reproduced: a below b in recall by 0.200 ± 0.000 in 2 of 2 seeds"),
+        (
+            [0.5, 0.1],
+            [0.4, 0.15],
+            "recall",
+            "inconclusive: a above b in recall by 0.025 ± 0.075 in 1 of 2 seeds; "
+            "the margin is within the seeds' spread",
+        ),
+        (  # every seed agrees, and yet one of them is the whole margin
+            [1.01, 0.01, 0.01],
+            [0.0, 0.0, 0.0],
+            "recall",
+            "inconclusive: a above b in recall by 0.343 ± 0.500 in 3 of 3 seeds; "
+            "the margin is within the seeds' spread",
+        ),
+        (
+            [14.0, 13.0],
+            [10.0, 9.5],
+            "frechet_distance",
+            "inconclusive: a above b in Frechet distance by 3.8 ± 0.2 in 2 of 2 seeds; differences up to 5 are noise",
+        ),
+        (
+            [90.0, 99.0],
+            [10.0, 9.5],
+            "frechet_distance",
+            "reproduced: a above b in Frechet distance by 84.8 ± 4.8 in 2 of 2 seeds",
+        ),
+        (
+            [0.5],
+            [0.4],
+            "recall",
+            "one seed: a above b in recall by 0.100; two or more are needed to tell",
+        ),
+        (
+            [0.5, None, 0.6],
+            [0.4, 0.4, 0.4],
+            "recall",
+            "reproduced: a above b in recall by 0.150 ± 0.050 in 2 of 2 seeds; 1 not finished",
+        ),
+        ([None], [0.4], "recall", "not measured: a against b in recall: no seed has both"),
+        (
+            [0.4, 0.4],
+            [0.4, 0.4],
+            "recall",
+            "inconclusive: a level with b in recall by 0.000 ± 0.000 in 0 of 2 seeds; "
+            "the margin is within the seeds' spread",
+        ),
+    ],
+)
+def test_verdicts(high: list[float | None], low: list[float | None], metric: str, said: str) -> None:
+    assert str(judged(high, low, metric)) == said
+
+
+def test_a_claim_about_early_updates_reads_the_curve() -> None:
+    def result(*values: float) -> Result:
+        return Result({"recall": 0.0}, {"recall": list(zip((10, 20, 30), values, strict=True))})
+
+    sides = {"a": [result(0.3, 0.5, 0.0), result(0.4, 0.4, 0.0)], "b": [result(0.1, 0.1, 9.0)] * 2}
+    found = verdict(Claim("a", "b", "recall", until=20), sides)
+    assert str(found) == "reproduced: a above b in recall over the first 20 updates by 0.300 ± 0.000 in 2 of 2 seeds"
+    assert verdict(Claim("a", "b", "recall", until=5), sides).status == "not measured"
+
+
+# ---- the report of what is there
+
+
+def test_curves_go_on_from_those_of_stage_1(tmp_path: Path, toy: Matrix) -> None:
+    first, run = toy.runs[0], toy.runs[1]
+
+    def line(step: int, value: float) -> str:
+        found = {"step": step, "seconds": 0.5, "eval/toy": value, "eval/total": value, "eval_reward/total": 0.25}
+        return json.dumps(found) + "\n"
+
+    finish(first, tmp_path, reward=0.3, log=line(4, 0.2) + '{"step": 6, "seconds": 0.5}\n')
+    finish(run, tmp_path, reward=0.6, log=line(2, 0.5))
+    found = results.read(run, tmp_path)
+    assert found is not None
+    assert found.curves["reward/total"] == [(4, 0.2), (6, 0.3), (8, 0.5), (10, 0.6)]
+    assert found.curves["reward/toy"] == found.curves["reward/total"]
+    assert dict(found.curves["reward_gap"]) == pytest.approx({4: -0.05, 6: -0.1, 8: 0.25, 10: 0.2})
+    assert found.seconds == 1.0
+    assert results.read(toy.runs[2], tmp_path) is None
+
+
+def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
+    for run in toy.runs[:2]:
+        finish(run, tmp_path)
+    lines = report.write_report(toy, tmp_path)
+    assert lines == ["Three: not measured: RL only against joint in trained reward: no seed has both"]
+    html = (tmp_path / "report.html").read_text()
+    assert "2 of 4 runs" in html
+    assert "Text with &lt;b&gt;markup&lt;/b&gt;." in html
+    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["seed"], row["updates"]) for row in rows] == [
+        (toy.runs[0].name, "0", "6"), (toy.runs[1].name, "0", "10")
+    ]  # fmt: skip
+    assert rows[0]["cells"] == "three: stage 1"
+    assert {"dmd_weight", "rl_weight", "reward/total", "eval_reward/total", "seconds"} <= rows[0].keys()
+    assert "| RL only | 10 | 0.500 | 0.400 | 0.100 |" in (tmp_path / "table.md").read_text()
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {f"three-{m}.{kind}" for m in ("reward-total", "eval_reward-total") for kind in ("png", "svg")}
+
+
+def test_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(config=TOY, output_dir=tmp_path / "out", quick=False, dry_run=True, report_only=False)
+    assert command.ablate(args) == 0
+    assert "4 runs with seeds [0]: 0 finished, 0 begun, 4 new" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
