@@ -253,10 +253,10 @@ class PipelineBackend:
         return load_network(cls, source, subfolder, dtype, meta=self.device.type == "meta")
 
     def _load_vae(self, cls: Any, source: Source, subfolder: str = "") -> Any:
-        dtype = self.dtype
-        if dtype == torch.float16 and load_network(cls, source, subfolder, dtype, meta=True).config.force_upcast:
-            dtype = torch.float32  # decoders of the Stable Diffusion families overflow in float16
-        vae = self._load(cls, source, subfolder, dtype)
+        # Decoders that overflow in float16 say so in their file. One that does not say is taken at the run's precision,
+        # whatever the class has as its default: the older ones, which everybody runs in float16, do not have the key.
+        upcast = self.dtype == torch.float16 and read_config(cls, source, subfolder).get("force_upcast", False)
+        vae = self._load(cls, source, subfolder, torch.float32 if upcast else self.dtype)
         if self.options.vae_tiling:
             vae.enable_tiling()
         return vae.to("cpu" if self.options.cpu_offload else self.device).requires_grad_(False)

@@ -269,11 +269,11 @@ def test_a_digest_sees_what_a_training_changes(tmp_path: Path) -> None:
 # --- Precision and place ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("says", "expected"), [(None, torch.float32), (True, torch.float32), (False, torch.float16)])
+@pytest.mark.parametrize(("says", "expected"), [(None, torch.float16), (True, torch.float32), (False, torch.float16)])
 def test_a_decoder_that_overflows_in_half_precision(
     copy: Path, says: bool | None, expected: torch.dtype, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Where its configuration does not say, the class does; all without a word."""
+    """As its configuration says; all without a word."""
     file = copy / "vae" / "config.json"
     config = {key: value for key, value in json.loads(file.read_text()).items() if key != "force_upcast"}
     file.write_text(json.dumps(config if says is None else config | {"force_upcast": says}))
