@@ -184,10 +184,9 @@ def _checked(group: str, target: Any, where: str, name: str) -> Any:
                     f"{where} has a field '{f.name}' of a type that no flag can have: {f.type}; flags are bool, int, "
                     "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
                 )
-    for attribute in READ_OFF_THE_CLASS.get(group, ()):
-        if not hasattr(target, attribute):
-            raise PluginError(f"{where} has no {attribute}; dmdr.protocols says what it needs")
-    problem = misfit(target, _protocol(group))
+    protocol = _protocol(group)
+    missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not hasattr(target, name)]
+    problem = f"has no {' and no '.join(missing)}" if missing else misfit(target, protocol)
     if problem:
         raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
     return target
@@ -216,13 +215,14 @@ def _protocol(group: str) -> type:
     }[group]
 
 
+def _promised(protocol: type) -> dict[str, Any]:
+    """Methods and properties of a protocol, by name."""
+    return {name: value for name, value in vars(protocol).items() if name == "__call__" or not name.startswith("_")}
+
+
 def misfit(target: type, protocol: type) -> str | None:
     """What keeps a class from being called as a protocol's methods are, or None."""
-    for name, promised in vars(protocol).items():
-        if name.startswith("_") and name != "__call__":
-            continue
-        if not hasattr(target, name):
-            return f"has no {name}"
+    for name, promised in _promised(protocol).items():
         if not inspect.isfunction(promised):
             continue  # a property
         _, *parameters = inspect.signature(promised).parameters.values()

@@ -24,7 +24,7 @@ from dmdr_digits import Digits
 from family import FAMILIES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted(EXAMPLES.glob("*/*.yaml"))
+RECIPES = sorted(file for file in EXAMPLES.glob("*/*.yaml") if (file.parent / "architecture").is_dir())
 FAMILY = {"sd3": "sd3", "sd35l": "sd3", "sdxl": "sdxl", "sit": "sit"}  # by folder
 PUBLISHED = {  # parameters
     "sd3": {

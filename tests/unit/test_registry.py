@@ -111,6 +111,7 @@ def dataclass_of(*lines: str) -> str:
     return f"from dataclasses import dataclass\n@dataclass\nclass Egg:\n{body}"
 
 
+REST = "renoise = fake_loss = direction = lambda self, *arguments: None"
 UNFIT = "; dmdr.protocols says what it needs"
 
 
@@ -131,11 +132,14 @@ UNFIT = "; dmdr.protocols says what it needs"
             dataclass_of("x: 'list[tuple] | None' = None"),
             "has a field 'x' of a type that no flag can have: list[tuple]",
         ),
-        (dataclass_of("x: int = 1"), "has no anchor" + UNFIT),
-        (dataclass_of("anchor = None"), "has a anchor that cannot be called" + UNFIT),
-        (dataclass_of("def anchor(self, draw): ..."), "cannot be called as anchor(prediction, draw, ctx): too many"),
+        (dataclass_of("x: int = 1"), "has no anchor and no renoise and no fake_loss and no direction" + UNFIT),
+        (dataclass_of("anchor = None", REST), "has a anchor that cannot be called" + UNFIT),
         (
-            dataclass_of("def anchor(self, a, b, c, d): ..."),
+            dataclass_of("def anchor(self, draw): ...", REST),
+            "cannot be called as anchor(prediction, draw, ctx): too many",
+        ),
+        (
+            dataclass_of("def anchor(self, a, b, c, d): ...", REST),
             "cannot be called as anchor(prediction, draw, ctx): missing",
         ),
     ],
