@@ -69,7 +69,7 @@ def test_the_default_matrix_shares_what_is_the_same(default: Matrix) -> None:
     assert {start.name for start in starts.values() if start} == {blocks["table5b"]["stage 1"][0].name}
     assert len({run.start.name for (run, *_) in blocks["table6"].values() if run.start}) == 3  # one by guidance
     names = [run.name for run in default.runs]
-    assert len(set(names)) == len(names) == 87
+    assert len(set(names)) == len(names) == 93
     assert all(names.index(run.start.name) < names.index(run.name) for run in default.runs if run.start)
 
 
