@@ -12,7 +12,7 @@ from dmdr import registry
 from dmdr.config import Chosen, Config, Settings
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
-from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel
+from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel, Needs
 from dmdr.rewards import Rewards
 from dmdr.trainer import WeightedObjective
 
@@ -107,7 +107,15 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
     """Refuse objectives whose declared needs the run does not meet."""
     last = len(config.sigmas or config.timesteps or range(config.num_inference_steps)) - 1
     for term in objectives:
-        needs, who = term.objective.needs, f"--rl {term.name}"
+        who = f"--rl {term.name}"
+        try:
+            needs = term.objective.needs
+        except (TypeError, ValueError) as error:  # of Needs(...)
+            raise ConfigError(f"{who}: {error}") from error
+        if not isinstance(needs, Needs):
+            raise ConfigError(
+                f"{who}: its needs are no dmdr.protocols.Needs; is `needs` a @property that returns them?"
+            )
         if needs.reward and not settings.of("rewards"):
             raise ConfigError(f"{who} climbs a reward: name one with --reward")
         for reward in settings.of("rewards"):

@@ -21,6 +21,7 @@ from dmdr.errors import ConfigError
 from dmdr.expression import parse_sum
 
 logger = logging.getLogger(__name__)
+SUMS = {"objectives": "rl", "rewards": "reward", "eval_rewards": "eval_reward", "matchings": "matching"}
 REQUIRED = dataclasses.MISSING
 F = TypeVar("F", bound="Flags")
 
@@ -382,9 +383,11 @@ def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
         raise ConfigError(str(error)) from error
 
 
-def _load(parts: Sequence[tuple[str, float, str]]) -> list[Chosen]:
+def _load(parts: Sequence[tuple[str, float, str]], own: Mapping[str, str]) -> list[Chosen]:
+    """The plugins that are named; `own` is the distribution of those that nobody typed, by group."""
     return [
-        Chosen(group, name, weight, registry.load(group.removeprefix("eval_"), name)) for group, weight, name in parts
+        Chosen(group, name, weight, registry.load(group.removeprefix("eval_"), name, own.get(group)))
+        for group, weight, name in parts
     ]
 
 
@@ -497,7 +500,10 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     recipe = dict(model_recipe(str(_first_given(look["model"], default["model"]))))
     per_objective = recipe.pop("objectives", {})
     named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in names}
-    chosen = _load(_parts(named))
+    model = registry.registered("models", named["model"])
+    home = registry.find("models", model).distribution if model else ""
+    untyped = {group: key for group, key in SUMS.items() if look[key] is None}
+    chosen = _load(_parts(named), {group: home if key in recipe else "dmdr" for group, key in untyped.items()})
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
@@ -510,8 +516,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
 
 def _parts(named: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """Group, weight and name of all plugins that settings name."""
-    sums = {"objectives": "rl", "rewards": "reward", "eval_rewards": "eval_reward", "matchings": "matching"}
-    return [part for group, key in sums.items() for part in _named(group, str(named.get(key, "none")))]
+    return [part for group, key in SUMS.items() for part in _named(group, str(named.get(key, "none")))]
 
 
 def _is_stale(key: str, prefixes: tuple[str, ...], chosen: Sequence[Chosen]) -> bool:
@@ -541,7 +546,7 @@ def parse_command(
     first = _first_look(arguments, "reward")
     given = read_yaml(first.config) if first.config else {}
     reward = _first_given(first.reward, given.get("reward"))
-    chosen = _load(_named("rewards", str(reward))) if reward is not None else []
+    chosen = _load(_named("rewards", str(reward)), {}) if reward is not None else []
     epilog = f"--reward NAME --help adds the flags of NAME. {installed('rewards', 'models')}"
     options, rewards = _parse(command, chosen, arguments, given, {}, prog=prog, description=description, epilog=epilog)
     if not rewards:

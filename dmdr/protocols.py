@@ -8,11 +8,12 @@ Objectives, rewards and matchings are dataclasses; their fields are their comman
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from dmdr.errors import ConfigError
 from dmdr.paths import NoisePath, Prediction
 from dmdr.randomness import Random
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
@@ -237,6 +238,23 @@ class Needs:
     steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
     updates_per_rollout: int = 1
     matching: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody could meet.
+
+        Raises:
+            ConfigError: Names the field.
+        """
+        roles, steps = get_args(Role), self.steps
+        if not isinstance(self.roles, tuple) or not set(self.roles) <= set(roles):
+            raise ConfigError(f"needs.roles must be a tuple of {', '.join(roles)}, not {self.roles!r}")
+        explicit = isinstance(steps, tuple) and bool(steps) and all(isinstance(step, int) for step in steps)
+        if not explicit and steps not in ("any", "last", "stochastic"):
+            raise ConfigError(f"needs.steps must be any, last, stochastic or a tuple of indices, not {steps!r}")
+        if self.group_size < 1 or self.updates_per_rollout < 1 or self.stochastic_steps < 0:
+            raise ConfigError(
+                "needs.group_size and needs.updates_per_rollout are at least 1, stochastic_steps at least 0"
+            )
 
 
 class Context(Protocol):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -17,8 +16,15 @@ from typing import Any
 from dmdr.errors import ConfigError
 from dmdr.functions import as_reward, load_object
 
-GROUPS = ("objectives", "rewards", "matchings", "backends", "models")
+GROUPS = {  # group -> the flag that names one of it
+    "objectives": "--rl",
+    "rewards": "--reward",
+    "matchings": "--matching",
+    "backends": "--backend",
+    "models": "--model",
+}
 READ_OFF_THE_CLASS = {"rewards": ("differentiable",), "models": ("recipe",)}  # before there is an instance
+OPTIONAL = {"objectives": ("setup", "after_update", "shared_noise", "load_state_dict")}  # methods of one argument
 
 
 class PluginError(ConfigError):
@@ -77,21 +83,32 @@ def suggest(name: str, known: list[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def find(group: str, name: str) -> Plugin:
+def find(group: str, name: str, own: str | None = None) -> Plugin:
     """The plugin of this name or full name.
+
+    Args:
+        own: The distribution that is meant where several offer the name: of a default or a recipe, which nobody typed.
 
     Raises:
         PluginError: If there is none, which names the known ones, or several, which says how to choose.
     """
     found = [plugin for plugin in offers(group) if _is_called(plugin, name)]
     if len(found) > 1:
+        for plugin in found:
+            if plugin.distribution == own:
+                return plugin
         raise PluginError(
             f"{group[:-1]} '{name}' is offered by {' and by '.join(f'{p.distribution} {p.version}' for p in found)}; "
-            f"write {' or '.join(('--backend ' if group == 'backends' else '') + p.full_name for p in found)}"
+            f"write {' or '.join(f'{GROUPS[group]} {plugin.full_name}' for plugin in found)}"
         )
     if not found:
+        if name.endswith(".py"):
+            raise PluginError(f"{GROUPS[group]} {name}: say which {group[:-1]} of the file, as in my_file.py:NAME")
         known = list(plugins(group))
-        hint = " of a file, as in my_file.py:NAME" if name.endswith(".py") else suggest(name, known)
+        hint = suggest(name, known)
+        for other in GROUPS:
+            if other != group and registered(other, name):
+                hint = f" (there is a {other[:-1]} of this name: {GROUPS[other]} {name})"
         raise PluginError(
             f"unknown {group[:-1]} '{name}'{hint}; known: {', '.join(known) or 'none'} "
             f"(a package adds one under the entry-point group 'dmdr.{group}')"
@@ -120,23 +137,30 @@ def registered(group: str, name: str) -> str | None:
     return next((head for head in heads if any(_is_called(plugin, head) for plugin in found)), None)
 
 
-def load(group: str, name: str) -> Any:
+def load(group: str, name: str, own: str | None = None) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 
     A class with a classmethod `at(address) -> type` is registered under what its addresses begin with, up to the colon
     (`http` for http://127.0.0.1:8000, `sit-xl-2` for sit-xl-2:PATH). It is asked for the class of the whole name.
+
+    Args:
+        own: As in `find`.
 
     Raises:
         ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.
     """
     head = registered(group, name)
     if head or ":" not in name:
-        plugin = find(group, head or name)
+        plugin = find(group, head or name, own)
         found = _imported(plugin)
         if inspect.ismethod(getattr(found, "at", None)):
             return found.at(plugin.name + name[len(head or name) :])
         if name == head:
             return found
+    distribution = name.partition(":")[0]
+    offered = [p.full_name for p in offers(group) if _canonical(p.distribution) == _canonical(distribution)]
+    if offered and name != head:
+        raise PluginError(f"{distribution} offers no {group[:-1]} of that name, but {', '.join(offered)}")
     return _checked(group, load_object(name), f"{group[:-1]} '{name}'", name)
 
 
@@ -144,7 +168,7 @@ def problem(plugin: Plugin) -> str | None:
     """What keeps a plugin from being used, or None; imports it."""
     try:
         _imported(plugin)
-    except PluginError as error:
+    except ConfigError as error:
         return str(error).removeprefix(f"{plugin} ")
     return None
 
@@ -155,7 +179,7 @@ def _imported(plugin: Plugin) -> Any:
     if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
         raise PluginError(f"{plugin} has an entry point that is no 'module:Class'")
     try:
-        target = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        target: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             raise PluginError(f"{plugin} has no module '{error.name}': reinstall {plugin.distribution}") from error
@@ -163,6 +187,10 @@ def _imported(plugin: Plugin) -> Any:
         raise PluginError(f"{plugin} needs the package '{error.name}': pip install '{wanted}'") from error
     except (Exception, SystemExit) as error:  # what a stranger's module may do when it is imported
         raise PluginError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
+    for name in attribute.split("."):
+        if not hasattr(target, name):
+            raise PluginError(f"{plugin} has no '{name}' in {module}")
+        target = getattr(target, name)
     return _checked(plugin.group, target, str(plugin), plugin.name)
 
 
@@ -179,6 +207,8 @@ def _checked(group: str, target: Any, where: str, name: str) -> Any:
         except Exception as error:  # whatever evaluating an annotation may raise
             raise PluginError(f"{where} has a field whose type cannot be read: {error}") from error
         for f in dataclasses.fields(target):
+            if f.name in READ_OFF_THE_CLASS.get(group, ()):
+                raise PluginError(f"{where} has a flag '{f.name}': annotate it as a ClassVar")
             if f.init and not _is_flag(hints[f.name]):
                 raise PluginError(
                     f"{where} has a field '{f.name}' of a type that no flag can have: {f.type}; flags are bool, int, "
@@ -187,6 +217,8 @@ def _checked(group: str, target: Any, where: str, name: str) -> Any:
     protocol = _protocol(group)
     missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not hasattr(target, name)]
     problem = f"has no {' and no '.join(missing)}" if missing else misfit(target, protocol)
+    for method in OPTIONAL.get(group, ()):
+        problem = problem or (_refusal(target, method, ["ctx"], []) if hasattr(target, method) else None)
     if problem:
         raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
     return target
@@ -226,25 +258,29 @@ def misfit(target: type, protocol: type) -> str | None:
         if not inspect.isfunction(promised):
             continue  # a property
         _, *parameters = inspect.signature(promised).parameters.values()
-        method = getattr(target, name)
-        if not callable(method):
-            return f"has a {name} that cannot be called"
-        bound = [] if inspect.ismethod(method) else [None]
         by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        by_name = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-        signature = inspect.signature(method)
-        try:
-            signature.bind(*bound, *by_place, **by_name)
-        except TypeError as error:
-            return f"cannot be called as {name}{_call(parameters)}: {error}"
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        if rest and not takes_all:
-            return f"cannot be called as {name}{_call(parameters)}: it takes no **{rest}"
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        rest = [p.name for p in parameters if p.kind is p.VAR_KEYWORD]
+        columns = getattr(target, "columns", ()) if rest else ()  # which a reward may ask for by name
+        found = _refusal(target, name, by_place, [*by_name, *columns], *rest)
+        if found:
+            return found
     return None
 
 
-def _call(parameters: Sequence[inspect.Parameter]) -> str:
-    """(draw, ctx), without types."""
-    bare = [p.replace(annotation=p.empty) for p in parameters]
-    return str(inspect.Signature(bare))
+def _refusal(
+    target: type, name: str, by_place: Sequence[str], by_name: Sequence[str], rest: str | None = None
+) -> str | None:
+    """What keeps a method from being called with these arguments, and any others by name as `rest`; or None."""
+    method = getattr(target, name)
+    if not callable(method):
+        return f"has a {name} that cannot be called"
+    signature = inspect.signature(method)
+    form = ", ".join([*by_place, *(["*", *by_name] if by_name else []), *([f"**{rest}"] if rest else [])])
+    try:
+        signature.bind(*([] if inspect.ismethod(method) else [None]), *by_place, **dict.fromkeys(by_name))
+    except TypeError as error:
+        return f"cannot be called as {name}({form}): {error}"
+    if rest and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        return f"cannot be called as {name}({form}): it takes no **{rest}"
+    return None

@@ -91,13 +91,17 @@ class Rewards:
         """Load the weights of every part, frozen.
 
         Raises:
-            ConfigError: If a part refuses its settings or its checkpoint (a ValueError); names the reward.
+            ConfigError: If a part refuses its settings or its checkpoint (a ValueError or OSError); names the reward.
+            RewardError: If it fails in another way.
         """
         for name, (_, reward) in self.parts.items():
             try:
                 reward.prepare(device, dtype)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise ConfigError(f"reward '{name}': {_line(error)}") from error
+            except Exception as error:  # a stranger's
+                failed = f"{type(error).__name__}: {_line(error)} ({_place(error)})"
+                raise RewardError(f"reward '{name}' cannot be prepared: {failed}") from error
 
     @sharing()
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeig
 from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler
-from dmdr.types import Direction, Draw, Rollout, terms_of
+from dmdr.types import Direction, Draw, Rollout, checked, terms_of
 
 PATIENCE = 10  # batches in a row without a judged sample, before the run stops: a small one may have none by chance
 
@@ -330,6 +330,7 @@ class Trainer:
         losses = torch.zeros(len(part), device=leaf.device)
         metrics: dict[str, list[Tensor]] = {}
         for found in terms_of(answer):
+            checked(found, len(part))
             valid = part.mask if found.valid is None else part.mask & found.valid
             loss = torch.where(valid, found.loss, 0.0)
             taken = None
@@ -339,6 +340,10 @@ class Trainer:
                 ctx.backward(scale * loss.sum())
                 taken = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
                 leaf.grad = None
+            elif valid.any():
+                raise TrainingError(
+                    f"the loss of objective '{term.name}' has no gradient: it reaches neither draw.leaf nor the student"
+                )
             if taken is not None:
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
             losses, counted = losses + loss.detach().float(), counted | valid  # one dtype for all processes

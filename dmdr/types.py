@@ -223,3 +223,27 @@ def terms_of(answer: Term | Iterable[Term]) -> Iterator[Term]:
         if not isinstance(found, Term):
             raise TrainingError(f"an objective returns a Term, or yields several, but this one gave {type(found)}")
         yield found
+
+
+def checked(term: Term, count: int) -> Term:
+    """The term, if it is what a micro-batch of `count` samples asks for.
+
+    Raises:
+        TrainingError: If its loss, `valid` or a metric is of another shape or dtype.
+    """
+
+    def what(value: Any) -> str:
+        return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+    def fits(value: Any, dtypes: tuple[torch.dtype, ...], name: str, wanted: str) -> None:
+        if not isinstance(value, Tensor) or value.shape != (count,) or value.dtype not in dtypes:
+            raise TrainingError(f"Term.{name} must be {wanted}, not {what(value)}")
+
+    floats = torch.float32, torch.float64
+    fits(term.loss, floats, "loss", f"one loss per sample, [{count}] float32 or float64")
+    if term.valid is not None:
+        fits(term.valid, (torch.bool,), "valid", f"[{count}] bool, or None for all")
+    for name, value in term.metrics.items():
+        if not isinstance(value, int | float) and (not isinstance(value, Tensor) or value.shape not in ((), (count,))):
+            raise TrainingError(f"the metric '{name}' must be a number or [{count}], not {what(value)}")
+    return term

@@ -30,7 +30,7 @@ from dmdr.backends.loading import (
 )
 from dmdr.backends.lora import LoRARoles, check_targets, joined, parted
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
-from dmdr.errors import ConfigError, one_line
+from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, BackendOptions, Role, Sampler
 from dmdr.states import load_strict
@@ -314,6 +314,8 @@ class PipelineBackend:
     def _predict(
         self, role: Role | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], share: float = 1.0
     ) -> Prediction:
+        if role and role not in self.roles.roles:
+            raise TrainingError(f"there is no {role} in this run: an objective declares it in needs.roles")
         network = partial(self.roles, role, share=share)
         with self.accelerator.autocast():
             value = self.call(network, x_t.to(self.dtype), t, cond)

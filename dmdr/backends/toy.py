@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmdr.backends.images import to_unit_range
 from dmdr.cache import cache_folder
+from dmdr.errors import TrainingError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
 from dmdr.protocols import BackendOptions, Role, Sampler
 from dmdr.sampling import time_grid
@@ -106,6 +107,8 @@ class ToyBackend:
         return (x_t - c) / expand(t, x_t).to(x_t.dtype)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition, role: Role, share: float = 1.0) -> Prediction:
+        if role not in self.residuals:
+            raise TrainingError(f"there is no {role} in this run: an objective declares it in needs.roles")
         velocity = self._exact(x_t, t, cond, 1.0) + share * self.residuals[role](x_t, t, cond.tensors["label"])
         return Prediction(velocity, "velocity", x_t, t, self.path)
 

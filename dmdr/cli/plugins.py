@@ -5,6 +5,7 @@ import keyword
 import re
 import sys
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 
 import dmdr
@@ -54,12 +55,14 @@ def write_package(name: str, folder: Path | None) -> None:
     Raises:
         ConfigError: If the name is none, is taken, or the folder exists.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise ConfigError(f"new {name}: a name has lower-case letters, digits and _, as in my_objective")
     for group in ("objectives", "rewards"):
         taken = registry.plugins(group).get(name if group == "objectives" else f"{name}_reward")
         if taken:
             raise ConfigError(f"new {name}: {taken} has this name; choose another")
+    if find_spec(f"dmdr_{name}"):
+        raise ConfigError(f"new {name}: there is a package dmdr_{name} already; choose another name")
     folder = folder or Path(name.replace("_", "-"))
     if folder.exists():
         raise ConfigError(f"new {name}: {folder} exists; choose another with --output_dir")
@@ -74,11 +77,14 @@ def write_package(name: str, folder: Path | None) -> None:
     }
     words = re.compile("|".join(map(re.escape, renamed)))
     for source in sorted(template().rglob("*")):
-        if source.is_dir() or "__pycache__" in source.parts or ".egg-info" in str(source):
+        path = source.relative_to(template())
+        if source.is_dir() or path.suffix == ".pyc":
             continue
-        path = str(source.relative_to(template()))
-        target = folder / words.sub(lambda match: renamed[match[0]], path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = folder / words.sub(lambda match: renamed[match[0]], str(path))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"new {name}: {folder} cannot be written: {error.strerror}") from error
         target.write_text(
             words.sub(lambda match: renamed[match[0]], source.read_text(encoding="utf-8")), encoding="utf-8"
         )

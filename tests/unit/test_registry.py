@@ -122,7 +122,7 @@ UNFIT = "; dmdr.protocols says what it needs"
         ("import sys\nsys.exit('bye')\n", "cannot be imported: SystemExit: bye"),
         ("from dmdr.types import Nothing\n", "cannot be imported: ImportError: cannot import name 'Nothing'"),
         ("def broken(:\n", "cannot be imported: SyntaxError: "),
-        ("Other = 1\n", "cannot be imported: AttributeError: module 'spam_mod' has no attribute 'Egg'"),
+        ("Other = 1\n", "has no 'Egg' in spam_mod"),
         ("def Egg(): ...\n", "is no class"),
         ("class Egg: ...\n", "is no dataclass; its fields are its command-line flags"),
         (dataclass_of("x: 'Nowhere' = 1"), "has a field whose type cannot be read: name 'Nowhere' is not defined"),
@@ -165,6 +165,45 @@ def test_a_reward_must_take_all_columns(install: Install) -> None:
     )
 
 
+def test_a_reward_may_ask_for_its_columns_by_name(install: Install) -> None:
+    lines = (
+        "differentiable: ClassVar[bool] = True",
+        "columns: ClassVar = ('caption',)",
+        "prepare = lambda self, a, b: 1",
+    )
+    call = "def __call__(self, images, prompts, caption, **columns): ..."
+    source = "from typing import ClassVar\n" + dataclass_of(*lines, call)
+    install("spam", {"rewards": {"egg": "spam_mod:Egg"}}, spam_mod=source)
+    assert load("rewards", "egg").columns == ("caption",)
+    flag = source.replace("differentiable: ClassVar[bool]", "differentiable: bool")
+    install("ham", {"rewards": {"ham": "ham_mod:Egg"}}, ham_mod=flag)
+    assert "has a flag 'differentiable': annotate it as a ClassVar" in error_of("rewards", "ham")
+
+
+def test_optional_methods_are_called_with_the_context(install: Install) -> None:
+    lines = ("needs = 1", "def __call__(self, draw, ctx): ...", "def setup(self): ...")
+    install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=dataclass_of(*lines))
+    assert "cannot be called as setup(ctx): too many positional arguments" in error_of("objectives", "egg")
+
+
+def test_a_name_of_another_kind_says_so() -> None:
+    assert "unknown objective 'hps' (there is a reward of this name: --reward hps)" in error_of("objectives", "hps")
+    assert error_of("objectives", "best.py") == "--rl best.py: say which objective of the file, as in my_file.py:NAME"
+    assert error_of("objectives", "dmdr:refll").startswith("dmdr offers no objective of that name, but dmdr:dpo")
+
+
+def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:
+    """A stranger's package that offers a default's name stops only runs that name it."""
+    from dmdr.config import parse
+
+    points = {"matchings": {"dmd": "spam_mod:Egg"}, "rewards": {"toy": "spam_mod:Egg"}}
+    install("spam", points, spam_mod="raise RuntimeError\n")
+    settings = parse(settings={"model": "toy"})
+    assert [plugin.cls.__module__ for plugin in settings.plugins] == ["dmdr.backends.toy", "dmdr.matching"]
+    with pytest.raises(ConfigError, match="write --matching dmdr:dmd or --matching spam:dmd"):
+        parse(settings={"model": "toy", "matching": "dmd"})
+
+
 def test_a_function_may_be_registered_as_a_reward(install: Install) -> None:
     source = "def score(images, prompts): return [1.0] * len(images)\n"
     install("spam", {"rewards": {"egg": "spam_mod:score"}}, spam_mod=source)
@@ -203,7 +242,7 @@ EGG = dataclass_of("needs = 1", "def __call__(self, draw, ctx): ...")
 def test_of_two_distributions_that_offer_one_name_one_is_chosen(install: Install) -> None:
     install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=EGG)
     install("my_ham", {"objectives": {"egg": "ham_mod:Egg"}}, ham_mod=EGG)
-    wanted = "objective 'egg' is offered by my_ham 1.2 and by spam 1.2; write my_ham:egg or spam:egg"
+    wanted = "objective 'egg' is offered by my_ham 1.2 and by spam 1.2; write --rl my_ham:egg or --rl spam:egg"
     assert error_of("objectives", "egg") == wanted
     assert load("objectives", "spam:egg").__module__ == "spam_mod"
     assert load("objectives", "my-ham:egg").__module__ == "ham_mod"  # PEP 503: the same name
