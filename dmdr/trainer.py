@@ -340,9 +340,9 @@ class Trainer:
                 ctx.backward(scale * loss.sum())
                 taken = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
                 leaf.grad = None
-            elif valid.any():
+            elif valid.any() and term.objective.needs.reward_grad:  # without it, a term may be there to be logged
                 raise TrainingError(
-                    f"the loss of objective '{term.name}' has no gradient: it reaches neither draw.leaf nor the student"
+                    f"objective '{term.name}' needs the reward's gradient, and its loss has none: is there a detach?"
                 )
             if taken is not None:
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)

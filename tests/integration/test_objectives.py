@@ -198,6 +198,37 @@ def test_an_objective_in_a_file_has_flags() -> None:
     assert "my_file_py_Mine_strength: 2.0" in (folder / "config.yaml").read_text()
 
 
+NEEDS = """
+from dataclasses import dataclass
+from dmdr.backends.toy import Redness
+from dmdr.protocols import Needs
+
+class Base:
+    def __call__(self, draw, ctx): ...
+
+@dataclass
+class Method(Base):
+    def needs(self): ...
+
+@dataclass
+class Typo(Base):
+    needs = property(lambda self: Needs(rewards_grad=True))
+
+@dataclass
+class Step(Base):
+    needs = property(lambda self: Needs(steps="first"))
+
+@dataclass
+class Role(Base):
+    needs = property(lambda self: Needs(roles="reference"))
+
+@dataclass
+class Lost(Redness):
+    def prepare(self, device, dtype):
+        open("gone")
+"""
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -214,10 +245,18 @@ def test_an_objective_in_a_file_has_flags() -> None:
         ({"reward": "my_file.py:size", "rl": "refl"}, "'my_file.py:size' is not differentiable"),
         ({"rl": "my_file.py:size", "reward": "toy"}, "objective 'my_file.py:size' is no class"),
         ({"reward": "broken.py:size"}, "'broken.py:size' cannot be imported: SyntaxError"),
+        ({"reward": "leaves.py:size"}, "'leaves.py:size' cannot be imported: SystemExit: 5"),
+        ({"reward": "needs.py:Lost"}, "reward 'needs.py:Lost': [Errno 2] No such file or directory: 'gone'"),
+        ({"rl": "needs.py:Method", "reward": "toy"}, "is `needs` a @property that returns them?"),
+        ({"rl": "needs.py:Typo", "reward": "toy"}, "--rl needs.py:Typo: Needs.__init__() got an unexpected keyword"),
+        ({"rl": "needs.py:Step", "reward": "toy"}, "needs.steps must be any, last, stochastic or a tuple of indices"),
+        ({"rl": "needs.py:Role", "reward": "toy"}, "needs.roles must be a tuple of student, fake_score, reference"),
     ],
 )
 def test_refuses_what_cannot_be_used(room: Path, settings: dict[str, Any], said: str) -> None:
     (room / "broken.py").write_text("def size(:")
+    (room / "leaves.py").write_text("import sys\nsys.exit(5)")
+    (room / "needs.py").write_text(NEEDS)
     with pytest.raises(ConfigError) as caught:
         train(**FAST | {"rl": "grpo", "output_dir": "run"} | settings)
     assert said in str(caught.value)

@@ -86,7 +86,7 @@ def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
     assert 'my_aim_reward = "dmdr_my_aim:MyAimReward"' in text
 
 
-@pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "class", ""])
+@pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "class", "ends_", ""])
 def test_new_wants_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="a name has lower-case letters"):
@@ -98,6 +98,8 @@ def test_new_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"new refl: objective 'refl' of dmdr .* has this name"):
         write_package("refl", None)
+    with pytest.raises(ConfigError, match="new flux: there is a package dmdr_flux already"):
+        write_package("flux", None)
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="new mine: mine exists; choose another with --output_dir"):
         write_package("mine", None)

@@ -33,6 +33,7 @@ from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.schedules import DynaDG, DynaRS
+from dmdr.testing import toy_trainer
 from dmdr.tilt import RewardTilt, standardised
 from dmdr.trainer import PATIENCE, Step, Trainer, WeightedObjective, combined_needs
 from dmdr.types import Draw, Term
@@ -810,3 +811,29 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
     assert error < 0.15
     assert std.mean().item() == pytest.approx(STD, abs=0.08)
     assert (std - STD).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        (lambda d: Term(d.leaf.sum()), r"Term.loss must be one loss per sample, \[16\] float32 or float64, not \[\] "),
+        (lambda d: Term(d.leaf.sum(1).bfloat16()), r"Term.loss .*, not \[16\] torch.bfloat16"),
+        (lambda d: Term(d.leaf), r"Term.loss .*, not \[16, 2\]"),
+        (lambda d: Term(d.leaf.sum(1), valid=torch.ones(16)), r"Term.valid must be \[16\] bool, or None for all, not"),
+        (lambda d: Term(d.leaf.sum(1), metrics={"a": "b"}), r"the metric 'a' must be a number or \[16\], not str"),
+        (lambda d: Term(d.leaf.sum(1).detach()), "objective 'odd' needs the reward's gradient, and its loss has none"),
+        (lambda d: None, "an objective returns a Term, or yields several, but this one returned None"),
+    ],
+)
+def test_a_term_of_another_form_stops_the_run(term: Any, said: str) -> None:
+    """And is not broadcast, cast or lost."""
+
+    class Odd:
+        needs = Needs(reward_grad=True)
+
+        def __call__(self, draw: Draw, ctx: Any) -> Any:
+            return term(draw)
+
+    trainer = toy_trainer(WeightedObjective("odd", 1.0, Odd()), batch_size=16)
+    with pytest.raises(TrainingError, match=said):
+        trainer.train_step()
