@@ -335,8 +335,8 @@ class RewardObjective(Protocol):
     """The one thing an RL plugin writes: a dataclass whose fields are its flags.
 
     Optional methods: `prompts()`, those that it encodes beside the run's own, known from the start; `setup(ctx)` before
-    the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)` after the updates of a step; `state_dict()`
-    for checkpoints, and `load_state_dict(state)`, which comes after `setup` where a run is resumed.
+    the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)` after the updates of a step;
+    `state_dict()` for checkpoints, and `load_state_dict(state)`, which comes after `setup` where a run is resumed.
     `shared_noise` names the noises that all images of a group shall share: 0 is the initial state, i + 1 the fresh
     noise of step i. Several objectives share what all of them name.
     """
