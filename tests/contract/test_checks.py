@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
 from dmdr.protocols import BackendOptions, Context, Needs
 from dmdr.testing import check_backend, check_objective, check_reward
@@ -55,6 +56,33 @@ def paired(draw: Draw, ctx: Context) -> Term:
     return Term(climb(draw, ctx) * ctx.scores(draw.rollout)["toy"].view(-1, 4).std(1).repeat_interleave(4))
 
 
+def without_valid(draw: Draw, ctx: Context) -> Term:
+    return Term(climb(draw, ctx))
+
+
+def changing(draw: Draw, ctx: Context) -> Term:
+    draw.rollout.final.mul_(2)
+    return Term(climb(draw, ctx))
+
+
+def learning_itself(draw: Draw, ctx: Context) -> Term:
+    loss = climb(draw, ctx)
+    loss.sum().backward()
+    return Term(loss.detach())
+
+
+def own_parameters(draw: Draw, ctx: Context) -> Term:
+    """Finite, but not its gradient."""
+    student = ctx.backend.student(draw.x_t, draw.t, draw.cond).x0
+    return Term(climb(draw, ctx) + (student - student.detach()).square().sum(1).sqrt())
+
+
+def to_the_reference(draw: Draw, ctx: Context) -> Term:
+    assert draw.leaf is not None
+    reference = ctx.backend.reference(draw.x_t, draw.t, draw.cond).x0.detach()
+    return Term(((draw.leaf - reference) ** 2).mean(1))
+
+
 def everything_valid(draw: Draw, ctx: Context) -> Term:
     return Term(climb(draw, ctx), valid=torch.ones(len(draw), dtype=torch.bool))
 
@@ -69,34 +97,67 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (
             lambda d, c: Term(climb(d, c), metrics={"odd": torch.zeros(3)}),
             {},
-            r"metric 'odd' must be a number or \[16\]",
+            r"metric 'odd' must be a number or \[4\]",
         ),
         (lambda d, c: iter(()), {}, "yielded no term"),
         (lambda d, c: Term(climb(d, c).detach()), {}, "reaches neither draw.leaf"),
         (fake_trained, {}, "must not reach the fake score"),
         (lambda d, c: Term(climb(d, c)), {"reward_grad": False}, r"declare reward_grad=True"),
-        (lambda d, c: Term(climb(d, c)), {"reward": False, "reward_grad": False}, r"a reward \(reward=True\)"),
+        (
+            lambda d, c: Term(climb(d, c)),
+            {"reward": False, "reward_grad": False},
+            "it runs if it is given a reward: declare reward=True",
+        ),
         (
             lambda d, c: Term(d.leaf.sum(1) * d.direction.sum(1)),
             {"reward_grad": False},
-            r"draw.direction \(matching=True\)",
+            "draw.direction: declare matching=True",
         ),
         (
             lambda d, c: Term(d.leaf.sum(1) + d.rollout.log_prob[0]),
             {"reward_grad": False},
-            r"log_prob \(log_prob=True\)",
+            "rollout.log_prob: declare log_prob=True",
         ),
-        (referring, {}, "calls the reference, which it does not declare: add it to needs.roles"),
+        (referring, {}, "the reference: add it to roles"),
         (lambda d, c: Term(c.backend.student(d.x_t, d.t, d.cond).x0.sum(1)), {}, "no gradient arrives at draw.leaf"),
         (lambda d, c: Term(climb(d, c) - climb(d, c).mean()), {}, "which other groups share its micro-batch"),
         (noisy, {}, "drew from torch's global random generator"),
         (everything_valid, {}, "say in Term.valid which samples count"),
+        (without_valid, {"steps": "last"}, "say in Term.valid which samples count"),
+        (without_valid, {"steps": (4,)}, "names none of the 4 student steps"),
+        (paired, {}, "declare reward_grad=True|on micro-batches of 1 of 16 samples"),
+        (changing, {}, r"changed draw.rollout.x0 in place"),
+        (learning_itself, {}, "ran backward into draw.leaf itself"),
+        (own_parameters, {}, "its gradient in the student's parameters"),
+        (
+            lambda d, c: Term(d.leaf.sum(1) + d.rollout.log_prob[0] * d.direction.sum(1)),
+            {"reward_grad": False},
+            "several things that it does not declare",
+        ),
+        (lambda d, c: Term(d.leaf.sum(1)), {"reward_grad": False}, "declare reward=False"),
+        (lambda d, c: Term(d.x0.sum(1)), {"reward_grad": False}, "reaches neither draw.leaf"),
     ],
 )
 def test_a_broken_objective_is_taught(answer: Answer, needs: dict[str, Any], message: str) -> None:
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=message):
         check_objective(objective(answer, **({"reward_grad": True} | needs)))
+
+
+def test_a_pure_regulariser_is_an_objective() -> None:
+    check_objective(objective(to_the_reference, reward=False, roles=("reference",)))
+
+
+@pytest.mark.parametrize("error", [ConfigError("too few steps"), TrainingError("went astray"), KeyError("caption")])
+def test_what_an_objective_raises_is_passed_on(error: Exception) -> None:
+    """No need would have helped."""
+
+    def failing(draw: Draw, ctx: Context) -> Term:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        check_objective(objective(failing))
+    assert raised.value is error
 
 
 def test_an_objective_that_remembers_its_last_call_is_caught() -> None:
