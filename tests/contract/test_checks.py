@@ -200,13 +200,28 @@ class Judge(Redness):
 @dataclass
 class Flawed(Redness):
     flaw: str = ""
+    dtype: torch.dtype = field(default=torch.float32, init=False)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().prepare(device, dtype)
+        self.dtype = dtype
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         scores = images.mean((1, 2, 3))
         if self.flaw == "double":
             return scores.double()
-        if self.flaw == "empty":
-            return scores / (scores > 0)  # black images
+        if self.flaw == "infinite":
+            return scores.log()  # of black images
+        if self.flaw == "silent":
+            return scores * torch.nan
+        if self.flaw == "coarse" and self.dtype == torch.bfloat16:
+            return scores * torch.nan
+        if self.flaw == "coarse dtype":
+            return scores.to(self.dtype)
+        if self.flaw == "scalar":
+            return scores.mean()
+        if self.flaw == "unjudged":  # no flaw
+            return torch.where((images[:, 0, 0, 0] * 1e4).long() % 2 == 0, torch.nan, scores)
         if self.flaw == "batch":
             return scores - scores.mean()
         if self.flaw == "changes":
@@ -227,7 +242,11 @@ class Flawed(Redness):
     ("flaw", "message"),
     [
         ("double", r"returns \[4\] float32; this one torch.float64"),
-        ("empty", "must be finite"),
+        ("infinite", "are infinite"),
+        ("silent", "judges none of four images"),
+        ("coarse", "prepared with bfloat16 it cannot judge"),
+        ("coarse dtype", r"returns \[4\] float32; this one torch.bfloat16"),
+        ("scalar", r"returns \[4\] float32; this one torch.float32 \[\]"),
         ("batch", "must not depend on the rest of the batch"),
         ("changes", "changed the images"),
         ("detached", "has no graph"),
@@ -239,6 +258,7 @@ def test_a_broken_reward_is_taught(flaw: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_reward(Flawed(flaw))
     check_reward(Flawed())
+    check_reward(Flawed("unjudged"))
 
 
 def test_a_reward_that_stumbles_over_others_columns_is_caught() -> None:
