@@ -162,6 +162,8 @@ class _Flat(Redness):
 def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> None:
     """It runs when it is given what it declares, and nothing else."""
     needs = build().needs
+    if not isinstance(needs, Needs):
+        raise CannotRun(f"needs must be a property or an attribute that is a Needs, not {type(needs).__name__}")
 
     def given(needs: Needs) -> _Bench:
         flat: Any = _Flat()

@@ -352,7 +352,7 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--dmdr-option=scale=3.5")
     assert code == 0, out
     assert "gradient_reaches_the_student_only PASSED" in out
-    assert "9 passed" in out
+    assert "10 passed" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Score", "--dmdr-option=checkpoint=here")
     assert code == 1
     assert "a reward returns [4] float32; this one torch.float64 [4]" in out
@@ -365,14 +365,96 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
         (["--dmdr-plugin=refll"], "is installed (did you mean 'refl'?)"),
         (["--dmdr-plugin=gone.py:Mine"], "no such file"),
         (["--dmdr-plugin=refl", "--dmdr-option=steps"], "--dmdr-option steps is no KEY=VALUE"),
-        (["--dmdr-plugin=refl", "--dmdr-option=stepz=3"], "unexpected keyword argument 'stepz'"),
+        (["--dmdr-plugin=refl", "--dmdr-option=stepz=3"], "'stepz' (did you mean 'steps'?); refl has balance, hinge"),
+        (["--dmdr-plugin=refl", "--dmdr-option=refll.steps=3"], "no --dmdr-plugin is called refll"),
+        (["--dmdr-plugin=refl", "--dmdr-option=steps=[3"], "--dmdr-option steps=[3 is no YAML"),
+        (["--dmdr-plugin=refl", "--dmdr-option=steps=3"], "it cannot be built: AttributeError"),
+        (["--dmdr-plugin=toy", "--dmdr-column=label=[1, 2]"], "takes a list of four values"),
+        (["--dmdr-plugin=decoupled"], "this is one of the matchings; only objectives, rewards, backends have checks"),
+        (["--dmdr-plugin=digits"], "this is one of the models"),
+        (["--dmdr-plugin=odd.py:Nothing"], "it has no `needs` as an objective has"),
+        (["--dmdr-plugin=odd.py:Plain"], "is no dataclass"),
         (["--dmdr-plugin=ToyPipeline"], "name its folder with --dmdr-model"),
     ],
 )
 def test_a_plugin_that_cannot_be_checked(pytester: pytest.Pytester, arguments: list[str], message: str) -> None:
+    pytester.makepyfile(
+        odd="class Nothing: ...\nclass Plain:\n    needs = None\n    def __call__(self, draw, ctx): ..."
+    )
     code, out = check(pytester, *arguments)
     assert code == pytest.ExitCode.USAGE_ERROR
-    assert message in out and "Traceback" not in out
+    assert message in out and "Traceback" not in out and "INTERNALERROR" not in out
+    assert "reward 'odd" not in out and "backend 'odd" not in out
+
+
+ODD = """
+from dataclasses import dataclass
+from dmdr.protocols import Needs
+
+@dataclass
+class Raises:
+    needs = Needs()
+
+    def __call__(self, draw, ctx):
+        return self.helper(draw)
+
+    def helper(self, draw):
+        return draw.leaf.view(7, 99)
+
+@dataclass
+class Asserts(Raises):
+    def helper(self, draw):
+        assert draw.leaf is None
+
+@dataclass
+class Method(Raises):
+    def needs(self):
+        return Needs()
+
+@dataclass
+class Captioned:
+    differentiable = False
+    columns = ("caption",)
+
+    def prepare(self, device, dtype): ...
+
+    def __call__(self, images, prompts, **columns):
+        return images.mean((1, 2, 3)) * images.new_tensor([len(text) for text in columns["caption"]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("Raises", ["in helper", "return draw.leaf.view(7, 99)", "RuntimeError: shape '[7, 99]' is invalid"]),
+        ("Asserts", ["in helper", "assert draw.leaf is None", "AssertionError"]),
+        ("Method", ["needs must be a property or an attribute that is a Needs, not method"]),
+    ],
+)
+def test_what_cannot_run_fails_once(pytester: pytest.Pytester, name: str, lines: list[str]) -> None:
+    pytester.makepyfile(odd=ODD)
+    code, out = check(pytester, f"--dmdr-plugin=odd.py:{name}")
+    assert code == 1 and "1 failed, 9 skipped" in out
+    assert all(line in out for line in lines)
+    assert "runner.py" not in out and "dmdr/testing" not in out
+    assert len(out.splitlines()) < 40
+
+
+def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(odd=ODD, mine=MINE)
+    _, out = check(pytester, "--dmdr-plugin=odd.py:Captioned")
+    assert "TypeError: object of type 'int' has no len()" in out and "1 failed, 7 skipped" in out
+    arguments = ["--dmdr-plugin=odd.py:Captioned", "--dmdr-column=caption=[a, bb, c, dd]", "--dmdr-plugin=mine.py:Mine"]
+    code, out = check(pytester, *arguments, "--dmdr-option=mine.py:Mine.scale=2", "--dmdr-option=scale=3")
+    assert code == 0 and "18 passed" in out, out
+
+
+def test_checks_are_collected(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(mine=MINE)
+    _, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--collect-only", "-q")
+    assert "collected 10 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
+    code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "-k", "whole or only_read")
+    assert code == 0 and "2 passed, 8 deselected" in out
 
 
 def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
