@@ -85,13 +85,13 @@ def _trainer(objective: RewardObjective, reward: Reward | None, *, groups: int =
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # as after some training: the student has left the reference, and there is a way back to it
         for parameter in trainer.backend.parameters("student").values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
 
 def _bench(build: Build, reward: Reward | None, *, needs: Needs | None = None, **settings: Any) -> _Bench:
     """A bench; `needs` stand in for those that the objective declares."""
-    objective = build() if needs is None else _Declaring(needs, build())
+    objective: Any = build() if needs is None else _Declaring(needs, build())
     trainer = _trainer(objective, reward, **settings)
     ctx = trainer.context(0)
     bench = _Bench(objective, trainer, ctx, _drawn(trainer, ctx))

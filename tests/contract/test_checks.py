@@ -419,7 +419,7 @@ class Captioned:
     def prepare(self, device, dtype): ...
 
     def __call__(self, images, prompts, **columns):
-        return images.mean((1, 2, 3)) * images.new_tensor([len(text) for text in columns["caption"]])
+        return images.detach().mean((1, 2, 3)) * images.new_tensor([len(text) for text in columns["caption"]])
 """
 
 
