@@ -1,23 +1,31 @@
 """`pytest --dmdr-plugin NAME`: the checks of `dmdr.testing` for a plugin, installed or in a file, a test per check.
 
-    pytest --dmdr-plugin my_objective
+    pytest --dmdr-plugin my_objective -k micro_batch
     pytest --dmdr-plugin my_file.py:MyReward --dmdr-option checkpoint=weights.safetensors
+    pytest --dmdr-plugin refl --dmdr-plugin grpo --dmdr-option refl.steps=last
     pytest --dmdr-plugin MyPipeline --dmdr-model path/to/pipeline --dmdr-prompt "a cat"
 
 Where no paths are given, these checks are all that runs.
 pytest loads this file wherever DMDR is installed: everything heavy waits until a plugin is named.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import yaml
 
 from dmdr import registry
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError, TrainingError, one_line
+from dmdr.functions import load_object
 
-CHECKED = ("objectives", "rewards", "backends")
+CHECKED = {"objectives": "needs", "rewards": "differentiable", "backends": "student"}  # and what tells them apart
+Check = Callable[[], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +34,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dmdr-plugin", action="append", default=[], metavar="NAME", help="plugin to check; may be repeated"
     )
     group.addoption(
-        "--dmdr-option", action="append", default=[], metavar="KEY=VALUE", help="value of a field of its, read as YAML"
+        "--dmdr-option",
+        action="append",
+        default=[],
+        metavar="[NAME.]KEY=VALUE",
+        help="value, read as YAML, of a field of this plugin, or of all that have the field",
+    )
+    group.addoption(
+        "--dmdr-column",
+        action="append",
+        default=[],
+        metavar="NAME=[A, B, C, D]",
+        help="column of the four prompt rows that a reward is checked on; 0 to 3 by default",
     )
     group.addoption("--dmdr-model", metavar="FOLDER", help="pipeline folder that a backend is checked on")
     group.addoption(
@@ -40,107 +59,200 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     return True if config.getoption("--dmdr-plugin") and not chosen else None
 
 
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    for name in config.getoption("--dmdr-plugin"):
-        try:
-            for title, check in _checks(name, config):
-                node = f"{name}::{title}"
-                items.append(PluginCheck.from_parent(session, name=node, nodeid=node, check=check))
-        except ConfigError as error:
-            raise pytest.UsageError(f"--dmdr-plugin {name}: {error}") from error
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The plugins to check, beside the folders that are collected anyway."""
+    report = yield
+    if isinstance(collector, pytest.Session) and report.passed:
+        report.result = [*(report.result or ()), *_plugins(collector)]
+    return report
+
+
+def _plugins(session: pytest.Session) -> Iterator["PluginChecks"]:
+    config = session.config
+    found = [(name, *plugin) for name in config.getoption("--dmdr-plugin") for plugin in _classes(name)]
+    options = _options(config, [(name, _fields(cls)) for name, _, cls in found])
+    for (name, group, cls), fields in zip(found, options, strict=True):
+        with _refusals(name):
+            checks = CHECKS[group](cls, fields, config)
+        yield PluginChecks.from_parent(session, name=name, nodeid=name, checks=checks, file=_file(cls))
+
+
+class PluginChecks(pytest.Collector):
+    """The promises of one plugin.
+
+    Attributes:
+        checks: Title -> check.
+        file: Where the plugin is written.
+        tried: Whether a check has run.
+        unusable: Whether a check has found that the plugin cannot be run at all.
+    """
+
+    def __init__(self, *, checks: Mapping[str, Check], file: str, **node: Any) -> None:
+        super().__init__(**node)
+        self.checks, self.file = checks, file
+        self.tried = self.unusable = False
+
+    def collect(self) -> Iterator["PluginCheck"]:
+        for title, check in self.checks.items():
+            yield PluginCheck.from_parent(self, name=title, check=check, plugin=self)
 
 
 class PluginCheck(pytest.Item):
     """One promise of one plugin."""
 
-    def __init__(self, *, check: Callable[[], None], **node: Any) -> None:
+    def __init__(self, *, check: Check, plugin: PluginChecks, **node: Any) -> None:
         super().__init__(**node)
-        self.check = check
+        self.check, self.plugin = check, plugin
 
     def runtest(self) -> None:
-        self.check()
+        from dmdr.testing.common import CannotRun
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The broken promise alone; whatever else was raised keeps its traceback."""
-        if isinstance(excinfo.value, AssertionError | ConfigError | TrainingError) and str(excinfo.value):
-            return str(excinfo.value)
-        return super().repr_failure(excinfo, style)
+        if self.plugin.unusable:
+            pytest.skip("it cannot be run, see above")
+        first, self.plugin.tried = not self.plugin.tried, True
+        try:
+            self.check()
+        except Exception as error:
+            promise = isinstance(error, AssertionError) and bool(str(error))
+            self.plugin.unusable = isinstance(error, CannotRun) or (first and not promise)
+            raise
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
+        """The broken promise alone; of whatever else was raised, the way there from the plugin's own file on."""
+        error = excinfo.value
+        if isinstance(error, AssertionError | ConfigError | TrainingError) and str(error):
+            return str(error)
+        frames = traceback.extract_tb(excinfo.tb)
+        own = next((index for index, frame in enumerate(frames) if frame.filename == self.plugin.file), -1)
+        return "".join([*traceback.format_list(frames[own:]), *traceback.format_exception_only(error)])
 
     def reportinfo(self) -> tuple[Any, None, str]:
-        return self.path, None, self.name
+        return self.path, None, self.nodeid
 
 
-def _checks(name: str, config: pytest.Config) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Title and call of each check that a plugin of this name has to pass."""
-    options = _options(config)
-    for group, cls in _classes(name):
-        if group == "objectives":
-            yield from _objective_checks(lambda cls=cls: _build(cls, options))  # type: ignore[misc]
-        elif group == "rewards":
-            yield from _reward_checks(cls, options)
-        else:
-            yield from _backend_checks(cls, config)
+# --- Which plugins, and with which fields ----------------------------------------------------------------------------
 
 
 def _classes(name: str) -> list[tuple[str, Any]]:
     """The classes of this name, with their groups.
 
     Raises:
-        ConfigError: If there is none that can be checked.
+        pytest.UsageError: If there is none that can be checked.
     """
-    found = [(group, registry.load(group, name)) for group in CHECKED if registry.registered(group, name)]
-    if found:
-        return found
-    if ":" not in name:
-        known = [known for group in CHECKED for known in registry.plugins(group)]
+    with _refusals(name):
+        found = [(group, registry.load(group, name)) for group in CHECKED if registry.registered(group, name)]
+        if found:
+            return found
+        for group in registry.GROUPS:
+            if registry.registered(group, name):
+                raise ConfigError(f"this is one of the {group}; only {', '.join(CHECKED)} have checks")
+        if ":" not in name:
+            known = [known for group in CHECKED for known in registry.plugins(group)]
+            raise ConfigError(
+                f"no objective, reward or backend of this name is installed{registry.suggest(name, known)}; "
+                "dmdr-plugins lists them, and one in a file is given as my_file.py:NAME"
+            )
+        target = load_object(name)
+        for group, member in CHECKED.items():
+            if hasattr(target, member) or (group == "rewards" and inspect.isfunction(target)):
+                return [(group, registry.load(group, name))]
         raise ConfigError(
-            f"no objective, reward or backend of this name is installed{registry.suggest(name, known)}; "
-            "dmdr-plugins lists them, and one in a file is given as my_file.py:NAME"
+            "it has no `needs` as an objective has, no `differentiable` as a reward, and no `student` as a backend; "
+            "dmdr.protocols says what each of them needs"
         )
-    reasons = []
-    for group in CHECKED:
-        try:
-            return [(group, registry.load(group, name))]
-        except registry.PluginError as error:  # what it lacks for this group
-            reasons.append(str(error))
-    raise ConfigError("; ".join(reasons))
 
 
-def _options(config: pytest.Config) -> dict[str, Any]:
-    given = {}
-    for option in config.getoption("--dmdr-option"):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigError(f"--dmdr-option {option} is no KEY=VALUE")
-        given[key] = yaml.safe_load(value)
+def _fields(cls: Any) -> list[str]:
+    """Its flags, by name."""
+    return [field.name for field in dataclasses.fields(cls) if field.init] if dataclasses.is_dataclass(cls) else []
+
+
+def _file(cls: Any) -> str:
+    try:
+        return inspect.getsourcefile(cls) or ""
+    except TypeError:  # not written in a file
+        return ""
+
+
+def _options(config: pytest.Config, plugins: Sequence[tuple[str, list[str]]]) -> list[dict[str, Any]]:
+    """What --dmdr-option gives to each of the plugins, which come with the names of their fields."""
+    given: list[dict[str, Any]] = [{} for _ in plugins]
+    for key, value in _pairs(config, "--dmdr-option"):
+        owner, _, field = key.rpartition(".")
+        meant = [index for index, (name, _) in enumerate(plugins) if owner in ("", name)]
+        takers = [index for index in meant if field in plugins[index][1]]
+        if not takers:
+            known = sorted({field for index in meant for field in plugins[index][1]})
+            if not meant:
+                raise pytest.UsageError(f"--dmdr-option {key}: no --dmdr-plugin is called {owner}")
+            raise pytest.UsageError(
+                f"--dmdr-option {key}: there is no field '{field}'{registry.suggest(field, known)}; "
+                f"{' and '.join(dict.fromkeys(plugins[index][0] for index in meant))} has "
+                f"{', '.join(known) or 'none'}"
+            )
+        for index in takers:
+            given[index][field] = value
     return given
 
 
-def _build(cls: Any, options: dict[str, Any]) -> Any:
+def _pairs(config: pytest.Config, flag: str) -> Iterator[tuple[str, Any]]:
+    """Key and value, read as YAML, of each use of a flag."""
+    for option in config.getoption(flag):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise pytest.UsageError(f"{flag} {option} is no KEY=VALUE")
+        try:
+            yield key, yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise pytest.UsageError(f"{flag} {option} is no YAML: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """What is wrong with a plugin of this name, in one line of pytest's."""
     try:
-        return cls(**options)
-    except TypeError as error:
-        raise ConfigError(f"{error}; give its fields with --dmdr-option KEY=VALUE") from error
+        yield
+    except ConfigError as error:
+        raise pytest.UsageError(f"--dmdr-plugin {name}: {error}") from error
 
 
-def _objective_checks(build: Callable[[], Any]) -> Iterator[tuple[str, Callable[[], None]]]:
+# --- Its checks, by title --------------------------------------------------------------------------------------------
+
+
+def _build(cls: Any, *arguments: Any, **fields: Any) -> Any:
+    try:
+        return cls(*arguments, **fields)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a stranger's constructor may do
+        hint = f"; --dmdr-option KEY=VALUE sets its fields: {', '.join(_fields(cls))}" if _fields(cls) else ""
+        raise ConfigError(f"it cannot be built: {one_line(error)}{hint}") from error
+
+
+def _objective_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
     from dmdr.testing import OBJECTIVE_CHECKS
 
+    build = partial(_build, cls, **fields)
     build()
-    for check in OBJECTIVE_CHECKS:
-        yield check.__name__, lambda check=check: check(build, None)  # type: ignore[misc]
+    return {check.__name__: partial(check, build, None) for check in OBJECTIVE_CHECKS}
 
 
-def _reward_checks(cls: Any, options: dict[str, Any]) -> Iterator[tuple[str, Callable[[], None]]]:
+def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
     from dmdr.testing.rewards import REWARD_CHECKS, RewardTrial
 
     columns: dict[str, Sequence[Any]] = {name: [0, 1, 2, 3] for name in getattr(cls, "columns", ())}
-    trial = RewardTrial(_build(cls, options), columns=columns)
-    for check in REWARD_CHECKS:
-        yield check.__name__, lambda check=check: check(trial)  # type: ignore[misc]
+    for name, column in _pairs(config, "--dmdr-column"):
+        if not isinstance(column, list) or len(column) != 4:
+            raise ConfigError(f"--dmdr-column {name} takes a list of four values, as in '{name}=[a, b, c, d]'")
+        columns[name] = column
+    trial = RewardTrial(_build(cls, **fields), columns=columns)
+    return {check.__name__: partial(check, trial) for check in REWARD_CHECKS}
 
 
-def _backend_checks(cls: Any, config: pytest.Config) -> Iterator[tuple[str, Callable[[], None]]]:
+def _backend_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
     from dmdr.protocols import BackendOptions
     from dmdr.testing.backends import BACKEND_CHECKS, BackendTrial
 
@@ -148,6 +260,9 @@ def _backend_checks(cls: Any, config: pytest.Config) -> Iterator[tuple[str, Call
     if folder is None:
         raise ConfigError("a backend is checked on a small pipeline of its class: name its folder with --dmdr-model")
     options = BackendOptions(lora_rank=4, lora_alpha=8, fake_lora_rank=4, fake_lora_alpha=4)
-    trial = BackendTrial(cls(folder, options), config.getoption("--dmdr-prompt") or ["a cat", "a dog"])
-    for check in BACKEND_CHECKS:
-        yield check.__name__, lambda check=check: check(trial)  # type: ignore[misc]
+    backend = _build(cls, folder, options)
+    trial = BackendTrial(backend, config.getoption("--dmdr-prompt") or ["a cat", "a dog"])
+    return {check.__name__: partial(check, trial) for check in BACKEND_CHECKS}
+
+
+CHECKS = {"objectives": _objective_checks, "rewards": _reward_checks, "backends": _backend_checks}

@@ -7,6 +7,10 @@ import torch
 from torch import nn
 
 
+class CannotRun(AssertionError):
+    """A broken promise without which the plugin cannot be used at all: further checks would say the same."""
+
+
 @contextmanager
 def untouched_global_rng(who: str, instead: str) -> Iterator[None]:
     """Nothing inside may draw from torch's global generator."""

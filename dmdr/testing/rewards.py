@@ -1,6 +1,7 @@
 """What a reward promises."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 from dmdr.protocols import Reward
-from dmdr.testing.common import networks, untouched_global_rng
+from dmdr.testing.common import CannotRun, networks, untouched_global_rng
 
-PROMPTS = ("a red square", "a handwritten seven", "", "a very long prompt " * 40)
+PROMPTS = ["a red square", "a handwritten seven", "", "a very long prompt " * 40]
+ALL = (0, 1, 2, 3)
 
 
 def check_reward(reward: Reward, *, size: int = 32, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """Check a reward; calls `prepare` on the CPU.
+    """Check a reward; calls `prepare` of copies on the CPU.
 
     Args:
         reward: Not prepared yet.
@@ -46,71 +48,77 @@ class RewardTrial:
 
     @cached_property
     def prepared(self) -> Reward:
-        self.reward.prepare(torch.device("cpu"), torch.float32)
-        return self.reward
+        """A copy in float32."""
+        return self.copy(torch.float32)
 
-    @cached_property
+    def copy(self, dtype: torch.dtype) -> Reward:
+        """A fresh copy, prepared on the CPU."""
+        reward = deepcopy(self.reward)
+        reward.prepare(torch.device("cpu"), dtype)
+        return reward
+
+    @property
     def images(self) -> Tensor:
+        """The same four images anew, [4, 3, size, size]."""
         return torch.rand(4, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
 
-    def score(self, images: Tensor, rows: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
-        """Scores of images with the prompts and columns of these rows."""
+    def score(self, images: Tensor, rows: Sequence[int] = ALL, *, by: Reward | None = None) -> Tensor:
+        """Scores of images with the prompts and columns of these rows.
+
+        Raises:
+            CannotRun: If they are not [B] float32.
+        """
         columns = {name: [column[row] for row in rows] for name, column in self.columns.items()}
-        return self.prepared(images, [PROMPTS[row] for row in rows], **columns)
+        scores = (by or self.prepared)(images, [PROMPTS[row] for row in rows], **columns)
+        if not isinstance(scores, Tensor) or scores.shape != (len(rows),) or scores.dtype != torch.float32:
+            found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise CannotRun(f"a reward returns [{len(rows)}] float32; this one {found} for images {list(images.shape)}")
+        return scores
 
 
-def one_finite_float32_score_per_image(trial: RewardTrial) -> None:
-    ordinary, plain = (
-        trial.images,
-        torch.stack([torch.zeros(3, trial.size, trial.size), torch.ones(3, trial.size, trial.size)]),
-    )
-    for images, rows in (
-        (ordinary, (0, 1, 2, 3)),
-        (plain, (0, 1)),
-        (ordinary[:, :, :, : trial.size // 2], (0, 1, 2, 3)),
-    ):
+def one_float32_score_per_image(trial: RewardTrial) -> None:
+    """Also of black, white and oblong images; NaN says that it cannot judge one."""
+    black, white = torch.zeros(3, trial.size, trial.size), torch.ones(3, trial.size, trial.size)
+    oblong = trial.images[:, :, :, : trial.size // 2]
+    for images, rows in ((trial.images, ALL), (torch.stack([black, white]), (0, 1)), (oblong, ALL)):
         with torch.no_grad():
             scores = trial.score(images, rows)
-        assert isinstance(scores, Tensor) and scores.shape == (len(rows),) and scores.dtype == torch.float32, (
-            f"a reward returns [{len(rows)}] float32; this one {getattr(scores, 'dtype', type(scores).__name__)} "
-            f"{list(getattr(scores, 'shape', []))} for images {list(images.shape)}"
-        )
-        assert scores.isfinite().all(), (
-            f"scores of images {list(images.shape)} in [0, 1] must be finite: {scores.tolist()}"
-        )
+        assert not scores.isinf().any(), f"scores of images {list(images.shape)} are infinite: {scores.tolist()}"
+    with torch.no_grad():
+        assert not trial.score(trial.images).isnan().all(), "it judges none of four images: their scores are all NaN"
 
 
 def a_score_does_not_depend_on_the_batch(trial: RewardTrial) -> None:
-    order = (2, 0, 3, 1)
+    order = [2, 0, 3, 1]
     with torch.no_grad():
-        scores, shuffled = trial.score(trial.images), trial.score(trial.images[list(order)], order)
-        single = torch.cat([trial.score(trial.images[row : row + 1], (row,)) for row in range(4)])
-    tolerance = 1e-4 * max(scores.abs().max().item(), 1.0)
-    assert torch.allclose(shuffled, scores[list(order)], rtol=0, atol=tolerance), (
-        "a score must not depend on the order of the batch"
-    )
-    assert torch.allclose(single, scores, rtol=0, atol=tolerance), "a score must not depend on the rest of the batch"
+        scores, shuffled = trial.score(trial.images), trial.score(trial.images[order], order)
+        single = torch.cat([trial.score(trial.images[row : row + 1], [row]) for row in ALL])
+    tolerance = 1e-4 * max(scores.nan_to_num().abs().max().item(), 1.0)
+    for found, wanted, what in ((shuffled, scores[order], "order"), (single, scores, "rest")):
+        same = torch.allclose(found, wanted, rtol=0, atol=tolerance, equal_nan=True)
+        assert same, f"a score must not depend on the {what} of the batch"
 
 
 def images_are_only_read(trial: RewardTrial) -> None:
-    before = trial.images.clone()
+    images = trial.images
     with torch.no_grad():
-        trial.score(trial.images)
-    assert torch.equal(before, trial.images), (
+        trial.score(images)
+    assert torch.equal(images, trial.images), (
         "the reward changed the images that it was given; other rewards read them, too"
     )
 
 
 def the_gradient_is_as_declared(trial: RewardTrial) -> None:
-    leaf = trial.images.clone().requires_grad_()
+    leaf = trial.images.requires_grad_()
     answer = trial.score(leaf)
     if not trial.prepared.differentiable:
         assert not answer.requires_grad, "differentiable = False, but the score has a graph; detach it"
         return
     assert answer.requires_grad, "differentiable = True, but the score has no graph; is there a no_grad inside?"
-    answer.sum().backward()
-    grad = leaf.grad
-    assert grad is not None and grad.isfinite().all() and grad.any(), "no finite gradient reaches the images"
+    judged = answer.isfinite()
+    torch.where(judged, answer, 0.0).sum().backward()
+    assert leaf.grad is not None and leaf.grad[judged].any(), "no gradient reaches the images"
+    assert leaf.grad[judged].isfinite().all(), "the gradient of the images that it judges must be finite"
     with torch.no_grad():
         assert not trial.score(leaf).requires_grad, (
             "under no_grad a score must have no graph; is there an enable_grad inside?"
@@ -136,20 +144,20 @@ def no_random_numbers(trial: RewardTrial) -> None:
         torch.no_grad(),
     ):
         first, second = trial.score(trial.images), trial.score(trial.images)
-    assert torch.equal(first, second), "the same images got two different scores"
+    assert torch.allclose(first, second, rtol=0, atol=0, equal_nan=True), "the same images got two different scores"
 
 
 def bfloat16_weights_score_in_float32(trial: RewardTrial) -> None:
     """What `--mixed_precision bf16` does to a reward."""
-    trial.reward.prepare(torch.device("cpu"), torch.bfloat16)
-    answer = trial.score(trial.images)
-    finite = answer.dtype == torch.float32 and bool(answer.isfinite().all())
-    assert finite, f"prepared with bfloat16, a score is still finite float32, not {answer.dtype}: {answer.tolist()}"
+    with torch.no_grad():
+        plain, coarse = trial.score(trial.images), trial.score(trial.images, by=trial.copy(torch.bfloat16))
+    lost = coarse[plain.isfinite()]
+    assert lost.isfinite().all(), f"prepared with bfloat16 it cannot judge what it can in float32: {lost.tolist()}"
 
 
 REWARD_CHECKS: tuple[Callable[[RewardTrial], None], ...] = (
+    one_float32_score_per_image,
     images_are_only_read,
-    one_finite_float32_score_per_image,
     a_score_does_not_depend_on_the_batch,
     the_gradient_is_as_declared,
     its_networks_are_frozen,
