@@ -263,8 +263,8 @@ def cells(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, values in axes.items():
         if not values:
             raise ConfigError(f"{where}: {key} has no values")
-    for values in itertools.product(*axes.values()) if axes else ():
-        point = dict(zip(axes, values, strict=True))
+    for chosen in itertools.product(*axes.values()) if axes else ():
+        point = dict(zip(axes, chosen, strict=True))
         yield ", ".join(f"{key} {short(value)}" for key, value in point.items()), point
 
 

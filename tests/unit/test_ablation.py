@@ -110,6 +110,20 @@ def test_quick_is_the_same_matrix_in_short(tmp_path: Path) -> None:
     assert {run.name for run in quick.runs} & whole == {run.start.name for run in quick.runs if run.start}
 
 
+def test_the_matrix_of_the_readme(tmp_path: Path) -> None:
+    readme = (EXAMPLE / "README.md").read_text()
+    file = tmp_path / "matrix.yaml"
+    file.write_text(readme.partition("```yaml\n")[2].partition("```")[0])
+    block, quick = load(file, tmp_path).blocks[0], load(file, tmp_path, quick=True).blocks[0]
+    assert list(block.cells)[:3] == ["DMD only", "joint", "dmd_weight 0.5, rl_weight 0.3"]
+    assert [runs[0].updates for runs in quick.cells.values()] == [90] * 6
+
+
+def test_a_cell_may_have_a_start_of_its_own(tmp_path: Path, write: Write) -> None:
+    block = load(write(blocks={"a": {"cells": {"x": {}, "y": {"start": "export"}}}}), tmp_path).blocks[0]
+    assert [str(runs[0].settings.config.init_student).endswith("/student") for runs in block.cells.values()] == [0, 1]
+
+
 def test_other_settings_are_another_folder_and_another_place_is_not(tmp_path: Path, write: Write, toy: Matrix) -> None:
     settings = yaml.safe_load(TOY.read_text())["settings"]
     changed = load(write(settings=settings | {"stage1_steps": 7}), tmp_path)
