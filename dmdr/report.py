@@ -80,7 +80,7 @@ def write_report(run_folder: Path) -> Path:
     config = _mapping(yaml.safe_load, settings)
     evaluation = _mapping(json.loads, _text(run_folder / "evaluation.json"))
     columns = evaluation.pop("columns", {})
-    rows = _rows(_text(run_folder / "metrics.jsonl"))
+    rows = read_log(run_folder / "metrics.jsonl")
     groups = _curves(rows, _boundary(rows, config.get("stage1_steps")))
     html = template(TEMPLATES / "report.html.jinja").render(
         folder=run_folder.resolve().name,
@@ -122,10 +122,10 @@ def _mapping(load: Callable[[str], Any], text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _rows(text: str) -> list[dict[str, Any]]:
+def read_log(file: Path) -> list[dict[str, Any]]:
     """Logged steps in order. A resumed run logs some steps twice: the later line counts. A torn last line does not."""
     rows = {}
-    for line in text.splitlines():
+    for line in _text(file).splitlines():
         row = _mapping(json.loads, line)
         if isinstance(row.get("step"), int):
             rows[row["step"]] = {"stage": 1} | row

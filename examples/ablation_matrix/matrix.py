@@ -4,12 +4,14 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from metrics import measured, short
 
 from dmdr import registry
 from dmdr.assemble import check_needs
@@ -62,13 +64,16 @@ class Run:
         return values_of(self.settings)
 
     def state(self, root: Path) -> str:
-        """ "finished", "begun" (there is a checkpoint to go on from) or "new"; other settings are another run."""
+        """ "finished", "begun" (there is a checkpoint to go on from) or "new"; other settings are another run.
+
+        The page `report.html` is what a run writes last.
+        """
         folder, config = self.folder(root), self.settings.config
         if _moved(_read(yaml.safe_load, folder / "config.yaml")) != _moved(self.values()):
             return "new"
         evaluation = _read(json.loads, folder / "evaluation.json")
         complete = evaluation.get("samples") == config.num_eval_samples and self.stage in evaluation["columns"]
-        if complete and (folder / "report.html").is_file():  # which a run writes last
+        if complete and (folder / "report.html").is_file():
             return "finished"
         return "begun" if checkpoints(folder) else "new"
 
@@ -86,12 +91,22 @@ class Claim:
         higher, lower: Labels of two cells of the block.
         metric: As `evaluation.json` calls it, or "reward_gap" (trained minus held-out reward).
         until: Compare the mean of the evaluations up to this update; None for the final ones.
+
+    Raises:
+        ConfigError: For a value of another type.
     """
 
     higher: str
     lower: str
     metric: str
     until: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("higher", "lower", "metric"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be text, not {reprlib.repr(getattr(self, name))}")
+        if self.until is not None and (type(self.until) is not int or self.until < 1):
+            raise ConfigError(f"until must be a whole number of at least 1, not {reprlib.repr(self.until)}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ class Matrix:
 
 
 def load(file: Path, root: Path, *, quick: bool = False) -> Matrix:
-    """Read a matrix and check every setting of every cell.
+    """Read a matrix and check every setting of every cell; an entry with nothing in it is as if it were left out.
 
     Args:
         file: `settings` of all runs, `seeds`, `blocks`, and under `quick` what a quick look has in their place.
@@ -133,19 +148,21 @@ def load(file: Path, root: Path, *, quick: bool = False) -> Matrix:
     Raises:
         ConfigError: For whatever is unknown or cannot be meant, with its place.
     """
-    content = read_yaml(str(file))
-    known(content, ("settings", "seeds", "blocks", "quick"), "the matrix")
-    blocks, seeds, settings = content.get("blocks"), content.get("seeds"), content.get("settings") or {}
-    if not isinstance(blocks, dict) or not blocks:
+    content = mapping(read_yaml(str(file)), "the matrix", ("settings", "seeds", "blocks", "quick"))
+    blocks, seeds = mapping(content.get("blocks"), "blocks"), content.get("seeds")
+    settings = mapping(content.get("settings"), "settings")
+    if not blocks:
         raise ConfigError(f"{file} has no blocks: a mapping of figures and tables")
     if quick:
-        short = content.get("quick") or {}
-        known(short, ("settings", "seeds", "blocks"), "quick")
-        known(dict.fromkeys(short.get("blocks", ())), tuple(blocks), "quick: blocks")
-        blocks = {name: blocks[name] for name in short.get("blocks", blocks)}
-        seeds, settings = short.get("seeds", seeds), settings | short.get("settings", {})
+        instead = mapping(content.get("quick"), "quick", ("settings", "seeds", "blocks"))
+        names = sequence(instead.get("blocks"), "quick: blocks")
+        for name in names:
+            known(name, blocks, "block", "quick: blocks")
+        blocks = {name: blocks[name] for name in names} or blocks
+        seeds = seeds if instead.get("seeds") is None else instead["seeds"]
+        settings = settings | mapping(instead.get("settings"), "quick: settings")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {seeds}")
+        raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {reprlib.repr(seeds)}")
     builder = Builder(settings, sorted(set(seeds)), root)
     made = [builder.block(name, block) for name, block in blocks.items()]
     return Matrix(builder.seeds, made, list(builder.runs.values()))
@@ -162,32 +179,47 @@ class Builder:
 
     def block(self, name: str, content: Any) -> Block:
         """A block with the runs of its cells."""
+        where = f"block {name}"
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+            raise ConfigError(f"{where}: its plots are named after it: letters, digits and any of _ . + - in quotes")
         keys = ("title", "text", "settings", "stage1", "start", "grid", "cells", "curves", "table", "claims")
-        known(content, keys, f"block {name}")
-        cells = dict(content.get("cells") or {})
-        axes = content.get("grid") or {}
-        for values in itertools.product(*axes.values()) if axes else ():
-            point = dict(zip(axes, values, strict=True))
-            cells[", ".join(f"{key} {value}" for key, value in point.items())] = point
-        if not cells:
-            raise ConfigError(f"block {name} has no cells and no grid")
-        runs = {}
-        for label, cell in cells.items():
-            where = f"block {name}, cell '{label}'"
-            given = self.settings | (content.get("settings") or {}) | (cell or {})
-            start = given.pop("start", content.get("start", "stage1"))
+        content = mapping(content, where, keys)
+        shared, stage1 = (mapping(content.get(key), f"{where}, {key}") for key in ("settings", "stage1"))
+        known_settings(stage1, f"{where}, stage1")
+        for key in STAGE2:
+            if key in stage1:
+                raise ConfigError(f"{where}, stage1: '{key}' is a setting of stage 2, which a stage 1 does without")
+        runs: dict[str, list[Run]] = {}
+        for label, cell in cells(content, where):
+            if label in runs:
+                raise ConfigError(f"{where}: two cells are called '{label}'")
+            place = f"{where}, cell '{label}'"
+            given = self.settings | shared | mapping(cell, place)
+            starts = (given.pop("start", None), content.get("start"), "stage1")
+            start = next(start for start in starts if start is not None)
             if start not in ("stage1", "export"):
-                raise ConfigError(f"{where}: start must be stage1 (with its fake score) or export, not {start}")
-            known_settings(given, where)
-            runs[str(label)] = self.cell(given, content.get("stage1") or {}, start == "export", where)
+                raise ConfigError(f"{place}: start must be stage1 (with its fake score) or export, not {start}")
+            known_settings(given, place)
+            runs[label] = self.cell(given, stage1, start == "export", place)
+        if not runs:
+            raise ConfigError(f"{where} has no cells and no grid")
         equal(runs, name)
-        claims = [_claim(claim, runs, name) for claim in content.get("claims", ())]
-        title, text = (str(content.get(key, default)).strip() for key, default in (("title", name), ("text", "")))
-        return Block(name, title, text, runs, content.get("curves", ()), content.get("table", ()), claims)
+        metrics = {label: measured(run.settings) for label, (run, *_) in runs.items()}
+        curves, table = (sequence(content.get(key), f"{where}, {key}") for key in ("curves", "table"))
+        for key, names in (("curves", curves), ("table", table)):
+            for metric in names:
+                known(metric, itertools.chain(*metrics.values()), "metric", f"{where}, {key}")
+        place = f"{where}, claims"
+        claims = [_claim(claim, metrics, place) for claim in sequence(content.get("claims"), place)]
+        title, words = (str(content.get(key) or default).strip() for key, default in (("title", name), ("text", "")))
+        return Block(name, title, words, runs, curves, table, claims)
 
     def cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
         """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
-        settings = resolve(given | {"init_student": "?"} if given.get("stage2_steps", 1) else given, where)
+        alone = resolve(
+            {key: value for key, value in given.items() if key != "dmd_weight"}, where
+        )  # of 0 needs a start
+        settings = resolve(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
         config = settings.config
         own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
         first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
@@ -211,13 +243,39 @@ class Builder:
         varied = {key: value for key, value in given.items() if values.get(key, ...) != self.base.get(key)}
         if start is None:
             varied = {key: value for key, value in varied.items() if key not in STAGE2}
-        digest = hashlib.sha256(json.dumps(_moved(values), sort_keys=True).encode()).hexdigest()[:6]
-        words = [f"{key}_{value}" for key, value in varied.items() if key in AXES] + ["from_export"] * export
-        name = "-".join([f"stage2_{config.rl}" if start else "stage1", *words])
+        words = [f"{key}_{short(value)}" for key, value in varied.items() if key in AXES] + ["from_export"] * export
+        words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
+        while len("-".join(words)) > 90 and len(words) > 1:
+            words.pop()  # the digest tells of it
+        name = "-".join(words)[:90]
         for ugly, plain in {", ": "_", "*": "x", "[": "", "]": ""}.items():
             name = name.replace(ugly, plain)
-        name = re.sub(r"[^\w.+-]", "_", name)[:90] + f"-seed{seed}-{digest}"
+        name = re.sub(r"[^\w.+-]", "_", name) + f"-seed{seed}-{digest(settings)}"
         return self.runs.setdefault(name, Run(name, settings, start, varied))
+
+
+def cells(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """The cells of a block by label: those that it names, then the points of its grid."""
+    for label, cell in mapping(content.get("cells"), f"{where}, cells").items():
+        yield str(label), cell
+    where = f"{where}, grid"
+    axes = {key: sequence(values, f"{where}: {key}") for key, values in mapping(content.get("grid"), where).items()}
+    for key, values in axes.items():
+        if not values:
+            raise ConfigError(f"{where}: {key} has no values")
+    for chosen in itertools.product(*axes.values()) if axes else ():
+        point = dict(zip(axes, chosen, strict=True))
+        yield ", ".join(f"{key} {short(value)}" for key, value in point.items()), point
+
+
+def digest(settings: Settings) -> str:
+    """Of all settings, wherever the matrix lies, and of the files whose plugins they name, as they are now."""
+    found = hashlib.sha256(json.dumps(_moved(values_of(settings)), sort_keys=True).encode())
+    for name in (settings.config.backend or "", *(plugin.name for plugin in settings.plugins)):
+        file, _, _ = name.rpartition(":")
+        if file.endswith(".py"):
+            found.update(Path(file).expanduser().read_bytes())
+    return found.hexdigest()[:6]
 
 
 def values_of(settings: Settings) -> dict[str, Any]:
@@ -243,13 +301,37 @@ def resolve(given: Mapping[str, Any], where: str) -> Settings:
     return settings
 
 
-def known(content: Any, keys: Iterable[str], where: str) -> None:
-    """Refuse a key that nothing reads."""
+def mapping(content: Any, where: str, keys: Iterable[str] | None = None) -> dict[Any, Any]:
+    """A mapping, of these keys if they are given; nothing is an empty one.
+
+    Raises:
+        ConfigError: It is something else, or has a key that nothing reads.
+    """
+    content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} must be a mapping, not {content!r}")
-    for key in content:
-        if key not in keys:
-            raise ConfigError(f"{where}: unknown key '{key}'{registry.suggest(str(key), list(keys))}")
+        raise ConfigError(f"{where} must be a mapping, not {reprlib.repr(content)}")
+    for key in content if keys is not None else ():
+        known(key, keys or (), "key", where)
+    return content
+
+
+def sequence(content: Any, where: str) -> list[Any]:
+    """A list; nothing is an empty one.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    content = [] if content is None else content
+    if not isinstance(content, list):
+        raise ConfigError(f"{where} must be a list, not {reprlib.repr(content)}")
+    return content
+
+
+def known(name: Any, names: Iterable[str], what: str, where: str) -> None:
+    """Refuse a name that nothing has."""
+    names = [str(name) for name in names]
+    if name not in names:
+        raise ConfigError(f"{where}: unknown {what} '{name}'{registry.suggest(str(name), names)}")
 
 
 def known_settings(given: Mapping[str, Any], where: str) -> None:
@@ -279,14 +361,18 @@ def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:
         )
 
 
-def _claim(content: Any, cells: Iterable[str], block: str) -> Claim:
-    where = f"block {block}, claims"
-    known(content, ("higher", "lower", "metric", "until"), where)
+def _claim(content: Any, metrics: Mapping[str, Iterable[str]], where: str) -> Claim:
+    """A claim about cells whose metrics are given by label."""
+    content = mapping(content, where, ("higher", "lower", "metric", "until"))
     try:
         claim = Claim(**content)
     except TypeError as error:
         raise ConfigError(f"{where}: a claim has higher, lower and metric; this one is {content}") from error
-    known(dict.fromkeys((claim.higher, claim.lower)), list(cells), where)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    for label in (claim.higher, claim.lower):
+        known(label, metrics, "cell", where)
+        known(claim.metric, metrics[label], "metric", f"{where}, cell '{label}'")
     return claim
 
 

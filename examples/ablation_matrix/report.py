@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matrix import AXES, Block, Matrix
-from results import METRICS, Metric, Result, Verdict, metric, read, shown, verdict
+from metrics import METRICS, Metric, metric
+from results import Result, Verdict, read, shown, verdict
 
 from dmdr.images import embed, write_atomically
 from dmdr.report import TEXT, inline_svg, template
@@ -70,7 +72,7 @@ def write_report(matrix: Matrix, root: Path) -> list[str]:
         settings=_common(matrix),
     )
     write_atomically(root / "report.html", html.encode())
-    return [f"{section.block.title.partition(':')[0]}: {v}" for section in sections for v in section.verdicts]
+    return [f"{section.block.name}: {v}" for section in sections for v in section.verdicts]
 
 
 def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[Any]], list[str]]:
@@ -148,13 +150,13 @@ def _pictures(block: Block, root: Path) -> list[tuple[str, tuple[str, int, int]]
 
 def draw(block: Block, name: str, results: Results, root: Path) -> Markup:
     """A metric over the updates, a line a cell with its band over the seeds; the same as PNG and SVG in `plots/`."""
-    path = root / "plots" / f"{block.name}-{name.replace('/', '-')}"
+    path = root / "plots" / re.sub(r"[^\w.+-]", "-", f"{block.name}-{name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = plot(block, name, results, TEXT)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         page = plot(block, name, results, "#222222")
-        page.savefig(path.with_suffix(".png"), dpi=150)
-        page.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        page.savefig(f"{path}.png", dpi=150)
+        page.savefig(f"{path}.svg", metadata={"Date": None})
     return inline_svg(figure, f"{block.name} {name}")
 
 

@@ -6,41 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matrix import Claim, Run
+from metrics import metric
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown.
-
-    Attributes:
-        label: In words.
-        higher: Whether higher is better; None where neither is.
-        noise: A difference of means within this says nothing.
-    """
-
-    label: str
-    higher: bool | None = True
-    digits: int = 3
-    noise: float = 0.0
-
-
-METRICS = {
-    "reward/total": Metric("trained reward"),
-    "eval_reward/total": Metric("held-out reward"),
-    "reward_gap": Metric("trained minus held-out reward", None),
-    "frechet_distance": Metric("Frechet distance", False, 1, noise=5.0),  # two halves of the scans are 19 apart
-    "accuracy": Metric("class accuracy"),
-    "precision": Metric("precision"),
-    "recall": Metric("recall"),
-    "inception_score": Metric("inception score", digits=2),
-}
-
-
-def metric(name: str) -> Metric:
-    """How a metric is shown; rewards have the names that the run gave them."""
-    kind, _, reward = name.partition("/")
-    words = {"reward": "trained", "eval_reward": "held-out"}
-    return METRICS.get(name) or Metric(f"{words.get(kind, kind)} {reward}".strip())
+from dmdr.report import read_log
 
 
 @dataclass(frozen=True)
@@ -63,10 +31,11 @@ def read(run: Run, root: Path) -> Result | None:
     if run.state(root) != "finished":
         return None
     folder = run.folder(root)
-    final = _with_gap(json.loads((folder / "evaluation.json").read_text())["columns"][run.stage])
+    found = json.loads((folder / "evaluation.json").read_text())["columns"][run.stage]
+    final = _with_gap({name: value for name, value in found.items() if value is not None})
     before = read(run.start, root) if run.start else None
     offset = run.start.updates if run.start else 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(folder / "metrics.jsonl")
     points = {}
     for line in lines:
         found = {name if name in final else f"reward/{name}": value for name, value in _evaluated(line).items()}
@@ -80,9 +49,8 @@ def read(run: Run, root: Path) -> Result | None:
         for name, value in values.items():
             if name in curves and value is not None:
                 curves[name].append((step, value))
-    steps = [line["step"] for line in lines]
-    logged = [line["seconds"] for line in lines]
-    seconds = sum(logged) / len(logged) * max(steps) if steps else 0.0
+    logged = [line["seconds"] for line in lines if line.get("seconds") is not None]
+    seconds = mean(logged) * lines[-1]["step"] if logged else 0.0
     return Result(final, curves, seconds)
 
 
@@ -145,7 +113,9 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
     sides = [[_value(result, claim) for result in cells[label]] for label in (claim.higher, claim.lower)]
     margins = [high - low for high, low in zip(*sides, strict=True) if high is not None and low is not None]
     if not margins:
-        return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: no seed has both")
+        finished = any(None not in pair for pair in zip(cells[claim.higher], cells[claim.lower], strict=True))
+        why = "their evaluations do not have it" if finished else "no seed has both"
+        return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: {why}")
     by, around, count = mean(margins), spread(margins), len(margins)
     stands = "above" if by > 0 else "below" if by < 0 else "level with"
     text = f"{claim.higher} {stands} {claim.lower} {what} by {abs(by):.{shape.digits}f}"

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from matrix import Matrix, Run, load
 
@@ -28,7 +28,7 @@ from dmdr import registry
 from dmdr.errors import ConfigError
 
 HERE = Path(__file__).parent
-PATIENCE = 60  # seconds that a process gets to save its checkpoint
+PATIENCE = 60  # seconds that all processes together get to save their checkpoints
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,18 @@ def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str
     """
     waiting, running = list(todo), dict[str, tuple[subprocess.Popen[bytes], float]]()
     open_ends, failed = {task.name for task in todo}, dict[str, str]()
+
+    def told(name: str, took: str) -> None:
+        count = len(todo) - len(waiting) - len(running)
+        print(f"[{count}/{len(todo)}] {took:>6}  {name}  {failed.get(name, '')}".rstrip(), flush=True)
+
     try:
         while waiting or running:
             for task in list(waiting):
                 if bad := [name for name in task.needs if name in failed]:
                     waiting.remove(task)
                     failed[task.name] = f"not begun: {bad[0]} has failed"
+                    told(task.name, "")
                 elif len(running) < jobs and not open_ends.intersection(task.needs):
                     waiting.remove(task)
                     running[task.name] = begin(task, logs, lock), time.monotonic()
@@ -103,9 +109,7 @@ def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str
                     open_ends.discard(name)
                     if process.returncode:
                         failed[name] = f"exit code {process.returncode}: {last_line(logs / f'{name}.log')}"
-                    count = len(todo) - len(waiting) - len(running)
-                    took = f"{time.monotonic() - began:4.0f} s"
-                    print(f"[{count}/{len(todo)}] {took}  {name}  {failed.get(name, '')}".rstrip(), flush=True)
+                    told(name, f"{time.monotonic() - began:.0f} s")
             time.sleep(0.1)
     finally:
         end([process for process, _ in running.values()])
@@ -132,9 +136,10 @@ def end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
         for process in processes:
             assert process.stdin
             process.stdin.close()
+        deadline = time.monotonic() + PATIENCE
         for process in processes:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
+                process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
@@ -179,6 +184,7 @@ def listing(matrix: Matrix, root: Path) -> str:
 
 
 def stop(number: int, frame: Any) -> None:
+    """At SIGTERM: leave through every `finally`, as Ctrl-C does."""
     sys.exit(128 + number)
 
 
@@ -202,19 +208,26 @@ def ablate(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, as those of every command here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "matrix.yaml")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time; each takes one core")
     parser.add_argument("--quick", action="store_true", help="what the YAML has under `quick`")
     parser.add_argument("--dry_run", action="store_true", help="print the cells and write nothing")
     parser.add_argument("--report_only", action="store_true", help="write the report of what is finished")
-    args = parser.parse_args()
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {args.jobs}")
     signal.signal(signal.SIGTERM, stop)
     try:
+        args = parser.parse_args()
+        if args.jobs < 1:
+            parser.error(f"--jobs must be at least 1, not {args.jobs}")
         return ablate(args)
     except ConfigError as error:
         print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dmdr.config import Config
 from dmdr.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,7 @@ TOY = ROOT / "tests" / "integration" / "ablation_toy.yaml"
 sys.path.insert(0, str(EXAMPLE))
 
 import matrix as cells  # noqa: E402
+import metrics  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import run as command  # noqa: E402
@@ -84,9 +87,7 @@ def test_a_stage_1_is_what_a_plain_distillation_would_be(default: Matrix) -> Non
 
 
 def test_every_claim_of_the_default_matrix_can_be_measured(default: Matrix) -> None:
-    for block in default.blocks:
-        measured = {"reward/hps", "reward/clip", "eval_reward/hps", "eval_reward/clip", *results.METRICS}
-        assert {claim.metric for claim in block.claims} | {*block.curves, *block.table} <= measured
+    for block in default.blocks:  # `load` refuses metrics that are not measured
         assert block.claims
         assert len(set(block.claims)) == len(block.claims)
 
@@ -107,6 +108,20 @@ def test_quick_is_the_same_matrix_in_short(tmp_path: Path) -> None:
     assert {run.updates for runs in quick.blocks[0].cells.values() for run in runs} == {8}
     whole = {run.name for run in load(TOY, tmp_path).runs}
     assert {run.name for run in quick.runs} & whole == {run.start.name for run in quick.runs if run.start}
+
+
+def test_the_matrix_of_the_readme(tmp_path: Path) -> None:
+    readme = (EXAMPLE / "README.md").read_text()
+    file = tmp_path / "matrix.yaml"
+    file.write_text(readme.partition("```yaml\n")[2].partition("```")[0])
+    block, quick = load(file, tmp_path).blocks[0], load(file, tmp_path, quick=True).blocks[0]
+    assert list(block.cells)[:3] == ["DMD only", "joint", "dmd_weight 0.5, rl_weight 0.3"]
+    assert [runs[0].updates for runs in quick.cells.values()] == [90] * 6
+
+
+def test_a_cell_may_have_a_start_of_its_own(tmp_path: Path, write: Write) -> None:
+    block = load(write(blocks={"a": {"cells": {"x": {}, "y": {"start": "export"}}}}), tmp_path).blocks[0]
+    assert [str(runs[0].settings.config.init_student).endswith("/student") for runs in block.cells.values()] == [0, 1]
 
 
 def test_other_settings_are_another_folder_and_another_place_is_not(tmp_path: Path, write: Write, toy: Matrix) -> None:
@@ -140,7 +155,7 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"blocks": {"a": CELL | {"claims": [{"higher": "x"}]}}}, "block a, claims: a claim has higher, lower"),
         (
             {"blocks": {"a": CELL | {"claims": [{"higher": "x", "lower": "y", "metric": "recall"}]}}},
-            "block a, claims: unknown key 'x'",
+            "block a, claims: unknown cell 'x'",
         ),
         ({"blocks": {"a": CELL | {"stage1": {"rewrad": "toy"}}}}, "its stage 1: unknown setting 'rewrad'"),
         ({"seeds": []}, "seeds must be a list of whole numbers"),
@@ -156,6 +171,160 @@ def test_what_is_refused(tmp_path: Path, write: Write, changes: dict[str, Any], 
     assert said in str(error.value)
 
 
+ONE = {"cells": {"x": {}, "y": {"rl_weight": 1}}}
+CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ([], "block a must be a mapping, not []"),
+        ({"cells": {"x": "refl"}}, "block a, cell 'x' must be a mapping, not 'refl'"),
+        ({"cells": {"x": ["refl"]}}, "block a, cell 'x' must be a mapping, not ['refl']"),
+        ({"cells": ["x"]}, "block a, cells must be a mapping, not ['x']"),
+        (ONE | {"settings": ["rl"]}, "block a, settings must be a mapping, not ['rl']"),
+        (ONE | {"stage1": ["rl"]}, "block a, stage1 must be a mapping, not ['rl']"),
+        (ONE | {"stage1": {"seed": 1}}, "block a, stage1: 'seed' is no setting of a cell: the matrix makes it (seeds)"),
+        (ONE | {"stage1": {"dmd_weight": 2}}, "block a, stage1: 'dmd_weight' is a setting of stage 2"),
+        ({"grid": ["dmd_weight"]}, "block a, grid must be a mapping, not ['dmd_weight']"),
+        ({"grid": {"dmd_weight": 0.5}}, "block a, grid: dmd_weight must be a list, not 0.5"),
+        ({"grid": {"rl": "refl"}}, "block a, grid: rl must be a list, not 'refl'"),
+        (ONE | {"grid": {"rl": []}}, "block a, grid: rl has no values"),
+        (
+            {"cells": {"rl_weight 0.1": {"rl": "none"}}, "grid": {"rl_weight": [0.1]}},
+            "block a: two cells are called 'rl_weight 0.1'",
+        ),
+        ({"cells": {1: {}, "1": {"rl": "none"}}}, "block a: two cells are called '1'"),
+        (ONE | {"curves": "reward/total"}, "block a, curves must be a list, not 'reward/total'"),
+        (ONE | {"curves": ["reward/totl"]}, "block a, curves: unknown metric 'reward/totl' (did you mean 'reward/to"),
+        (ONE | {"table": ["foo"]}, "block a, table: unknown metric 'foo'"),
+        (ONE | {"table": [["foo"]]}, "block a, table: unknown metric '['foo']'"),
+        (ONE | {"claims": CLAIM}, "block a, claims must be a list, not {"),
+        (ONE | {"claims": ["x above y"]}, "block a, claims must be a mapping, not 'x above y'"),
+        (ONE | {"claims": [CLAIM | {"higher": ["jont"]}]}, "block a, claims: higher must be text, not ['jont']"),
+        (ONE | {"claims": [CLAIM | {"higher": "z"}]}, "block a, claims: unknown cell 'z'"),
+        (
+            ONE | {"claims": [CLAIM | {"until": "ten"}]},
+            "block a, claims: until must be a whole number of at least 1, not 'ten'",
+        ),
+        (ONE | {"claims": [CLAIM | {"until": True}]}, "claims: until must be a whole number of at least 1, not True"),
+        (
+            ONE | {"claims": [CLAIM | {"metric": "reward/totl"}]},
+            "block a, claims, cell 'x': unknown metric 'reward/totl' (did you mean 'reward/total'?)",
+        ),
+        (  # of which only one of the two has this reward
+            {
+                "cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}},
+                "claims": [CLAIM],
+            },
+            "block a, claims, cell 'y': unknown metric 'reward/total'",
+        ),
+    ],
+    ids=str,
+)
+def test_a_block_that_cannot_be_meant(tmp_path: Path, write: Write, block: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(write(blocks={"a": block}), tmp_path)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": ["a"]}, "settings must be a mapping, not ['a']"),
+        ({"blocks": ["a"]}, "blocks must be a mapping, not ['a']"),
+        ({"quick": ["a"]}, "quick must be a mapping, not ['a']"),
+        ({"quick": {"settings": [1]}}, "quick: settings must be a mapping, not [1]"),
+        ({"quick": {"blocks": "three"}}, "quick: blocks must be a list, not 'three'"),
+        ({"quick": {"blocks": [["three"]]}}, "quick: blocks: unknown block '['three']'"),
+        ({"quick": {"blocks": ["tree"]}}, "quick: blocks: unknown block 'tree' (did you mean 'three'?)"),
+        ({"quick": {"seeds": 0}}, "seeds must be a list of whole numbers of at least 0, not 0"),
+        ({"blocks": {"a/b": ONE}, "quick": {}}, "block a/b: its plots are named after it"),
+        ({"blocks": {1: ONE}, "quick": {}}, "block 1: its plots are named after it"),
+    ],
+    ids=str,
+)
+def test_a_matrix_that_cannot_be_meant(tmp_path: Path, write: Write, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(write(**changes), tmp_path, quick=True)
+    assert said in str(error.value)
+
+
+def test_an_empty_entry_is_as_if_left_out(tmp_path: Path, write: Write) -> None:
+    keys = ("title", "text", "settings", "stage1", "start", "grid", "curves", "table", "claims")
+    file = write(
+        blocks={"a": {"cells": {"x": None}} | dict.fromkeys(keys)}, quick=dict.fromkeys(("blocks", "settings"))
+    )
+    block, quick = load(file, tmp_path).blocks[0], load(file, tmp_path, quick=True).blocks[0]
+    assert block == quick
+    assert (block.title, block.text, list(block.cells), block.claims) == ("a", "", ["x"], [])
+
+
+def test_what_only_stage_2_reads() -> None:
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert set(cells.STAGE2) == {n for n in names if n.startswith(("stage2_", "rl")) or n == "dmd_weight"}
+
+
+def test_a_quoted_number_is_that_number(tmp_path: Path, write: Write) -> None:
+    """YAML's "0" is the 0 that the flag would be."""
+    found = [load(write(blocks={"a": {"cells": {"x": {"stage2_steps": zero}}}}), tmp_path) for zero in (0, "0")]
+    assert [run.name for run in found[0].runs] == [run.name for run in found[1].runs]
+    assert found[1].runs[0].stage == "stage 1"
+
+
+BEST = """
+from dataclasses import dataclass
+from dmdr_refl import ReFL
+
+@dataclass
+class Best(ReFL):
+    pass
+"""
+
+
+def test_a_changed_plugin_is_another_run(tmp_path: Path, write: Write) -> None:
+    """Of a file, as of a setting; its stage 1 does not use it."""
+    plugin = tmp_path / "some" / "best.py"
+    plugin.parent.mkdir()
+    plugin.write_text(BEST)
+    file = write(blocks={"a": {"cells": {"x": {"rl": f"0.5*{plugin}:Best"}}}})
+    first, old = load(file, tmp_path).runs
+    assert old.name.startswith("stage2_0.5xbest_Best-seed0-")
+    assert [run.name for run in load(file, tmp_path).runs] == [first.name, old.name]
+    plugin.write_text(BEST + "# other\n")
+    again, new = load(file, tmp_path).runs
+    assert again.name == first.name
+    assert new.name != old.name
+
+
+def test_labels_and_metrics_call_a_plugin_by_its_stem(tmp_path: Path, write: Write) -> None:
+    plugin = tmp_path / "judge.v1.py"
+    plugin.write_text("def score(images):\n    return [0.0] * len(images)\n")
+    name = f"{plugin}:score"
+    content = {
+        "settings": {"rl": "none"},
+        "grid": {"reward": [f"0.5*{name}+toy", "toy"]},
+        "curves": [f"reward/{name}"],
+    }
+    matrix = load(write(blocks={"a.b": content}), tmp_path)
+    assert list(matrix.blocks[0].cells) == ["reward 0.5*judge.v1:score+toy", "reward toy"]
+    assert metrics.metric(f"reward/{name}").label == "trained judge.v1:score"
+    report.write_report(matrix, tmp_path)
+    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert [plot.startswith("a.b-reward-") for plot in plots] == [True, True]
+    assert [plot.endswith(f"judge.v1.py-score.{kind}") for plot, kind in zip(plots, ("png", "svg"), strict=True)]
+
+
+def test_a_long_name_ends_with_a_whole_setting(tmp_path: Path, write: Write) -> None:
+    settings = {"dmd_weight": 0.123456789, "rl_weight": 0.123456789, "reward_tilt": 2.123456789}
+    cell = settings | {"dyna_guidance": 0.123456789, "num_inference_steps": 3, "guidance_scale": 1.23456789}
+    run = load(write(blocks={"a": {"cells": {"x": cell}}}), tmp_path).runs[-1]
+    words = run.name.split("-")[1:-2]
+    assert words == [f"{key}_{cell[key]}" for key in cell][: len(words)]
+    assert 2 <= len(words) < len(cell)
+
+
 def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write) -> None:
     file = write(blocks={"a": {"cells": {"x": {"rl_wieght": 1}}}})
     call = [sys.executable, str(EXAMPLE / "run.py"), "--config", str(file), "--output_dir", str(tmp_path / "out")]
@@ -164,6 +333,23 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write)
     assert found.stderr.count("\n") == 1
     assert "cell 'x': unknown setting 'rl_wieght' (did you mean 'rl_weight'?)" in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--jobs", "x"], "run.py: --jobs: invalid int value: 'x'"),
+        (["--jobs", "0"], "run.py: --jobs must be at least 1, not 0"),
+        (["--job_s"], "run.py: unrecognized arguments: --job_s"),
+    ],
+)
+def test_a_bad_flag_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert command.main() == 2
+    assert capsys.readouterr() == ("", f"{said}\n")
 
 
 # ---- what is done and what is left
@@ -267,11 +453,16 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
     return work
 
 
-def test_a_failure_is_reported_and_the_rest_goes_on(pool: Any, tmp_path: Path) -> None:
+def test_a_failure_is_reported_and_the_rest_goes_on(
+    pool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, bad = command.Task("first", ["first"]), command.Task("bad", ["bad", "fail"])
     waits, lost = command.Task("waits", ["waits"], ["first", "gone"]), command.Task("lost", ["lost"], ["bad"])
     failed = pool(bad, lost, first, waits)
     assert failed == {"bad": "exit code 3: what went wrong", "lost": "not begun: bad has failed"}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == [f"[{count}/4" for count in (1, 2, 3, 4)]
+    assert sum(line.endswith("lost  not begun: bad has failed") for line in lines) == 1
     assert (tmp_path / "waits-done").exists() and not (tmp_path / "lost").exists()
     assert (tmp_path / "waits").stat().st_mtime >= (tmp_path / "first-done").stat().st_mtime
 
@@ -305,6 +496,16 @@ def test_whatever_ends_the_pool_ends_its_tasks(
     for name in "ab":
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_one_deadline_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "PATIENCE", 1)
+    deaf = [sys.executable, "-c", "import time; time.sleep(60)"]
+    processes = [subprocess.Popen(deaf, stdin=subprocess.PIPE) for _ in range(4)]
+    began = time.monotonic()
+    command.end(processes)
+    assert 1 <= time.monotonic() - began < 2
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 4
 
 
 def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,11 +634,35 @@ def test_curves_go_on_from_those_of_stage_1(tmp_path: Path, toy: Matrix) -> None
     assert results.read(toy.runs[2], tmp_path) is None
 
 
+def test_a_torn_log_is_read_as_far_as_it_goes(tmp_path: Path, toy: Matrix) -> None:
+    run = toy.runs[0]
+    log = finish(run, tmp_path) / "metrics.jsonl"
+    log.write_text('{"step": 2, "seconds": 0.5}\n{"step": 3, "seconds": null}\n{"step": 4}\n{"step": 5, "sec')
+    found = results.read(run, tmp_path)
+    assert found is not None and found.seconds == 2.0
+    log.unlink()
+    found = results.read(run, tmp_path)
+    assert found is not None and found.seconds == 0.0
+
+
+def test_a_metric_that_finished_runs_lack_is_not_measured() -> None:
+    finished = {"a": [Result({"recall": 0.5})], "b": [Result({})]}
+    said = "not measured: a against b in recall: their evaluations do not have it"
+    assert str(verdict(Claim("a", "b", "recall"), finished)) == said
+
+
+def test_only_known_metrics_have_a_better_direction() -> None:
+    assert metrics.metric("eval_reward/hps") == metrics.Metric("held-out hps")
+    for name in ("foo", "loss/dmd", "recall/x"):
+        with pytest.raises(KeyError):
+            metrics.metric(name)
+
+
 def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
     for run in toy.runs[:2]:
         finish(run, tmp_path)
     lines = report.write_report(toy, tmp_path)
-    assert lines == ["Three: not measured: RL only against joint in trained reward: no seed has both"]
+    assert lines == ["three: not measured: RL only against joint in trained reward: no seed has both"]
     html = (tmp_path / "report.html").read_text()
     assert "2 of 4 runs" in html
     assert "Text with &lt;b&gt;markup&lt;/b&gt;." in html
