@@ -15,7 +15,7 @@ from dmdr.protocols import Needs, Reward, RewardObjective
 from dmdr.testing.common import CannotRun, networks, untouched_global_rng
 from dmdr.testing.toy import toy_trainer
 from dmdr.trainer import Step, Trainer, WeightedObjective
-from dmdr.types import Draw, Rollout, Term, terms_of
+from dmdr.types import Draw, Rollout, Term, checked, terms_of
 
 Build = Callable[[], RewardObjective]
 
@@ -129,19 +129,10 @@ def _sound(term: Term, draw: Draw) -> Term:
     Raises:
         CannotRun: If a shape or a dtype is not what `Term` says.
     """
-    count, loss, valid = len(draw), term.loss, term.valid
-    if loss.shape != (count,):
-        raise CannotRun(f"Term.loss must be one loss per sample, [{count}], not {list(loss.shape)}")
-    if loss.dtype not in (torch.float32, torch.float64):
-        raise CannotRun(f"Term.loss must be float32 or float64, not {loss.dtype}")
-    if valid is not None and (valid.shape != (count,) or valid.dtype != torch.bool):
-        raise CannotRun(f"Term.valid must be [{count}] bool, or None for all, not {list(valid.shape)} {valid.dtype}")
-    for name, value in term.metrics.items():
-        shape = list(value.shape) if isinstance(value, Tensor) else [] if isinstance(value, float | int) else None
-        if shape not in ([], [count]):
-            found = type(value).__name__ if shape is None else shape
-            raise CannotRun(f"the metric '{name}' must be a number or [{count}], not {found}")
-    return term
+    try:
+        return checked(term, len(draw))
+    except TrainingError as error:
+        raise CannotRun(str(error)) from error
 
 
 def _valid(term: Term, draw: Draw) -> Tensor:

@@ -91,7 +91,7 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
     ("answer", "needs", "message"),
     [
         (lambda d, c: Term(climb(d, c).mean()), {}, "one loss per sample"),
-        (lambda d, c: Term(climb(d, c).half()), {}, "must be float32 or float64, not torch.float16"),
+        (lambda d, c: Term(climb(d, c).half()), {}, r"float32 or float64, not \[4\] torch.float16"),
         (lambda d, c: Term(climb(d, c) / 0.0), {}, "must be finite for every valid sample"),
         (lambda d, c: Term(climb(d, c), valid=torch.ones(3, dtype=torch.bool)), {}, r"Term.valid must be \[4\] bool"),
         (
