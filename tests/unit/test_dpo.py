@@ -165,7 +165,7 @@ def test_a_step_does_not_depend_on_the_micro_batches(form: Any, steps: int) -> N
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
 
 
-# --- Losses (H23, H24) ------------------------------------------------------------------------------------------------
+# --- Losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "steps"), FORMS)
@@ -215,7 +215,7 @@ def test_gradient_of_the_initial_loss_with_respect_to_the_errors() -> None:
 @pytest.mark.parametrize("eta", [1.0, 0.5])
 @pytest.mark.parametrize("steps", [2, 4])
 def test_transition_is_diffusion_dpo_of_the_transitions_errors(steps: int, eta: float) -> None:
-    """H24: the loss of eq. 14 with e = |x' - mu|^2 / std^2 in the mean over elements, summed over the steps."""
+    """The loss of eq. 14 with e = |x' - mu|^2 / std^2 in the mean over elements, summed over the steps."""
     backend, beta = prepared(DoubleToy, roles=ROLES), 0.3
     term, draw, ctx = ask(DPO(beta=beta), backend, steps=steps, eta=eta)
     assert term.valid is not None
