@@ -66,10 +66,11 @@ def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:
         bucket: Bytes that are sent in one call and take memory beside the gradients; what is larger goes as it is.
     """
     for part in _buckets(grads, bucket):
-        flat = part[0] if len(part) == 1 else torch.cat([grad.flatten() for grad in part])
+        alone = len(part) == 1 and part[0].is_contiguous()  # as all_reduce wants it
+        flat = part[0] if alone else torch.cat([grad.flatten() for grad in part])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
-        if len(part) > 1:
+        if not alone:
             for grad, mean in zip(part, flat.split([grad.numel() for grad in part]), strict=True):
                 grad.copy_(mean.view_as(grad))
 

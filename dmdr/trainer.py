@@ -340,7 +340,7 @@ class Trainer:
                 ctx.backward(scale * loss.sum())
                 taken = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
                 leaf.grad = None
-            elif valid.any() and term.objective.needs.reward_grad:  # without it, a term may be there to be logged
+            elif term.objective.needs.reward_grad and valid.any():  # without it, a term may be there to be logged
                 raise TrainingError(
                     f"objective '{term.name}' needs the reward's gradient, and its loss has none: is there a detach?"
                 )

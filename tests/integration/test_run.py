@@ -355,6 +355,8 @@ def test_python_may_change_the_precision_between_runs(tmp_path: Path) -> None:
     settings = FAST | {"stage1_steps": 1, "stage2_steps": 0}
     for precision in ("no", "bf16", "no"):
         train(**settings, mixed_precision=precision, output_dir=str(tmp_path / "x"), overwrite_output_dir=True)
+        about = json.loads((tmp_path / "x" / "student" / "sampling.json").read_text())
+        assert about["mixed_precision"] == precision
 
 
 def test_numbered_folders_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
