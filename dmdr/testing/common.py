@@ -1,8 +1,10 @@
 """What the checks share."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,12 +15,26 @@ class CannotRun(AssertionError):
 
 @contextmanager
 def untouched_global_rng(who: str, instead: str) -> Iterator[None]:
-    """Nothing inside may draw from torch's global generator."""
-    before = torch.random.get_rng_state()
+    """Nothing inside may draw from a global generator, which no checkpoint holds."""
+    before = _global_states()
     yield
-    assert torch.equal(before, torch.random.get_rng_state()), (
-        f"the {who} drew from torch's global random generator, so that a resumed run would go on differently; {instead}"
-    )
+    after = _global_states()
+    for owner, state in before.items():
+        assert after[owner] == state, (
+            f"the {who} drew from {owner}'s global random generator, so that a resumed run would go on differently; "
+            f"{instead}"
+        )
+
+
+def _global_states() -> dict[str, object]:
+    """What tells whether somebody has drawn, by whose generator it is."""
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.random.get_rng_state().tolist(),
+        "torch.cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "numpy": (bytes(numpy["state"]["key"]), numpy["state"]["pos"], numpy["has_gauss"]),
+        "Python": random.getstate(),
+    }
 
 
 def networks(plugin: object) -> Iterator[tuple[str, nn.Module]]:

@@ -1,9 +1,11 @@
 """The checks for plugin authors catch what they name, and `pytest --dmdr-plugin` runs them."""
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,17 @@ def climb(draw: Draw, ctx: Context) -> Tensor:
 
 def noisy(draw: Draw, ctx: Context) -> Term:
     return Term(climb(draw, ctx) + 0.1 * torch.rand(len(draw)))
+
+
+def drawing_elsewhere(draw: Draw, ctx: Context) -> Term:
+    """What it draws decides nothing, yet others may draw after it."""
+    np.random.rand()
+    return Term(climb(draw, ctx))
+
+
+def drawing_in_python(draw: Draw, ctx: Context) -> Term:
+    random.random()
+    return Term(climb(draw, ctx))
 
 
 def fake_trained(draw: Draw, ctx: Context) -> Term:
@@ -122,6 +135,8 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (lambda d, c: Term(c.backend.student(d.x_t, d.t, d.cond).x0.sum(1)), {}, "no gradient arrives at draw.leaf"),
         (lambda d, c: Term(climb(d, c) - climb(d, c).mean()), {}, "which other groups share its micro-batch"),
         (noisy, {}, "drew from torch's global random generator"),
+        (drawing_elsewhere, {}, "drew from numpy's global random generator"),
+        (drawing_in_python, {}, "drew from Python's global random generator"),
         (everything_valid, {}, "say in Term.valid which samples count"),
         (without_valid, {"steps": "last"}, "say in Term.valid which samples count"),
         (without_valid, {"steps": (4,)}, "names none of the 4 student steps"),
@@ -230,6 +245,8 @@ class Flawed(Redness):
             return scores.detach()
         if self.flaw == "random":
             return scores + torch.rand(len(images))
+        if self.flaw == "shuffled":
+            random.shuffle([*prompts])
         if self.flaw == "generator":
             self.calls += 1
             return scores + self.calls * 1e-6
@@ -251,6 +268,7 @@ class Flawed(Redness):
         ("changes", "changed the images"),
         ("detached", "has no graph"),
         ("random", "must not depend on the"),
+        ("shuffled", "drew from Python's global random generator"),
         ("generator", "got two different scores"),
     ],
 )
