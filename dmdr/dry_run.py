@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dmdr.assemble import Job, assemble
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
-from dmdr.config import Settings
 from dmdr.errors import ConfigError, one_line
 from dmdr.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
 from dmdr.paths import Prediction
@@ -29,6 +28,7 @@ from dmdr.plan import Stage, choose_folder, stages
 from dmdr.protocols import Role
 from dmdr.rewards import Rewards
 from dmdr.run import Run, check_tracker
+from dmdr.settings import Settings
 from dmdr.trainer import Trainer, combined_needs
 from dmdr.types import Condition, dtype_of
 
@@ -198,8 +198,9 @@ def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
 def _draw(run: "DryRun", meter: Meter) -> Counter[str]:
     """The peak of a batch of a sample grid, drawn while the last stage goes on."""
     meter.restart()
-    rows = run.shown[: run.config.per_device_train_batch_size]
-    run.generate(run.job.backend.student, run.user_sampler, rows, "grid")
+    observer = run.observer
+    rows = observer.rows[: run.config.per_device_train_batch_size]
+    observer.generate(run.job.backend.student, observer.sampler, rows, "grid")
     return meter.peak
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmdr.checkpoint import checkpoints, read_progress
-from dmdr.config import Config, read_yaml
+from dmdr.config import Config
 from dmdr.errors import ConfigError
 from dmdr.images import can_hold_files
 from dmdr.registry import registered
+from dmdr.settings import read_yaml
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:

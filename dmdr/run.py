@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import threading
@@ -18,10 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
-from torch import Tensor, nn
+from accelerate.utils import parse_flag_from_env, set_seed
+from torch import nn
 from tqdm import tqdm
 
 from dmdr import images
@@ -36,19 +34,20 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.config import Config, Settings, parse
+from dmdr.config import Config
+from dmdr.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.ema import EMA
-from dmdr.errors import ConfigError, one_line
-from dmdr.evaluation import evaluate
+from dmdr.errors import ConfigError
 from dmdr.export import export
 from dmdr.learner import Learner
+from dmdr.observer import Observer
 from dmdr.plan import Stage, check_resumable, choose_folder, stages
-from dmdr.prompts import PromptStream, Row, split_columns
-from dmdr.protocols import Denoiser, Role
-from dmdr.randomness import Random
+from dmdr.prompts import PromptStream
+from dmdr.protocols import Role
 from dmdr.report import write_report
 from dmdr.sampling import FewStepSampler
 from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
+from dmdr.settings import Settings, parse
 from dmdr.tilt import RewardTilt
 from dmdr.trainer import Trainer, combined_needs
 from dmdr.types import dtype_of
@@ -84,7 +83,7 @@ def run(settings: Settings) -> Path:
         ConfigError: For `dry_run`, too: there is no run folder (`dmdr.dry_run.estimate`).
     """
     if settings.config.dry_run:
-        raise ConfigError("dry_run makes no run: from Python, dmdr.dry_run.estimate(dmdr.config.parse(settings=...))")
+        raise ConfigError("dry_run makes no run: from Python, dmdr.dry_run.estimate(dmdr.settings.parse(settings=...))")
     avoid_mps()
     # Processes on CPUs find each other only if told that they are. The others wait while the main process draws grids
     # and evaluates, which takes longer than the usual ten minutes.
@@ -103,29 +102,6 @@ def run(settings: Settings) -> Path:
     if state.is_main_process:
         logger.info("prompts: %s", job.prompts)
     return Run(job, output, resume, initial)()
-
-
-def avoid_mps() -> None:
-    """Stay on the CPU where the only accelerator is one without float64, in which times and weights are kept."""
-    if torch.backends.mps.is_available() or not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
-
-def open_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
-    """An accelerator of this precision, whatever an earlier run of this process had.
-
-    Raises:
-        ConfigError: If the device cannot compute in it.
-    """
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, **options)
-    except ValueError as error:
-        raise ConfigError(f"--mixed_precision {mixed_precision}: {one_line(error)}") from error
-    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate has no autocast to it
-        raise ConfigError("--mixed_precision fp16 needs a GPU; a CPU takes bf16 or no")
-    return accelerator
 
 
 def check_tracker(config: Config) -> None:
@@ -150,21 +126,6 @@ def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
     return eight_bit
 
 
-def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
-    """What the main process decided, or the ConfigError that it met, in every process."""
-    answer: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            answer = [decide()]
-        except ConfigError as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], ConfigError):
-        raise answer[0]
-    decided: T = answer[0]
-    return decided
-
-
 class Run:
     """One job in one folder."""
 
@@ -176,14 +137,14 @@ class Run:
         set_seed(config.seed)
         self.accelerator = accelerator or self._accelerator()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
-        self.shown = job.prompts.first(max(config.sample_images, config.num_eval_samples))
         backend = job.backend
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         grid = torch.tensor([*times, 0.0], dtype=torch.float64) if times else backend.grid(config.num_inference_steps)
         self.sampler = FewStepSampler(backend.path, grid, config.eta, config.sde_type)
         renoising = config.sde_type == "cps" and config.eta >= 0.5  # the others keep the ODE's marginals
         sample_eta = renoising if config.sample_eta is None else config.sample_eta
-        self.user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
+        user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
+        self.observer = Observer(job, self.accelerator, user_sampler, output)
         self.stopped: int | None = None  # the signal that asked for an end
 
     def _accelerator(self) -> Accelerator:
@@ -264,7 +225,7 @@ class Run:
         if resumed is None and any("reference" in t.objective.needs.roles for t in trainer.objectives):
             self.job.backend.snapshot()
         if resumed is None and stage.first_step == 0:
-            self._grid(0)
+            self._draw_grid()
         with self._signals():
             try:
                 while trainer.step < stage.steps and not self._asked_to_stop():
@@ -276,7 +237,7 @@ class Run:
                     self._log(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
                         with self._averaged(trainer):
-                            self._grid(self.progress.total)
+                            self._draw_grid()
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
             except Exception:
@@ -288,8 +249,9 @@ class Run:
         if trainer.student.ema and trainer.step == stage.steps:
             trainer.student.ema.settle()
         if self.stopped is None:
-            self._grid(self.progress.total)
-            self._evaluate_student(stage)
+            self._draw_grid()
+            if config.num_eval_samples and self.accelerator.is_main_process:
+                self.observer.evaluate_student(f"stage {stage.number}")
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: they all leave after the same step."""
@@ -306,19 +268,24 @@ class Run:
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
 
+    def _draw_grid(self) -> None:
+        if self.accelerator.is_main_process:
+            self.observer.draw_grid(self.progress.total)
+
     def _finish(self) -> None:
         """Teacher's share of the evaluation, export and report."""
         if self.accelerator.is_main_process:
-            self._evaluate_teacher()
+            if self.config.num_eval_samples:
+                self.observer.evaluate_teacher()
             objectives = "" if not self.job.objectives else self.config.rl
             export(
                 self.output / "student",
                 self.job.backend,
-                self.user_sampler,
+                self.observer.sampler,
                 base=self.job.folder,
                 family=self.config.backend,
                 name=self.config.model,
-                prompt=self.shown[0]["prompt"],
+                prompt=self.observer.rows[0]["prompt"],
                 mixed_precision=self.config.mixed_precision,
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
@@ -428,7 +395,7 @@ class Run:
         stream = self.prompts()
         some = batches * stream.batch_size < size * config.num_generations
         drawn = stream.first(batches) if some else self.job.prompts.first(size)
-        return [row["prompt"] for row in (*drawn, *self.shown)] + own_prompts(self.job.objectives)
+        return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
 
     def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""
@@ -485,7 +452,7 @@ class Run:
         values = {**line, **rewards, "seconds": seconds}
         if evaluated and self.accelerator.is_main_process:
             with self._averaged(trainer):
-                found = self._measure(f"step {self.progress.total}", self.job.backend.student, self.user_sampler)
+                found = self.observer.measure_student(f"step {self.progress.total}")
             values |= {
                 name if name.startswith("eval_reward/") else f"eval/{name.removeprefix('reward/')}": value
                 for name, value in found.items()
@@ -506,81 +473,6 @@ class Run:
             with (self.output / "metrics.jsonl").open("a") as log:
                 finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
                 log.write(json.dumps({"step": self.progress.total, "stage": self.progress.stage, **finite}) + "\n")
-
-    # --- Looking at it ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self, denoiser: Denoiser, sampler: FewStepSampler, rows: list[Row], purpose: str, title: str | None = None
-    ) -> Tensor:
-        """Images of prompt rows on the CPU, [N, 3, H, W] in [0, 1], the same for the same seed and purpose."""
-        backend, random = self.job.backend, Random(self.config.seed, 0, purpose)
-        size = self.config.per_device_train_batch_size
-        found = []
-        for start in tqdm(range(0, len(rows), size), desc=title, disable=title is None, leave=False):
-            part = rows[start : start + size]
-            sample = torch.arange(start, start + len(part), device=self.accelerator.device)
-            shape = (sampler.num_inference_steps, *backend.latent_shape)
-            noise = random.normal("noise", sample, shape).transpose(0, 1)
-            prompts, columns = split_columns(part)
-            cond = backend.encode(prompts, **columns)
-            found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
-        return torch.cat(found)
-
-    def teacher_sampler(self) -> tuple[Denoiser, FewStepSampler]:
-        """The teacher as its users run it: guided, many ODE steps."""
-        denoiser = partial(self.job.backend.teacher, guidance=self.config.guidance_scale)
-        backend = self.job.backend
-        return denoiser, FewStepSampler(backend.path, backend.grid(self.config.teacher_steps), 0.0)
-
-    def _grid(self, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        rows, distinct = self.shown[: self.config.sample_images], self.job.prompts.size
-        few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
-        columns = distinct if few else None  # a prompt a column
-        folder = self.output / "samples"
-        if not (folder / "teacher.png").exists():
-            teacher = self.generate(*self.teacher_sampler(), rows, "grid")
-            images.save(images.grid(teacher, columns), folder / "teacher.png")
-        student = self.generate(self.job.backend.student, self.user_sampler, rows, "grid")
-        images.save(images.grid(student, columns), folder / f"step-{step:06d}.png")
-
-    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
-        """What the model's judge sees, and the rewards, those that only measure included."""
-        rows = self.shown[: self.config.num_eval_samples]
-        judge = self.job.model.judge() if self.job.model else None
-        pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
-        prompts, columns = split_columns(rows)
-        return evaluate(
-            pictures,
-            prompts,
-            columns,
-            judge,
-            self.job.rewards,
-            self.job.eval_rewards,
-            device=self.accelerator.device,
-        )
-
-    def _evaluate(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> None:
-        """Add a column to `evaluation.json`."""
-        file = self.output / "evaluation.json"
-        found: dict[str, Any] = {"samples": self.config.num_eval_samples, "columns": {}}
-        if file.exists():
-            found = json.loads(file.read_text())
-        found["columns"][title] = self._measure(title, denoiser, sampler)
-        images.write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
-
-    def _evaluate_student(self, stage: Stage) -> None:
-        if self.config.num_eval_samples and self.accelerator.is_main_process:
-            self._evaluate(f"stage {stage.number}", self.job.backend.student, self.user_sampler)
-
-    def _evaluate_teacher(self) -> None:
-        if self.config.num_eval_samples:
-            denoiser, sampler = self.teacher_sampler()
-            self._evaluate(f"teacher, {sampler.num_inference_steps} steps", denoiser, sampler)
-            few = self.user_sampler.num_inference_steps
-            self._evaluate(f"teacher, {few} step{'s' if few > 1 else ''}", denoiser, self.user_sampler)
 
 
 def _step_of(line: str) -> float:

@@ -13,8 +13,9 @@ from dmdr.errors import ConfigError, TrainingError
 if TYPE_CHECKING:
     import torch
 
-    from dmdr.config import Chosen, RewardFlags
+    from dmdr.config import RewardFlags
     from dmdr.rewards import Rewards
+    from dmdr.settings import Chosen
 
 
 def refuse(message: str) -> NoReturn:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.cli.common import command, open_rewards
-from dmdr.config import REQUIRED, Chosen, RewardFlags, flag, parse_command
+from dmdr.config import REQUIRED, RewardFlags, flag
 from dmdr.errors import ConfigError
+from dmdr.settings import Chosen, parse_command
 
 DESCRIPTION = "Score a folder of images: a CSV, and a table of means. Rewards resize as their published evaluations do."
 

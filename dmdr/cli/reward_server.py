@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmdr.cli.common import command, open_rewards
-from dmdr.config import RewardFlags, flag, parse_command
+from dmdr.config import RewardFlags, flag
 from dmdr.errors import ConfigError
+from dmdr.settings import parse_command
 
 LIMITS = ("max_batch_size", "max_queue", "max_request_mb", "request_timeout")
 DESCRIPTION = (

@@ -80,8 +80,8 @@ def draw(
 
     from dmdr import images, registry
     from dmdr.assemble import pipeline_class
+    from dmdr.device import avoid_mps, open_accelerator
     from dmdr.protocols import BackendOptions
-    from dmdr.run import avoid_mps, open_accelerator
     from dmdr.sampling import FewStepSampler
 
     avoid_mps()

@@ -5,7 +5,7 @@ import os
 import sys
 
 from dmdr.cli.common import command
-from dmdr.config import parse
+from dmdr.settings import parse
 
 
 def run(arguments: list[str]) -> None:

@@ -16,8 +16,8 @@ from metrics import measured, short
 from dmdr import registry
 from dmdr.assemble import check_needs
 from dmdr.checkpoint import checkpoints
-from dmdr.config import Settings, parse, read_yaml
 from dmdr.errors import ConfigError
+from dmdr.settings import Settings, parse, read_yaml
 from dmdr.trainer import WeightedObjective
 
 # What only stage 2 reads: a stage 1 does without, so that cells which differ in nothing else share it.

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dmdr.config import Settings
+from dmdr.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_model_and_its_backend(name: str, digits: Digits) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe_names_settings(name: str) -> None:
-    from dmdr.config import parse
+    from dmdr.settings import parse
 
     settings = parse(settings={"model": name})
     recipe = registry.load("models", name).recipe

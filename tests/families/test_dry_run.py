@@ -33,7 +33,6 @@ from dmdr import registry
 from dmdr.assemble import assemble, pipeline_class
 from dmdr.backends.lora import LoRARoles
 from dmdr.cli import train
-from dmdr.config import parse
 from dmdr.dry_run import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
 from dmdr.errors import ConfigError
 from dmdr.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
@@ -41,6 +40,7 @@ from dmdr.plan import stages
 from dmdr.protocols import BackendOptions
 from dmdr.rewards import Rewards
 from dmdr.run import Run
+from dmdr.settings import parse
 from dmdr.trainer import combined_needs
 from family import FAMILIES
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from dmdr import registry
 from dmdr.assemble import assemble, pipeline_class
 from dmdr.cli.sample import draw
-from dmdr.config import parse
 from dmdr.ema import EMA
 from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
+from dmdr.settings import parse
 from dmdr.testing import check_backend
 from family import FAMILIES, Family, Stock
 

@@ -217,7 +217,7 @@ import sys
 import torch
 from types import SimpleNamespace
 from dmdr.assemble import open_backend
-from dmdr.config import parse
+from dmdr.settings import parse
 from dmdr.errors import ConfigError
 from dmdr.sampling import FewStepSampler
 given = {{"model": "org/name", "prompt_cache": {str(tmp_path / "cache")!r}, "reward": "none"}}

@@ -18,8 +18,8 @@ from torch import nn
 
 from dmdr import registry
 from dmdr.assemble import open_backend
-from dmdr.config import Settings, parse
 from dmdr.run import run
+from dmdr.settings import Settings, parse
 from dmdr_digits import Digits
 from family import FAMILIES
 

@@ -19,9 +19,9 @@ import sit
 from dmdr import registry, train
 from dmdr.assemble import assemble, pipeline_class
 from dmdr.cli import sample
-from dmdr.config import parse
 from dmdr.errors import ConfigError
 from dmdr.protocols import BackendOptions
+from dmdr.settings import parse
 from dmdr_digits import Digits
 from dmdr_sit import SiTBackend
 from dmdr_sit.checkpoint import SIZES, convert, pipeline_folder, published_layout

@@ -27,12 +27,12 @@ import sd1
 import sdxl
 from dmdr.assemble import assemble
 from dmdr.cli.sample import draw
-from dmdr.config import parse
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise
 from dmdr.protocols import BackendOptions
 from dmdr.run import Run
 from dmdr.sampling import FewStepSampler
+from dmdr.settings import parse
 from dmdr.types import Condition
 from dmdr_sdxl import SD1Backend, SDXLBackend
 from family import FAMILIES, Family

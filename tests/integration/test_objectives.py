@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import dmdr.run
 from dmdr import train
 from dmdr.assemble import assemble
-from dmdr.config import parse
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.plan import stages
 from dmdr.run import Run
+from dmdr.settings import parse
 from dmdr_digits import Digits
 
 FAST: dict[str, Any] = {

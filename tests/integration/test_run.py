@@ -21,10 +21,10 @@ import dmdr.run
 import dmdr.trainer
 from dmdr.checkpoint import checkpoints, read_progress
 from dmdr.cli.train import main
-from dmdr.config import parse
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.matching import DMD
 from dmdr.run import Trainer, train
+from dmdr.settings import parse
 
 # A schedule that moves with the step, so that a resumed run at the wrong one would show.
 FAST: dict[str, Any] = {

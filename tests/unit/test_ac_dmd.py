@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from toy_trainer import DoubleToy, EpsToy, adam, cpu, flat, prepared, state, step_of, trainer
 
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, ToyBackend
-from dmdr.config import parse
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD, T_MIN
 from dmdr.paths import NoisePath, Prediction
 from dmdr.protocols import BackendOptions, Matching
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.settings import parse
 from dmdr.types import Condition, Draw, Rollout
 from dmdr_ac_dmd import ACDMD, level, state_after
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dmdr.config import Config, Settings, parse, read_yaml
+from dmdr.config import Config
 from dmdr.errors import ConfigError
+from dmdr.settings import Settings, parse, read_yaml
 
 MODULE = '''
 from dataclasses import dataclass

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from toy_trainer import adam, cpu, flat, prepared, state, trainer
 
 from dmdr.backends.toy import CENTRES, PROMPTS, ToyBackend
-from dmdr.config import parse
 from dmdr.matching import DMD, T_MAX, T_MIN
 from dmdr.paths import NoisePath
 from dmdr.protocols import BackendOptions, Context, Matching
 from dmdr.sampling import time_grid, unshift_times
+from dmdr.settings import parse
 from dmdr.types import Draw, Renoised, Rollout
 from dmdr_decoupled import Decoupled
 

@@ -20,10 +20,10 @@ from torch import Tensor
 import dmdr.run
 from dmdr import train
 from dmdr.assemble import check_columns
-from dmdr.config import Chosen
 from dmdr.errors import ConfigError
 from dmdr.functions import as_reward
 from dmdr.protocols import Reward
+from dmdr.settings import Chosen
 
 PROMPTS = ["a", "bb", "ccc"]
 COLUMNS = {"label": [3, 1, 2], "answer": ["x", None, "y"]}

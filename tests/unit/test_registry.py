@@ -194,7 +194,7 @@ def test_a_name_of_another_kind_says_so() -> None:
 
 def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:
     """A stranger's package that offers a default's name stops only runs that name it."""
-    from dmdr.config import parse
+    from dmdr.settings import parse
 
     points = {"matchings": {"dmd": "spam_mod:Egg"}, "rewards": {"toy": "spam_mod:Egg"}}
     install("spam", points, spam_mod="raise RuntimeError\n")

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dmdr import scoring
 from dmdr.assemble import build_rewards
-from dmdr.config import REQUIRED, Chosen, RewardFlags, flag, parse_command
+from dmdr.config import REQUIRED, RewardFlags, flag
 from dmdr.errors import ConfigError
 from dmdr.prompts import Row
 from dmdr.rewards import RewardError, Rewards
+from dmdr.settings import Chosen, parse_command
 
 MODULE = '''
 from dataclasses import dataclass

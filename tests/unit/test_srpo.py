@@ -18,12 +18,12 @@ from toy_trainer import DoubleToy, EpsToy, Meter, adam, flat, prepared, state, s
 
 from dmdr.assemble import check_needs
 from dmdr.backends.toy import PROMPTS, ToyBackend
-from dmdr.config import parse
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, VariancePreserving, add_noise, expand
 from dmdr.protocols import FeatureReward, Needs
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
+from dmdr.settings import parse
 from dmdr.trainer import Trainer, WeightedObjective
 from dmdr.types import Condition, Draw, Rollout, Term, terms_of
 from dmdr_digits import Digits

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from toy_trainer import tilt_weights
 
-from dmdr.config import parse
 from dmdr.errors import ConfigError
+from dmdr.settings import parse
 from dmdr.tilt import (
     DECAY,
     Divergence,

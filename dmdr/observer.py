@@ -1,0 +1,109 @@
+"""What is seen of a run: sample grids and evaluations of student and teacher, from the same noise each time."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dmdr import images
+from dmdr.assemble import Job
+from dmdr.evaluation import evaluate
+from dmdr.prompts import Row, split_columns
+from dmdr.protocols import Denoiser
+from dmdr.randomness import Random
+from dmdr.sampling import FewStepSampler
+
+
+class Observer:
+    """Draws with the networks as they are, and writes `samples/` and `evaluation.json` of the run folder.
+
+    Attributes:
+        sampler: The student's, as its users run it.
+        rows: The prompt rows that grids and evaluations begin with.
+    """
+
+    def __init__(self, job: Job, accelerator: Accelerator, sampler: FewStepSampler, output: Path) -> None:
+        self.job, self.accelerator, self.sampler, self.output = job, accelerator, sampler, output
+        self.config = job.config
+        self.rows = job.prompts.first(max(job.config.sample_images, job.config.num_eval_samples))
+
+    def teacher(self) -> tuple[Denoiser, FewStepSampler]:
+        """The teacher as its users run it: guided, many ODE steps."""
+        backend = self.job.backend
+        denoiser = partial(backend.teacher, guidance=self.config.guidance_scale)
+        return denoiser, FewStepSampler(backend.path, backend.grid(self.config.teacher_steps), 0.0)
+
+    @torch.no_grad()
+    def generate(
+        self, denoiser: Denoiser, sampler: FewStepSampler, rows: list[Row], purpose: str, title: str | None = None
+    ) -> Tensor:
+        """Images of prompt rows on the CPU, [N, 3, H, W] in [0, 1], the same for the same seed and purpose."""
+        backend, random = self.job.backend, Random(self.config.seed, 0, purpose)
+        size = self.config.per_device_train_batch_size
+        found = []
+        for start in tqdm(range(0, len(rows), size), desc=title, disable=title is None, leave=False):
+            part = rows[start : start + size]
+            sample = torch.arange(start, start + len(part), device=self.accelerator.device)
+            shape = (sampler.num_inference_steps, *backend.latent_shape)
+            noise = random.normal("noise", sample, shape).transpose(0, 1)
+            prompts, columns = split_columns(part)
+            cond = backend.encode(prompts, **columns)
+            found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
+        return torch.cat(found)
+
+    def draw_grid(self, step: int) -> None:
+        """Add the student's grid after `step` updates, and before the first one the teacher's."""
+        rows, distinct = self.rows[: self.config.sample_images], self.job.prompts.size
+        few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
+        columns = distinct if few else None  # a prompt a column
+        folder = self.output / "samples"
+        if not (folder / "teacher.png").exists():
+            teacher = self.generate(*self.teacher(), rows, "grid")
+            images.save(images.grid(teacher, columns), folder / "teacher.png")
+        student = self.generate(self.job.backend.student, self.sampler, rows, "grid")
+        images.save(images.grid(student, columns), folder / f"step-{step:06d}.png")
+
+    def measure_student(self, title: str) -> dict[str, float]:
+        """Its metrics as it is now."""
+        return self._measure(title, self.job.backend.student, self.sampler)
+
+    def evaluate_student(self, title: str) -> None:
+        """Add its column."""
+        self._write_column(title, self.measure_student(title))
+
+    def evaluate_teacher(self) -> None:
+        """Add its columns: as its users run it, and in the student's steps."""
+        denoiser, sampler = self.teacher()
+        for few_or_many in (sampler, self.sampler):
+            steps = few_or_many.num_inference_steps
+            title = f"teacher, {steps} step{'s' if steps > 1 else ''}"
+            self._write_column(title, self._measure(title, denoiser, few_or_many))
+
+    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
+        """What the model's judge sees, and the rewards, those that only measure included."""
+        rows = self.rows[: self.config.num_eval_samples]
+        judge = self.job.model.judge() if self.job.model else None
+        pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
+        prompts, columns = split_columns(rows)
+        return evaluate(
+            pictures,
+            prompts,
+            columns,
+            judge,
+            self.job.rewards,
+            self.job.eval_rewards,
+            device=self.accelerator.device,
+        )
+
+    def _write_column(self, title: str, metrics: dict[str, float]) -> None:
+        file = self.output / "evaluation.json"
+        found: dict[str, Any] = {"samples": self.config.num_eval_samples, "columns": {}}
+        if file.exists():
+            found = json.loads(file.read_text())
+        found["columns"][title] = metrics
+        images.write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
