@@ -130,7 +130,11 @@ class PluginCheck(pytest.Item):
         return "".join([*traceback.format_list(frames[own:]), *traceback.format_exception_only(error)])
 
     def reportinfo(self) -> tuple[Any, None, str]:
-        return self.path, None, self.nodeid
+        return (
+            self.path,
+            None,
+            f"{self.name} of {self.plugin.name}",
+        )  # no end of the id, in which pytest reads dots as ::
 
 
 # --- Which plugins, and with which fields ----------------------------------------------------------------------------
