@@ -20,6 +20,7 @@ from dmdr.errors import ConfigError
 from dmdr.expression import parse_sum
 
 logger = logging.getLogger(__name__)
+DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
 SUMS = {"objectives": "rl", "rewards": "reward", "eval_rewards": "eval_reward", "matchings": "matching"}
 F = TypeVar("F", bound=Flags)
 
@@ -84,96 +85,6 @@ class Settings:
         return yaml.safe_dump(self.values(), sort_keys=False)
 
 
-def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
-    if expression == "none":
-        return []
-    try:
-        return [(group, weight, name) for weight, name in parse_sum(expression, what=group[:-1])]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _load(parts: Sequence[tuple[str, float, str]], own: Mapping[str, str]) -> list[Chosen]:
-    """The plugins that are named; `own` is the distribution of those that nobody typed, by group."""
-    return [
-        Chosen(group, name, weight, registry.load(group.removeprefix("eval_"), name, own.get(group)))
-        for group, weight, name in parts
-    ]
-
-
-def _help_of(cls: type) -> dict[str, str]:
-    """Field descriptions from the `Attributes:` sections of a class and its bases; a subclass's text wins."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")
-        found |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in found.items()}
-
-
-def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
-    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous.
-
-    Rewards that only measure have no short names, and take none from the others.
-    """
-    taken = {f.name for f in dataclasses.fields(command)}
-    count: dict[str, int] = {}
-    for plugin in chosen:
-        for f in dataclasses.fields(plugin.cls):
-            if f.init and plugin.group != "eval_rewards":
-                count[f.name] = count.get(f.name, 0) + 1
-    fields: list[tuple[str, Any, Any]] = []
-    short: dict[str, str] = {}
-    for plugin in chosen:
-        hints, help_texts = typing.get_type_hints(plugin.cls), _help_of(plugin.cls)
-        for f in dataclasses.fields(plugin.cls):
-            if not f.init:
-                continue
-            key = plugin.key(f.name)
-            if key in (name for name, _, _ in fields):
-                raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
-            metadata = {"help": help_texts.get(f.name, "")}
-            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in taken:
-                short[f.name] = key
-                metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
-            copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
-            fields.append((key, hints[f.name], copy))
-    options = dataclasses.make_dataclass("PluginOptions", fields)
-    options._argument_group_name = "flags of the chosen plugins"  # type: ignore[attr-defined]
-    return options, short
-
-
-class Parser(TrlParser):
-    """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
-
-    def __init__(self, *types: Any, prog: str, description: str, epilog: str) -> None:
-        super().__init__(types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
-        self.add_argument_group("settings").add_argument(
-            "--config", metavar="YAML", help="settings; flags override them"
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """A mapping of settings.
-
-    Raises:
-        ConfigError: If the file is missing or holds no mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config: {path} must hold a mapping of settings")
-    return values
-
-
 def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Settings:
     """Settings of a run from flags, over those given as a mapping, over `--config`, over the model's recipe.
 
@@ -222,20 +133,6 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     stale = tuple(plugin.key("") for plugin in replaced if (plugin.group, plugin.name) not in there)
     given = {key: value for key, value in given.items() if not _is_stale(key, stale, chosen)}
     return Settings(*_parse(Config, chosen, arguments, given, recipe, **about))
-
-
-def _parts(named: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-    """Group, weight and name of all plugins that settings name."""
-    return [part for group, key in SUMS.items() for part in _named(group, str(named.get(key, "none")))]
-
-
-def _is_stale(key: str, prefixes: tuple[str, ...], chosen: Sequence[Chosen]) -> bool:
-    """Whether a file's setting is of a plugin that flags have replaced, and of none that is chosen; says so."""
-    own = tuple(plugin.key("") for plugin in chosen)
-    stale = str(key).startswith(prefixes) and not str(key).startswith(own)
-    if stale:
-        logger.warning("%s is left out: the run does not use what it is a setting of", key)
-    return stale
 
 
 def parse_command(
@@ -300,12 +197,43 @@ def _parse(
     return config, plugins
 
 
+# --- Which plugins are named ------------------------------------------------------------------------------------------
+
+
+def _parts(named: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Group, weight and name of all plugins that settings name."""
+    return [part for group, key in SUMS.items() for part in _named(group, str(named.get(key, "none")))]
+
+
+def _named(group: str, expression: str) -> list[tuple[str, float, str]]:
+    if expression == "none":
+        return []
+    try:
+        return [(group, weight, name) for weight, name in parse_sum(expression, what=group[:-1])]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _load(parts: Sequence[tuple[str, float, str]], own: Mapping[str, str]) -> list[Chosen]:
+    """The plugins that are named; `own` is the distribution of those that nobody typed, by group."""
+    return [
+        Chosen(group, name, weight, registry.load(group.removeprefix("eval_"), name, own.get(group)))
+        for group, weight, name in parts
+    ]
+
+
+def _is_stale(key: str, prefixes: tuple[str, ...], chosen: Sequence[Chosen]) -> bool:
+    """Whether a file's setting is of a plugin that flags have replaced, and of none that is chosen; says so."""
+    own = tuple(plugin.key("") for plugin in chosen)
+    stale = str(key).startswith(prefixes) and not str(key).startswith(own)
+    if stale:
+        logger.warning("%s is left out: the run does not use what it is a setting of", key)
+    return stale
+
+
 def model_recipe(name: str) -> Mapping[str, Any]:
     """The recipe of a registered model; empty for folders and hub ids."""
     return registry.load("models", name).recipe if registry.registered("models", name) else {}
-
-
-DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
 
 
 def installed(*groups: str) -> str:
@@ -314,8 +242,78 @@ def installed(*groups: str) -> str:
     return f"Installed {names}."
 
 
-def _first_given(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+# --- Their flags ------------------------------------------------------------------------------------------------------
+
+
+def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
+    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous.
+
+    Rewards that only measure have no short names, and take none from the others.
+    """
+    taken = {f.name for f in dataclasses.fields(command)}
+    count: dict[str, int] = {}
+    for plugin in chosen:
+        for f in dataclasses.fields(plugin.cls):
+            if f.init and plugin.group != "eval_rewards":
+                count[f.name] = count.get(f.name, 0) + 1
+    fields: list[tuple[str, Any, Any]] = []
+    short: dict[str, str] = {}
+    for plugin in chosen:
+        hints, help_texts = typing.get_type_hints(plugin.cls), _help_of(plugin.cls)
+        for f in dataclasses.fields(plugin.cls):
+            if not f.init:
+                continue
+            key = plugin.key(f.name)
+            if key in (name for name, _, _ in fields):
+                raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
+            metadata = {"help": help_texts.get(f.name, "")}
+            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in taken:
+                short[f.name] = key
+                metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
+            copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
+            fields.append((key, hints[f.name], copy))
+    options = dataclasses.make_dataclass("PluginOptions", fields)
+    options._argument_group_name = "flags of the chosen plugins"  # type: ignore[attr-defined]
+    return options, short
+
+
+def _help_of(cls: type) -> dict[str, str]:
+    """Field descriptions from the `Attributes:` sections of a class and its bases; a subclass's text wins."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")
+        found |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in found.items()}
+
+
+# --- Command lines and files ------------------------------------------------------------------------------------------
+
+
+class Parser(TrlParser):
+    """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
+
+    def __init__(self, *types: Any, prog: str, description: str, epilog: str) -> None:
+        super().__init__(types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+        self.add_argument_group("settings").add_argument(
+            "--config", metavar="YAML", help="settings; flags override them"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
+    """The few flags that decide which others there are."""
+    parser = _FirstLook(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    for name in ("config", *names):
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args(arguments)[0]
+
+
+class _FirstLook(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -329,21 +327,30 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
+def _first_given(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A mapping of settings.
+
+    Raises:
+        ConfigError: If the file is missing or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config: {path} must hold a mapping of settings")
+    return values
+
+
 def _config_of(resume: str, output: str | None) -> str | None:
     """The settings of the run that is resumed, where they can be found."""
     folder = Path(resume).resolve().parent.parent if resume != "latest" else Path(output) if output else None
     return str(folder / "config.yaml") if folder and (folder / "config.yaml").is_file() else None
-
-
-class _FirstLook(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
-
-
-def _first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
-    """The few flags that decide which others there are."""
-    parser = _FirstLook(add_help=False, allow_abbrev=False)
-    parser.add_argument("--help", "-h", action="store_true")
-    for name in ("config", *names):
-        parser.add_argument(f"--{name}")
-    return parser.parse_known_args(arguments)[0]
