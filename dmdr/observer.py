@@ -79,10 +79,10 @@ class Observer:
     def evaluate_teacher(self) -> None:
         """Add its columns: as its users run it, and in the student's steps."""
         denoiser, sampler = self.teacher()
-        for few_or_many in (sampler, self.sampler):
-            steps = few_or_many.num_inference_steps
+        samplers = {s.num_inference_steps: s for s in (sampler, self.sampler)}  # of the same steps, the student's
+        for steps, chosen in samplers.items():
             title = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-            self._write_column(title, self._measure(title, denoiser, few_or_many))
+            self._write_column(title, self._measure(title, denoiser, chosen))
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
         """What the model's judge sees, and the rewards, those that only measure included."""

@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -53,7 +53,6 @@ from dmdr.trainer import Trainer, combined_needs
 from dmdr.types import dtype_of
 
 logger = logging.getLogger("dmdr")
-T = TypeVar("T")
 
 
 def train(**settings: Any) -> Path:

@@ -29,9 +29,10 @@ def untouched_global_rng(who: str, instead: str) -> Iterator[None]:
 def _global_states() -> dict[str, object]:
     """What tells whether somebody has drawn, by whose generator it is."""
     numpy = np.random.get_state(legacy=False)
+    used = torch.cuda.is_initialized()  # asking would open every GPU
     return {
         "torch": torch.random.get_rng_state().tolist(),
-        "torch.cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        **({"torch.cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()]} if used else {}),
         "numpy": (bytes(numpy["state"]["key"]), numpy["state"]["pos"], numpy["has_gauss"]),
         "Python": random.getstate(),
     }

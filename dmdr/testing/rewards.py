@@ -140,7 +140,7 @@ def further_columns_are_welcome(trial: RewardTrial) -> None:
 
 def no_random_numbers(trial: RewardTrial) -> None:
     with (
-        untouched_global_rng("reward", "score the same image alike, or use a torch.Generator of your own"),
+        untouched_global_rng("reward", "score the same image alike, or use a generator of your own"),
         torch.no_grad(),
     ):
         first, second = trial.score(trial.images), trial.score(trial.images)

@@ -20,7 +20,7 @@ from dmdr.errors import ConfigError
 from dmdr.settings import Settings, parse, read_yaml
 from dmdr.trainer import WeightedObjective
 
-# What only stage 2 reads: a stage 1 does without, so that cells which differ in nothing else share it.
+# What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
 STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
 # What a folder is named after; a digest tells of the rest.
 AXES = (
@@ -38,13 +38,11 @@ class Run:
         name: Of the folder: what it varies, its seed, and a digest of all its settings.
         settings: Resolved; `init_student` is a place in the run folder of `start`.
         start: The stage 1 that it goes on from; None for a run that is its own beginning.
-        varied: The settings that differ from the matrix's own.
     """
 
     name: str
     settings: Settings
     start: "Run | None"
-    varied: Mapping[str, Any]
 
     @property
     def seed(self) -> int:
@@ -76,6 +74,10 @@ class Run:
         if complete and (folder / "report.html").is_file():
             return "finished"
         return "begun" if checkpoints(folder) else "new"
+
+    def changed(self) -> bool:
+        """Whether a plugin's file is no longer what it was when the matrix was read."""
+        return not self.name.endswith(digest(self.settings))
 
     @property
     def stage(self) -> str:
@@ -174,7 +176,7 @@ class Builder:
     def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path) -> None:
         self.settings, self.seeds, self.root = dict(settings), seeds, root
         known_settings(settings, "settings")
-        self.base = values_of(resolve(settings, "settings"))
+        self.base = values_of(plain(settings))
         self.runs: dict[str, Run] = {}
 
     def block(self, name: str, content: Any) -> Block:
@@ -201,6 +203,8 @@ class Builder:
                 raise ConfigError(f"{place}: start must be stage1 (with its fake score) or export, not {start}")
             known_settings(given, place)
             runs[label] = self.cell(given, stage1, start == "export", place)
+            if lost := [key for key in mapping(cell, place) if key in stage1 and not runs[label][0].start]:
+                raise ConfigError(f"{place} is a stage 1, and '{lost[0]}' is for the block's stage1 to say")
         if not runs:
             raise ConfigError(f"{where} has no cells and no grid")
         equal(runs, name)
@@ -225,25 +229,21 @@ class Builder:
         first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
         first = first | stage1 | {"rl": "none", "stage2_steps": 0}
         if config.stage2_steps == 0:
-            return [self.run(resolve(first, where), first, seed) for seed in self.seeds]
+            return [self.run(resolve(first, where), seed) for seed in self.seeds]
         if config.stage1_steps == 0:
             raise ConfigError(f"{where}: stage1_steps is 0, and stage 2 starts from a stage 1")
         begun = resolve(first, f"{where}, its stage 1")
-        starts = [self.run(begun, first, seed) for seed in self.seeds]
-        return [self.run(settings, given, start.seed, start, export) for start in starts]
+        starts = [self.run(begun, seed) for seed in self.seeds]
+        return [self.run(settings, start.seed, start, export) for start in starts]
 
-    def run(
-        self, settings: Settings, given: Mapping[str, Any], seed: int, start: Run | None = None, export: bool = False
-    ) -> Run:
+    def run(self, settings: Settings, seed: int, start: Run | None = None, export: bool = False) -> Run:
         """The run of these settings, made unless it is there."""
         place = start and start.folder(self.root) / ("student" if export else "")
         config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
         settings = replace(settings, config=config)
         values = values_of(settings)
-        varied = {key: value for key, value in given.items() if values.get(key, ...) != self.base.get(key)}
-        if start is None:
-            varied = {key: value for key, value in varied.items() if key not in STAGE2}
-        words = [f"{key}_{short(value)}" for key, value in varied.items() if key in AXES] + ["from_export"] * export
+        axes = [key for key in AXES if values[key] != self.base[key] and (start or key not in STAGE2)]
+        words = [f"{key}_{short(values[key])}" for key in axes] + ["from_export"] * export
         words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
         while len("-".join(words)) > 90 and len(words) > 1:
             words.pop()  # the digest tells of it
@@ -251,7 +251,15 @@ class Builder:
         for ugly, plain in {", ": "_", "*": "x", "[": "", "]": ""}.items():
             name = name.replace(ugly, plain)
         name = re.sub(r"[^\w.+-]", "_", name) + f"-seed{seed}-{digest(settings)}"
-        return self.runs.setdefault(name, Run(name, settings, start, varied))
+        return self.runs.setdefault(name, Run(name, settings, start))
+
+
+def plain(settings: Mapping[str, Any]) -> Settings:
+    """What a folder's name is silent about: the matrix's own settings, if they make a run, or else the model's."""
+    try:
+        return parse(settings=settings)
+    except ConfigError:  # of which `resolve` tells if it is wrong in a cell
+        return parse(settings={key: value for key, value in settings.items() if key == "model"})
 
 
 def cells(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -344,21 +352,30 @@ def known_settings(given: Mapping[str, Any], where: str) -> None:
 
 
 def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:
-    """Refuse to compare cells of different length or number of samples; a stage 1 beside what starts from it may be.
+    """Refuse to compare a cell with itself, or cells of different length or number of samples.
+
+    A stage 1 beside what starts from it is shorter.
 
     Raises:
         ConfigError: Names two such cells.
     """
-    starts = {run.start.name for runs in cells.values() for run in runs if run.start}
-    found: dict[tuple[int, int], str] = {}
-    for label, (run, *_) in cells.items():
-        if run.name not in starts:
-            found.setdefault((run.updates, run.settings.config.num_eval_samples), label)
-    if len(found) > 1:
-        (one, first), (other, second) = list(found.items())[:2]
-        raise ConfigError(
-            f"block {block}: '{first}' has {one[0]} updates and {one[1]} samples, '{second}' {other[0]} and {other[1]}"
-        )
+    firsts = {f"'{label}'": run for label, (run, *_) in cells.items()}
+    starts = {f"the stage 1 of {label}": run.start for label, run in firsts.items() if run.start}
+    seen = dict[str, str]()
+    for label, run in firsts.items():
+        if run.name in seen:
+            raise ConfigError(f"block {block}: {seen[run.name]} and {label} are the same run")
+        seen[run.name] = label
+    shorter = {start.name for start in starts.values()}
+    updates, samples = dict[int, str](), dict[int, str]()
+    for label, run in (firsts | starts).items():
+        samples.setdefault(run.settings.config.num_eval_samples, label)
+        if run.name not in shorter:
+            updates.setdefault(run.updates, label)
+    for what, found in (("updates", updates), ("samples", samples)):
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise ConfigError(f"block {block}: {first} has {one} {what}, {second} {other}")
 
 
 def _claim(content: Any, metrics: Mapping[str, Iterable[str]], where: str) -> Claim:

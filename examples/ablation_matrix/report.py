@@ -82,7 +82,7 @@ def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[
         for label, runs in block.cells.items():
             for run in runs:
                 cells[run.name].append(f"{block.name}: {label}")
-    varied = {name for run in matrix.runs for name in run.varied}
+    varied = _varied(matrix)
     settings = [name for name in ("rl", *AXES) if name in varied] + sorted(varied.difference(("rl", *AXES)))
     results = [(run, found[run.name]) for run in matrix.runs]
     names = dict.fromkeys([*METRICS, *(name for _, result in results if result for name in result.final)])
@@ -107,6 +107,15 @@ def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[
                 ]
             )
     return table, header
+
+
+def _varied(matrix: Matrix) -> set[str]:
+    """The settings that differ between two runs, but for what has a column of its own."""
+    values: dict[str, set[str]] = {}
+    for run in matrix.runs:
+        for name, value in run.values().items():
+            values.setdefault(name, set()).add(str(value))
+    return {name for name, found in values.items() if len(found) > 1} - {"seed", "init_student", "num_eval_samples"}
 
 
 def _csv(header: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
@@ -140,10 +149,11 @@ def _common(matrix: Matrix) -> list[tuple[str, Any]]:
 
 
 def _pictures(block: Block, root: Path) -> list[tuple[str, tuple[str, int, int]]]:
-    """The last sample grid of every cell's first seed."""
+    """The last sample grid of every cell's first seed, where that is finished."""
     found = []
     for label, runs in block.cells.items():
-        if files := sorted((runs[0].folder(root) / "samples").glob("step-*.png")):
+        files = sorted((runs[0].folder(root) / "samples").glob("step-*.png"))
+        if runs[0].state(root) == "finished" and files:
             found.append((label, embed(files[-1])))
     return found
 

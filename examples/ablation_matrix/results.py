@@ -1,14 +1,18 @@
 """What the runs measured, and what follows from it: numbers in, verdicts out."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from matrix import Claim, Run
 from metrics import metric
+from scipy import stats
 
 from dmdr.report import read_log
+
+LEVEL = 0.05  # how often pure noise may be called a finding in one direction
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ def read(run: Run, root: Path) -> Result | None:
         return None
     folder = run.folder(root)
     found = json.loads((folder / "evaluation.json").read_text())["columns"][run.stage]
-    final = _with_gap({name: value for name, value in found.items() if value is not None})
+    final = _with_gap({name: value for name, value in found.items() if math.isfinite(value)})
     before = read(run.start, root) if run.start else None
     offset = run.start.updates if run.start else 0
     lines = read_log(folder / "metrics.jsonl")
@@ -75,6 +79,18 @@ def spread(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / 2
 
 
+def by_chance(margins: Sequence[float]) -> float:
+    """p of a one-sided t-test: how often margins that lie around 0 would have a mean as far from it, on the same side.
+
+    Args:
+        margins: Two or more.
+    """
+    error = stats.sem(margins)
+    if error == 0:
+        return 0.0 if any(margins) else 0.5
+    return float(stats.t.sf(abs(mean(margins)) / error, len(margins) - 1))
+
+
 def shown(name: str, values: Sequence[float]) -> str:
     """Mean and spread of a metric over the seeds."""
     digits = metric(name).digits
@@ -100,10 +116,10 @@ class Verdict:
 
 
 def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdict:
-    """Judge a claim seed by seed, from the difference of its two cells.
+    """Judge a claim by the difference of its two cells, seed by seed.
 
-    It is reproduced, or not, where every seed says the same, the mean difference exceeds half the range over the seeds,
-    and it exceeds the metric's noise. Anything else is inconclusive.
+    It is reproduced, or not, where the mean difference is significant (a one-sided paired t-test over the seeds at
+    LEVEL) and exceeds the metric's noise. Anything else is inconclusive.
 
     Args:
         cells: Results by label, one per seed in the same order; None where a run is not finished.
@@ -114,21 +130,23 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
     margins = [high - low for high, low in zip(*sides, strict=True) if high is not None and low is not None]
     if not margins:
         finished = any(None not in pair for pair in zip(cells[claim.higher], cells[claim.lower], strict=True))
-        why = "their evaluations do not have it" if finished else "no seed has both"
+        why = "their evaluations do not have it" if finished else "no seed has finished both"
         return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: {why}")
     by, around, count = mean(margins), spread(margins), len(margins)
     stands = "above" if by > 0 else "below" if by < 0 else "level with"
     text = f"{claim.higher} {stands} {claim.lower} {what} by {abs(by):.{shape.digits}f}"
     missing = len(sides[0]) - count
-    tail = f"; {missing} not finished" * (missing > 0)
+    tail = f"; {missing} without both" * (missing > 0)
     if count == 1:
         return Verdict("one seed", f"{text}; two or more are needed to tell{tail}")
     agree = sum(margin * by > 0 for margin in margins)
-    text += f" ± {around:.{shape.digits}f} in {agree} of {count} seeds"
+    chance = by_chance(margins)
+    p = "p < 0.001" if chance < 0.001 else f"p = {chance:.3f}"
+    text += f" ± {around:.{shape.digits}f} in {agree} of {count} seeds ({p})"
     if abs(by) <= shape.noise > 0:
         return Verdict("inconclusive", f"{text}; differences up to {shape.noise:g} are noise{tail}")
-    if agree < count or abs(by) <= around:
-        return Verdict("inconclusive", f"{text}; the margin is within the seeds' spread{tail}")
+    if chance > LEVEL:
+        return Verdict("inconclusive", f"{text}; the seeds differ too much to tell{tail}")
     return Verdict("reproduced" if by > 0 else "not reproduced", text + tail)
 
 

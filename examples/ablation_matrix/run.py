@@ -11,6 +11,7 @@ cell failed, 2 for bad input.
 import argparse
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,33 +34,41 @@ PATIENCE = 60  # seconds that all processes together get to save their checkpoin
 
 @dataclass(frozen=True)
 class Task:
-    """A process, after those that it needs: the arguments of `worker.py`."""
+    """A process, after those that it needs.
+
+    Attributes:
+        arguments: Of `worker.py`.
+        run: What it trains, if it does.
+    """
 
     name: str
     arguments: Sequence[str]
     needs: Sequence[str] = ()
+    run: Run | None = None
 
 
 def tasks(matrix: Matrix, root: Path) -> list[Task]:
     """What is left to do: what named models have to build first, once, then every run that is not finished."""
     left = [run for run in matrix.runs if run.state(root) != "finished"]
-    builds = dict.fromkeys(build for run in left for build in parts(run))
-    first = [Task("build-" + "-".join(build), ["build", *build]) for build in builds]
-    names = [task.name for task in first]
+    builds = {name: parts for run in left for name, parts in builds_of(run).items()}
+    first = [Task(name, ["build", *parts]) for name, parts in builds.items()]
     return first + [
-        Task(run.name, command(run, root), [*names, *([run.start.name] if run.start else [])]) for run in left
+        Task(run.name, command(run, root), [*builds_of(run), *([run.start.name] if run.start else [])], run)
+        for run in left
     ]
 
 
-def parts(run: Run) -> Iterator[tuple[str, ...]]:
-    """What a run's named model builds on first use, where it has a name."""
+def builds_of(run: Run) -> dict[str, tuple[str, ...]]:
+    """What a run's named model builds on first use, where it has a name: the arguments by the name of the task."""
     model = run.settings.config.model
-    if registry.registered("models", model):
-        yield model, "pipeline"
-        for group in ("rewards", "eval_rewards"):
-            for reward in run.settings.of(group):
-                if reward.options.get("checkpoint", "") is None:
-                    yield model, group, reward.name
+    if not registry.registered("models", model):
+        return {}
+    parts: list[tuple[str, ...]] = [(model, "pipeline")]
+    for group in ("rewards", "eval_rewards"):
+        for reward in run.settings.of(group):
+            if reward.options.get("checkpoint", "") is None:
+                parts.append((model, group, reward.name))
+    return {re.sub(r"[^\w.+-]", "_", "-".join(("build", *part))): part for part in parts}
 
 
 def command(run: Run, root: Path) -> list[str]:
@@ -102,6 +111,10 @@ def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str
                     told(task.name, "")
                 elif len(running) < jobs and not open_ends.intersection(task.needs):
                     waiting.remove(task)
+                    if task.run and task.run.changed():
+                        failed[task.name] = "not begun: the file of its plugin has changed; start again"
+                        told(task.name, "")
+                        continue
                     running[task.name] = begin(task, logs, lock), time.monotonic()
             for name, (process, began) in list(running.items()):
                 if process.poll() is not None:

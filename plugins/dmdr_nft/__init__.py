@@ -29,9 +29,9 @@ class DiffusionNFT:
         L+- = mean (x+- - x)^2 / sg(mean |x+- - x|)
         x+ = beta x_theta + (1 - beta) x_old,    x- = (1 + beta) x_old - beta x_theta
 
-    with x a finished image, A its advantage within its group, and x_theta, x_old, x_ref what student, old policy and
-    stage-1 student make of x, noised to one of the student's own times. Where x_theta = x_old the gradient is that of
-    A / 5 times the denoising error: good images are learnt and bad ones unlearnt by equal measure.
+    with x a finished image, A its advantage within its group (`dmdr.groups.advantages`), and x_theta, x_old, x_ref what
+    student, old policy and stage-1 student make of x, noised to one of the student's own times. Where x_theta = x_old
+    the gradient is A / 5 times that of the denoising error: good images are learnt and bad ones unlearnt alike.
 
     Source: arXiv 2509.16117, Algorithm 1, and its implementation, whose constant factor 5 is left to rl_weight.
     Adapted: predictions are clean images, which at a given x_t are affine in the velocity, so that the mixtures are the
@@ -40,7 +40,8 @@ class DiffusionNFT:
 
     Attributes:
         beta: How far the two policies lie from the old one; published: 1, or 0.1 with several rewards.
-        kl_beta: Weight of the distance to the stage-1 student; published: 1e-4. 0 needs no reference.
+        kl_beta: Weight of the distance to the stage-1 student; 0 needs no reference. Published: 1e-4 for velocities,
+            beside the factor 5, which is 2e-5 / t^2 here.
         old_decay: Greatest decay of the old policy, an average of the student's parameters that moves once per step.
             At 0 the old policy is the student itself, without its gradient, which saves a copy and a pass.
         old_decay_ramp: The decay is this times the step until then.

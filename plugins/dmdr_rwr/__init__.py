@@ -22,16 +22,16 @@ class RWR:
 
         L = w mean (x_theta(x_t, t) - x)^2,    w = exp(A / temperature), scaled to mean one within the group
 
-    with A the advantage in standard deviations of the reward. With one image a prompt, all of the batch is one group,
-    and prompts that are easy outweigh those that are hard.
+    with A the advantage (`dmdr.groups.advantages`), of root mean square 1 over the batch. With one image a prompt, the
+    whole batch is one group, and prompts that are easy outweigh those that are hard.
 
     Source: Peters & Schaal 2007, "Reinforcement learning by reward-weighted regression for operational space control";
-    w_RWR of arXiv 2305.13301. Adapted: errors are of clean images at the student's own times, and the images are new in
-    every step. Even with equal weights this is a regression, which on its own moves a few-step student towards the mean
-    of its images: it is meant to go with a matching loss.
+    w_RWR of arXiv 2305.13301. Adapted: the temperature is not in the reward's own unit, errors are of clean images at
+    the student's own times, and the images are new in every step. Even with equal weights this is a regression, which
+    on its own moves a few-step student towards the mean of its images: it is meant to go with a matching loss.
 
     Attributes:
-        temperature: In standard deviations of the reward; small ones leave the best image alone.
+        temperature: In advantages of the usual size; small ones leave the best image alone.
     """
 
     temperature: float = 1.0
@@ -46,6 +46,8 @@ class RWR:
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         scores, group = ctx.global_scores()
+        if len(group) == 1:
+            raise ConfigError("rwr compares images, and the global batch has one: raise --per_device_train_batch_size")
         if len(group.unique()) == len(group):
             group = torch.zeros_like(group)
         advantage, valid = advantages(scores, ctx.rewards.weights, group)

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from scipy import stats
 
+from dmdr import images
 from dmdr.config import Config
 from dmdr.errors import ConfigError
 
@@ -151,7 +154,7 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ),
         ({"blocks": {"a": {"cells": {"x": {"start": "here"}}}}}, "cell 'x': start must be stage1"),
         ({"blocks": {"a": {"cells": {"x": {"stage1_steps": 0}}}}}, "cell 'x': stage1_steps is 0"),
-        ({"blocks": {"a": {"cells": {"x": {"stage2_steps": 5}, "y": {}}}}}, "'x' has 11 updates and 8 samples, 'y' 10"),
+        ({"blocks": {"a": {"cells": {"x": {"stage2_steps": 5}, "y": {}}}}}, "block a: 'x' has 11 updates, 'y' 10"),
         ({"blocks": {"a": CELL | {"claims": [{"higher": "x"}]}}}, "block a, claims: a claim has higher, lower"),
         (
             {"blocks": {"a": CELL | {"claims": [{"higher": "x", "lower": "y", "metric": "recall"}]}}},
@@ -161,7 +164,16 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
         ({"settings": {"model": "toy", "output_dir": "x"}}, "settings: 'output_dir' is no setting of a cell"),
-        ({"settings": {"model": "toy", "rl": "refl"}}, "settings: num_eval_samples is 0"),
+        ({"settings": {"model": "toy", "rl": "refl"}}, "cell 'stage 1': num_eval_samples is 0"),
+        ({"blocks": {"a": {"cells": {"x": {}, "y": {}}}}}, "block a: 'x' and 'y' are the same run"),
+        (
+            {"blocks": {"a": {"cells": {"x": {}}, "stage1": {"num_eval_samples": 4}}}},
+            "block a: 'x' has 8 samples, the stage 1 of 'x' 4",
+        ),
+        (
+            {"blocks": {"a": {"cells": {"x": {"stage2_steps": 0, "reward_tilt": 2}}, "stage1": {"reward_tilt": 0}}}},
+            "cell 'x' is a stage 1, and 'reward_tilt' is for the block's stage1 to say",
+        ),
     ],
     ids=str,
 )
@@ -283,6 +295,16 @@ class Best(ReFL):
 """
 
 
+JUDGE = """
+from dataclasses import dataclass
+from dmdr.backends.toy import Redness
+
+@dataclass
+class Judge(Redness):
+    checkpoint: str | None = None
+"""
+
+
 def test_a_changed_plugin_is_another_run(tmp_path: Path, write: Write) -> None:
     """Of a file, as of a setting; its stage 1 does not use it."""
     plugin = tmp_path / "some" / "best.py"
@@ -321,7 +343,7 @@ def test_a_long_name_ends_with_a_whole_setting(tmp_path: Path, write: Write) -> 
     cell = settings | {"dyna_guidance": 0.123456789, "num_inference_steps": 3, "guidance_scale": 1.23456789}
     run = load(write(blocks={"a": {"cells": {"x": cell}}}), tmp_path).runs[-1]
     words = run.name.split("-")[1:-2]
-    assert words == [f"{key}_{cell[key]}" for key in cell][: len(words)]
+    assert words == [f"{key}_{float(cell[key]) if key != 'num_inference_steps' else 3}" for key in cell][: len(words)]
     assert 2 <= len(words) < len(cell)
 
 
@@ -420,6 +442,30 @@ def test_what_is_left_goes_on_or_begins_anew(tmp_path: Path, toy: Matrix) -> Non
     for run in toy.runs[1:]:
         finish(run, tmp_path) if not run.folder(tmp_path).exists() else (run.folder(tmp_path) / "report.html").touch()
     assert command.tasks(toy, tmp_path) == []
+
+
+def test_a_run_waits_for_what_it_needs_alone(tmp_path: Path, write: Write) -> None:
+    """A reward that cannot be built stops the runs that use it; a name with a path is a log of its own all the same."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(JUDGE)
+    cells = {"plain": {}, "judged": {"reward": f"{judge}:Judge"}}
+    matrix = load(write(blocks={"a": {"cells": cells, "stage1": {"reward": "toy"}}}), tmp_path)
+    todo = command.tasks(matrix, tmp_path)
+    build = next(task for task in todo if "judge" in task.name)
+    assert list(build.arguments) == ["build", "toy", "rewards", f"{judge}:Judge"] and "/" not in build.name
+    users = [task.run for task in todo if build.name in task.needs]
+    assert users == [matrix.blocks[0].cells["judged"][0]]
+
+
+def test_a_plugin_that_changes_meanwhile_is_not_trained_by_its_old_name(tmp_path: Path, write: Write) -> None:
+    plugin = tmp_path / "best.py"
+    plugin.write_text(BEST)
+    run = load(write(blocks={"a": {"cells": {"x": {"rl": f"{plugin}:Best"}}}}), tmp_path).runs[1]
+    plugin.write_text(BEST + "# other\n")
+    with command.locked(tmp_path) as lock:
+        failed = command.work([command.Task("x", ["train"], run=run)], 1, tmp_path, lock)
+    assert failed == {"x": "not begun: the file of its plugin has changed; start again"}
+    assert not (tmp_path / "x.log").exists()
 
 
 # ---- the pool
@@ -548,34 +594,40 @@ def judged(high: list[float | None], low: list[float | None], metric: str = "eva
             [0.50, 0.51, 0.52],
             [0.46, 0.46, 0.47],
             "eval_reward/total",
-            "reproduced: a above b in held-out reward by 0.047 ± 0.005 in 3 of 3 seeds",
+            "reproduced: a above b in held-out reward by 0.047 ± 0.005 in 3 of 3 seeds (p = 0.003)",
         ),
-        ([0.1, 0.2], [0.3, 0.4], "recall", "not reproduced: a below b in recall by 0.200 ± 0.000 in 2 of 2 seeds"),
+        (
+            [0.1, 0.2],
+            [0.3, 0.4],
+            "recall",
+            "not reproduced: a below b in recall by 0.200 ± 0.000 in 2 of 2 seeds (p < 0.001)",
+        ),
         (
             [0.5, 0.1],
             [0.4, 0.15],
             "recall",
-            "inconclusive: a above b in recall by 0.025 ± 0.075 in 1 of 2 seeds; "
-            "the margin is within the seeds' spread",
+            "inconclusive: a above b in recall by 0.025 ± 0.075 in 1 of 2 seeds (p = 0.398); "
+            "the seeds differ too much to tell",
         ),
         (  # every seed agrees, and yet one of them is the whole margin
             [1.01, 0.01, 0.01],
             [0.0, 0.0, 0.0],
             "recall",
-            "inconclusive: a above b in recall by 0.343 ± 0.500 in 3 of 3 seeds; "
-            "the margin is within the seeds' spread",
+            "inconclusive: a above b in recall by 0.343 ± 0.500 in 3 of 3 seeds (p = 0.206); "
+            "the seeds differ too much to tell",
         ),
         (
             [14.0, 13.0],
             [10.0, 9.5],
             "frechet_distance",
-            "inconclusive: a above b in Frechet distance by 3.8 ± 0.2 in 2 of 2 seeds; differences up to 5 are noise",
+            "inconclusive: a above b in Frechet distance by 3.8 ± 0.2 in 2 of 2 seeds (p = 0.021); "
+            "differences up to 5 are noise",
         ),
         (
             [90.0, 99.0],
             [10.0, 9.5],
             "frechet_distance",
-            "reproduced: a above b in Frechet distance by 84.8 ± 4.8 in 2 of 2 seeds",
+            "reproduced: a above b in Frechet distance by 84.8 ± 4.8 in 2 of 2 seeds (p = 0.018)",
         ),
         (
             [0.5],
@@ -584,18 +636,25 @@ def judged(high: list[float | None], low: list[float | None], metric: str = "eva
             "one seed: a above b in recall by 0.100; two or more are needed to tell",
         ),
         (
-            [0.5, None, 0.6],
+            [0.5, None, 0.51],
             [0.4, 0.4, 0.4],
             "recall",
-            "reproduced: a above b in recall by 0.150 ± 0.050 in 2 of 2 seeds; 1 not finished",
+            "reproduced: a above b in recall by 0.105 ± 0.005 in 2 of 2 seeds (p = 0.015); 1 without both",
         ),
-        ([None], [0.4], "recall", "not measured: a against b in recall: no seed has both"),
+        (  # two of two, as half of all pure noise
+            [0.5, 0.6],
+            [0.4, 0.4],
+            "recall",
+            "inconclusive: a above b in recall by 0.150 ± 0.050 in 2 of 2 seeds (p = 0.102); "
+            "the seeds differ too much to tell",
+        ),
+        ([None], [0.4], "recall", "not measured: a against b in recall: no seed has finished both"),
         (
             [0.4, 0.4],
             [0.4, 0.4],
             "recall",
-            "inconclusive: a level with b in recall by 0.000 ± 0.000 in 0 of 2 seeds; "
-            "the margin is within the seeds' spread",
+            "inconclusive: a level with b in recall by 0.000 ± 0.000 in 0 of 2 seeds (p = 0.500); "
+            "the seeds differ too much to tell",
         ),
     ],
 )
@@ -609,7 +668,8 @@ def test_a_claim_about_early_updates_reads_the_curve() -> None:
 
     sides = {"a": [result(0.3, 0.5, 0.0), result(0.4, 0.4, 0.0)], "b": [result(0.1, 0.1, 9.0)] * 2}
     found = verdict(Claim("a", "b", "recall", until=20), sides)
-    assert str(found) == "reproduced: a above b in recall over the first 20 updates by 0.300 ± 0.000 in 2 of 2 seeds"
+    said = "a above b in recall over the first 20 updates by 0.300 ± 0.000 in 2 of 2 seeds (p < 0.001)"
+    assert (found.status, found.text) == ("reproduced", said)
     assert verdict(Claim("a", "b", "recall", until=5), sides).status == "not measured"
 
 
@@ -645,6 +705,20 @@ def test_a_torn_log_is_read_as_far_as_it_goes(tmp_path: Path, toy: Matrix) -> No
     assert found is not None and found.seconds == 0.0
 
 
+def test_what_could_not_be_measured_is_no_number(tmp_path: Path, toy: Matrix) -> None:
+    """A reward that judged none of the images has a mean of NaN."""
+    run = toy.runs[0]
+    finish(run, tmp_path, reward=float("nan"))
+    found = results.read(run, tmp_path)
+    assert found is not None and found.final == {"eval_reward/toy": 0.4, "eval_reward/total": 0.4}
+
+
+def test_p_is_that_of_students_t() -> None:
+    margins = [0.3, 0.1, 0.25, -0.05]
+    assert results.by_chance(margins) == pytest.approx(stats.ttest_1samp(margins, 0, alternative="greater").pvalue)
+    assert results.by_chance([-m for m in margins]) == pytest.approx(results.by_chance(margins))
+
+
 def test_a_metric_that_finished_runs_lack_is_not_measured() -> None:
     finished = {"a": [Result({"recall": 0.5})], "b": [Result({})]}
     said = "not measured: a against b in recall: their evaluations do not have it"
@@ -662,7 +736,7 @@ def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
     for run in toy.runs[:2]:
         finish(run, tmp_path)
     lines = report.write_report(toy, tmp_path)
-    assert lines == ["three: not measured: RL only against joint in trained reward: no seed has both"]
+    assert lines == ["three: not measured: RL only against joint in trained reward: no seed has finished both"]
     html = (tmp_path / "report.html").read_text()
     assert "2 of 4 runs" in html
     assert "Text with &lt;b&gt;markup&lt;/b&gt;." in html
@@ -677,6 +751,30 @@ def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
     assert "| RL only | 10 | 0.500 | 0.400 | 0.100 |" in (tmp_path / "table.md").read_text()
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {f"three-{m}.{kind}" for m in ("reward-total", "eval_reward-total") for kind in ("png", "svg")}
+
+
+def test_a_cell_without_a_result_has_no_picture(tmp_path: Path, toy: Matrix) -> None:
+    """An unfinished run holds a grid of the student that it began with."""
+    (first, joint) = (toy.blocks[0].cells[label][0] for label in ("stage 1", "joint"))
+    for run in (first, joint):
+        finish(run, tmp_path)
+        images.save(images.grid(torch.rand(4, 3, 8, 8)), run.folder(tmp_path) / "samples" / "step-000000.png")
+    (joint.folder(tmp_path) / "report.html").unlink()
+    report.write_report(toy, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Grid of samples: stage 1" in html and "Grid of samples: joint" not in html
+
+
+def test_every_setting_that_varies_is_a_column(tmp_path: Path, write: Write) -> None:
+    """By its long name, however an axis calls it, and if an objective's recipe sets it."""
+    content = {
+        "grid": {"rl": ["refl"], "steps": ["last", "any"]},
+        "cells": {"grpo": {"rl": "grpo", "num_generations": 4}},
+    }
+    matrix = load(write(blocks={"a": content}), tmp_path)
+    _, header = report.rows(matrix, dict.fromkeys(run.name for run in matrix.runs))
+    assert {"rl", "refl_steps"} <= set(header)
+    assert not {"seed", "init_student", "model", "grpo_beta"} & set(header[3:])
 
 
 def test_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,3 +152,10 @@ def test_climbs_a_reward_without_gradient(cls: type[ToyBackend], dmd_weight: flo
 def test_refuses(temperature: float) -> None:
     with pytest.raises(ConfigError, match=f"rwr: temperature must be above 0, not {temperature}"):
         RWR(temperature)
+
+
+def test_refuses_a_batch_of_one() -> None:
+    """In which nothing could be compared, so that nothing would be trained."""
+    toy = running(RWR(), batch=1, group_size=1)
+    with pytest.raises(ConfigError, match="rwr compares images, and the global batch has one"):
+        ask(RWR(), toy)
