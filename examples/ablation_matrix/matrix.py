@@ -77,7 +77,10 @@ class Run:
 
     def changed(self) -> bool:
         """Whether a plugin's file is no longer what it was when the matrix was read."""
-        return not self.name.endswith(digest(self.settings))
+        try:
+            return not self.name.endswith(digest(self.settings))
+        except OSError:
+            return True
 
     @property
     def stage(self) -> str:

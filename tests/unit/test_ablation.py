@@ -457,11 +457,14 @@ def test_a_run_waits_for_what_it_needs_alone(tmp_path: Path, write: Write) -> No
     assert users == [matrix.blocks[0].cells["judged"][0]]
 
 
-def test_a_plugin_that_changes_meanwhile_is_not_trained_by_its_old_name(tmp_path: Path, write: Write) -> None:
+@pytest.mark.parametrize("change", [lambda file: file.write_text(BEST + "# other\n"), Path.unlink])
+def test_a_plugin_that_changes_meanwhile_is_not_trained_by_its_old_name(
+    tmp_path: Path, write: Write, change: Callable[[Path], object]
+) -> None:
     plugin = tmp_path / "best.py"
     plugin.write_text(BEST)
     run = load(write(blocks={"a": {"cells": {"x": {"rl": f"{plugin}:Best"}}}}), tmp_path).runs[1]
-    plugin.write_text(BEST + "# other\n")
+    change(plugin)
     with command.locked(tmp_path) as lock:
         failed = command.work([command.Task("x", ["train"], run=run)], 1, tmp_path, lock)
     assert failed == {"x": "not begun: the file of its plugin has changed; start again"}
