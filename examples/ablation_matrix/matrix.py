@@ -223,9 +223,8 @@ class Builder:
 
     def cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
         """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
-        alone = resolve(
-            {key: value for key, value in given.items() if key != "dmd_weight"}, where
-        )  # of 0 needs a start
+        # Without dmd_weight, for one of 0 needs the start that is not known yet.
+        alone = resolve({key: value for key, value in given.items() if key != "dmd_weight"}, where)
         settings = resolve(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
         config = settings.config
         own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
