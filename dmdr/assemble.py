@@ -1,6 +1,7 @@
 """From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,7 +68,7 @@ def assemble(settings: Settings) -> Job:
     prompts = open_prompts(config, model, scorers)
     check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
-    backend = open_backend(folder, config)
+    backend = open_backend(folder, config, registry.find("models", named).distribution if model and named else None)
     if hasattr(backend, "check_prompts"):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
@@ -126,6 +127,13 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
                 raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
         if needs.matching and config.dmd_weight == 0:
             raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        batch *= int(os.environ.get("WORLD_SIZE", 1))
+        if batch < needs.batch_size:
+            raise ConfigError(
+                f"{who} compares the images of a batch: it needs --per_device_train_batch_size of at least "
+                f"{needs.batch_size} in all processes together, not {batch}"
+            )
         if config.num_generations < needs.group_size:
             raise ConfigError(
                 f"{who} needs --num_generations of at least {needs.group_size}, not {config.num_generations}"
@@ -200,8 +208,12 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
         ) from error
 
 
-def open_backend(folder: str, config: Config) -> Backend:
-    """The backend that the user names, or else that of the folder's pipeline class."""
+def open_backend(folder: str, config: Config, own: str | None = None) -> Backend:
+    """The backend that the user names, or else that of the folder's pipeline class.
+
+    Args:
+        own: The distribution of the named model, whose backend is meant where several offer one.
+    """
     name = pipeline_class(folder, config.revision)
     if not config.backend and not registry.registered("backends", name):
         known = ", ".join(registry.plugins("backends"))
@@ -213,5 +225,7 @@ def open_backend(folder: str, config: Config) -> Backend:
     lists = {name: tuple(given[name] or ()) for name in ("lora_target_modules", "drop_text_encoders")}
     given["reward_vae"] = None if config.reward_vae == "none" else config.reward_vae
     options = BackendOptions(**(given | lists))
-    backend: Backend = registry.load("backends", config.backend or name)(folder, options)
+    backend: Backend = registry.load("backends", config.backend or name, None if config.backend else own)(
+        folder, options
+    )
     return backend

@@ -38,7 +38,9 @@ def load_object(target: str) -> Any:
     try:
         found = _execute(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except ModuleNotFoundError as error:
-        hint = f": pip install {error.name}" if module.endswith(".py") else "; a file is given as path/to/file.py:name"
+        hint = "; a file is given as path/to/file.py:name"
+        if module.endswith(".py"):
+            hint = ", neither among the installed packages nor in the folder that you are in"
         raise ConfigError(f"'{target}' cannot be imported: {error}{hint}") from error
     except (Exception, SystemExit) as error:
         raise ConfigError(f"'{target}' cannot be imported: {type(error).__name__}: {error}") from error

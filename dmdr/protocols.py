@@ -19,6 +19,7 @@ from dmdr.randomness import Random
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
+COUNTS = {"group_size": 1, "batch_size": 1, "updates_per_rollout": 1, "stochastic_steps": 0}  # of Needs, at least
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that load_lora_weights looks for
 
 
@@ -218,6 +219,7 @@ class Needs:
     Attributes:
         reward: The run must have a reward.
         group_size: Least number of images per prompt.
+        batch_size: Least number of images in the global batch.
         reward_grad: The rewards must be differentiable.
         text_features: The rewards must have separable text features.
         log_prob: The rollout must store the log-probabilities of its transitions.
@@ -230,6 +232,7 @@ class Needs:
 
     reward: bool = True
     group_size: int = 1
+    batch_size: int = 1
     reward_grad: bool = False
     text_features: bool = False
     log_prob: bool = False
@@ -245,16 +248,20 @@ class Needs:
         Raises:
             ConfigError: Names the field.
         """
+        for name in ("reward", "reward_grad", "text_features", "log_prob", "matching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"needs.{name} must be True or False, not {getattr(self, name)!r}")
+        for name, least in COUNTS.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ConfigError(
+                    f"needs.{name} must be a whole number of at least {least}, not {getattr(self, name)!r}"
+                )
         roles, steps = get_args(Role), self.steps
         if not isinstance(self.roles, tuple) or not set(self.roles) <= set(roles):
             raise ConfigError(f"needs.roles must be a tuple of {', '.join(roles)}, not {self.roles!r}")
         explicit = isinstance(steps, tuple) and bool(steps) and all(isinstance(step, int) for step in steps)
         if not explicit and steps not in ("any", "last", "stochastic"):
             raise ConfigError(f"needs.steps must be any, last, stochastic or a tuple of indices, not {steps!r}")
-        if self.group_size < 1 or self.updates_per_rollout < 1 or self.stochastic_steps < 0:
-            raise ConfigError(
-                "needs.group_size and needs.updates_per_rollout are at least 1, stochastic_steps at least 0"
-            )
 
 
 class Context(Protocol):

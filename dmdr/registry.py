@@ -9,7 +9,8 @@ import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,16 +66,22 @@ def offers(group: str) -> list[Plugin]:
     for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
         target, _, extras = point.value.partition("[")
         names = tuple(extra.strip() for extra in extras.rstrip("] ").split(",") if extra.strip())
-        origin = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+        # What an interrupted uninstall leaves behind has neither name nor version.
+        origin = (point.dist.name or "?", point.dist.version or "?") if point.dist else ("?", "?")
         found.add(Plugin(group, point.name, re.sub(r"\s*:\s*", ":", target.strip()), *origin, names))
     return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution, plugin.target))
 
 
-def plugins(group: str) -> dict[str, Plugin]:
-    """The plugins of a group by what users type: the name, or `distribution:name` where several offer it."""
+def typed_names(group: str) -> dict[Plugin, str]:
+    """What users type for each offer of a group: its name, or `distribution:name` where several offer that."""
     found = offers(group)
     count = Counter(plugin.name for plugin in found)
-    return {plugin.name if count[plugin.name] == 1 else plugin.full_name: plugin for plugin in found}
+    return {plugin: plugin.name if count[plugin.name] == 1 else plugin.full_name for plugin in found}
+
+
+def plugins(group: str) -> dict[str, Plugin]:
+    """The plugins of a group by what users type."""
+    return {name: plugin for plugin, name in typed_names(group).items()}
 
 
 def suggest(name: str, known: list[str]) -> str:
@@ -94,6 +101,7 @@ def find(group: str, name: str, own: str | None = None) -> Plugin:
     """
     found = [plugin for plugin in offers(group) if _is_called(plugin, name)]
     if len(found) > 1:
+        _refuse_twins(found)
         for plugin in found:
             if plugin.distribution == own:
                 return plugin
@@ -114,6 +122,14 @@ def find(group: str, name: str, own: str | None = None) -> Plugin:
             f"(a package adds one under the entry-point group 'dmdr.{group}')"
         )
     return found[0]
+
+
+def _refuse_twins(found: Sequence[Plugin]) -> None:
+    """One distribution must not offer one name twice: nothing that a user types could tell the two apart."""
+    for name, count in Counter(plugin.full_name for plugin in found).items():
+        if count > 1:
+            targets = " and as ".join(plugin.target for plugin in found if plugin.full_name == name)
+            raise PluginError(f"{found[0].group[:-1]} '{name}' is offered twice by this package, as {targets}")
 
 
 def _is_called(plugin: Plugin, name: str) -> bool:
@@ -161,12 +177,19 @@ def load(group: str, name: str, own: str | None = None) -> Any:
     offered = [p.full_name for p in offers(group) if _canonical(p.distribution) == _canonical(distribution)]
     if offered and name != head:
         raise PluginError(f"{distribution} offers no {group[:-1]} of that name, but {', '.join(offered)}")
-    return _checked(group, load_object(name), f"{group[:-1]} '{name}'", name)
+    try:
+        found = load_object(name)
+    except ConfigError as error:
+        rest = name.partition(":")[2]
+        meant = suggest(name, [p.full_name for p in offers(group) if p.name == rest])
+        raise type(error)(f"{error}{meant}") from error
+    return _checked(group, found, f"{group[:-1]} '{name}'", name)
 
 
 def problem(plugin: Plugin) -> str | None:
     """What keeps a plugin from being used, or None; imports it."""
     try:
+        _refuse_twins([other for other in offers(plugin.group) if other.full_name == plugin.full_name])
         _imported(plugin)
     except ConfigError as error:
         return str(error).removeprefix(f"{plugin} ")
@@ -183,18 +206,36 @@ def _imported(plugin: Plugin) -> Any:
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             raise PluginError(f"{plugin} has no module '{error.name}': reinstall {plugin.distribution}") from error
-        wanted = f"{plugin.distribution}[{','.join(plugin.extras)}]" if plugin.extras else error.name
-        raise PluginError(f"{plugin} needs the package '{error.name}': pip install '{wanted}'") from error
+        extras = f": pip install '{plugin.distribution}[{','.join(plugin.extras)}]'" if plugin.extras else ""
+        raise PluginError(f"{plugin} needs the module '{error.name}', which is not installed{extras}") from error
     except (Exception, SystemExit) as error:  # what a stranger's module may do when it is imported
         raise PluginError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
-        if not hasattr(target, name):
-            raise PluginError(f"{plugin} has no '{name}' in {module}")
-        target = getattr(target, name)
+        with _refusing(str(plugin)):
+            if not hasattr(target, name):
+                raise PluginError(f"{plugin} has no '{name}' in {module}")
+            target = getattr(target, name)
     return _checked(plugin.group, target, str(plugin), plugin.name)
 
 
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Name the plugin in whatever its code raises when it is looked at, and not called yet."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{where} cannot be looked at: {type(error).__name__}: {error}") from error
+
+
 def _checked(group: str, target: Any, where: str, name: str) -> Any:
+    """The class of a plugin, if it is what its group promises; of a function, the class of a reward."""
+    with _refusing(where):
+        return _examined(group, target, where, name)
+
+
+def _examined(group: str, target: Any, where: str, name: str) -> Any:
     if group == "rewards" and callable(target) and not inspect.isclass(target):
         return as_reward(target, name)
     if not inspect.isclass(target):
@@ -215,13 +256,31 @@ def _checked(group: str, target: Any, where: str, name: str) -> Any:
                     "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
                 )
     protocol = _protocol(group)
-    missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not hasattr(target, name)]
-    problem = f"has no {' and no '.join(missing)}" if missing else misfit(target, protocol)
+    missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not _has(target, name)]
+    problem = f"has no {' and no '.join(missing)}" if missing else _no_value(group, target) or misfit(target, protocol)
     for method in OPTIONAL.get(group, ()):
         problem = problem or (_refusal(target, method, ["ctx"], []) if hasattr(target, method) else None)
     if problem:
         raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
     return target
+
+
+def _has(target: type, name: str) -> bool:
+    """Whether its instances have it: a class has a `__call__` of its own, which makes them."""
+    return any(name in vars(cls) for cls in target.__mro__) if name == "__call__" else hasattr(target, name)
+
+
+def _no_value(group: str, target: type) -> str | None:
+    """What is wrong with the values that are read off a class; a property of it is none."""
+    if group == "rewards":
+        columns = getattr(target, "columns", ())
+        if not isinstance(columns, tuple | list) or not all(isinstance(name, str) for name in columns):
+            return f"has columns that are no tuple of names, but {columns!r}: write them as ('caption',)"
+        if not isinstance(target.differentiable, bool):  # type: ignore[attr-defined]
+            return "has a differentiable that is neither True nor False: it is read off the class, not the instance"
+    if group == "models" and not isinstance(target.recipe, Mapping):  # type: ignore[attr-defined]
+        return "has a recipe that is no mapping: it is read off the class, not the instance"
+    return None
 
 
 def _is_flag(hint: Any) -> bool:

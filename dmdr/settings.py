@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,10 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         Parser(Config, **about).parse_args(["--help"])
 
     default = {f.name: f.default for f in dataclasses.fields(Config)}
-    recipe = dict(model_recipe(str(_first_given(look["model"], default["model"]))))
+    if look["model"] is None:  # of several models of the default's name, nobody has typed a stranger's
+        meant = registry.find("models", str(default["model"]), own="dmdr")
+        default["model"] = registry.typed_names("models")[meant]
+    recipe = {"model": default["model"], **model_recipe(str(_first_given(look["model"], default["model"])))}
     per_objective = recipe.pop("objectives", {})
     named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in names}
     model = registry.registered("models", named["model"])
@@ -177,13 +181,14 @@ def _parse(
     parser.set_defaults_with_config(**recipe)
     for key in given:
         if key not in known:
-            raise ConfigError(f"unknown setting '{key}'{registry.suggest(str(key), known)}")
+            raise ConfigError(f"unknown setting '{key}'{_hint(str(key), known, chosen)}")
     parser.set_defaults_with_config(**given)
     config, values, _, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        hint = registry.suggest(unknown[0].lstrip("-").split("=")[0], known) if unknown[0].startswith("-") else ""
+        flag = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        hint = _hint(flag, known, chosen) if unknown[0].startswith("-") else ""
         raise ConfigError(f"unknown argument {unknown[0]}{hint}")
     check_types(values)
     config.validate()
@@ -195,6 +200,12 @@ def _parse(
         for plugin in chosen
     )
     return config, plugins
+
+
+def _hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen]) -> str:
+    """The full names of a plugin's flag that has no short one, or else the known flag that is most like it."""
+    full = [plugin.key(f.name) for plugin in chosen for f in dataclasses.fields(plugin.cls) if f.name == flag]
+    return f" (write {' or '.join(f'--{key}' for key in full)})" if full else registry.suggest(flag, list(known))
 
 
 # --- Which plugins are named ------------------------------------------------------------------------------------------
@@ -250,12 +261,10 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
 
     Rewards that only measure have no short names, and take none from the others.
     """
-    taken = {f.name for f in dataclasses.fields(command)}
-    count: dict[str, int] = {}
-    for plugin in chosen:
-        for f in dataclasses.fields(plugin.cls):
-            if f.init and plugin.group != "eval_rewards":
-                count[f.name] = count.get(f.name, 0) + 1
+    own = {f.name for f in dataclasses.fields(command)} | {"help", "config"}
+    flags = [(plugin, f.name) for plugin in chosen for f in dataclasses.fields(plugin.cls) if f.init]
+    full = Counter(plugin.key(name) for plugin, name in flags)
+    count = Counter(name for plugin, name in flags if plugin.group != "eval_rewards")
     fields: list[tuple[str, Any, Any]] = []
     short: dict[str, str] = {}
     for plugin in chosen:
@@ -264,10 +273,14 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
             if not f.init:
                 continue
             key = plugin.key(f.name)
-            if key in (name for name, _, _ in fields):
+            if full[key] > 1:
                 raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
+            if key in own:
+                raise ConfigError(
+                    f"{plugin.group[:-1]} '{plugin.name}' has a field '{f.name}', and --{key} is a flag of dmdr"
+                )
             metadata = {"help": help_texts.get(f.name, "")}
-            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in taken:
+            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in own | full.keys():
                 short[f.name] = key
                 metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
             copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)

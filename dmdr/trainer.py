@@ -17,7 +17,7 @@ from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeig
 from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler
-from dmdr.types import Direction, Draw, Rollout, checked, terms_of
+from dmdr.types import Direction, Draw, Rollout, Term, checked, terms_of
 
 PATIENCE = 10  # batches in a row without a judged sample, before the run stops: a small one may have none by chance
 
@@ -29,6 +29,20 @@ class WeightedObjective:
     name: str
     weight: float
     objective: RewardObjective
+
+    def terms(self, draw: Draw, ctx: "Step") -> Iterator[Term]:
+        """What the objective answers, one term at a time.
+
+        Raises:
+            TrainingError: If it is no answer; names the objective.
+        """
+        try:
+            for found in terms_of(self.objective(draw, ctx)):
+                yield checked(found, len(draw))
+        except RewardError:
+            raise
+        except TrainingError as error:
+            raise TrainingError(f"objective '{self.name}': {error}") from error
 
     def declared(self, draw: Draw, last: int) -> Tensor:
         """Samples whose student step the objective acts on, [B] bool."""
@@ -302,7 +316,7 @@ class Trainer:
         """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch."""
         asked = ctx.gather(draw.mask).sum()
         scale = self.accelerator.num_processes * self.rl_weight * term.weight / asked.clamp_min(1)
-        with self.own_gradient_apart() as rescale:
+        with self.own_gradient_apart(term.name) as rescale:
             grads, losses, valids, metrics = zip(
                 *(self.ask(term, part, scale, ctx) for part in draw.split(self.micro_batch_size)), strict=True
             )
@@ -325,12 +339,11 @@ class Trainer:
     def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Objective and backward on a micro-batch: scaled gradient at x0, losses, valid samples, metrics."""
         leaf = part.x0.detach().requires_grad_()
-        answer = term.objective(replace(part, leaf=leaf), ctx)
         grad, counted = torch.zeros_like(leaf), torch.zeros_like(part.mask)
         losses = torch.zeros(len(part), device=leaf.device)
         metrics: dict[str, list[Tensor]] = {}
-        for found in terms_of(answer):
-            checked(found, len(part))
+        reached = False
+        for found in term.terms(replace(part, leaf=leaf), ctx):
             valid = part.mask if found.valid is None else part.mask & found.valid
             loss = torch.where(valid, found.loss, 0.0)
             taken = None
@@ -340,22 +353,24 @@ class Trainer:
                 ctx.backward(scale * loss.sum())
                 taken = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
                 leaf.grad = None
-            elif term.objective.needs.reward_grad and valid.any():  # without it, a term may be there to be logged
-                raise TrainingError(
-                    f"objective '{term.name}' needs the reward's gradient, and its loss has none: is there a detach?"
-                )
+            reached |= taken is not None or loss.requires_grad
             if taken is not None:
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
             losses, counted = losses + loss.detach().float(), counted | valid  # one dtype for all processes
             for name, value in found.metrics.items():
                 metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+        if counted.any() and not reached:  # a term beside others may be there to be logged
+            raise TrainingError(f"objective '{term.name}' trains nothing: its loss has no graph; is there a detach?")
         return grad, losses, counted, {name: torch.stack(values).mean(0) for name, values in metrics.items()}
 
     @contextmanager
-    def own_gradient_apart(self) -> Iterator[Callable[[Tensor], None]]:
+    def own_gradient_apart(self, name: str) -> Iterator[Callable[[Tensor], None]]:
         """Keep what the student's parameters get inside apart from what they had, so that it alone can be rescaled.
 
         A term's denominator, its valid samples, is known only after its passes.
+
+        Raises:
+            TrainingError: If the objective of this name reaches the fake score, which is not its to train.
         """
         parameters = list(self.student.parameters.values())
         before = [parameter.grad for parameter in parameters]
@@ -368,6 +383,8 @@ class Trainer:
                     parameter.grad.mul_(factor)
 
         yield rescale
+        if any(parameter.grad is not None for parameter in self.fake_score.parameters.values()):
+            raise TrainingError(f"objective '{name}' reaches the fake score's parameters: detach what it answers")
         for parameter, other in zip(parameters, before, strict=True):
             if other is not None:
                 parameter.grad = other if parameter.grad is None else parameter.grad + other

@@ -192,6 +192,9 @@ class Direction:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+RESERVED_METRICS = ("coverage", "invalid", "weight")  # what the run logs of every objective beside its own metrics
+
+
 @dataclass(frozen=True)
 class Term:
     """One additive loss.
@@ -218,10 +221,10 @@ def terms_of(answer: Term | Iterable[Term]) -> Iterator[Term]:
     """
     answers = (answer,) if isinstance(answer, Term) else answer
     if not isinstance(answers, Iterable):
-        raise TrainingError(f"an objective returns a Term, or yields several, but this one returned {answers!r}")
+        raise TrainingError(f"it must return a Term, or yield several, but returned {answers!r}")
     for found in answers:
         if not isinstance(found, Term):
-            raise TrainingError(f"an objective returns a Term, or yields several, but this one gave {type(found)}")
+            raise TrainingError(f"it must return a Term, or yield several, but gave {type(found)}")
         yield found
 
 
@@ -229,7 +232,8 @@ def checked(term: Term, count: int) -> Term:
     """The term, if it is what a micro-batch of `count` samples asks for.
 
     Raises:
-        TrainingError: If its loss, `valid` or a metric is of another shape or dtype.
+        TrainingError: If its loss, `valid` or a metric is of another shape or dtype, or a metric has a name that the
+            run logs itself (RESERVED_METRICS).
     """
 
     def what(value: Any) -> str:
@@ -244,6 +248,8 @@ def checked(term: Term, count: int) -> Term:
     if term.valid is not None:
         fits(term.valid, (torch.bool,), "valid", f"[{count}] bool, or None for all")
     for name, value in term.metrics.items():
+        if name in RESERVED_METRICS:
+            raise TrainingError(f"the run logs '{name}' of every objective itself; call the metric otherwise")
         if not isinstance(value, int | float) and (not isinstance(value, Tensor) or value.shape not in ((), (count,))):
             raise TrainingError(f"the metric '{name}' must be a number or [{count}], not {what(value)}")
     return term

@@ -1,6 +1,7 @@
 """`dmdr-plugins`: what is installed, where it comes from and whether it works; `dmdr-plugins new NAME` begins one."""
 
 import argparse
+import ast
 import keyword
 import re
 import sys
@@ -31,12 +32,11 @@ def run(arguments: list[str]) -> None:
 
 def list_plugins() -> None:
     """A line a plugin; one that cannot be used says why."""
-    rows = [plugin for group in registry.GROUPS for plugin in registry.offers(group)]
-    names = {plugin: name for group in registry.GROUPS for name, plugin in registry.plugins(group).items()}
-    cells = {p: (p.group[:-1], names[p], f"{p.distribution} {p.version}", p.target) for p in rows}
+    names = {plugin: name for group in registry.GROUPS for plugin, name in registry.typed_names(group).items()}
+    cells = {p: (p.group[:-1], name, f"{p.distribution} {p.version}", p.target) for p, name in names.items()}
     widths = [max(len(cell) for cell in column) for column in zip(*cells.values(), strict=True)]
-    for plugin in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(cells[plugin], widths, strict=True)).rstrip()
+    for plugin, row in cells.items():
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         with redirect_stdout(sys.stderr):  # what a module prints when it is imported
             broken = registry.problem(plugin)
         print(line + (f"  broken: {' '.join(broken.split())}" if broken else ""), flush=True)
@@ -49,14 +49,27 @@ def template() -> Path:
     return next(folder for folder in found if folder.is_dir())
 
 
+def names_used() -> set[str]:
+    """Names that the template's code reads, but for the two classes that are renamed."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in template().rglob("*.py")]
+    names = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names - {"TargetScore", "Brightness"}
+
+
 def write_package(name: str, folder: Path | None) -> None:
     """Copy the template under another name.
 
     Raises:
         ConfigError: If the name is none, is taken, or the folder exists.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigError(f"new {name}: a name has lower-case letters, digits and _, as in my_objective")
+    title = "".join(part.capitalize() for part in name.split("_"))
+    for word in (name, title):  # none and true are no keywords, but the classes would be called None and True
+        if keyword.iskeyword(word) or word in names_used():
+            raise ConfigError(
+                f"new {name}: '{word}' has a meaning of its own in the package's code; choose another name"
+            )
     for group in ("objectives", "rewards"):
         taken = registry.plugins(group).get(name if group == "objectives" else f"{name}_reward")
         if taken:
@@ -66,7 +79,6 @@ def write_package(name: str, folder: Path | None) -> None:
     folder = folder or Path(name.replace("_", "-"))
     if folder.exists():
         raise ConfigError(f"new {name}: {folder} exists; choose another with --output_dir")
-    title = "".join(part.capitalize() for part in name.split("_"))
     renamed = {
         "dmdr-template": f"dmdr-{name.replace('_', '-')}",
         "dmdr_template": f"dmdr_{name}",

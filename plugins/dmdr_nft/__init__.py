@@ -31,7 +31,8 @@ class DiffusionNFT:
 
     with x a finished image, A its advantage within its group (`dmdr.groups.advantages`), and x_theta, x_old, x_ref what
     student, old policy and stage-1 student make of x, noised to one of the student's own times. Where x_theta = x_old
-    the gradient is A / 5 times that of the denoising error: good images are learnt and bad ones unlearnt alike.
+    the gradient is A / 5 times that of the normalised denoising error: good images are learnt and bad ones unlearnt
+    alike.
 
     Source: arXiv 2509.16117, Algorithm 1, and its implementation, whose constant factor 5 is left to rl_weight.
     Adapted: predictions are clean images, which at a given x_t are affine in the velocity, so that the mixtures are the

@@ -86,10 +86,18 @@ def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
     assert 'my_aim_reward = "dmdr_my_aim:MyAimReward"' in text
 
 
-@pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "class", "ends_", ""])
+@pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "ends_", ""])
 def test_new_wants_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="a name has lower-case letters"):
+        write_package(name, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["none", "true", "class", "needs", "term", "sequence", "class_var"])
+def test_new_wants_a_name_that_code_can_have(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"new {name}: '.*' has a meaning of its own in the package's code; choose"):
         write_package(name, None)
     assert not list(tmp_path.iterdir())
 

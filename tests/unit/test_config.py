@@ -35,6 +35,22 @@ class Climber:
 
     def __call__(self, draw, ctx): ...
 
+@dataclass
+class Heap:
+    help: str = ""
+    config: str = ""
+    climb_floor: float = 1.0
+    needs = Needs()
+
+    def __call__(self, draw, ctx): ...
+
+@dataclass
+class Save:
+    steps: int = 5
+    needs = Needs()
+
+    def __call__(self, draw, ctx): ...
+
 class Hill:
     folder = prompts = judge = lambda self: None
     reward_checkpoint = lambda self, reward, *, held_out=False: None
@@ -50,7 +66,8 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     info = site / "stranger-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
-    points = "[dmdr.objectives]\nclimb = stranger_config:Climber\n\n[dmdr.models]\nhill = stranger_config:Hill\n"
+    objectives = "climb = stranger_config:Climber\nheap = stranger_config:Heap\nsave = stranger_config:Save\n"
+    points = f"[dmdr.objectives]\n{objectives}\n[dmdr.models]\nhill = stranger_config:Hill\n"
     (info / "entry_points.txt").write_text(points)
     (site / "stranger_config.py").write_text(MODULE)
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +204,17 @@ def test_names_that_are_taken_need_their_prefix() -> None:
     assert settings.of("objectives")[0].options == {"temperature": 0.5, "floor": 1.0, "eta": 3.0}
     assert settings.of("matchings")[0].options == {"floor": 2.0}
     assert settings.config.eta == 0.5
-    assert "--floor" in refusal("--rl", "climb", "--floor", "1")
+    assert refusal("--rl", "climb", "--floor", "1") == "unknown argument --floor (write --climb_floor or --dmd_floor)"
+    assert refusal("--rl", "climb", floor=1) == "unknown setting 'floor' (write --climb_floor or --dmd_floor)"
+
+
+def test_a_plugin_may_call_its_fields_as_it_likes() -> None:
+    """Where a name is taken, they have a prefix; what is a flag of the core's even so is refused."""
+    settings = toy("--rl", "climb+heap", "--heap_help", "a", "--heap_climb_floor", "2", "--climb_floor", "3")
+    climb, heap = settings.of("objectives")
+    assert climb.options["floor"] == 3
+    assert heap.options == {"help": "a", "config": "", "climb_floor": 2}
+    assert refusal("--rl", "save") == "objective 'save' has a field 'steps', and --save_steps is a flag of dmdr"
 
 
 def test_flags_of_a_plugin_that_was_not_chosen_are_unknown() -> None:

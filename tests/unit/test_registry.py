@@ -100,9 +100,9 @@ def test_missing_package_names_distribution_and_extra(install: Install) -> None:
         {"rewards": {"egg": "spam_mod:Egg [eggs,bacon]", "ham": "spam_mod:Egg"}},
         spam_mod="import not_there_at_all\n",
     )
-    where = "of spam 1.2 (spam_mod:Egg) needs the package 'not_there_at_all': pip install "
-    assert error_of("rewards", "egg") == f"reward 'egg' {where}'spam[eggs,bacon]'"
-    assert error_of("rewards", "ham") == f"reward 'ham' {where}'not_there_at_all'"
+    where = "of spam 1.2 (spam_mod:Egg) needs the module 'not_there_at_all', which is not installed"
+    assert error_of("rewards", "egg") == f"reward 'egg' {where}: pip install 'spam[eggs,bacon]'"
+    assert error_of("rewards", "ham") == f"reward 'ham' {where}"
 
 
 def dataclass_of(*lines: str) -> str:
@@ -194,11 +194,21 @@ def test_a_name_of_another_kind_says_so() -> None:
 
 def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:
     """A stranger's package that offers a default's name stops only runs that name it."""
+    from dmdr.assemble import assemble
     from dmdr.settings import parse
 
-    points = {"matchings": {"dmd": "spam_mod:Egg"}, "rewards": {"toy": "spam_mod:Egg"}}
+    points = {
+        "matchings": {"dmd": "spam_mod:Egg"},
+        "rewards": {"toy": "spam_mod:Egg"},
+        "models": {"digits": "spam_mod:Egg"},
+        "backends": {"ToyPipeline": "spam_mod:Egg"},
+    }
     install("spam", points, spam_mod="raise RuntimeError\n")
+    assert parse(settings={}).config.model == "dmdr:digits"
+    with pytest.raises(ConfigError, match="write --model dmdr:digits or --model spam:digits"):
+        parse(settings={"model": "digits"})
     settings = parse(settings={"model": "toy"})
+    assert type(assemble(settings).backend).__module__ == "dmdr.backends.toy"
     assert [plugin.cls.__module__ for plugin in settings.plugins] == ["dmdr.backends.toy", "dmdr.matching"]
     with pytest.raises(ConfigError, match="write --matching dmdr:dmd or --matching spam:dmd"):
         parse(settings={"model": "toy", "matching": "dmd"})
@@ -301,6 +311,66 @@ print(json.dumps([found, sorted(name.partition(".")[0] for name in sys.modules)]
     assert {"refl", "hps", "dmd", "ToyPipeline", "digits"} <= set(found)
     assert not {"torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "trl"} & set(modules)
     assert not [name for name in modules if name.startswith("dmdr_")]
+
+
+REWARD = ("prepare = lambda self, device, dtype: None", "__call__ = lambda self, images, prompts, **columns: images")
+
+
+@pytest.mark.parametrize(
+    ("group", "source", "message"),
+    [
+        (
+            "rewards",
+            dataclass_of("differentiable = True", "columns = 5", *REWARD),
+            "has columns that are no tuple of names, but 5",
+        ),
+        (
+            "rewards",
+            dataclass_of("differentiable = True", "columns = ('caption')", *REWARD),
+            "but 'caption': write them as ('caption',)",
+        ),
+        (
+            "rewards",
+            dataclass_of("@property", "def differentiable(self): return False", *REWARD),
+            "has a differentiable that is neither",
+        ),
+        ("rewards", dataclass_of("differentiable = True", REWARD[0]), "has no __call__"),
+        ("objectives", dataclass_of("needs = 1", "def loss(self, draw, ctx): ..."), "has no __call__"),
+        (
+            "models",
+            "class Egg:\n recipe = property(lambda self: {})\n folder = prompts = judge = lambda self: 1\n"
+            " reward_checkpoint = lambda self, reward, **_: 1\n",
+            "has a recipe that is no mapping",
+        ),
+        ("models", "def __getattr__(name): raise RuntimeError('boo')\n", "cannot be looked at: RuntimeError: boo"),
+    ],
+)
+def test_what_is_read_off_a_class_is_checked(install: Install, group: str, source: str, message: str) -> None:
+    install("spam", {group: {"egg": "spam_mod:Egg"}}, spam_mod=source)
+    assert message in error_of(group, "egg")
+    assert message in str(problem(find(group, "egg")))
+
+
+def test_what_an_uninstall_left_behind_stops_nobody(install: Install, tmp_path: Path) -> None:
+    install("spam", {"rewards": {"hps": "spam_mod:Egg", "egg": "spam_mod:Egg"}})
+    (tmp_path / "spam" / "spam-1.2.dist-info" / "METADATA").unlink()
+    assert {"dmdr:hps", "?:hps", "egg"} <= set(plugins("rewards"))
+    assert error_of("rewards", "egg").startswith("reward 'egg' of ? ? (spam_mod:Egg) ")
+
+
+def test_a_distribution_must_not_offer_a_name_twice(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    from dmdr.cli.plugins import list_plugins
+
+    install("spam", {"rewards": {"egg": "spam_mod:Egg", "egg ": "spam_mod:Ham"}})
+    twice = "reward 'spam:egg' is offered twice by this package, as spam_mod:Egg and as spam_mod:Ham"
+    assert error_of("rewards", "egg") == error_of("rewards", "spam:egg") == twice
+    list_plugins()
+    assert capsys.readouterr().out.count(f"broken: {twice}") == 2
+
+
+def test_a_mistyped_distribution_is_suggested(install: Install) -> None:
+    with pytest.raises(ConfigError, match=r"\(did you mean 'dmdr:hps'\?\)"):
+        load("rewards", "dmdrr:hps")
 
 
 def test_groups_read_as_nouns() -> None:

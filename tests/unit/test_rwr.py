@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from toy_trainer import Constant, DoubleToy, EpsToy, Plain, at_rest, prepared, steadily, step_of, trainer
 
+from dmdr.assemble import assemble
 from dmdr.backends.toy import ToyBackend
 from dmdr.errors import ConfigError
 from dmdr.matching import renoised_to_grid
+from dmdr.settings import parse
 from dmdr.testing import check_objective
 from dmdr.trainer import Trainer
 from dmdr.types import Draw, Term
@@ -154,8 +156,11 @@ def test_refuses(temperature: float) -> None:
         RWR(temperature)
 
 
-def test_refuses_a_batch_of_one() -> None:
-    """In which nothing could be compared, so that nothing would be trained."""
-    toy = running(RWR(), batch=1, group_size=1)
-    with pytest.raises(ConfigError, match="rwr compares images, and the global batch has one"):
-        ask(RWR(), toy)
+def test_refuses_a_batch_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which nothing could be compared, so that nothing would be trained; of several processes one each will do."""
+    settings = {"model": "toy", "rl": "rwr", "reward": "toy", "per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match=r"--rl rwr compares the images of a batch: it needs .* of at least 2 in all"):
+        assemble(parse(settings=settings))
+    assemble(parse(settings=settings | {"gradient_accumulation_steps": 2}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assemble(parse(settings=settings))

@@ -598,13 +598,15 @@ def test_objective_is_set_up_once_before_it_is_asked() -> None:
     assert len(objective.draws) == 2
 
 
-def test_objective_without_a_graph_is_plain_matching() -> None:
+def test_an_objective_that_only_watches_is_plain_matching() -> None:
+    """It says so by a gradient of zero; a loss without a graph is refused, as one that was detached by mistake."""
+
     @dataclass
     class Monitor:
         needs: Needs = field(default_factory=Needs)
 
         def __call__(self, draw: Draw, ctx: Any) -> Term:
-            return Term(torch.ones(len(draw)))
+            return Term(torch.ones(len(draw)), grad=torch.zeros_like(draw.leaf))
 
     running = trainer(objectives=[Monitor()], rewards=Redness())
     assert running.train_step()["loss/monitor"] == 1.0
@@ -821,19 +823,41 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
         (lambda d: Term(d.leaf), r"Term.loss .*, not \[16, 2\]"),
         (lambda d: Term(d.leaf.sum(1), valid=torch.ones(16)), r"Term.valid must be \[16\] bool, or None for all, not"),
         (lambda d: Term(d.leaf.sum(1), metrics={"a": "b"}), r"the metric 'a' must be a number or \[16\], not str"),
-        (lambda d: Term(d.leaf.sum(1).detach()), "objective 'odd' needs the reward's gradient, and its loss has none"),
-        (lambda d: None, "an objective returns a Term, or yields several, but this one returned None"),
+        (
+            lambda d: Term(d.leaf.sum(1).detach()),
+            "objective 'odd' trains nothing: its loss has no graph; is there a detach?",
+        ),
+        (
+            lambda d: Term(d.leaf.sum(1), metrics={"weight": 1.0}),
+            "objective 'odd': the run logs 'weight' of every objective",
+        ),
+        (lambda d: None, "objective 'odd': it must return a Term, or yield several, but returned None"),
     ],
 )
 def test_a_term_of_another_form_stops_the_run(term: Any, said: str) -> None:
     """And is not broadcast, cast or lost."""
 
     class Odd:
-        needs = Needs(reward_grad=True)
+        needs = Needs()
 
         def __call__(self, draw: Draw, ctx: Any) -> Any:
             return term(draw)
 
     trainer = toy_trainer(WeightedObjective("odd", 1.0, Odd()), batch_size=16)
     with pytest.raises(TrainingError, match=said):
+        trainer.train_step()
+
+
+def test_an_objective_does_not_train_the_fake_score() -> None:
+    """Its gradient would be added to the fake score's own, in the next step."""
+
+    class Odd:
+        needs = Needs()
+
+        def __call__(self, draw: Draw, ctx: Any) -> Term:
+            answer = ctx.backend.fake_score(draw.x_t, draw.t, draw.cond)
+            return Term(((answer.x0 - draw.leaf) ** 2).sum(1))
+
+    trainer = toy_trainer(WeightedObjective("odd", 1.0, Odd()), batch_size=16)
+    with pytest.raises(TrainingError, match="objective 'odd' reaches the fake score's parameters"):
         trainer.train_step()
