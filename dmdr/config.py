@@ -256,14 +256,21 @@ def check_types(config: Any) -> None:
         ConfigError: For a value of another type, or a number that is not finite.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if hint in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
-            setattr(config, name, value)
-        if not _fits(value, hint):
-            raise ConfigError(f"--{name} must be {_wanted(hint)}, not {value!r}{_norway(value, hint)}")
-        if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
-            setattr(config, name, float(value))
+        setattr(config, name, typed(f"--{name}", getattr(config, name), hint))
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
+    """A value of this type, as its flag would give it.
+
+    Raises:
+        ConfigError: If it is of another type, or a number that is not finite; names it by `name`.
+    """
+    if hint in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not _fits(value, hint):
+        raise ConfigError(f"{name} must be {_wanted(hint)}, not {value!r}{_norway(value, hint)}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and hint in (float, float | None) else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

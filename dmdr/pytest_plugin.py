@@ -12,6 +12,7 @@ pytest loads this file wherever DMDR is installed: everything heavy waits until 
 import dataclasses
 import inspect
 import traceback
+import typing
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ import pytest
 import yaml
 
 from dmdr import registry
+from dmdr.config import typed
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.functions import load_object
 
@@ -169,9 +171,12 @@ def _classes(name: str) -> list[tuple[str, Any]]:
         )
 
 
-def _fields(cls: Any) -> list[str]:
-    """Its flags, by name."""
-    return [field.name for field in dataclasses.fields(cls) if field.init] if dataclasses.is_dataclass(cls) else []
+def _fields(cls: Any) -> dict[str, Any]:
+    """Its flags by name, and their types."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def _file(cls: Any) -> str:
@@ -181,8 +186,8 @@ def _file(cls: Any) -> str:
         return ""
 
 
-def _options(config: pytest.Config, plugins: Sequence[tuple[str, list[str]]]) -> list[dict[str, Any]]:
-    """What --dmdr-option gives to each of the plugins, which come with the names of their fields."""
+def _options(config: pytest.Config, plugins: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What --dmdr-option gives to each of the plugins, which come with their fields and those's types."""
     given: list[dict[str, Any]] = [{} for _ in plugins]
     for key, value in _pairs(config, "--dmdr-option"):
         owner, _, field = key.rpartition(".")
@@ -198,7 +203,10 @@ def _options(config: pytest.Config, plugins: Sequence[tuple[str, list[str]]]) ->
                 f"{', '.join(known) or 'none'}"
             )
         for index in takers:
-            given[index][field] = value
+            try:
+                given[index][field] = typed(f"--dmdr-option {key}", value, plugins[index][1][field])
+            except ConfigError as error:
+                raise pytest.UsageError(str(error)) from error
     return given
 
 

@@ -1,8 +1,12 @@
 """What a model family promises."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from dmdr.paths import add_noise
 from dmdr.protocols import Backend, Role
+from dmdr.sampling import FewStepSampler
 from dmdr.testing.common import untouched_global_rng
 from dmdr.types import Condition
 
@@ -60,6 +65,33 @@ class BackendTrial:
         t = torch.full((len(self.cond),), 0.6, dtype=torch.float64)
         return add_noise(self.prepared.path, self.x0, eps, t).float(), t, self.cond
 
+    @torch.no_grad()
+    def answer(self, role: str, **how: float) -> Tensor:
+        """What a role makes of the state now, [B, *latent]."""
+        found: Tensor = getattr(self.prepared, role)(*self.state, **how).value
+        return found
+
+    @contextmanager
+    def trained(self, role: Role) -> Iterator[None]:
+        """Inside, this role has moved as by training; afterwards it is what it was."""
+        parameters = self.prepared.parameters(role)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in parameters.values():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.prepared.parameters(role).items():
+                    p.copy_(before[name])
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """But for rounding: two adapters of equal values may be summed in another order."""
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
 
 def the_grid_falls_from_noise_to_zero(trial: BackendTrial) -> None:
     for steps in (1, 4):
@@ -68,21 +100,84 @@ def the_grid_falls_from_noise_to_zero(trial: BackendTrial) -> None:
         assert bool((t[:-1] > t[1:]).all()) and t[-1] == 0 and t[0] <= 1, "a grid decreases within [0, 1] to exactly 0"
 
 
-@torch.no_grad()
+def a_condition_has_a_row_per_prompt(trial: BackendTrial) -> None:
+    prompts, numbers = list(trial.prompts), list(range(len(trial.prompts)))
+    found = trial.prepared.encode(prompts, number=numbers)
+    assert list(found.prompts) == prompts, "encode returns a Condition with the prompts that it was given"
+    assert list(found.columns.get("number", ())) == numbers, "encode keeps the other columns in Condition.columns"
+    for name, tensor in found.tensors.items():
+        assert len(tensor) == len(prompts), (
+            f"Condition.tensors have a row per prompt, [B, ...], which the core slices; '{name}' is "
+            f"{list(tensor.shape)} for {len(prompts)}"
+        )
+
+
+def parameters_have_one_owner(trial: BackendTrial) -> None:
+    backend = trial.prepared
+    owner: dict[int, Role] = {}
+    for role in ROLES:
+        parameters = backend.parameters(role)
+        assert parameters, f"parameters('{role}') is empty, although `prepare` was asked for the {role}"
+        assert list(parameters) == list(backend.parameters(role)), (
+            f"the names of parameters('{role}') must come in the same order every time; checkpoints go by them"
+        )
+        for name, parameter in parameters.items():
+            assert parameter.requires_grad == (role != "reference"), (
+                f"{name} of the {role} must {'not ' if role == 'reference' else ''}require a gradient"
+            )
+            other = owner.setdefault(id(parameter), role)
+            assert other == role, f"{name} of the {role} is also the {other}'s: training one would change the other"
+
+
 def predictions_are_float32_of_the_latents_shape(trial: BackendTrial) -> None:
     for role in ("teacher", *ROLES):
-        found = getattr(trial.prepared, role)(*trial.state).x0
+        prediction = getattr(trial.prepared, role)(*trial.state)
+        assert prediction.value.requires_grad == (role in ("student", "fake_score")), (
+            "student and fake score answer with a graph, teacher and reference without one, in less memory; the "
+            f"{role} does not"
+        )
+        found = prediction.x0.detach()
         assert found.shape == trial.x0.shape, f"the {role}'s prediction is [B, *latent], not {list(found.shape)}"
         assert found.dtype == torch.float32, f"the {role}'s prediction is float32, whatever the network's dtype"
         assert found.isfinite().all(), f"the {role}'s prediction of unit Gaussian latents must be finite"
 
 
-@torch.no_grad()
 def every_role_starts_as_the_teacher(trial: BackendTrial) -> None:
-    teacher = trial.prepared.teacher(*trial.state).value
+    teacher = trial.answer("teacher")
     for role in ROLES:
-        same = torch.equal(getattr(trial.prepared, role)(*trial.state).value, teacher)
+        same = torch.equal(trial.answer(role), teacher)
         assert same, f"before training the {role} is the teacher at guidance 1, to the bit"
+
+
+def training_a_role_moves_it_alone(trial: BackendTrial) -> None:
+    """The reference is what the student was at the last snapshot."""
+    names: tuple[str, ...] = ("teacher", *ROLES)
+    for role in ("student", "fake_score"):
+        before = {name: trial.answer(name) for name in names}
+        with trial.trained(role):
+            moved = [name for name in names if not _alike(trial.answer(name), before[name])]
+        assert moved == [role], (
+            f"training the {role} must change its answer alone; changed: {', '.join(moved) or 'none'}"
+        )
+    with trial.trained("student"):
+        trial.prepared.snapshot()
+        student = trial.answer("student")
+        assert _alike(trial.answer("reference"), student), "after snapshot() the reference is the student"
+    assert _alike(trial.answer("reference"), student), (
+        "the reference must keep what snapshot() made it, however the student is trained afterwards"
+    )
+    trial.prepared.snapshot()
+
+
+def fake_mix_leads_from_teacher_to_fake_score(trial: BackendTrial) -> None:
+    teacher = trial.answer("teacher")
+    with trial.trained("fake_score"):
+        ends = trial.answer("teacher", fake_mix=0.0), trial.answer("teacher", fake_mix=1.0)
+        between, fake = trial.answer("teacher", fake_mix=0.5), trial.answer("fake_score")
+    assert _alike(ends[0], teacher), "at fake_mix 0 the teacher is pure"
+    assert _alike(ends[1], fake), "at fake_mix 1 the teacher is the fake score"
+    for end in ends:
+        assert not _alike(between, end), "fake_mix is a share: at 0.5 the teacher is neither pure nor the fake score"
 
 
 @torch.no_grad()
@@ -120,8 +215,42 @@ def decoded_images_are_differentiable(trial: BackendTrial) -> None:
     images = trial.prepared.decode(latents)
     assert images.ndim == 4 and images.shape[:2] == (len(trial.cond), 3), "images are [B, 3, H, W]"
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1, "images are float32 in [0, 1]"
-    images.sum().backward()
+    if images.requires_grad:
+        images.sum().backward()
     assert latents.grad is not None and latents.grad.isfinite().all(), "decode must be differentiable"
+
+
+def images_are_encoded_to_latents(trial: BackendTrial) -> None:
+    with torch.no_grad():
+        images = trial.prepared.decode(trial.x0)
+        latents = trial.prepared.encode_images(images)
+    assert latents.shape == trial.x0.shape, (
+        f"encode_images makes [B, *latent] of what decode makes, {list(trial.x0.shape)}, not {list(latents.shape)}"
+    )
+    assert latents.isfinite().all(), "encode_images must be finite"
+
+
+def an_export_brings_back_the_student(trial: BackendTrial) -> None:
+    backend = trial.prepared
+    sampler = FewStepSampler(backend.path, backend.grid(4), 1.0)
+    others = {role: trial.answer(role) for role in ("teacher", "fake_score", "reference")}
+    with trial.trained("student"), TemporaryDirectory() as folder:
+        exported = trial.answer("student")
+        arguments = backend.export(Path(folder), sampler)
+        try:
+            json.dumps(arguments)
+        except TypeError as error:
+            what = "export returns the arguments of the stock pipeline's call, for a JSON file"
+            raise AssertionError(f"{what}: {error}") from error
+        assert isinstance(backend.snippet("base", trial.prompts[0], sampler), str), "snippet returns Python code"
+        with trial.trained("student"):
+            backend.load_export(Path(folder))
+            loaded = trial.answer("student")
+    assert _alike(loaded, exported), (
+        "load_export(directory) must bring back the student that export(directory, sampler) wrote"
+    )
+    for role, before in others.items():
+        assert _alike(trial.answer(role), before), f"export and load_export are of the student; the {role} changed"
 
 
 def no_random_numbers(trial: BackendTrial) -> None:
@@ -134,11 +263,17 @@ def no_random_numbers(trial: BackendTrial) -> None:
 
 BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     the_grid_falls_from_noise_to_zero,
+    a_condition_has_a_row_per_prompt,
+    parameters_have_one_owner,
     predictions_are_float32_of_the_latents_shape,
     every_role_starts_as_the_teacher,
+    training_a_role_moves_it_alone,
+    fake_mix_leads_from_teacher_to_fake_score,
     guidance_is_linear,
     rows_do_not_depend_on_the_batch,
     gradients_reach_their_own_role,
     decoded_images_are_differentiable,
+    images_are_encoded_to_latents,
+    an_export_brings_back_the_student,
     no_random_numbers,
 )

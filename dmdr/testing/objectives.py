@@ -1,9 +1,10 @@
 """What an RL objective promises."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from torch import Tensor
 from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import Needs, Reward, RewardObjective
+from dmdr.protocols import Needs, Reward, RewardObjective, Role
 from dmdr.testing.common import CannotRun, networks, untouched_global_rng
 from dmdr.testing.toy import toy_trainer
 from dmdr.trainer import Step, Trainer, WeightedObjective
-from dmdr.types import Draw, Rollout, Term, checked, terms_of
+from dmdr.types import Condition, Draw, Rollout, Term, checked, terms_of
 
 Build = Callable[[], RewardObjective]
 
@@ -76,8 +77,8 @@ class _Bench:
 
 def _trainer(objective: RewardObjective, reward: Reward | None, *, groups: int = 4, **settings: Any) -> Trainer:
     """A toy run of whole groups with this objective, and a reward only if it declares one."""
-    size = max(objective.needs.group_size, 1)
-    batch_size = groups * max(size, 4) // size * size
+    size = objective.needs.group_size
+    batch_size = max(groups * max(size, 4), objective.needs.batch_size + size - 1) // size * size
     term = WeightedObjective("checked", 1.0, objective)
     trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
     if not objective.needs.reward:
@@ -197,6 +198,31 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
         )
 
 
+def nothing_is_declared_in_vain(build: Build, reward: Reward | None = None) -> None:
+    """What a run must give costs it time and memory, or its users a setting."""
+    needs = build().needs
+    without = {f"the {role} in roles": replace(needs, roles=tuple({*needs.roles} - {role})) for role in needs.roles}
+    if needs.matching:
+        without["matching=True"] = replace(needs, matching=False)
+    if needs.log_prob:
+        without["log_prob=True"] = replace(needs, log_prob=False)
+
+    def answer(needs: Needs) -> list[Term]:
+        return _bench(build, reward, groups=1, needs=needs).ask_and_learn()[0]
+
+    whole = answer(needs) if without else []
+    for what, less in without.items():
+        try:
+            same = _same_losses(whole, answer(less))
+        except Exception:  # whatever it raises for want of it
+            continue
+        assert not same, f"the objective declares {what}, and its loss is the same without: it is not to be declared"
+
+
+def _same_losses(a: Sequence[Term], b: Sequence[Term]) -> bool:
+    return len(a) == len(b) and all(_same(x.loss.detach(), y.loss.detach()) for x, y in zip(a, b, strict=True))
+
+
 def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> None:
     bench = _bench(build, reward)
     answers, _ = bench.ask_and_learn()
@@ -209,22 +235,38 @@ def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> No
 
 
 def what_it_is_given_is_only_read(build: Build, reward: Reward | None = None) -> None:
-    """Other objectives, and the matching, read the same draw."""
+    """Other objectives, and the matching, read the same draw and the same scores; parameters are the optimizer's."""
     bench = _bench(build, reward)
-    before = {name: tensor.clone() for name, tensor in _tensors(bench.draw)}
+    given = dict(_given(bench))
+    before = {name: tensor.detach().clone() for name, tensor in given.items()}
     bench.ask_and_learn()
-    for name, tensor in _tensors(bench.draw):
-        assert torch.equal(tensor, before[name]), f"the objective changed {name} in place; others read it, too"
+    for name, tensor in given.items():
+        unchanged = _same(tensor.detach(), before[name])
+        assert unchanged, f"the objective changed {name} in place; it is only there to be read"
 
 
-def _tensors(part: Draw | Rollout, name: str = "draw") -> Iterator[tuple[str, Tensor]]:
-    """Its tensors and the rollout's, by name."""
+def _given(bench: _Bench) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that an objective can lay hands on, by name."""
+    yield from _tensors(bench.draw)
+    if bench.trainer.rewards:
+        scores, group = bench.ctx.global_scores()
+        yield from ((f"ctx.global_scores()[0]['{name}']", score) for name, score in scores.items())
+        yield "ctx.global_scores()[1]", group
+    for role in get_args(Role):
+        for name, parameter in bench.trainer.backend.parameters(role).items():
+            yield f"the {role}'s {name}", parameter
+
+
+def _tensors(part: Draw | Rollout | Condition, name: str = "draw") -> Iterator[tuple[str, Tensor]]:
+    """Its tensors, the rollout's and the condition's, by name."""
     for entry in fields(part):
         value, path = getattr(part, entry.name), f"{name}.{entry.name}"
         if isinstance(value, Tensor):
             yield path, value
-        elif isinstance(value, Rollout):
+        elif isinstance(value, Rollout | Condition):
             yield from _tensors(value, path)
+        elif isinstance(value, Mapping):
+            yield from ((f"{path}['{key}']", each) for key, each in value.items() if isinstance(each, Tensor))
 
 
 def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None) -> None:
@@ -251,7 +293,7 @@ def a_sample_does_not_depend_on_its_micro_batch(build: Build, reward: Reward | N
     """Neither the company of other groups nor the order of the calls changes a sample's loss."""
     bench = _bench(build, reward)
     whole = len(bench.draw)
-    size = max(bench.needs.group_size, 1)
+    size = bench.needs.group_size
     half = size * max(whole // size // 2, 1)
 
     def losses(micro_batch: int, order: slice) -> Tensor:
@@ -287,10 +329,8 @@ def random_numbers_are_keyed(build: Build, reward: Reward | None = None) -> None
     for _ in range(2):
         bench = _bench(build, reward)
         with untouched_global_rng("objective", instead):
-            found.append([term.loss.detach() for term in bench.ask_and_learn()[0]])
-    for first, second in zip(*found, strict=True):
-        same = torch.equal(first.nan_to_num(), second.nan_to_num())
-        assert same, f"two calls on the same draw gave different losses; {instead}"
+            found.append(bench.ask_and_learn()[0])
+    assert _same_losses(*found), f"two calls on the same draw gave different losses; {instead}"
 
 
 def bfloat16_predictions_are_enough(build: Build, reward: Reward | None = None) -> None:
@@ -401,25 +441,35 @@ def whole_training_steps_run(build: Build, reward: Reward | None = None) -> None
 
 
 def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> None:
-    bench = _bench(build, reward)
-    objective: Any = bench.objective
+    """After some steps, what goes on from a checkpoint answers as what has gone on all the time."""
+    objective: Any = build()
     has = [hasattr(objective, name) for name in ("state_dict", "load_state_dict")]
     assert has[0] == has[1], "an objective with a state has both, state_dict() and load_state_dict(state)"
-    if not has[0]:
-        return
-    bench.ask_and_learn()
-    if hasattr(objective, "after_update"):
-        objective.after_update(bench.ctx)
+    trainer = _trainer(objective, reward, learning_rate=0.01)
+    trainer.step = 1000  # schedules have come to an end
+    for _ in range(2):
+        trainer.train_step()
+    ctx = trainer.context(0)
+    draw = _drawn(trainer, ctx)
     other: Any = build()
     if hasattr(other, "setup"):
-        other.setup(bench.ctx)
-    other.load_state_dict(objective.state_dict())
-    assert _same(objective.state_dict(), other.state_dict()), "load_state_dict(state_dict()) must bring back the state"
+        other.setup(ctx)
+    if has[0]:
+        state = deepcopy(objective.state_dict())
+        other.load_state_dict(state)
+        assert _same(other.state_dict(), state), "load_state_dict(state_dict()) must bring back the state"
+    asked = replace(draw, leaf=draw.x0.detach().requires_grad_())
+    assert _same_losses(*(_Bench(each, trainer, ctx, draw).ask(asked) for each in (objective, other))), (
+        "it remembers something that a checkpoint does not hold: after setup, and load_state_dict(state_dict()), a new "
+        "one answers otherwise; all that is kept from step to step belongs into state_dict()"
+    )
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Equal, and NaN is equal to NaN."""
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
+        alike = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        return alike and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -429,6 +479,7 @@ def _same(a: Any, b: Any) -> bool:
 
 OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     declared_needs_are_honest,
+    nothing_is_declared_in_vain,
     one_finite_loss_per_sample,
     what_it_is_given_is_only_read,
     gradient_reaches_the_student_only,

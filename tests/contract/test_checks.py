@@ -1,21 +1,24 @@
 """The checks for plugin authors catch what they name, and `pytest --dmdr-plugin` runs them."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import datasets  # noqa: F401  # pytester forgets what is imported in a test, and this cannot be imported twice
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
+from dmdr.ema import EMA
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import BackendOptions, Context, Needs
+from dmdr.protocols import BackendOptions, Context, Needs, Role
 from dmdr.testing import check_backend, check_objective, check_reward
 from dmdr.types import Condition, Draw, Term
+from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
 
 Answer = Callable[[Draw, Context], Term | Iterable[Term]]
@@ -76,6 +79,28 @@ def without_valid(draw: Draw, ctx: Context) -> Term:
 def changing(draw: Draw, ctx: Context) -> Term:
     draw.rollout.final.mul_(2)
     return Term(climb(draw, ctx))
+
+
+def rescoring(draw: Draw, ctx: Context) -> Term:
+    for scores in ctx.global_scores()[0].values():
+        scores.sub_(scores.mean())
+    return Term(climb(draw, ctx))
+
+
+def relabelling(draw: Draw, ctx: Context) -> Term:
+    draw.cond.tensors["label"].zero_()
+    return Term(climb(draw, ctx))
+
+
+def nudging(role: Role) -> Answer:
+    """Trains behind the optimizer's back."""
+
+    def answer(draw: Draw, ctx: Context) -> Term:
+        for parameter in ctx.backend.parameters(role).values():
+            parameter.data.mul_(0.9)
+        return Term(climb(draw, ctx))
+
+    return answer
 
 
 def learning_itself(draw: Draw, ctx: Context) -> Term:
@@ -142,6 +167,18 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (without_valid, {"steps": (4,)}, "names none of the 4 student steps"),
         (paired, {}, "declare reward_grad=True|on micro-batches of 1 of 16 samples"),
         (changing, {}, r"changed draw.rollout.x0 in place"),
+        (rescoring, {}, r"changed ctx.global_scores\(\)\[0\]\['toy'\] in place"),
+        (relabelling, {}, r"changed draw.cond.tensors\['label'\] in place"),
+        (nudging("student"), {}, "changed the student's net.0.weight in place"),
+        (nudging("fake_score"), {}, "changed the fake_score's net.0.weight in place"),
+        (lambda d, c: Term(climb(d, c)), {"matching": True}, "declares matching=True, and its loss is the same"),
+        (lambda d, c: Term(climb(d, c)), {"log_prob": True}, "declares log_prob=True, and its loss is the same"),
+        (lambda d, c: Term(climb(d, c)), {"roles": ("reference",)}, "declares the reference in roles, and its"),
+        (
+            lambda d, c: Term(climb(d, c), metrics={"weight": 1.0}),
+            {},
+            "the run logs 'weight' of every objective itself",
+        ),
         (learning_itself, {}, "ran backward into draw.leaf itself"),
         (own_parameters, {}, "its gradient in the student's parameters"),
         (
@@ -195,6 +232,42 @@ def test_a_state_that_is_only_saved_is_caught() -> None:
 
     with pytest.raises(AssertionError, match=r"load_state_dict\(state\)"):
         check_objective(Forgets)
+
+
+def test_a_state_that_is_not_brought_back_is_caught() -> None:
+    """An average of the student is the student itself at first, and so after every setup."""
+
+    class Forgetful(DiffusionNFT):
+        def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+            pass
+
+    check_objective(DiffusionNFT)
+    with pytest.raises(AssertionError, match="must bring back the state"):
+        check_objective(Forgetful)
+
+
+def test_a_memory_that_no_checkpoint_holds_is_caught() -> None:
+    @dataclass
+    class Averages:
+        needs: ClassVar[Needs] = Needs(reward=False)
+        _old: EMA | None = field(default=None, init=False)
+
+        def setup(self, ctx: Context) -> None:
+            self._old = EMA(ctx.backend.parameters("student"), 0.5)
+
+        def after_update(self, ctx: Context) -> None:
+            assert self._old is not None
+            self._old.update()
+
+        def __call__(self, draw: Draw, ctx: Context) -> Term:
+            assert self._old is not None
+            with self._old.applied(), torch.no_grad():
+                old = ctx.backend.student(draw.x_t, draw.t, draw.cond).x0
+            assert draw.leaf is not None
+            return Term((draw.leaf - 2 * old).square().mean(1))
+
+    with pytest.raises(AssertionError, match="remembers something that a checkpoint does not hold"):
+        check_objective(Averages)
 
 
 class Judge(Redness):
@@ -290,42 +363,119 @@ def test_a_reward_that_would_be_trained_is_caught() -> None:
         check_reward(Judge(frozen=False))
 
 
-class Lopsided(ToyBackend):
-    """A family with one flaw."""
+def flawed(method: str, instead: Callable[..., Any]) -> ToyBackend:
+    """The toy with one method that calls `instead(backend, own method, *arguments)`."""
+    backend = ToyBackend("", BackendOptions())
+    own = getattr(backend, method)
+    setattr(backend, method, lambda *args, **kwargs: instead(backend, own, *args, **kwargs))
+    return backend
 
-    def __init__(self, flaw: str) -> None:
-        super().__init__("", BackendOptions())
-        self.flaw = flaw
 
-    def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        role = "fake_score" if self.flaw == "role" else "student"
-        return self._predict(x_t, t, cond, role)  # type: ignore[arg-type]
+def plus(prediction: Prediction, more: Tensor | float) -> Prediction:
+    return replace(prediction, value=prediction.value + more)
 
-    def teacher(self, *args: Any, guidance: float = 1.0, fake_mix: float = 0.0) -> Prediction:
-        return super().teacher(
-            *args, guidance=guidance + (self.flaw == "guidance") * (guidance == 3), fake_mix=fake_mix
-        )
 
-    def decode(self, latents: Tensor, *, exact: bool = False) -> Tensor:
-        return super().decode(latents) * (2 if self.flaw == "range" else 1)
+def of_the_fake(backend: ToyBackend, state: Sequence[Any]) -> Tensor:
+    """Zero, with the fake score's graph."""
+    fake = backend.fake_score(*state).value
+    return fake - fake.detach()
 
-    def grid(self, num_inference_steps: int) -> Tensor:
-        return super().grid(num_inference_steps)[:-1] if self.flaw == "grid" else super().grid(num_inference_steps)
+
+def without_columns(b: ToyBackend, own: Any, prompts: Sequence[str], **columns: Any) -> Condition:
+    return own(prompts)
+
+
+def of_one_row(b: ToyBackend, own: Any, prompts: Sequence[str], **columns: Any) -> Condition:
+    return replace(own(prompts, **columns), tensors={"label": torch.zeros(1, dtype=torch.long)})
+
+
+def drawn_text(b: ToyBackend, own: Any, prompts: Sequence[str], **columns: Any) -> Condition:
+    torch.rand(1)
+    return own(prompts, **columns)
+
+
+def in_another_order(b: ToyBackend, own: Any, role: str) -> dict[str, Any]:
+    b.asked = not getattr(b, "asked", False)  # type: ignore[attr-defined]
+    return dict(sorted(own(role).items(), reverse=b.asked))  # type: ignore[attr-defined]
+
+
+def frozen(b: ToyBackend, own: Any, role: str) -> dict[str, Any]:
+    return {name: p.requires_grad_(False) for name, p in own(role).items()}
+
+
+def aliased(b: ToyBackend, own: Any) -> None:
+    """All but the first time."""
+    if b.residuals["student"].net[-1].weight.any():
+        for mine, others in zip(*(b.parameters(role).values() for role in ("reference", "student")), strict=True):
+            mine.data = others.data
+    else:
+        own()
+
+
+def unmixed(b: ToyBackend, own: Any, *state: Any, guidance: float = 1.0, fake_mix: float = 0.0) -> Prediction:
+    return own(*state, guidance=guidance)
+
+
+def switched(b: ToyBackend, own: Any, *state: Any, guidance: float = 1.0, fake_mix: float = 0.0) -> Prediction:
+    return own(*state, guidance=guidance, fake_mix=float(fake_mix > 0))
+
+
+def overshooting(b: ToyBackend, own: Any, *state: Any, guidance: float = 1.0, fake_mix: float = 0.0) -> Prediction:
+    return own(*state, guidance=guidance + (guidance == 3), fake_mix=fake_mix)
+
+
+def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
+    own(directory)
+    b.residuals["fake_score"].load_state_dict(b.residuals["student"].state_dict())
 
 
 @pytest.mark.parametrize(
-    ("flaw", "message"),
+    ("method", "instead", "message"),
     [
-        ("role", "the gradient of the student misses the student"),
-        ("guidance", r"guidance w is u \+ w \(c - u\)"),
-        ("range", r"images are float32 in \[0, 1\]"),
-        ("grid", r"grid\(1\) is \[2\] float64"),
+        ("grid", lambda b, own, k: own(k)[:-1], r"grid\(1\) is \[2\] float64"),
+        ("grid", lambda b, own, k: own(k).flip(0), "decreases within"),
+        ("encode", without_columns, "encode keeps the other columns"),
+        ("encode", of_one_row, "have a row per prompt"),
+        ("encode", drawn_text, "drew from torch's global random generator"),
+        ("parameters", lambda b, own, role: own(role) if role == "student" else {}, r"'fake_score'\) is empty"),
+        ("parameters", in_another_order, "in the same order every time"),
+        ("parameters", frozen, "of the student must require a gradient"),
+        ("parameters", lambda b, own, role: own("student" if role == "fake_score" else role), "is also the student's"),
+        ("student", torch.no_grad()(lambda b, own, *x: own(*x)), "without one, in less memory; the student does not"),
+        ("teacher", lambda b, own, *x, **k: plus(own(*x, **k), of_the_fake(b, x)), "the teacher does not"),
+        ("student", lambda b, own, *x: replace(own(*x), x_t=x[0].double()), "prediction is float32"),
+        ("student", lambda b, own, *x: plus(own(*x), torch.nan), "must be finite"),
+        ("student", lambda b, own, *x: plus(own(*x), 1e-3), "before training the student is the teacher"),
+        ("student", lambda b, own, *x: b.fake_score(*x), "must change its answer alone; changed: none"),
+        ("student", lambda b, own, *x: plus(own(*x), of_the_fake(b, x)), "of the student reaches the fake_score"),
+        ("reference", torch.no_grad()(lambda b, own, *x: b.student(*x)), "alone; changed: student, reference"),
+        ("snapshot", lambda b, own: None, r"after snapshot\(\) the reference is the student"),
+        ("snapshot", aliased, r"must keep what snapshot\(\) made it"),
+        ("teacher", unmixed, "at fake_mix 1 the teacher is the fake score"),
+        ("teacher", switched, "fake_mix is a share"),
+        ("teacher", overshooting, r"guidance w is u \+ w \(c - u\)"),
+        ("_exact", lambda b, own, *x: own(*x) - own(*x).mean(0), "must not depend on the rest of the batch"),
+        ("decode", lambda b, own, x, **k: own(x) * 2, r"images are float32 in \[0, 1\]"),
+        ("decode", lambda b, own, x, **k: own(x)[:, :1], r"images are \[B, 3, H, W\]"),
+        ("decode", lambda b, own, x, **k: own(x).detach(), "decode must be differentiable"),
+        (
+            "encode_images",
+            lambda b, own, images: own(images)[:, :1],
+            r"makes \[B, \*latent\] of what decode makes, \[4, 2\]",
+        ),
+        ("export", lambda b, own, *x: own(*x) | {"sigmas": torch.ones(4)}, "for a JSON file"),
+        ("snippet", lambda b, own, *x: None, "snippet returns Python code"),
+        ("load_export", lambda b, own, directory: None, "must bring back the student"),
+        ("load_export", into_the_fake_score, "the fake_score changed"),
     ],
 )
-def test_a_broken_backend_is_taught(flaw: str, message: str) -> None:
-    check_backend(Lopsided(""), PROMPTS)
+def test_a_broken_backend_is_taught(method: str, instead: Callable[..., Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        check_backend(Lopsided(flaw), PROMPTS)
+        check_backend(flawed(method, instead), PROMPTS)
+
+
+def test_a_sound_backend_passes() -> None:
+    check_backend(ToyBackend("", BackendOptions()), PROMPTS)
 
 
 # --- pytest --dmdr-plugin ------------------------------------------------------------------------------------------
@@ -370,11 +520,30 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--dmdr-option=scale=3.5")
     assert code == 0, out
     assert "gradient_reaches_the_student_only PASSED" in out
-    assert "10 passed" in out
+    assert "11 passed" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Score", "--dmdr-option=checkpoint=here")
     assert code == 1
     assert "a reward returns [4] float32; this one torch.float64 [4]" in out
     assert "Traceback" not in out and "def one_finite" not in out
+
+
+UNFIT = """
+from dataclasses import dataclass
+from dmdr.protocols import Needs
+
+class Nothing: ...
+
+class Plain:
+    needs = None
+    def __call__(self, draw, ctx): ...
+
+@dataclass
+class Picky:
+    file: str = ""
+    needs = Needs()
+    def __post_init__(self): {}[self.file]
+    def __call__(self, draw, ctx): ...
+"""
 
 
 @pytest.mark.parametrize(
@@ -386,7 +555,12 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
         (["--dmdr-plugin=refl", "--dmdr-option=stepz=3"], "'stepz' (did you mean 'steps'?); refl has balance, hinge"),
         (["--dmdr-plugin=refl", "--dmdr-option=refll.steps=3"], "no --dmdr-plugin is called refll"),
         (["--dmdr-plugin=refl", "--dmdr-option=steps=[3"], "--dmdr-option steps=[3 is no YAML"),
-        (["--dmdr-plugin=refl", "--dmdr-option=steps=3"], "it cannot be built: AttributeError"),
+        (["--dmdr-plugin=refl", "--dmdr-option=steps=[3]"], "--dmdr-option steps must be text, not [3]"),
+        (["--dmdr-plugin=nft", "--dmdr-option=beta=abc"], "--dmdr-option beta must be a finite number, not 'abc'"),
+        (
+            ["--dmdr-plugin=odd.py:Picky"],
+            "it cannot be built: KeyError: ''; --dmdr-option KEY=VALUE sets its fields: file",
+        ),
         (["--dmdr-plugin=toy", "--dmdr-column=label=[1, 2]"], "takes a list of four values"),
         (["--dmdr-plugin=decoupled"], "this is one of the matchings; only objectives, rewards, backends have checks"),
         (["--dmdr-plugin=digits"], "this is one of the models"),
@@ -396,9 +570,7 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     ],
 )
 def test_a_plugin_that_cannot_be_checked(pytester: pytest.Pytester, arguments: list[str], message: str) -> None:
-    pytester.makepyfile(
-        odd="class Nothing: ...\nclass Plain:\n    needs = None\n    def __call__(self, draw, ctx): ..."
-    )
+    pytester.makepyfile(odd=UNFIT)
     code, out = check(pytester, *arguments)
     assert code == pytest.ExitCode.USAGE_ERROR
     assert message in out and "Traceback" not in out and "INTERNALERROR" not in out
@@ -452,7 +624,7 @@ class Captioned:
 def test_what_cannot_run_fails_once(pytester: pytest.Pytester, name: str, lines: list[str]) -> None:
     pytester.makepyfile(odd=ODD)
     code, out = check(pytester, f"--dmdr-plugin=odd.py:{name}")
-    assert code == 1 and "1 failed, 9 skipped" in out
+    assert code == 1 and "1 failed, 10 skipped" in out
     assert all(line in out for line in lines)
     assert "runner.py" not in out and "dmdr/testing" not in out
     assert len(out.splitlines()) < 40
@@ -464,19 +636,19 @@ def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> Non
     assert "TypeError: object of type 'int' has no len()" in out and "1 failed, 7 skipped" in out
     arguments = ["--dmdr-plugin=odd.py:Captioned", "--dmdr-column=caption=[a, bb, c, dd]", "--dmdr-plugin=mine.py:Mine"]
     code, out = check(pytester, *arguments, "--dmdr-option=mine.py:Mine.scale=2", "--dmdr-option=scale=3")
-    assert code == 0 and "18 passed" in out, out
+    assert code == 0 and "19 passed" in out, out
 
 
 def test_checks_are_collected(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(mine=MINE)
     _, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--collect-only", "-q")
-    assert "collected 10 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
+    assert "collected 11 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "-k", "whole or only_read")
-    assert code == 0 and "2 passed, 8 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
+    assert code == 0 and "2 passed, 9 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
 
 
 def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
     code, out = check(
         pytester, "--dmdr-plugin=ToyPipeline", "--dmdr-model=.", "--dmdr-prompt=mode 1", "--dmdr-prompt=mode 2"
     )
-    assert code == 0 and "8 passed" in out, out
+    assert code == 0 and "14 passed" in out, out

@@ -69,7 +69,7 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
     assert "target_score/distance" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
     assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
-    assert "18 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+    assert "19 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
 
 
 def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_guide_is_true(shell: Shell, tmp_path: Path) -> None:
     assert [line.split()[0] for line in outputs] == [
         *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins", "pytest")
     ]
-    assert "10 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
+    assert "11 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
     assert "8 passed" in outputs["pytest --dmdr-plugin ink.py:Ink"]
     log = (tmp_path / "runs" / "best" / "metrics.jsonl").read_text()
     assert '"loss/best.py:Best"' in log and '"best.py:Best/best"' in log
