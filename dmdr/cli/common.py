@@ -1,12 +1,13 @@
 """What all commands share: errors in one line, exit codes, quiet libraries, rewards to score with."""
 
+import argparse
 import errno
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dmdr.errors import ConfigError, TrainingError
 
@@ -18,9 +19,14 @@ if TYPE_CHECKING:
     from dmdr.settings import Chosen
 
 
-def refuse(message: str) -> NoReturn:
-    """`error` of a parser, in one line."""
-    raise ConfigError(message)
+class CommandParser(argparse.ArgumentParser):
+    """A parser, and its subcommands', whose errors are one line and which guesses no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
 
 
 def command(function: Callable[[list[str]], None]) -> int:

@@ -1,6 +1,5 @@
 """`dmdr-plugins`: what is installed, where it comes from and whether it works; `dmdr-plugins new NAME` begins one."""
 
-import argparse
 import ast
 import keyword
 import re
@@ -11,16 +10,14 @@ from pathlib import Path
 
 import dmdr
 from dmdr import registry
-from dmdr.cli.common import command, refuse
+from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dmdr-plugins", description=__doc__, allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = CommandParser(prog="dmdr-plugins", description=__doc__)
     actions = parser.add_subparsers(dest="action", title="action", metavar="new NAME")
     new = actions.add_parser("new", help="write a package with an objective and a reward to start from")
-    new.error = refuse  # type: ignore[method-assign]
     new.add_argument("name", help="name of the objective; the reward is called NAME_reward")
     new.add_argument("--output_dir", type=Path, help="folder to write; by default the name, with - for _")
     given = parser.parse_args(arguments)

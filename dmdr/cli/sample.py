@@ -1,18 +1,17 @@
 """`dmdr-sample`: few-step images from a run folder or an export."""
 
-import argparse
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmdr.cli.common import command, refuse
+from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dmdr-sample", description=__doc__, allow_abbrev=False)
+def arguments() -> CommandParser:
+    parser = CommandParser(prog="dmdr-sample", description=__doc__)
     parser.add_argument("student", help="run folder, or the student/ folder of one")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--prompts", help="one prompt a line, or rows with columns, as dmdr-train reads them")
@@ -31,7 +30,6 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> None:
     parser = arguments()
-    parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     from dmdr.prompts import read_prompts  # torch is imported only after the flags have been found good
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dmdr.cli.plugins import template, write_package
+from dmdr.cli.plugins import run, template, write_package
 from dmdr.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +99,13 @@ def test_new_wants_a_name_that_code_can_have(name: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"new {name}: '.*' has a meaning of its own in the package's code; choose"):
         write_package(name, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_guesses_no_abbreviation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="unrecognized arguments: --out elsewhere"):
+        run(["new", "mine", "--out", "elsewhere"])
     assert not list(tmp_path.iterdir())
 
 
