@@ -1,91 +1,21 @@
-"""From a YAML of axes to runs: which cells there are, what each is called, and from which stage 1 it starts."""
+"""Reads the YAML of a matrix, its blocks, cells and claims, and refuses whatever it cannot mean."""
 
-import hashlib
 import itertools
-import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from metrics import measured, short
+from runs import STAGE2, Run, Runs
 
 from dmdr import registry
-from dmdr.assemble import check_needs
-from dmdr.checkpoint import checkpoints
 from dmdr.errors import ConfigError
-from dmdr.settings import Settings, parse, read_yaml
-from dmdr.trainer import WeightedObjective
+from dmdr.settings import read_yaml
 
-# What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
-STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
-# What a folder is named after; a digest tells of the rest.
-AXES = (
-    *("reward", "dmd_weight", "rl_weight", "reward_tilt", "dyna_guidance", "dyna_renoise"),
-    *("num_inference_steps", "guidance_scale"),
-)
 RUNNER = ("seed", "output_dir", "init_student", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run folder.
-
-    Attributes:
-        name: Of the folder: what it varies, its seed, and a digest of all its settings.
-        settings: Resolved; `init_student` is a place in the run folder of `start`.
-        start: The stage 1 that it goes on from; None for a run that is its own beginning.
-    """
-
-    name: str
-    settings: Settings
-    start: "Run | None"
-
-    @property
-    def seed(self) -> int:
-        return self.settings.config.seed
-
-    @property
-    def updates(self) -> int:
-        """Student updates in all, those of its stage 1 included."""
-        config = self.settings.config
-        return config.stage2_steps + (self.start.updates if self.start else config.stage1_steps)
-
-    def folder(self, root: Path) -> Path:
-        return root / "cells" / self.name
-
-    def values(self) -> dict[str, Any]:
-        """What `config.yaml` of the run holds."""
-        return values_of(self.settings)
-
-    def state(self, root: Path) -> str:
-        """ "finished", "begun" (there is a checkpoint to go on from) or "new"; other settings are another run.
-
-        The page `report.html` is what a run writes last.
-        """
-        folder, config = self.folder(root), self.settings.config
-        if _moved(_read(yaml.safe_load, folder / "config.yaml")) != _moved(self.values()):
-            return "new"
-        evaluation = _read(json.loads, folder / "evaluation.json")
-        complete = evaluation.get("samples") == config.num_eval_samples and self.stage in evaluation["columns"]
-        if complete and (folder / "report.html").is_file():
-            return "finished"
-        return "begun" if checkpoints(folder) else "new"
-
-    def changed(self) -> bool:
-        """Whether a plugin's file is no longer what it was when the matrix was read."""
-        try:
-            return not self.name.endswith(digest(self.settings))
-        except OSError:
-            return True
-
-    @property
-    def stage(self) -> str:
-        """The column of `evaluation.json` that counts."""
-        return "stage 2" if self.settings.config.stage2_steps else "stage 1"
 
 
 @dataclass(frozen=True)
@@ -168,48 +98,27 @@ def load(file: Path, root: Path, *, quick: bool = False) -> Matrix:
         settings = settings | mapping(instead.get("settings"), "quick: settings")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {reprlib.repr(seeds)}")
-    builder = Builder(settings, sorted(set(seeds)), root)
-    made = [builder.block(name, block) for name, block in blocks.items()]
-    return Matrix(builder.seeds, made, list(builder.runs.values()))
+    known_settings(settings, "settings")
+    runs = Runs(settings, sorted(set(seeds)), root)
+    reader = Reader(settings, runs)
+    made = [reader.block(name, block) for name, block in blocks.items()]
+    return Matrix(runs.seeds, made, list(runs.made.values()))
 
 
-class Builder:
-    """Makes the runs of a matrix, each once."""
+class Reader:
+    """Reads the blocks of a matrix, under its settings, and has their runs made."""
 
-    def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path) -> None:
-        self.settings, self.seeds, self.root = dict(settings), seeds, root
-        known_settings(settings, "settings")
-        self.base = values_of(plain(settings))
-        self.runs: dict[str, Run] = {}
+    def __init__(self, settings: Mapping[str, Any], runs: Runs) -> None:
+        self.settings, self.runs = dict(settings), runs
 
-    def block(self, name: str, content: Any) -> Block:
+    def block(self, name: Any, content: Any) -> Block:
         """A block with the runs of its cells."""
         where = f"block {name}"
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
             raise ConfigError(f"{where}: its plots are named after it: letters, digits and any of _ . + - in quotes")
         keys = ("title", "text", "settings", "stage1", "start", "grid", "cells", "curves", "table", "claims")
         content = mapping(content, where, keys)
-        shared, stage1 = (mapping(content.get(key), f"{where}, {key}") for key in ("settings", "stage1"))
-        known_settings(stage1, f"{where}, stage1")
-        for key in STAGE2:
-            if key in stage1:
-                raise ConfigError(f"{where}, stage1: '{key}' is a setting of stage 2, which a stage 1 does without")
-        runs: dict[str, list[Run]] = {}
-        for label, cell in cells(content, where):
-            if label in runs:
-                raise ConfigError(f"{where}: two cells are called '{label}'")
-            place = f"{where}, cell '{label}'"
-            given = self.settings | shared | mapping(cell, place)
-            starts = (given.pop("start", None), content.get("start"), "stage1")
-            start = next(start for start in starts if start is not None)
-            if start not in ("stage1", "export"):
-                raise ConfigError(f"{place}: start must be stage1 (with its fake score) or export, not {start}")
-            known_settings(given, place)
-            runs[label] = self.cell(given, stage1, start == "export", place)
-            if lost := [key for key in mapping(cell, place) if key in stage1 and not runs[label][0].start]:
-                raise ConfigError(f"{place} is a stage 1, and '{lost[0]}' is for the block's stage1 to say")
-        if not runs:
-            raise ConfigError(f"{where} has no cells and no grid")
+        runs = self._cells(content, where)
         equal(runs, name)
         metrics = {label: measured(run.settings) for label, (run, *_) in runs.items()}
         curves, table = (sequence(content.get(key), f"{where}, {key}") for key in ("curves", "table"))
@@ -221,47 +130,31 @@ class Builder:
         title, words = (str(content.get(key) or default).strip() for key, default in (("title", name), ("text", "")))
         return Block(name, title, words, runs, curves, table, claims)
 
-    def cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
-        """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
-        # Without dmd_weight, for one of 0 needs the start that is not known yet.
-        alone = resolve({key: value for key, value in given.items() if key != "dmd_weight"}, where)
-        settings = resolve(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
-        config = settings.config
-        own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
-        first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
-        first = first | stage1 | {"rl": "none", "stage2_steps": 0}
-        if config.stage2_steps == 0:
-            return [self.run(resolve(first, where), seed) for seed in self.seeds]
-        if config.stage1_steps == 0:
-            raise ConfigError(f"{where}: stage1_steps is 0, and stage 2 starts from a stage 1")
-        begun = resolve(first, f"{where}, its stage 1")
-        starts = [self.run(begun, seed) for seed in self.seeds]
-        return [self.run(settings, start.seed, start, export) for start in starts]
-
-    def run(self, settings: Settings, seed: int, start: Run | None = None, export: bool = False) -> Run:
-        """The run of these settings, made unless it is there."""
-        place = start and start.folder(self.root) / ("student" if export else "")
-        config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
-        settings = replace(settings, config=config)
-        values = values_of(settings)
-        axes = [key for key in AXES if values[key] != self.base[key] and (start or key not in STAGE2)]
-        words = [f"{key}_{short(values[key])}" for key in axes] + ["from_export"] * export
-        words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
-        while len("-".join(words)) > 90 and len(words) > 1:
-            words.pop()  # the digest tells of it
-        name = "-".join(words)[:90]
-        for ugly, plain in {", ": "_", "*": "x", "[": "", "]": ""}.items():
-            name = name.replace(ugly, plain)
-        name = re.sub(r"[^\w.+-]", "_", name) + f"-seed{seed}-{digest(settings)}"
-        return self.runs.setdefault(name, Run(name, settings, start))
-
-
-def plain(settings: Mapping[str, Any]) -> Settings:
-    """What a folder's name is silent about: the matrix's own settings, if they make a run, or else the model's."""
-    try:
-        return parse(settings=settings)
-    except ConfigError:  # of which `resolve` tells if it is wrong in a cell
-        return parse(settings={key: value for key, value in settings.items() if key == "model"})
+    def _cells(self, content: Mapping[str, Any], where: str) -> dict[str, list[Run]]:
+        """The runs of a block's cells, by label."""
+        shared, stage1 = (mapping(content.get(key), f"{where}, {key}") for key in ("settings", "stage1"))
+        known_settings(stage1, f"{where}, stage1")
+        for key in STAGE2:
+            if key in stage1:
+                raise ConfigError(f"{where}, stage1: '{key}' is a setting of stage 2, which a stage 1 does without")
+        runs: dict[str, list[Run]] = {}
+        for label, cell in cells(content, where):
+            if label in runs:
+                raise ConfigError(f"{where}: two cells are called '{label}'")
+            place = f"{where}, cell '{label}'"
+            own = mapping(cell, place)
+            given = self.settings | shared | own
+            starts = (given.pop("start", None), content.get("start"), "stage1")
+            start = next(start for start in starts if start is not None)
+            if start not in ("stage1", "export"):
+                raise ConfigError(f"{place}: start must be stage1 (with its fake score) or export, not {start}")
+            known_settings(given, place)
+            runs[label] = self.runs.of_cell(given, stage1, start == "export", place)
+            if lost := [key for key in own if key in stage1 and not runs[label][0].start]:
+                raise ConfigError(f"{place} is a stage 1, and '{lost[0]}' is for the block's stage1 to say")
+        if not runs:
+            raise ConfigError(f"{where} has no cells and no grid")
+        return runs
 
 
 def cells(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -276,39 +169,6 @@ def cells(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for chosen in itertools.product(*axes.values()) if axes else ():
         point = dict(zip(axes, chosen, strict=True))
         yield ", ".join(f"{key} {short(value)}" for key, value in point.items()), point
-
-
-def digest(settings: Settings) -> str:
-    """Of all settings, wherever the matrix lies, and of the files whose plugins they name, as they are now."""
-    found = hashlib.sha256(json.dumps(_moved(values_of(settings)), sort_keys=True).encode())
-    for name in (settings.config.backend or "", *(plugin.name for plugin in settings.plugins)):
-        file, _, _ = name.rpartition(":")
-        if file.endswith(".py"):
-            found.update(Path(file).expanduser().read_bytes())
-    return found.hexdigest()[:6]
-
-
-def values_of(settings: Settings) -> dict[str, Any]:
-    """Settings as a file holds them, tuples as lists."""
-    values: dict[str, Any] = json.loads(json.dumps(settings.values()))
-    return values
-
-
-def resolve(given: Mapping[str, Any], where: str) -> Settings:
-    """Settings as a run resolves them, its objectives' needs checked.
-
-    Raises:
-        ConfigError: As a run would, after the place.
-    """
-    try:
-        settings = parse(settings=given)
-        objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
-        check_needs(settings.config, objectives, settings)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if settings.config.num_eval_samples == 0:
-        raise ConfigError(f"{where}: num_eval_samples is 0, and there is nothing to compare")
-    return settings
 
 
 def mapping(content: Any, where: str, keys: Iterable[str] | None = None) -> dict[Any, Any]:
@@ -393,18 +253,3 @@ def _claim(content: Any, metrics: Mapping[str, Iterable[str]], where: str) -> Cl
         known(label, metrics, "cell", where)
         known(claim.metric, metrics[label], "metric", f"{where}, cell '{label}'")
     return claim
-
-
-def _read(load: Any, file: Path) -> dict[str, Any]:
-    """A mapping in a file; nothing where it is missing or torn."""
-    try:
-        content = load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _moved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that do not depend on where the matrix lies."""
-    start = values.get("init_student")
-    return dict(values) | {"init_student": start and str(start).replace("\\", "/").rpartition("cells/")[2]}

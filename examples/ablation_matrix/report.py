@@ -13,9 +13,10 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matrix import AXES, Block, Matrix
+from matrix import Block, Matrix
 from metrics import METRICS, Metric, metric
 from results import Result, Verdict, read, shown, verdict
+from runs import AXES
 
 from dmdr.images import embed, write_atomically
 from dmdr.report import TEXT, inline_svg, template

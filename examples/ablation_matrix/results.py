@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matrix import Claim, Run
+from matrix import Claim
 from metrics import metric
+from runs import Run
 from scipy import stats
 
 from dmdr.report import read_log
@@ -35,22 +36,22 @@ def read(run: Run, root: Path) -> Result | None:
     if run.state(root) != "finished":
         return None
     folder = run.folder(root)
-    found = json.loads((folder / "evaluation.json").read_text())["columns"][run.stage]
-    final = _with_gap({name: value for name, value in found.items() if math.isfinite(value)})
+    column = json.loads((folder / "evaluation.json").read_text())["columns"][run.stage]
+    final = _with_gap({name: value for name, value in column.items() if math.isfinite(value)})
     before = read(run.start, root) if run.start else None
     offset = run.start.updates if run.start else 0
     lines = read_log(folder / "metrics.jsonl")
     points = {}
     for line in lines:
-        found = {name if name in final else f"reward/{name}": value for name, value in _evaluated(line).items()}
-        if found:
-            points[offset + line["step"]] = _with_gap(found)
+        values = {name if name in final else f"reward/{name}": value for name, value in _evaluated(line).items()}
+        if values:
+            points[offset + line["step"]] = _with_gap(values)
     points[run.updates] = final
     curves: dict[str, list[tuple[int, float]]] = {
         name: list(before.curves.get(name, ())) if before else [] for name in final
     }
-    for step, values in points.items():
-        for name, value in values.items():
+    for step, point in points.items():
+        for name, value in point.items():
             if name in curves and value is not None:
                 curves[name].append((step, value))
     logged = [line["seconds"] for line in lines if line.get("seconds") is not None]

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from matrix import Matrix, Run, load
+from matrix import Matrix, load
+from runs import Run
 
 from dmdr import registry
 from dmdr.errors import ConfigError

@@ -27,11 +27,11 @@ EXAMPLE = ROOT / "examples" / "ablation_matrix"
 TOY = ROOT / "tests" / "integration" / "ablation_toy.yaml"
 sys.path.insert(0, str(EXAMPLE))
 
-import matrix as cells  # noqa: E402
 import metrics  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import run as command  # noqa: E402
+import runs  # noqa: E402
 from matrix import Claim, Matrix, load  # noqa: E402
 from results import Result, verdict  # noqa: E402
 
@@ -275,7 +275,7 @@ def test_an_empty_entry_is_as_if_left_out(tmp_path: Path, write: Write) -> None:
 
 def test_what_only_stage_2_reads() -> None:
     names = [field.name for field in dataclasses.fields(Config)]
-    assert set(cells.STAGE2) == {n for n in names if n.startswith(("stage2_", "rl")) or n == "dmd_weight"}
+    assert set(runs.STAGE2) == {n for n in names if n.startswith(("stage2_", "rl")) or n == "dmd_weight"}
 
 
 def test_a_quoted_number_is_that_number(tmp_path: Path, write: Write) -> None:
@@ -377,7 +377,7 @@ def test_a_bad_flag_is_one_line(
 # ---- what is done and what is left
 
 
-def finish(run: cells.Run, root: Path, reward: float = 0.5, log: str = "") -> Path:
+def finish(run: runs.Run, root: Path, reward: float = 0.5, log: str = "") -> Path:
     """A run folder as a finished run leaves it."""
     folder = run.folder(root)
     folder.mkdir(parents=True)
@@ -389,7 +389,7 @@ def finish(run: cells.Run, root: Path, reward: float = 0.5, log: str = "") -> Pa
     return folder
 
 
-def checkpoint(run: cells.Run, root: Path) -> None:
+def checkpoint(run: runs.Run, root: Path) -> None:
     folder = run.folder(root) / "checkpoints" / "step-000002"
     folder.mkdir(parents=True)
     (folder / "progress.json").write_text('{"stage": 1, "step": 2, "total": 2, "prompts_consumed": 16}')

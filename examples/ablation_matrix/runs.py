@@ -1,0 +1,188 @@
+"""What a run of the matrix is: its settings and its name, its state, and the stage 1 that it goes on from."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from metrics import short
+
+from dmdr.assemble import check_needs
+from dmdr.checkpoint import checkpoints
+from dmdr.errors import ConfigError
+from dmdr.settings import Settings, parse
+from dmdr.trainer import WeightedObjective
+
+# What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
+STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
+# What a folder is named after; a digest tells of the rest.
+AXES = (
+    *("reward", "dmd_weight", "rl_weight", "reward_tilt", "dyna_guidance", "dyna_renoise"),
+    *("num_inference_steps", "guidance_scale"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        name: Of the folder: what it varies, its seed, and a digest of all its settings.
+        settings: Resolved; `init_student` is a place in the run folder of `start`.
+        start: The stage 1 that it goes on from; None for a run that is its own beginning.
+    """
+
+    name: str
+    settings: Settings
+    start: "Run | None"
+
+    @property
+    def seed(self) -> int:
+        return self.settings.config.seed
+
+    @property
+    def updates(self) -> int:
+        """Student updates in all, those of its stage 1 included."""
+        config = self.settings.config
+        return config.stage2_steps + (self.start.updates if self.start else config.stage1_steps)
+
+    def folder(self, root: Path) -> Path:
+        return root / "cells" / self.name
+
+    def values(self) -> dict[str, Any]:
+        """What `config.yaml` of the run holds."""
+        return values_of(self.settings)
+
+    def state(self, root: Path) -> str:
+        """ "finished", "begun" (there is a checkpoint to go on from) or "new"; other settings are another run.
+
+        The page `report.html` is what a run writes last.
+        """
+        folder, config = self.folder(root), self.settings.config
+        if _moved(_read(yaml.safe_load, folder / "config.yaml")) != _moved(self.values()):
+            return "new"
+        evaluation = _read(json.loads, folder / "evaluation.json")
+        complete = evaluation.get("samples") == config.num_eval_samples and self.stage in evaluation["columns"]
+        if complete and (folder / "report.html").is_file():
+            return "finished"
+        return "begun" if checkpoints(folder) else "new"
+
+    def changed(self) -> bool:
+        """Whether a plugin's file is no longer what it was when the matrix was read."""
+        try:
+            return not self.name.endswith(digest(self.settings))
+        except OSError:
+            return True
+
+    @property
+    def stage(self) -> str:
+        """The column of `evaluation.json` that counts."""
+        return "stage 2" if self.settings.config.stage2_steps else "stage 1"
+
+
+class Runs:
+    """Makes the runs of a matrix, each once.
+
+    Args:
+        settings: The matrix's own, of which the names of folders are silent.
+        root: Where the run folders lie.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path) -> None:
+        self.seeds, self.root = seeds, root
+        self.base = values_of(plain(settings))
+        self.made: dict[str, Run] = {}
+
+    def of_cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
+        """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
+        # Without dmd_weight, for one of 0 needs the start that is not known yet.
+        alone = resolve({key: value for key, value in given.items() if key != "dmd_weight"}, where)
+        settings = resolve(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
+        config = settings.config
+        own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
+        first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
+        first = first | stage1 | {"rl": "none", "stage2_steps": 0}
+        if config.stage2_steps == 0:
+            return [self._run(resolve(first, where), seed) for seed in self.seeds]
+        if config.stage1_steps == 0:
+            raise ConfigError(f"{where}: stage1_steps is 0, and stage 2 starts from a stage 1")
+        begun = resolve(first, f"{where}, its stage 1")
+        starts = [self._run(begun, seed) for seed in self.seeds]
+        return [self._run(settings, start.seed, start, export) for start in starts]
+
+    def _run(self, settings: Settings, seed: int, start: Run | None = None, export: bool = False) -> Run:
+        """The run of these settings, made unless it is there."""
+        place = start and start.folder(self.root) / ("student" if export else "")
+        config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
+        settings = replace(settings, config=config)
+        values = values_of(settings)
+        axes = [key for key in AXES if values[key] != self.base[key] and (start or key not in STAGE2)]
+        words = [f"{key}_{short(values[key])}" for key in axes] + ["from_export"] * export
+        words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
+        while len("-".join(words)) > 90 and len(words) > 1:
+            words.pop()  # the digest tells of it
+        name = "-".join(words)[:90]
+        for ugly, plain in {", ": "_", "*": "x", "[": "", "]": ""}.items():
+            name = name.replace(ugly, plain)
+        name = re.sub(r"[^\w.+-]", "_", name) + f"-seed{seed}-{digest(settings)}"
+        return self.made.setdefault(name, Run(name, settings, start))
+
+
+def plain(settings: Mapping[str, Any]) -> Settings:
+    """What a folder's name is silent about: the matrix's own settings, if they make a run, or else the model's."""
+    try:
+        return parse(settings=settings)
+    except ConfigError:  # of which `resolve` tells if it is wrong in a cell
+        return parse(settings={key: value for key, value in settings.items() if key == "model"})
+
+
+def digest(settings: Settings) -> str:
+    """Of all settings, wherever the matrix lies, and of the files whose plugins they name, as they are now."""
+    found = hashlib.sha256(json.dumps(_moved(values_of(settings)), sort_keys=True).encode())
+    for name in (settings.config.backend or "", *(plugin.name for plugin in settings.plugins)):
+        file, _, _ = name.rpartition(":")
+        if file.endswith(".py"):
+            found.update(Path(file).expanduser().read_bytes())
+    return found.hexdigest()[:6]
+
+
+def values_of(settings: Settings) -> dict[str, Any]:
+    """Settings as a file holds them, tuples as lists."""
+    values: dict[str, Any] = json.loads(json.dumps(settings.values()))
+    return values
+
+
+def resolve(given: Mapping[str, Any], where: str) -> Settings:
+    """Settings as a run resolves them, its objectives' needs checked.
+
+    Raises:
+        ConfigError: As a run would, after the place.
+    """
+    try:
+        settings = parse(settings=given)
+        objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
+        check_needs(settings.config, objectives, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if settings.config.num_eval_samples == 0:
+        raise ConfigError(f"{where}: num_eval_samples is 0, and there is nothing to compare")
+    return settings
+
+
+def _read(load: Any, file: Path) -> dict[str, Any]:
+    """A mapping in a file; nothing where it is missing or torn."""
+    try:
+        content = load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _moved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that do not depend on where the matrix lies."""
+    start = values.get("init_student")
+    return dict(values) | {"init_student": start and str(start).replace("\\", "/").rpartition("cells/")[2]}
