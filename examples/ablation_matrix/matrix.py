@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from metrics import measured, short
 from runs import STAGE2, Run, Runs
 
@@ -72,37 +73,84 @@ class Matrix:
     runs: Sequence[Run]
 
 
-def load(file: Path, root: Path, *, quick: bool = False) -> Matrix:
+class OneOfEach(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                where = f"--config: {key.start_mark.name}"
+                raise ConfigError(f"{where}: the key '{key.value}' of line {lines[name]} is there again in line {line}")
+            lines[name] = line
+        return node
+
+
+def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) -> Matrix:
     """Read a matrix and check every setting of every cell; an entry with nothing in it is as if it were left out.
 
     Args:
-        file: `settings` of all runs, `seeds`, `blocks`, and under `quick` what a quick look has in their place.
+        file: `settings` of all runs, `seeds`, `blocks`, `noise` by metric, and under `quick` what a quick look has in
+            their place.
         root: Where the run folders lie.
-        quick: Only the blocks that `quick` names, under its settings and seeds.
+        quick: Only the blocks that `quick` names, under its settings and seeds; it is checked in any case.
+        inputs: Also look whether models, prompts and the like are to be had, without which there can be a report.
 
     Raises:
         ConfigError: For whatever is unknown or cannot be meant, with its place.
     """
-    content = mapping(read_yaml(str(file)), "the matrix", ("settings", "seeds", "blocks", "quick"))
-    blocks, seeds = mapping(content.get("blocks"), "blocks"), content.get("seeds")
-    settings = mapping(content.get("settings"), "settings")
-    if not blocks:
+    content = mapping(read(file), "the matrix", ("settings", "seeds", "blocks", "noise", "quick"))
+    if not mapping(content.get("blocks"), "blocks"):
         raise ConfigError(f"{file} has no blocks: a mapping of figures and tables")
-    if quick:
-        instead = mapping(content.get("quick"), "quick", ("settings", "seeds", "blocks"))
-        names = sequence(instead.get("blocks"), "quick: blocks")
-        for name in names:
-            known(name, blocks, "block", "quick: blocks")
-        blocks = {name: blocks[name] for name in names} or blocks
-        seeds = seeds if instead.get("seeds") is None else instead["seeds"]
-        settings = settings | mapping(instead.get("settings"), "quick: settings")
+    instead = mapping(content.get("quick"), "quick", ("settings", "seeds", "blocks"))
+    instead = {key: value for key, value in instead.items() if value is not None}
+    if not quick:
+        whole = built(content, root, inputs)
+        if not instead:
+            return whole
+    elif not instead:
+        raise ConfigError(f"--quick: {file} has no quick section (seeds, settings, blocks)")
+    try:
+        short = built(shortened(content, instead), root, inputs and quick)
+    except ConfigError as error:
+        raise ConfigError(f"quick: {error}") from error
+    return short if quick else whole
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The content of a YAML.
+
+    Raises:
+        ConfigError: It is no mapping, or has a key twice.
+    """
+    content = read_yaml(str(file))
+    with file.open(encoding="utf-8") as stream:
+        yaml.compose(stream, Loader=OneOfEach)
+    return content
+
+
+def shortened(content: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
+    """A matrix as its `quick` has it."""
+    names = sequence(instead.get("blocks"), "blocks")
+    for name in names:
+        known(name, content["blocks"], "block", "blocks")
+    blocks = {name: content["blocks"][name] for name in names} or content["blocks"]
+    settings = mapping(content.get("settings"), "settings") | mapping(instead.get("settings"), "settings")
+    return {**content, **instead, "blocks": blocks, "settings": settings}
+
+
+def built(content: Mapping[str, Any], root: Path, inputs: bool) -> Matrix:
+    """The matrix of this content, but for its `quick`."""
+    settings, seeds = mapping(content.get("settings"), "settings"), content.get("seeds")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {reprlib.repr(seeds)}")
     known_settings(settings, "settings")
-    runs = Runs(settings, sorted(set(seeds)), root)
+    runs = Runs(settings, sorted(set(seeds)), root, inputs)
     reader = Reader(settings, runs)
-    made = [reader.block(name, block) for name, block in blocks.items()]
-    return Matrix(runs.seeds, made, list(runs.made.values()))
+    blocks = [reader.block(name, block) for name, block in content["blocks"].items()]
+    return Matrix(runs.seeds, blocks, list(runs.made.values()))
 
 
 class Reader:

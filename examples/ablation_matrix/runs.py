@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from metrics import short
 
-from dmdr.assemble import check_needs
+from dmdr import registry
+from dmdr.assemble import check_columns, check_needs, open_backend, open_prompts
 from dmdr.checkpoint import checkpoints
 from dmdr.errors import ConfigError
 from dmdr.settings import Settings, parse
@@ -23,6 +24,11 @@ STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate
 AXES = (
     *("reward", "dmd_weight", "rl_weight", "reward_tilt", "dyna_guidance", "dyna_renoise"),
     *("num_inference_steps", "guidance_scale"),
+)
+# What decides whether the inputs of a run are to be had.
+INPUTS = (
+    *("model", "revision", "backend", "reward", "eval_reward", "prompts", "prompt_column", "dataset_config"),
+    *("dataset_train_split", "dataset_streaming", "optim", "report_to"),
 )
 
 
@@ -49,6 +55,14 @@ class Run:
         """Student updates in all, those of its stage 1 included."""
         config = self.settings.config
         return config.stage2_steps + (self.start.updates if self.start else config.stage1_steps)
+
+    @property
+    def evaluations(self) -> list[tuple[int, str]]:
+        """After how many updates in all there is an evaluation, and of which run: of its stage 1 first."""
+        before, every = self.start.evaluations if self.start else [], self.settings.config.eval_steps
+        begun = self.start.updates if self.start else 0
+        steps = range(begun + every, self.updates, every) if every else ()
+        return [*before, *((step, self.name) for step in (*steps, self.updates))]
 
     def folder(self, root: Path) -> Path:
         return root / "cells" / self.name
@@ -90,29 +104,52 @@ class Runs:
     Args:
         settings: The matrix's own, of which the names of folders are silent.
         root: Where the run folders lie.
+        inputs: Look whether models, prompts and the like are to be had.
     """
 
-    def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path) -> None:
-        self.seeds, self.root = seeds, root
+    def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path, inputs: bool) -> None:
+        self.seeds, self.root, self.inputs = seeds, root, inputs
         self.base = values_of(plain(settings))
         self.made: dict[str, Run] = {}
+        self.looked_at = set[tuple[str, ...]]()
 
     def of_cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
         """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
         # Without dmd_weight, for one of 0 needs the start that is not known yet.
-        alone = resolve({key: value for key, value in given.items() if key != "dmd_weight"}, where)
-        settings = resolve(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
+        alone = self._resolved({key: value for key, value in given.items() if key != "dmd_weight"}, where)
+        settings = self._resolved(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
         config = settings.config
         own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
         first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
         first = first | stage1 | {"rl": "none", "stage2_steps": 0}
         if config.stage2_steps == 0:
-            return [self._run(resolve(first, where), seed) for seed in self.seeds]
+            return [self._run(self._resolved(first, where), seed) for seed in self.seeds]
         if config.stage1_steps == 0:
             raise ConfigError(f"{where}: stage1_steps is 0, and stage 2 starts from a stage 1")
-        begun = resolve(first, f"{where}, its stage 1")
+        begun = self._resolved(first, f"{where}, its stage 1")
         starts = [self._run(begun, seed) for seed in self.seeds]
         return [self._run(settings, start.seed, start, export) for start in starts]
+
+    def _resolved(self, given: Mapping[str, Any], where: str) -> Settings:
+        """Settings as a run resolves them, its inputs and its objectives' needs checked.
+
+        Raises:
+            ConfigError: As a run would, after the place.
+        """
+        try:
+            settings = parse(settings=given)
+            inputs = tuple(str(getattr(settings.config, name)) for name in INPUTS)
+            if self.inputs and inputs not in self.looked_at:
+                check_inputs(settings)
+                self.looked_at.add(inputs)
+            objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
+            check_needs(settings.config, objectives, settings)
+            settings.of("matchings")[0].build()
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        if settings.config.num_eval_samples == 0:
+            raise ConfigError(f"{where}: num_eval_samples is 0, and there is nothing to compare")
+        return settings
 
     def _run(self, settings: Settings, seed: int, start: Run | None = None, export: bool = False) -> Run:
         """The run of these settings, made unless it is there."""
@@ -136,7 +173,7 @@ def plain(settings: Mapping[str, Any]) -> Settings:
     """What a folder's name is silent about: the matrix's own settings, if they make a run, or else the model's."""
     try:
         return parse(settings=settings)
-    except ConfigError:  # of which `resolve` tells if it is wrong in a cell
+    except ConfigError:  # of which `Runs` tells if it is wrong in a cell
         return parse(settings={key: value for key, value in settings.items() if key == "model"})
 
 
@@ -156,21 +193,23 @@ def values_of(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def resolve(given: Mapping[str, Any], where: str) -> Settings:
-    """Settings as a run resolves them, its objectives' needs checked.
+def check_inputs(settings: Settings) -> None:
+    """Refuse what a run would refuse before it trains, but for what its named model has to build first.
 
     Raises:
-        ConfigError: As a run would, after the place.
+        ConfigError: As a run would.
     """
-    try:
-        settings = parse(settings=given)
-        objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
-        check_needs(settings.config, objectives, settings)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if settings.config.num_eval_samples == 0:
-        raise ConfigError(f"{where}: num_eval_samples is 0, and there is nothing to compare")
-    return settings
+    from dmdr.run import adamw, check_tracker  # and matplotlib with it, of which run.py has told if it is missing
+
+    config = settings.config
+    named = registry.registered("models", config.model)
+    if not named:
+        open_backend(config.model, config)
+    model = registry.load("models", config.model)() if named else None
+    scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
+    check_columns(scorers, open_prompts(config, model, scorers).first(1))
+    adamw(config)
+    check_tracker(config)
 
 
 def _read(load: Any, file: Path) -> dict[str, Any]:

@@ -40,11 +40,12 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """The toy's matrix with other content."""
+    """The toy's matrix with other content; its `quick` is of its blocks."""
 
     def written(**changes: Any) -> Path:
         file = tmp_path / "matrix.yaml"
-        file.write_text(yaml.safe_dump(yaml.safe_load(TOY.read_text()) | changes, sort_keys=False))
+        content = yaml.safe_load(TOY.read_text()) | ({"quick": None} if "blocks" in changes else {}) | changes
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
         return file
 
     return written
@@ -134,6 +135,35 @@ def test_other_settings_are_another_folder_and_another_place_is_not(tmp_path: Pa
     assert [run.name for run in load(TOY, Path("elsewhere")).runs] == [run.name for run in toy.runs]
 
 
+def test_a_report_needs_no_inputs(tmp_path: Path, write: Write) -> None:
+    """It may be written where the prompts are not."""
+    file = write(blocks={"a": {"cells": {"x": {"prompts": "gone.txt"}}}})
+    assert len(load(file, tmp_path, inputs=False).runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seeds: [0]\nsettings: {}\nseeds: [1]\n", "the key 'seeds' of line 1 is there again in line 3"),
+        ("blocks:\n  a:\n    cells: {x: {}, y: {}, x: {rl: none}}\n", "the key 'x' of line 3 is there again in line 3"),
+        ("seeds: &again [0]\nblocks:\n  a: {claims: [{higher: x, higher: *again}]}\n", "the key 'higher' of line 3"),
+    ],
+)
+def test_a_key_is_there_once(tmp_path: Path, text: str, said: str) -> None:
+    """YAML itself keeps the last."""
+    file = tmp_path / "matrix.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(file, tmp_path)
+    assert str(error.value).startswith(f"--config: {file}: {said}")
+
+
+def test_a_mapping_may_go_on_from_another(tmp_path: Path, write: Write) -> None:
+    file = write(blocks="BLOCKS")
+    file.write_text(file.read_text().replace("BLOCKS", "{a: {cells: {x: &x {rl_weight: 2}, y: {<<: *x, rl_weight: 1}}}}"))
+    assert list(load(file, tmp_path).blocks[0].cells) == ["x", "y"]
+
+
 CELL = {"grid": {"rl_weight": [0.1, 1]}}
 
 
@@ -165,6 +195,14 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
         ({"settings": {"model": "toy", "output_dir": "x"}}, "settings: 'output_dir' is no setting of a cell"),
         ({"settings": {"model": "toy", "rl": "refl"}}, "cell 'stage 1': num_eval_samples is 0"),
+        (
+            {"settings": {"model": "digit", "rl": "refl"}},
+            "cell 'stage 1': --model digit is neither a diffusers pipeline folder (no model_index.json), nor a hub id, nor "
+            "a registered model (did you mean 'digits'?)",
+        ),
+        ({"blocks": {"a": {"cells": {"x": {"prompts": "gone.txt"}}}}}, "cell 'x': --prompts: no such file: gone.txt"),
+        ({"blocks": {"a": {"cells": {"x": {"report_to": "wandbb"}}}}}, "cell 'x': --report_to wandbb is unknown to"),
+        ({"blocks": {"a": CELL | {"stage1": {"report_to": "wandbb"}}}}, "its stage 1: --report_to wandbb is unknown"),
         ({"blocks": {"a": {"cells": {"x": {}, "y": {}}}}}, "block a: 'x' and 'y' are the same run"),
         (
             {"blocks": {"a": {"cells": {"x": {}}, "stage1": {"num_eval_samples": 4}}}},
@@ -251,25 +289,39 @@ def test_a_block_that_cannot_be_meant(tmp_path: Path, write: Write, block: Any, 
         ({"quick": {"blocks": "three"}}, "quick: blocks must be a list, not 'three'"),
         ({"quick": {"blocks": [["three"]]}}, "quick: blocks: unknown block '['three']'"),
         ({"quick": {"blocks": ["tree"]}}, "quick: blocks: unknown block 'tree' (did you mean 'three'?)"),
-        ({"quick": {"seeds": 0}}, "seeds must be a list of whole numbers of at least 0, not 0"),
-        ({"blocks": {"a/b": ONE}, "quick": {}}, "block a/b: its plots are named after it"),
-        ({"blocks": {1: ONE}, "quick": {}}, "block 1: its plots are named after it"),
+        ({"quick": {"seeds": 0}}, "quick: seeds must be a list of whole numbers of at least 0, not 0"),
+        ({"quick": {"settings": {"seed": 1}}}, "quick: settings: 'seed' is no setting of a cell"),
+        ({"quick": {"settings": {"stage2_stpes": 1}}}, "quick: block three, cell 'stage 1': unknown setting 'stage2_st"),
+        ({"blocks": {"a/b": ONE}}, "block a/b: its plots are named after it"),
+        ({"blocks": {1: ONE}}, "block 1: its plots are named after it"),
     ],
     ids=str,
 )
-def test_a_matrix_that_cannot_be_meant(tmp_path: Path, write: Write, changes: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_matrix_that_cannot_be_meant(
+    tmp_path: Path, write: Write, changes: dict[str, Any], said: str, quick: bool
+) -> None:
+    """What `quick` says is wrong whether or not it is asked for."""
     with pytest.raises(ConfigError) as error:
-        load(write(**changes), tmp_path, quick=True)
+        load(write(**({"quick": {"seeds": [0]}} | changes)), tmp_path, quick=quick)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"settings": None}])
+def test_a_quick_look_is_something_else(tmp_path: Path, write: Write, nothing: Any) -> None:
+    file = write(quick=nothing)
+    load(file, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        load(file, tmp_path, quick=True)
+    assert str(error.value) == f"--quick: {file} has no quick section (seeds, settings, blocks)"
 
 
 def test_an_empty_entry_is_as_if_left_out(tmp_path: Path, write: Write) -> None:
     keys = ("title", "text", "settings", "stage1", "start", "grid", "curves", "table", "claims")
-    file = write(
-        blocks={"a": {"cells": {"x": None}} | dict.fromkeys(keys)}, quick=dict.fromkeys(("blocks", "settings"))
-    )
-    block, quick = load(file, tmp_path).blocks[0], load(file, tmp_path, quick=True).blocks[0]
-    assert block == quick
+    quick = {"seeds": [0], "blocks": None, "settings": None}
+    file = write(blocks={"a": {"cells": {"x": None}} | dict.fromkeys(keys)}, quick=quick)
+    block, short = load(file, tmp_path).blocks[0], load(file, tmp_path, quick=True).blocks[0]
+    assert block == short
     assert (block.title, block.text, list(block.cells), block.claims) == ("a", "", ["x"], [])
 
 
