@@ -1,10 +1,11 @@
 """Reads the YAML of a matrix, its blocks, cells and claims, and refuses whatever it cannot mean."""
 
 import itertools
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,36 @@ RUNNER = ("seed", "output_dir", "init_student", "overwrite_output_dir", "resume_
 
 @dataclass(frozen=True)
 class Claim:
-    """A direction that the paper reports: one cell above another in a metric.
+    """One cell above another in a metric.
 
     Attributes:
         higher, lower: Labels of two cells of the block.
         metric: As `evaluation.json` calls it, or "reward_gap" (trained minus held-out reward).
         until: Compare the mean of the evaluations up to this update; None for the final ones.
+        noise: A difference of means within this says nothing.
 
     Raises:
-        ConfigError: For a value of another type.
+        ConfigError: For a value of another type, or a cell above itself.
     """
 
     higher: str
     lower: str
     metric: str
     until: int | None = None
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("higher", "lower", "metric"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be text, not {reprlib.repr(getattr(self, name))}")
+        if self.higher == self.lower:
+            raise ConfigError(f"'{self.higher}' is compared with itself")
         if self.until is not None and (type(self.until) is not int or self.until < 1):
             raise ConfigError(f"until must be a whole number of at least 1, not {reprlib.repr(self.until)}")
+        not_negative(self.noise, "noise")
+
+    def __str__(self) -> str:
+        return f"'{self.higher}' above '{self.lower}' in {self.metric}" + f" until {self.until}" * bool(self.until)
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,8 @@ def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) ->
     instead = {key: value for key, value in instead.items() if value is not None}
     if not quick:
         whole = built(content, root, inputs)
+        for metric in noises(content):
+            known(metric, itertools.chain(*(measured(run.settings) for run in whole.runs)), "metric", "noise")
         if not instead:
             return whole
     elif not instead:
@@ -148,16 +159,24 @@ def built(content: Mapping[str, Any], root: Path, inputs: bool) -> Matrix:
         raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {reprlib.repr(seeds)}")
     known_settings(settings, "settings")
     runs = Runs(settings, sorted(set(seeds)), root, inputs)
-    reader = Reader(settings, runs)
+    reader = Reader(settings, noises(content), runs)
     blocks = [reader.block(name, block) for name, block in content["blocks"].items()]
     return Matrix(runs.seeds, blocks, list(runs.made.values()))
+
+
+def noises(content: Mapping[str, Any]) -> dict[str, float]:
+    """The noise of metrics, for claims that have none of their own."""
+    found = mapping(content.get("noise"), "noise")
+    for metric, value in found.items():
+        not_negative(value, f"noise: {metric}")
+    return found
 
 
 class Reader:
     """Reads the blocks of a matrix, under its settings, and has their runs made."""
 
-    def __init__(self, settings: Mapping[str, Any], runs: Runs) -> None:
-        self.settings, self.runs = dict(settings), runs
+    def __init__(self, settings: Mapping[str, Any], noise: Mapping[str, float], runs: Runs) -> None:
+        self.settings, self.noise, self.runs = dict(settings), noise, runs
 
     def block(self, name: Any, content: Any) -> Block:
         """A block with the runs of its cells."""
@@ -174,7 +193,7 @@ class Reader:
             for metric in names:
                 known(metric, itertools.chain(*metrics.values()), "metric", f"{where}, {key}")
         place = f"{where}, claims"
-        claims = [_claim(claim, metrics, place) for claim in sequence(content.get("claims"), place)]
+        claims = [self._claim(claim, runs, place) for claim in sequence(content.get("claims"), place)]
         title, words = (str(content.get(key) or default).strip() for key, default in (("title", name), ("text", "")))
         return Block(name, title, words, runs, curves, table, claims)
 
@@ -203,6 +222,22 @@ class Reader:
         if not runs:
             raise ConfigError(f"{where} has no cells and no grid")
         return runs
+
+    def _claim(self, content: Any, cells: Mapping[str, Sequence[Run]], where: str) -> Claim:
+        """A claim about these cells."""
+        content = mapping(content, where, [field.name for field in fields(Claim)])
+        content = {key: value for key, value in content.items() if value is not None}
+        try:
+            claim = Claim(**content)
+        except TypeError as error:
+            raise ConfigError(f"{where}: a claim has higher, lower and metric; this one is {content}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        for label in (claim.higher, claim.lower):
+            known(label, cells, "cell", where)
+            known(claim.metric, measured(cells[label][0].settings), "metric", f"{where}, cell '{label}'")
+        decidable(claim, cells, f"{where}, {claim}")
+        return replace(claim, noise=content.get("noise", self.noise.get(claim.metric, 0.0)))
 
 
 def cells(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
@@ -288,16 +323,28 @@ def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:
             raise ConfigError(f"block {block}: {first} has {one} {what}, {second} {other}")
 
 
-def _claim(content: Any, metrics: Mapping[str, Iterable[str]], where: str) -> Claim:
-    """A claim about cells whose metrics are given by label."""
-    content = mapping(content, where, ("higher", "lower", "metric", "until"))
-    try:
-        claim = Claim(**content)
-    except TypeError as error:
-        raise ConfigError(f"{where}: a claim has higher, lower and metric; this one is {content}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+def not_negative(value: Any, what: str) -> None:
+    """Refuse what is no finite number of at least 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ConfigError(f"{what} must be a number of at least 0, not {reprlib.repr(value)}")
+
+
+def decidable(claim: Claim, cells: Mapping[str, Sequence[Run]], where: str) -> None:
+    """Refuse a claim about early updates that both cells do not have, or have in common.
+
+    Raises:
+        ConfigError: Says why, after the place.
+    """
+    if claim.until is None:
+        return
+    early = []
     for label in (claim.higher, claim.lower):
-        known(label, metrics, "cell", where)
-        known(claim.metric, metrics[label], "metric", f"{where}, cell '{label}'")
-    return claim
+        run = cells[label][0]
+        first, _ = run.evaluations[0]
+        if claim.until < first:
+            raise ConfigError(f"{where}: '{label}' is first evaluated after {first} updates")
+        if claim.until > run.updates:
+            raise ConfigError(f"{where}: '{label}' has {run.updates} updates")
+        early.append([evaluation for evaluation in run.evaluations if evaluation[0] <= claim.until])
+    if early[0] == early[1]:
+        raise ConfigError(f"{where}: until then both are the same run, {early[0][-1][1]}")

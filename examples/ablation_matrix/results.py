@@ -102,7 +102,7 @@ def shown(name: str, values: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a direction was reproduced.
+    """Whether a claim was reproduced.
 
     Attributes:
         status: "reproduced", "not reproduced", "inconclusive", "one seed" or "not measured".
@@ -120,7 +120,7 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
     """Judge a claim by the difference of its two cells, seed by seed.
 
     It is reproduced, or not, where the mean difference is significant (a one-sided paired t-test over the seeds at
-    LEVEL) and exceeds the metric's noise. Anything else is inconclusive.
+    LEVEL), exceeds the claim's noise, and is not 0 as it is shown. Anything else is inconclusive.
 
     Args:
         cells: Results by label, one per seed in the same order; None where a run is not finished.
@@ -134,7 +134,8 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
         why = "their evaluations do not have it" if finished else "no seed has finished both"
         return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: {why}")
     by, around, count = mean(margins), spread(margins), len(margins)
-    stands = "above" if by > 0 else "below" if by < 0 else "level with"
+    seen = round(by, shape.digits)
+    stands = "above" if seen > 0 else "below" if seen < 0 else "level with"
     text = f"{claim.higher} {stands} {claim.lower} {what} by {abs(by):.{shape.digits}f}"
     missing = len(sides[0]) - count
     tail = f"; {missing} without both" * (missing > 0)
@@ -144,8 +145,10 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
     chance = by_chance(margins)
     p = "p < 0.001" if chance < 0.001 else f"p = {chance:.3f}"
     text += f" ± {around:.{shape.digits}f} in {agree} of {count} seeds ({p})"
-    if abs(by) <= shape.noise > 0:
-        return Verdict("inconclusive", f"{text}; differences up to {shape.noise:g} are noise{tail}")
+    if seen == 0:
+        return Verdict("inconclusive", f"{text}; a difference that is shown as 0 says nothing{tail}")
+    if abs(by) <= claim.noise:
+        return Verdict("inconclusive", f"{text}; differences up to {claim.noise:g} are noise{tail}")
     if chance > LEVEL:
         return Verdict("inconclusive", f"{text}; the seeds differ too much to tell{tail}")
     return Verdict("reproduced" if by > 0 else "not reproduced", text + tail)

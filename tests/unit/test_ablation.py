@@ -203,6 +203,7 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"blocks": {"a": {"cells": {"x": {"prompts": "gone.txt"}}}}}, "cell 'x': --prompts: no such file: gone.txt"),
         ({"blocks": {"a": {"cells": {"x": {"report_to": "wandbb"}}}}}, "cell 'x': --report_to wandbb is unknown to"),
         ({"blocks": {"a": CELL | {"stage1": {"report_to": "wandbb"}}}}, "its stage 1: --report_to wandbb is unknown"),
+        ({"noise": {"recal": 1}}, "noise: unknown metric 'recal' (did you mean 'recall'?)"),
         ({"blocks": {"a": {"cells": {"x": {}, "y": {}}}}}, "block a: 'x' and 'y' are the same run"),
         (
             {"blocks": {"a": {"cells": {"x": {}}, "stage1": {"num_eval_samples": 4}}}},
@@ -262,6 +263,26 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
             ONE | {"claims": [CLAIM | {"metric": "reward/totl"}]},
             "block a, claims, cell 'x': unknown metric 'reward/totl' (did you mean 'reward/total'?)",
         ),
+        (ONE | {"claims": [CLAIM | {"noise": -1}]}, "block a, claims: noise must be a number of at least 0, not -1"),
+        (ONE | {"claims": [CLAIM | {"noise": "5"}]}, "block a, claims: noise must be a number of at least 0, not '5'"),
+        (ONE | {"claims": [CLAIM | {"lower": "x"}]}, "block a, claims: 'x' is compared with itself"),
+        (
+            ONE | {"claims": [CLAIM | {"until": 3}]},
+            "block a, claims, 'x' above 'y' in reward/total until 3: 'x' is first evaluated after 4 updates",
+        ),
+        (ONE | {"claims": [CLAIM | {"until": 11}]}, "in reward/total until 11: 'x' has 10 updates"),
+        (  # 'x' and 'y' go on from a stage 1 of 6 updates, after which they are first evaluated at 10
+            ONE | {"claims": [CLAIM | {"until": 9}]},
+            "in reward/total until 9: until then both are the same run, stage1-seed0-",
+        ),
+        (
+            {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 6}]},
+            "in reward/total until 6: until then both are the same run, stage1-seed0-",
+        ),
+        (
+            {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 8}]},
+            "in reward/total until 8: 'x' has 6 updates",
+        ),
         (  # of which only one of the two has this reward
             {
                 "cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}},
@@ -282,6 +303,8 @@ def test_a_block_that_cannot_be_meant(tmp_path: Path, write: Write, block: Any, 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"noise": 5}, "noise must be a mapping, not 5"),
+        ({"noise": {"recall": -1}}, "noise: recall must be a number of at least 0, not -1"),
         ({"settings": ["a"]}, "settings must be a mapping, not ['a']"),
         ({"blocks": ["a"]}, "blocks must be a mapping, not ['a']"),
         ({"quick": ["a"]}, "quick must be a mapping, not ['a']"),
@@ -314,6 +337,17 @@ def test_a_quick_look_is_something_else(tmp_path: Path, write: Write, nothing: A
     with pytest.raises(ConfigError) as error:
         load(file, tmp_path, quick=True)
     assert str(error.value) == f"--quick: {file} has no quick section (seeds, settings, blocks)"
+
+
+def test_early_updates_of_two_first_stages_may_be_compared(tmp_path: Path, write: Write) -> None:
+    content = {"cells": {"x": {}, "y": {"reward_tilt": 0}}, "claims": [CLAIM | {"until": 4}]}
+    assert [claim.until for claim in load(write(blocks={"a": content}), tmp_path).blocks[0].claims] == [4]
+
+
+def test_noise_is_the_claims_own_or_the_matrixs(tmp_path: Path, write: Write) -> None:
+    claims = [CLAIM, CLAIM | {"noise": 0.5}, CLAIM | {"metric": "recall"}, CLAIM | {"noise": None}]
+    file = write(blocks={"a": ONE | {"claims": claims}}, noise={"reward/total": 2})
+    assert [claim.noise for claim in load(file, tmp_path).blocks[0].claims] == [2, 0.5, 0, 2]
 
 
 def test_an_empty_entry_is_as_if_left_out(tmp_path: Path, write: Write) -> None:
@@ -634,12 +668,15 @@ def test_a_worker_ends_with_its_parent() -> None:
 # ---- verdicts
 
 
+NOISE = {"frechet_distance": 5.0}
+
+
 def judged(high: list[float | None], low: list[float | None], metric: str = "eval_reward/total") -> results.Verdict:
     sides = {
         label: [None if value is None else Result({metric: value}) for value in values]
         for label, values in (("a", high), ("b", low))
     }
-    return verdict(Claim("a", "b", metric), sides)
+    return verdict(Claim("a", "b", metric, noise=NOISE.get(metric, 0.0)), sides)
 
 
 @pytest.mark.parametrize(
@@ -709,7 +746,14 @@ def judged(high: list[float | None], low: list[float | None], metric: str = "eva
             [0.4, 0.4],
             "recall",
             "inconclusive: a level with b in recall by 0.000 ± 0.000 in 0 of 2 seeds (p = 0.500); "
-            "the seeds differ too much to tell",
+            "a difference that is shown as 0 says nothing",
+        ),
+        (  # as sure as can be, and of no size
+            [0.40041, 0.40042, 0.40043],
+            [0.4, 0.4, 0.4],
+            "recall",
+            "inconclusive: a level with b in recall by 0.000 ± 0.000 in 3 of 3 seeds (p < 0.001); "
+            "a difference that is shown as 0 says nothing",
         ),
     ],
 )
