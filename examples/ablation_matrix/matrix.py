@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Matrix:
-    """All blocks, and each of their runs once; a run comes after the one that it starts from."""
+    """All blocks, and each of their runs once; a run comes after the one that it starts from.
+
+    Attributes:
+        told: Flags of plugins, by their full names, that some cell sets.
+    """
 
     seeds: Sequence[int]
     blocks: Sequence[Block]
     runs: Sequence[Run]
+    told: Set[str]
 
 
 class OneOfEach(yaml.SafeLoader):
@@ -161,7 +166,7 @@ def built(content: Mapping[str, Any], root: Path, inputs: bool) -> Matrix:
     runs = Runs(settings, sorted(set(seeds)), root, inputs)
     reader = Reader(settings, noises(content), runs)
     blocks = [reader.block(name, block) for name, block in content["blocks"].items()]
-    return Matrix(runs.seeds, blocks, list(runs.made.values()))
+    return Matrix(runs.seeds, blocks, list(runs.made.values()), runs.told)
 
 
 def noises(content: Mapping[str, Any]) -> dict[str, float]:

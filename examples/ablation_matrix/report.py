@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from matrix import Block, Matrix
 from metrics import METRICS, Metric, metric
 from results import Result, Verdict, read, shown, verdict
-from runs import AXES
+from runs import AXES, Run, last_line
 
 from dmdr.images import embed, write_atomically
 from dmdr.report import TEXT, inline_svg, template
@@ -33,12 +33,16 @@ class Section:
     plots: Sequence[tuple[str, Markup]]
     header: Sequence[tuple[str, Metric]]
     rows: Sequence[tuple[str, int, int, int, Sequence[str]]]  # cell, updates, samples, finished seeds, metrics
+    missing: Sequence[tuple[str, str]]  # runs that are not finished, and why
     verdicts: Sequence[Verdict]
     pictures: Sequence[tuple[str, tuple[str, int, int]]]
 
 
-def write_report(matrix: Matrix, root: Path) -> list[str]:
+def write_report(matrix: Matrix, root: Path, failed: Mapping[str, str]) -> list[str]:
     """Write all of it, from the runs that are finished.
+
+    Args:
+        failed: Why runs have failed, by their name; of others that are not finished the log tells.
 
     Returns: The verdicts, a line each.
     """
@@ -52,6 +56,7 @@ def write_report(matrix: Matrix, root: Path) -> list[str]:
                 [(name, draw(block, name, results, root)) for name in block.curves],
                 [(name, metric(name)) for name in block.table],
                 [_row(label, block, results[label]) for label in block.cells],
+                _missing(block, found, root, failed),
                 [verdict(claim, results) for claim in block.claims],
                 _pictures(block, root),
             )
@@ -77,7 +82,7 @@ def write_report(matrix: Matrix, root: Path) -> list[str]:
 
 
 def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[Any]], list[str]]:
-    """One row per finished run: the cells that it is, its seed, all settings that any run varies, all metrics."""
+    """One row per finished run: its stage 1, the cells that it is, its seed, all settings that vary, all metrics."""
     cells: dict[str, list[str]] = {run.name: [] for run in matrix.runs}
     for block in matrix.blocks:
         for label, runs in block.cells.items():
@@ -88,7 +93,7 @@ def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[
     results = [(run, found[run.name]) for run in matrix.runs]
     names = dict.fromkeys([*METRICS, *(name for _, result in results if result for name in result.final)])
     metrics = [name for name in names if any(result and name in result.final for _, result in results)]
-    header = ["run", "cells", "seed", "updates", "samples", *settings, *metrics, "seconds"]
+    header = ["run", "start", "cells", "seed", "updates", "samples", *settings, *metrics, "seconds"]
     table = []
     for run, result in results:
         if result is not None:
@@ -97,6 +102,7 @@ def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[
                 [
                     *(
                         run.name,
+                        run.start.name if run.start else "",
                         "; ".join(cells[run.name]) or "stage 1",
                         run.seed,
                         run.updates,
@@ -111,12 +117,13 @@ def rows(matrix: Matrix, found: Mapping[str, Result | None]) -> tuple[list[list[
 
 
 def _varied(matrix: Matrix) -> set[str]:
-    """The settings that differ between two runs, but for what has a column of its own."""
+    """Settings that differ between two runs and have no column of their own, and what the YAML tells plugins."""
     values: dict[str, set[str]] = {}
     for run in matrix.runs:
         for name, value in run.values().items():
             values.setdefault(name, set()).add(str(value))
-    return {name for name, found in values.items() if len(found) > 1} - {"seed", "init_student", "num_eval_samples"}
+    varied = {name for name, found in values.items() if len(found) > 1} - {"seed", "init_student", "num_eval_samples"}
+    return varied | matrix.told
 
 
 def _csv(header: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
@@ -131,15 +138,41 @@ def _row(label: str, block: Block, results: Sequence[Result | None]) -> tuple[st
     return label, run.updates, run.settings.config.num_eval_samples, len(done), texts
 
 
+def _missing(
+    block: Block, found: Mapping[str, Result | None], root: Path, failed: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """The runs of a block that are not finished, and why, each in a line."""
+    runs = [(f"{label}, seed {run.seed}", run) for label, runs in block.cells.items() for run in runs]
+    return [(name, _why(run, root, failed)) for name, run in runs if found[run.name] is None]
+
+
+def _why(run: Run, root: Path, failed: Mapping[str, str]) -> str:
+    """Why a run is not finished."""
+    if run.name in failed:
+        return failed[run.name]
+    log = root / "logs" / f"{run.name}.log"
+    if log.is_file():
+        return f"the last line of its log is: {last_line(log)}"
+    if run.start and run.start.state(root) != "finished":
+        return f"not begun: its stage 1 is not finished, {_why(run.start, root, failed)}"
+    return "not begun"
+
+
 def _markdown(sections: Sequence[Section]) -> str:
     """Tables for a paper: means over the seeds ± half their range."""
     parts = []
     for section in sections:
-        names = ["", "updates", *(shape.label for _, shape in section.header)]
-        lines = [f"### {section.block.title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        lines += [f"| {' | '.join([label, str(updates), *texts])} |" for label, updates, _, _, texts in section.rows]
-        parts.append("\n".join([*lines, "", *(f"- {v}" for v in section.verdicts)]))
+        names = ["", "updates", "seeds", *(shape.label for _, shape in section.header)]
+        lines = [f"### {section.block.title}", "", _line(names), "|---" * len(names) + "|"]
+        lines += [_line([label, updates, seeds, *texts]) for label, updates, _, seeds, texts in section.rows]
+        missing = [f"- {name} is not finished: {why}" for name, why in section.missing]
+        parts.append("\n".join([*lines, "", *missing, *(f"- {v}" for v in section.verdicts)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _line(values: Sequence[Any]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(str(value).replace("|", "\\|") for value in values) + " |"
 
 
 def _common(matrix: Matrix) -> list[tuple[str, Any]]:

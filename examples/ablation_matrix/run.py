@@ -17,17 +17,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
-from matrix import Matrix, load
-from runs import Run
+from matrix import Block, Matrix, load
+from runs import Run, last_line
 
 from dmdr import registry
-from dmdr.errors import ConfigError
+from dmdr.cli.common import command, refuse
+from dmdr.errors import ConfigError, TrainingError
+from dmdr.images import can_hold_files
 
 HERE = Path(__file__).parent
 PATIENCE = 60  # seconds that all processes together get to save their checkpoints
@@ -54,7 +56,7 @@ def tasks(matrix: Matrix, root: Path) -> list[Task]:
     builds = {name: parts for run in left for name, parts in builds_of(run).items()}
     first = [Task(name, ["build", *parts]) for name, parts in builds.items()]
     return first + [
-        Task(run.name, command(run, root), [*builds_of(run), *([run.start.name] if run.start else [])], run)
+        Task(run.name, training(run, root), [*builds_of(run), *([run.start.name] if run.start else [])], run)
         for run in left
     ]
 
@@ -72,8 +74,8 @@ def builds_of(run: Run) -> dict[str, tuple[str, ...]]:
     return {re.sub(r"[^\w.+-]", "_", "-".join(("build", *part))): part for part in parts}
 
 
-def command(run: Run, root: Path) -> list[str]:
-    """The flags with which a run goes on from its last checkpoint, or else begins."""
+def training(run: Run, root: Path) -> list[str]:
+    """The arguments with which a run goes on from its last checkpoint, or else begins."""
     folder, settings = run.folder(root), root / "logs" / f"{run.name}.yaml"
     begun = ["--resume_from_checkpoint", "latest"] if run.state(root) == "begun" else []
     return ["train", "--config", str(settings), "--output_dir", str(folder), *begun]
@@ -108,7 +110,7 @@ def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str
             for task in list(waiting):
                 if bad := [name for name in task.needs if name in failed]:
                     waiting.remove(task)
-                    failed[task.name] = f"not begun: {bad[0]} has failed"
+                    failed[task.name] = f"not begun: {bad[0]} has failed: {failed[bad[0]]}"
                     told(task.name, "")
                 elif len(running) < jobs and not open_ends.intersection(task.needs):
                     waiting.remove(task)
@@ -125,6 +127,11 @@ def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str
                         failed[name] = f"exit code {process.returncode}: {last_line(logs / f'{name}.log')}"
                     told(name, f"{time.monotonic() - began:.0f} s")
             time.sleep(0.1)
+    except (KeyboardInterrupt, SystemExit):
+        print(
+            f"runs save their checkpoints, for up to {PATIENCE} s; the same command goes on from them", file=sys.stderr
+        )
+        raise
     finally:
         end([process for process, _ in running.values()])
     return failed
@@ -160,12 +167,6 @@ def end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             process.wait()
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something; a progress bar writes its over one another."""
-    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing in its log")
-
-
 @contextmanager
 def locked(root: Path) -> Iterator[IO[str]]:
     """The folder to ourselves, once processes of a matrix that was killed here have ended.
@@ -182,19 +183,31 @@ def locked(root: Path) -> Iterator[IO[str]]:
             except BlockingIOError:
                 if second == PATIENCE:
                     raise ConfigError(f"--output_dir {root}: another matrix is at work in it") from None
+                if second == 0:
+                    print(f"waiting for another matrix at work in {root}, for {PATIENCE} s", file=sys.stderr)
                 time.sleep(1)
         yield lock
 
 
 def listing(matrix: Matrix, root: Path) -> str:
-    """The cells by block, and every run with its state."""
+    """The cells by block and the first stages that they share, and every run with its state."""
     lines = []
     for block in matrix.blocks:
         lines.append(f"{block.title}:")
         lines += [f"  {label}: {runs[0].updates} updates, {runs[0].name}" for label, runs in block.cells.items()]
+        lines += [f"  stage 1 of {'; '.join(labels)}: {start}" for start, labels in starts(block).items()]
     states = [run.state(root) for run in matrix.runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("finished", "begun", "new"))
     return "\n".join([*lines, f"{len(matrix.runs)} runs with seeds {list(matrix.seeds)}: {counts}"])
+
+
+def starts(block: Block) -> dict[str, list[str]]:
+    """The cells that go on from each first stage, of the first seed."""
+    found: dict[str, list[str]] = {}
+    for label, (run, *_) in block.cells.items():
+        if run.start:
+            found.setdefault(f"{run.start.updates} updates, {run.start.name}", []).append(label)
+    return found
 
 
 def stop(number: int, frame: Any) -> None:
@@ -202,52 +215,73 @@ def stop(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 
-def ablate(args: argparse.Namespace) -> int:
-    root = args.output_dir
-    matrix = load(args.config, root, quick=args.quick)
+def reporter() -> Callable[[Matrix, Path, Mapping[str, str]], list[str]]:
+    """What writes the report, before there are hours of training to report.
+
+    Raises:
+        ConfigError: If a package that it needs is not installed.
+    """
+    try:
+        from report import write_report
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the report needs the package '{error.name}': pip install {error.name}") from error
+    return write_report
+
+
+def check_folder(root: Path) -> None:
+    """Refuse a folder that nothing could be written to."""
+    if not can_hold_files(next(path for path in (root, *root.absolute().parents) if os.path.exists(path))):
+        raise ConfigError(f"--output_dir {root} is no folder that may be written to")
+
+
+def train(matrix: Matrix, root: Path, jobs: int) -> dict[str, str]:
+    """Train what is left, and return what has failed."""
+    with locked(root) as lock:
+        clear(matrix, root)
+        return work(tasks(matrix, root), jobs, root / "logs", lock)
+
+
+def ablate(arguments: list[str]) -> None:
+    args, write_report = flags(arguments), reporter()
+    root: Path = args.output_dir
+    check_folder(root)
+    matrix = load(args.config, root, quick=args.quick, inputs=not args.report_only)
     if args.dry_run:
         print(listing(matrix, root))
-        return 0
-    failed: dict[str, str] = {}
-    if not args.report_only:
-        with locked(root) as lock:
-            clear(matrix, root)
-            failed = work(tasks(matrix, root), args.jobs, root / "logs", lock)
-    from report import write_report
-
-    print("\n".join(write_report(matrix, root)))
+        return
+    if args.report_only and all(run.state(root) == "new" for run in matrix.runs):
+        raise ConfigError(f"--report_only: {root} holds no run of this matrix; leave it out to train them")
+    failed = {} if args.report_only else train(matrix, root, args.jobs)
+    print("\n".join(write_report(matrix, root, failed)))
     for name, line in failed.items():
         print(f"FAILED {name}: {line}", file=sys.stderr)
     print(f"done: {root}/report.html")
-    return 1 if failed else 0
+    if failed:
+        raise TrainingError(f"failures: {len(failed)}; the same command tries them again")
 
 
-class Parser(argparse.ArgumentParser):
-    """Whose errors are one line, as those of every command here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
-
-
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def flags(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("--config", type=Path, default=HERE / "matrix.yaml")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time; each takes one core")
     parser.add_argument("--quick", action="store_true", help="what the YAML has under `quick`")
-    parser.add_argument("--dry_run", action="store_true", help="print the cells and write nothing")
-    parser.add_argument("--report_only", action="store_true", help="write the report of what is finished")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry_run", action="store_true", help="print the cells and write nothing")
+    instead.add_argument("--report_only", action="store_true", help="write the report of what is finished")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        refuse(f"--jobs must be at least 1, not {args.jobs}")
+    return args
+
+
+def main() -> int:
     signal.signal(signal.SIGTERM, stop)
-    try:
-        args = parser.parse_args()
-        if args.jobs < 1:
-            parser.error(f"--jobs must be at least 1, not {args.jobs}")
-        return ablate(args)
-    except ConfigError as error:
-        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    sys.argv[0] = "ablation_matrix"  # as which it speaks
+    return command(ablate)
 
 
 if __name__ == "__main__":

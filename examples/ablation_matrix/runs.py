@@ -112,6 +112,7 @@ class Runs:
         self.base = values_of(plain(settings))
         self.made: dict[str, Run] = {}
         self.looked_at = set[tuple[str, ...]]()
+        self.told = set[str]()  # flags of plugins that some cell sets
 
     def of_cell(self, given: dict[str, Any], stage1: dict[str, Any], export: bool, where: str) -> list[Run]:
         """A cell's run of each seed, from the stage 1 that all cells with the same first settings share."""
@@ -145,6 +146,8 @@ class Runs:
             objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
             check_needs(settings.config, objectives, settings)
             settings.of("matchings")[0].build()
+            own = ((name, plugin.key(name)) for plugin in settings.plugins for name in plugin.options)
+            self.told |= {key for name, key in own if name in given or key in given}
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         if settings.config.num_eval_samples == 0:
@@ -210,6 +213,12 @@ def check_inputs(settings: Settings) -> None:
     check_columns(scorers, open_prompts(config, model, scorers).first(1))
     adamw(config)
     check_tracker(config)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; a progress bar writes its over one another."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing in its log")
 
 
 def _read(load: Any, file: Path) -> dict[str, Any]:

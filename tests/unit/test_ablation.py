@@ -1,6 +1,5 @@
 """The ablation matrix: cells from a YAML, what is done and what is left, the pool, the verdicts. Trains nothing."""
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -160,7 +159,9 @@ def test_a_key_is_there_once(tmp_path: Path, text: str, said: str) -> None:
 
 def test_a_mapping_may_go_on_from_another(tmp_path: Path, write: Write) -> None:
     file = write(blocks="BLOCKS")
-    file.write_text(file.read_text().replace("BLOCKS", "{a: {cells: {x: &x {rl_weight: 2}, y: {<<: *x, rl_weight: 1}}}}"))
+    file.write_text(
+        file.read_text().replace("BLOCKS", "{a: {cells: {x: &x {rl_weight: 2}, y: {<<: *x, rl_weight: 1}}}}")
+    )
     assert list(load(file, tmp_path).blocks[0].cells) == ["x", "y"]
 
 
@@ -197,8 +198,8 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"settings": {"model": "toy", "rl": "refl"}}, "cell 'stage 1': num_eval_samples is 0"),
         (
             {"settings": {"model": "digit", "rl": "refl"}},
-            "cell 'stage 1': --model digit is neither a diffusers pipeline folder (no model_index.json), nor a hub id, nor "
-            "a registered model (did you mean 'digits'?)",
+            "cell 'stage 1': --model digit is neither a diffusers pipeline folder (no model_index.json), nor a hub id, "
+            "nor a registered model (did you mean 'digits'?)",
         ),
         ({"blocks": {"a": {"cells": {"x": {"prompts": "gone.txt"}}}}}, "cell 'x': --prompts: no such file: gone.txt"),
         ({"blocks": {"a": {"cells": {"x": {"report_to": "wandbb"}}}}}, "cell 'x': --report_to wandbb is unknown to"),
@@ -314,7 +315,10 @@ def test_a_block_that_cannot_be_meant(tmp_path: Path, write: Write, block: Any, 
         ({"quick": {"blocks": ["tree"]}}, "quick: blocks: unknown block 'tree' (did you mean 'three'?)"),
         ({"quick": {"seeds": 0}}, "quick: seeds must be a list of whole numbers of at least 0, not 0"),
         ({"quick": {"settings": {"seed": 1}}}, "quick: settings: 'seed' is no setting of a cell"),
-        ({"quick": {"settings": {"stage2_stpes": 1}}}, "quick: block three, cell 'stage 1': unknown setting 'stage2_st"),
+        (
+            {"quick": {"settings": {"stage2_stpes": 1}}},
+            "quick: block three, cell 'stage 1': unknown setting 'stage2_st",
+        ),
         ({"blocks": {"a/b": ONE}}, "block a/b: its plots are named after it"),
         ({"blocks": {1: ONE}}, "block 1: its plots are named after it"),
     ],
@@ -418,7 +422,7 @@ def test_labels_and_metrics_call_a_plugin_by_its_stem(tmp_path: Path, write: Wri
     matrix = load(write(blocks={"a.b": content}), tmp_path)
     assert list(matrix.blocks[0].cells) == ["reward 0.5*judge.v1:score+toy", "reward toy"]
     assert metrics.metric(f"reward/{name}").label == "trained judge.v1:score"
-    report.write_report(matrix, tmp_path)
+    report.write_report(matrix, tmp_path, {})
     plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert [plot.startswith("a.b-reward-") for plot in plots] == [True, True]
     assert [plot.endswith(f"judge.v1.py-score.{kind}") for plot, kind in zip(plots, ("png", "svg"), strict=True)]
@@ -446,18 +450,44 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--jobs", "x"], "run.py: --jobs: invalid int value: 'x'"),
-        (["--jobs", "0"], "run.py: --jobs must be at least 1, not 0"),
-        (["--job_s"], "run.py: unrecognized arguments: --job_s"),
+        (["--jobs", "x"], "argument --jobs: invalid int value: 'x'"),
+        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--job_s"], "unrecognized arguments: --job_s"),
+        (["--quic"], "unrecognized arguments: --quic"),
+        (["--dry_run", "--report_only"], "argument --report_only: not allowed with argument --dry_run"),
+        (["--output_dir", "file"], "--output_dir file is no folder that may be written to"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x is no folder that may be written to"),
+        (["--output_dir", "/proc/foo", "--dry_run"], "--output_dir /proc/foo is no folder that may be written to"),
+        (["--report_only"], "--report_only: runs/ablation holds no run of this matrix; leave it out to train them"),
     ],
+    ids=str,
 )
 def test_a_bad_flag_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    said: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(TOY), *flags])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    Path("file").touch()
     assert command.main() == 2
-    assert capsys.readouterr() == ("", f"{said}\n")
+    assert capsys.readouterr() == ("", f"ablation_matrix: {said}\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("package", ["scipy", "matplotlib", "jinja2"])
+def test_what_the_report_needs_is_said_first(tmp_path: Path, package: str) -> None:
+    """Not after hours of training."""
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('gone', name='{package}')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    call = [sys.executable, str(EXAMPLE / "run.py"), "--config", str(TOY), "--output_dir", str(tmp_path / "out")]
+    found = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    said = f"ablation_matrix: the report needs the package '{package}': pip install {package}\n"
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", said)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is done and what is left
@@ -593,11 +623,11 @@ def test_a_failure_is_reported_and_the_rest_goes_on(
 ) -> None:
     first, bad = command.Task("first", ["first"]), command.Task("bad", ["bad", "fail"])
     waits, lost = command.Task("waits", ["waits"], ["first", "gone"]), command.Task("lost", ["lost"], ["bad"])
-    failed = pool(bad, lost, first, waits)
-    assert failed == {"bad": "exit code 3: what went wrong", "lost": "not begun: bad has failed"}
+    failed, why = pool(bad, lost, first, waits), "exit code 3: what went wrong"
+    assert failed == {"bad": why, "lost": f"not begun: bad has failed: {why}"}
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("]")[0] for line in lines] == [f"[{count}/4" for count in (1, 2, 3, 4)]
-    assert sum(line.endswith("lost  not begun: bad has failed") for line in lines) == 1
+    assert sum(line.endswith(f"lost  not begun: bad has failed: {why}") for line in lines) == 1
     assert (tmp_path / "waits-done").exists() and not (tmp_path / "lost").exists()
     assert (tmp_path / "waits").stat().st_mtime >= (tmp_path / "first-done").stat().st_mtime
 
@@ -613,7 +643,11 @@ def test_so_many_at_a_time(pool: Any, tmp_path: Path, jobs: int) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_whatever_ends_the_pool_ends_its_tasks(
-    pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    pool: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[BaseException],
 ) -> None:
     sleep = time.sleep
 
@@ -626,6 +660,7 @@ def test_whatever_ends_the_pool_ends_its_tasks(
     monkeypatch.setattr(command.time, "sleep", interrupted)
     with pytest.raises(error):
         pool(*(command.Task(name, [name, "hang"]) for name in "abc"))
+    assert capsys.readouterr().err == "runs save their checkpoints, for up to 60 s; the same command goes on from them\n"
     assert (tmp_path / "a-left").exists() and (tmp_path / "b-left").exists()  # in order, not killed
     assert not (tmp_path / "c").exists()
     for name in "ab":
@@ -643,14 +678,17 @@ def test_one_deadline_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [process.returncode for process in processes] == [-signal.SIGKILL] * 4
 
 
-def test_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "PATIENCE", 0)
+def test_one_matrix_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "PATIENCE", 1)
     with (
         command.locked(tmp_path),
         pytest.raises(ConfigError, match="another matrix is at work in it"),
         command.locked(tmp_path),
     ):
         pass
+    assert capsys.readouterr().err == f"waiting for another matrix at work in {tmp_path}, for 1 s\n"
     with command.locked(tmp_path):
         pass
 
@@ -834,7 +872,7 @@ def test_only_known_metrics_have_a_better_direction() -> None:
 def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
     for run in toy.runs[:2]:
         finish(run, tmp_path)
-    lines = report.write_report(toy, tmp_path)
+    lines = report.write_report(toy, tmp_path, {})
     assert lines == ["three: not measured: RL only against joint in trained reward: no seed has finished both"]
     html = (tmp_path / "report.html").read_text()
     assert "2 of 4 runs" in html
@@ -842,12 +880,12 @@ def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["run"], row["seed"], row["updates"]) for row in rows] == [
-        (toy.runs[0].name, "0", "6"), (toy.runs[1].name, "0", "10")
+    assert [(row["run"], row["start"], row["seed"], row["updates"]) for row in rows] == [
+        (toy.runs[0].name, "", "0", "6"), (toy.runs[1].name, toy.runs[0].name, "0", "10")
     ]  # fmt: skip
     assert rows[0]["cells"] == "three: stage 1"
     assert {"dmd_weight", "rl_weight", "reward/total", "eval_reward/total", "seconds"} <= rows[0].keys()
-    assert "| RL only | 10 | 0.500 | 0.400 | 0.100 |" in (tmp_path / "table.md").read_text()
+    assert "| RL only | 10 | 1 | 0.500 | 0.400 | 0.100 |" in (tmp_path / "table.md").read_text()
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {f"three-{m}.{kind}" for m in ("reward-total", "eval_reward-total") for kind in ("png", "svg")}
 
@@ -859,7 +897,7 @@ def test_a_cell_without_a_result_has_no_picture(tmp_path: Path, toy: Matrix) -> 
         finish(run, tmp_path)
         images.save(images.grid(torch.rand(4, 3, 8, 8)), run.folder(tmp_path) / "samples" / "step-000000.png")
     (joint.folder(tmp_path) / "report.html").unlink()
-    report.write_report(toy, tmp_path)
+    report.write_report(toy, tmp_path, {})
     html = (tmp_path / "report.html").read_text()
     assert "Grid of samples: stage 1" in html and "Grid of samples: joint" not in html
 
@@ -873,11 +911,93 @@ def test_every_setting_that_varies_is_a_column(tmp_path: Path, write: Write) -> 
     matrix = load(write(blocks={"a": content}), tmp_path)
     _, header = report.rows(matrix, dict.fromkeys(run.name for run in matrix.runs))
     assert {"rl", "refl_steps"} <= set(header)
-    assert not {"seed", "init_student", "model", "grpo_beta"} & set(header[3:])
+    assert not {"seed", "init_student", "model", "grpo_beta"} & set(header[4:])
+
+
+def test_what_an_objective_is_told_is_a_column(tmp_path: Path, write: Write) -> None:
+    """One cell alone has it, so that no two differ in it."""
+    content = {"cells": {"refl": {"steps": "last"}, "grpo": {"rl": "grpo", "num_generations": 4, "grpo_beta": 0.5}}}
+    matrix = load(write(blocks={"a": content}), tmp_path)
+    runs = matrix.runs
+    table, header = report.rows(matrix, {run.name: Result({}) for run in runs})
+    found = {column: [row[header.index(column)] for row in table] for column in ("refl_steps", "grpo_beta")}
+    told = [run.settings.config.rl for run in runs]
+    assert found["refl_steps"] == ["last" if rl == "refl" else "" for rl in told]
+    assert found["grpo_beta"] == [0.5 if rl == "grpo" else "" for rl in told]
+    assert not {"grpo_epsilon", "grpo_ratio"} & set(header)
+
+
+def test_why_a_run_is_not_finished(tmp_path: Path, toy: Matrix) -> None:
+    """In the report and the tables, a line each."""
+    first, alone, joint, _ = toy.runs
+    found = {}
+    for name, failed in (("nothing", {}), ("failed", {alone.name: "exit code 1: <b>no</b> judge"})):
+        report.write_report(toy, tmp_path, failed)
+        found[name] = (tmp_path / "table.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "- stage 1, seed 0 is not finished: not begun\n" in found["nothing"][0]
+    said = "- joint, seed 0 is not finished: not begun: its stage 1 is not finished, not begun\n"
+    assert said in found["nothing"][0]
+    assert "- RL only, seed 0 is not finished: exit code 1: <b>no</b> judge\n" in found["failed"][0]
+    assert "<b>RL only, seed 0</b> is not finished: exit code 1: &lt;b&gt;no&lt;/b&gt; judge<" in found["failed"][1]
+
+    for run in (first, alone):
+        finish(run, tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"{joint.name}.log").write_text("begun\nno space left\n")
+    report.write_report(toy, tmp_path, {})
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if "not finished" in line]
+    assert lines == [
+        "- joint, seed 0 is not finished: the last line of its log is: no space left",
+        "- rl_weight 0.3, seed 0 is not finished: the last line of its log is: no space left",  # the same run
+        "- rl_weight 1.0, seed 0 is not finished: not begun",
+    ]
+
+
+def test_a_bar_in_a_name_ends_no_column(tmp_path: Path, write: Write) -> None:
+    matrix = load(write(blocks={"a": {"cells": {"x|y": {}}, "table": ["recall"]}}), tmp_path)
+    report.write_report(matrix, tmp_path, {})
+    assert (
+        "|  | updates | seeds | recall |\n|---|---|---|---|\n| x\\|y | 10 | 0 |  |\n"
+        in (tmp_path / "table.md").read_text()
+    )
+
+
+def test_the_page_says_what_is_shared(tmp_path: Path, toy: Matrix) -> None:
+    report.write_report(toy, tmp_path, {})
+    words = " ".join((tmp_path / "report.html").read_text().split())
+    assert "cells whose first stage is the same share one per seed" in words
+    assert "A claim is reproduced (or not)" in words and "of the paper" not in words
 
 
 def test_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = argparse.Namespace(config=TOY, output_dir=tmp_path / "out", quick=False, dry_run=True, report_only=False)
-    assert command.ablate(args) == 0
-    assert "4 runs with seeds [0]: 0 finished, 0 begun, 4 new" in capsys.readouterr().out
+    command.ablate(["--config", str(TOY), "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    found = capsys.readouterr().out
+    assert "\n  stage 1 of RL only; joint: 6 updates, stage1-seed0-" in found
+    assert found.endswith("4 runs with seeds [0]: 0 finished, 0 begun, 4 new\n")
     assert not (tmp_path / "out").exists()
+
+
+GROUPED = """
+from dataclasses import dataclass
+from dmdr.protocols import Needs
+from dmdr_refl import ReFL
+
+@dataclass
+class Grouped(ReFL):
+    @property
+    def needs(self):
+        return Needs(reward=True, reward_grad=True, group_size=4)
+"""
+
+
+@pytest.mark.parametrize(("stage1", "count"), [({}, 2), ({"num_generations": 1}, 1)])
+def test_groups_of_images_split_stage_1_unless_it_is_told(
+    tmp_path: Path, write: Write, stage1: dict[str, int], count: int
+) -> None:
+    plugin = tmp_path / "grouped.py"
+    plugin.write_text(GROUPED)
+    cells = {"refl": {}, "grouped": {"rl": f"{plugin}:Grouped", "num_generations": 4}}
+    matrix = load(write(blocks={"a": {"cells": cells, "stage1": stage1}}), tmp_path)
+    listed = [line for line in command.listing(matrix, tmp_path).splitlines() if "  stage 1 of " in line]
+    assert len(listed) == count
+    assert (" of refl; grouped: " in listed[0]) == (count == 1)
