@@ -59,8 +59,13 @@ def test_a_killed_matrix_goes_on(tmp_path: Path, number: signal.Signals) -> None
     assert len(written(tmp_path)) == 3  # the others went on
     report = (tmp_path / "out" / "report.html").read_text()
     assert "3 of 4 runs" in report
+    said = "bad, seed 0 is not finished: exit code 1: "
+    line = next(line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if said in line)
+    assert "no judge today" in line and "no judge today" in report
+    assert errors.splitlines()[-1] == "ablation_matrix: failures: 1; the same command tries them again"
     assert "one seed: RL only" in output
 
     third = command(file, tmp_path, "--report_only")
     assert "one seed: RL only" in third.communicate(timeout=WAIT)[0]
     assert third.returncode == 0
+    assert "bad, seed 0 is not finished: the last line of its log is: " in (tmp_path / "out" / "table.md").read_text()
