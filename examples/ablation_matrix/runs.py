@@ -120,6 +120,8 @@ class Runs:
         alone = self._resolved({key: value for key, value in given.items() if key != "dmd_weight"}, where)
         settings = self._resolved(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
         config = settings.config
+        flags = [(option, plugin.key(option)) for plugin in settings.plugins for option in plugin.options]
+        self.told |= {key for option, key in flags if option in given or key in given}
         own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
         first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
         first = first | stage1 | {"rl": "none", "stage2_steps": 0}
@@ -145,9 +147,8 @@ class Runs:
                 self.looked_at.add(inputs)
             objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
             check_needs(settings.config, objectives, settings)
-            settings.of("matchings")[0].build()
-            own = ((name, plugin.key(name)) for plugin in settings.plugins for name in plugin.options)
-            self.told |= {key for name, key in own if name in given or key in given}
+            for matching in settings.of("matchings"):
+                matching.build()
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         if settings.config.num_eval_samples == 0:

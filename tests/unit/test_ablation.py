@@ -93,6 +93,7 @@ def test_every_claim_of_the_default_matrix_can_be_measured(default: Matrix) -> N
     for block in default.blocks:  # `load` refuses metrics that are not measured
         assert block.claims
         assert len(set(block.claims)) == len(block.claims)
+        assert all(claim.noise == 5 * (claim.metric == "frechet_distance") for claim in block.claims)
 
 
 def test_grids_exports_and_labels(tmp_path: Path, write: Write) -> None:
