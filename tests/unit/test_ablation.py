@@ -661,7 +661,8 @@ def test_whatever_ends_the_pool_ends_its_tasks(
     monkeypatch.setattr(command.time, "sleep", interrupted)
     with pytest.raises(error):
         pool(*(command.Task(name, [name, "hang"]) for name in "abc"))
-    assert capsys.readouterr().err == "runs save their checkpoints, for up to 60 s; the same command goes on from them\n"
+    said = "runs save their checkpoints, for up to 60 s; the same command goes on from them\n"
+    assert capsys.readouterr().err == said
     assert (tmp_path / "a-left").exists() and (tmp_path / "b-left").exists()  # in order, not killed
     assert not (tmp_path / "c").exists()
     for name in "ab":
