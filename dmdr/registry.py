@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
 import re
+import sys
 import types
 import typing
 from collections import Counter
@@ -61,7 +63,16 @@ class Plugin:
 
 
 def offers(group: str) -> list[Plugin]:
-    """Every offer of a group, by name and distribution; imports none, and a broken one is listed like any other."""
+    """Every offer of a group, by name and distribution; imports none, and a broken one is listed like any other.
+
+    What is installed while the process runs is seen where it brings a path of its own.
+    """
+    return list(_offers(group, tuple(sys.path)))
+
+
+@functools.cache
+def _offers(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
+    """The offers on this path, which is read once: a command line is parsed in many looks at them."""
     found = set()
     for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
         target, _, extras = point.value.partition("[")
@@ -69,7 +80,7 @@ def offers(group: str) -> list[Plugin]:
         # What an interrupted uninstall leaves behind has neither name nor version.
         origin = (point.dist.name or "?", point.dist.version or "?") if point.dist else ("?", "?")
         found.add(Plugin(group, point.name, re.sub(r"\s*:\s*", ":", target.strip()), *origin, names))
-    return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution, plugin.target))
+    return tuple(sorted(found, key=lambda plugin: (plugin.name, plugin.distribution, plugin.target)))
 
 
 def typed_names(group: str) -> dict[Plugin, str]:

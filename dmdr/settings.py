@@ -129,6 +129,8 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     home = registry.find("models", model).distribution if model else ""
     untyped = {group: key for group, key in SUMS.items() if look[key] is None}
     chosen = _load(_parts(named), {group: home if key in recipe else "dmdr" for group, key in untyped.items()})
+    if [plugin.weight for plugin in chosen if plugin.group == "matchings"] != [1.0]:
+        raise ConfigError(f"--matching {named['matching']}: write the name of one matching; --dmd_weight is its weight")
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})

@@ -27,7 +27,7 @@ from matrix import Block, Matrix, load
 from runs import Run, last_line
 
 from dmdr import registry
-from dmdr.cli.common import command, refuse
+from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import can_hold_files
 
@@ -261,10 +261,7 @@ def ablate(arguments: list[str]) -> None:
 
 
 def flags(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = CommandParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "matrix.yaml")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time; each takes one core")
@@ -274,7 +271,7 @@ def flags(arguments: list[str]) -> argparse.Namespace:
     instead.add_argument("--report_only", action="store_true", help="write the report of what is finished")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
-        refuse(f"--jobs must be at least 1, not {args.jobs}")
+        raise ConfigError(f"--jobs must be at least 1, not {args.jobs}")
     return args
 
 

@@ -451,11 +451,11 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--jobs", "x"], "argument --jobs: invalid int value: 'x'"),
+        (["--jobs", "x"], "--jobs: invalid int value: 'x'"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
         (["--job_s"], "unrecognized arguments: --job_s"),
         (["--quic"], "unrecognized arguments: --quic"),
-        (["--dry_run", "--report_only"], "argument --report_only: not allowed with argument --dry_run"),
+        (["--dry_run", "--report_only"], "--report_only: not allowed with argument --dry_run"),
         (["--output_dir", "file"], "--output_dir file is no folder that may be written to"),
         (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x is no folder that may be written to"),
         (["--output_dir", "/proc/foo", "--dry_run"], "--output_dir /proc/foo is no folder that may be written to"),

@@ -279,6 +279,10 @@ def test_rewards_that_only_measure_have_flags_of_their_own(file: Path) -> None:
         (("--rl", "refll"), "unknown objective 'refll' (did you mean 'refl'?)"),
         (("--reward", "toyy"), "unknown reward 'toyy' (did you mean 'toy'?)"),
         (("--matching", "dmdd"), "unknown matching 'dmdd' (did you mean 'dmd'?)"),
+        *(
+            (("--matching", value), f"--matching {value}: write the name of one matching; --dmd_weight is its weight")
+            for value in ("none", "dmd+ac_dmd", "0.5*dmd")
+        ),
         (("--learning_rat", "1"), "unknown argument --learning_rat (did you mean "),
         (("--learning_rat=1",), "unknown argument --learning_rat=1 (did you mean "),
         (("--rl", "refl", "--refl_step", "last"), "unknown argument --refl_step (did you mean "),

@@ -82,8 +82,8 @@ def test_unknown_name_suggests_a_known_one() -> None:
     assert "did you mean" not in error_of("rewards", "zzzzzz")
 
 
-def test_empty_group_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+def test_empty_group_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert plugins("rewards") == {}
     assert "unknown reward 'hps'; known: none" in error_of("rewards", "hps")
 
