@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.protocols import Backend, Role
-from dmdr.states import load_strict
+from dmdr.states import check_storable, load_strict
 
 PATTERN = re.compile(r"step-(\d{6,})")
 ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
@@ -57,7 +57,12 @@ def save_checkpoint(
         extra: Further state of plain containers and tensors (objectives, loss scaler).
         ema: The student's average, if there is one.
         stage_end: Keep it whatever `prune` is asked to.
+
+    Raises:
+        TrainingError: If `extra` holds what could not be loaded again; nothing is written.
     """
+    for name, state in extra.items():
+        check_storable(state, f"state_dict() of {name}")
     final = folder / f"step-{progress.total:06d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

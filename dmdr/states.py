@@ -1,11 +1,32 @@
-"""Loading weights strictly: another name or shape is an error that says which."""
+"""States that go into a checkpoint and come back: what cannot, and what does not fit, is an error that says which."""
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
+
+PLAIN = (bool, int, float, str, bytes, type(None), torch.Size, torch.dtype, torch.device)  # with weights_only
+
+
+def check_storable(state: Any, where: str) -> None:
+    """Refuse a state that `torch.load(weights_only=True)`, with which a run is resumed, would refuse.
+
+    Raises:
+        TrainingError: Names the place and the type.
+    """
+    if type(state) in (dict, OrderedDict):
+        for name, value in state.items():
+            check_storable(value, f"{where}, {name}")
+    elif type(state) in (list, tuple, set):
+        for value in state:
+            check_storable(value, where)
+    elif not isinstance(state, Tensor) and type(state) not in PLAIN:
+        kind = f"{type(state).__module__}.{type(state).__qualname__}"
+        raise TrainingError(f"{where}: a checkpoint holds tensors, numbers, text, lists and dicts, and no {kind}")
 
 
 def refuse_misfits(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -37,8 +37,12 @@ class WeightedObjective:
             TrainingError: If it is no answer; names the objective.
         """
         try:
+            given = False
             for found in terms_of(self.objective(draw, ctx)):
                 yield checked(found, len(draw))
+                given = True
+            if not given:
+                raise TrainingError("it yielded no term; one with nothing valid says that there is nothing to learn")
         except RewardError:
             raise
         except TrainingError as error:
@@ -99,6 +103,24 @@ class Step:
 
     def log(self, metrics: Mapping[str, Tensor | float]) -> None:
         self.metrics.update(metrics)
+
+
+class Answer(NamedTuple):
+    """What an objective made of a micro-batch.
+
+    Attributes:
+        grad: At x0, scaled, [B, *latent].
+        losses: Of the valid samples, the sum over its terms, [B] float32.
+        valid: Samples that count in any of its terms, [B] bool.
+        metrics: The mean over its terms, each [B] or a scalar.
+        reached: Whether there was a gradient, here or in the student's parameters.
+    """
+
+    grad: Tensor
+    losses: Tensor
+    valid: Tensor
+    metrics: Mapping[str, Tensor]
+    reached: bool
 
 
 @dataclass
@@ -269,7 +291,8 @@ class Trainer:
             total += loss.item()
             metrics.append({name: torch.as_tensor(value).detach().float() for name, value in term.metrics.items()})
         everyone = ctx.gather(torch.ones_like(draw.mask))
-        ctx.log({f"fake/{name}": value for name, value in over_the_batch(metrics, everyone, ctx).items()})
+        means = over_the_batch(metrics, everyone, ctx, "the matching's fake_loss")
+        ctx.log({f"fake/{name}": value for name, value in means.items()})
         ctx.log({"loss/fake": total, "grad_norm/fake_score": self.fake_score.update()})
 
     @torch.no_grad()
@@ -317,32 +340,34 @@ class Trainer:
         asked = ctx.gather(draw.mask).sum()
         scale = self.accelerator.num_processes * self.rl_weight * term.weight / asked.clamp_min(1)
         with self.own_gradient_apart(term.name) as rescale:
-            grads, losses, valids, metrics = zip(
-                *(self.ask(term, part, scale, ctx) for part in draw.split(self.micro_batch_size)), strict=True
-            )
-            valid = ctx.gather(torch.cat(valids))
+            answers = [self.ask(term, part, scale, ctx) for part in draw.split(self.micro_batch_size)]
+            valid = ctx.gather(torch.cat([answer.valid for answer in answers]))
             counted = valid.sum()
             rescale(asked / counted.clamp_min(1))
         if asked and not counted:
             ctx.scores(draw.rollout)  # raises for a reward that goes on judging nothing, and names it
+        losses = ctx.gather(torch.cat([answer.losses for answer in answers]))
+        reached = ctx.gather(draw.mask.new_tensor([any(answer.reached for answer in answers)]))
+        if losses.any() and not reached.any():  # a part of the batch may have nothing to learn
+            raise TrainingError(f"objective '{term.name}' trains nothing: its loss has no graph; is there a detach?")
+        metrics = over_the_batch([answer.metrics for answer in answers], valid, ctx, f"objective '{term.name}'")
         ctx.log(
             {
-                f"loss/{term.name}": ctx.gather(torch.cat(losses)).sum() / counted.clamp_min(1),
+                f"loss/{term.name}": losses.sum() / counted.clamp_min(1),
                 f"{term.name}/coverage": counted / len(valid),
                 f"{term.name}/invalid": asked - counted,
                 f"{term.name}/weight": self.rl_weight * term.weight,
-                **{f"{term.name}/{name}": value for name, value in over_the_batch(metrics, valid, ctx).items()},
+                **{f"{term.name}/{name}": value for name, value in metrics.items()},
             }
         )
-        return torch.cat(grads) * (asked / counted.clamp_min(1))
+        return torch.cat([answer.grad for answer in answers]) * (asked / counted.clamp_min(1))
 
-    def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: Step) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Objective and backward on a micro-batch: scaled gradient at x0, losses, valid samples, metrics."""
+    def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: Step) -> "Answer":
+        """Objective and backward on a micro-batch."""
         leaf = part.x0.detach().requires_grad_()
         grad, counted = torch.zeros_like(leaf), torch.zeros_like(part.mask)
-        losses = torch.zeros(len(part), device=leaf.device)
+        losses, reached = torch.zeros(len(part), device=leaf.device), False
         metrics: dict[str, list[Tensor]] = {}
-        reached = False
         for found in term.terms(replace(part, leaf=leaf), ctx):
             valid = part.mask if found.valid is None else part.mask & found.valid
             loss = torch.where(valid, found.loss, 0.0)
@@ -352,16 +377,14 @@ class Trainer:
             elif loss.requires_grad:
                 ctx.backward(scale * loss.sum())
                 taken = None if leaf.grad is None else leaf.grad / self.scaler.get_scale()
-                leaf.grad = None
+            leaf.grad = None
             reached |= taken is not None or loss.requires_grad
             if taken is not None:
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
             losses, counted = losses + loss.detach().float(), counted | valid  # one dtype for all processes
             for name, value in found.metrics.items():
                 metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
-        if counted.any() and not reached:  # a term beside others may be there to be logged
-            raise TrainingError(f"objective '{term.name}' trains nothing: its loss has no graph; is there a detach?")
-        return grad, losses, counted, {name: torch.stack(values).mean(0) for name, values in metrics.items()}
+        return Answer(grad, losses, counted, {n: torch.stack(values).mean(0) for n, values in metrics.items()}, reached)
 
     @contextmanager
     def own_gradient_apart(self, name: str) -> Iterator[Callable[[Tensor], None]]:
@@ -459,14 +482,21 @@ class Trainer:
         return line | {"reward/total": self.rewards.total(scores).nanmean().item()}
 
 
-def over_the_batch(parts: Sequence[Mapping[str, Tensor]], valid: Tensor, ctx: Step) -> dict[str, Tensor]:
+def over_the_batch(parts: Sequence[Mapping[str, Tensor]], valid: Tensor, ctx: Step, who: str) -> dict[str, Tensor]:
     """Metrics of the micro-batches over the global batch.
 
     Args:
         parts: Of each micro-batch, by name: [B] is averaged over the valid samples and left out where there are none;
             a scalar is averaged over the micro-batches.
         valid: Valid samples of the global batch, [N] bool.
+        who: Whose metrics they are.
+
+    Raises:
+        TrainingError: If a metric is not there in all of them.
     """
+    for name in {name for part in parts for name in part}:
+        if not all(name in part for part in parts):
+            raise TrainingError(f"{who}: the metric '{name}' is missing in a micro-batch: give it in each")
     means: dict[str, Tensor] = {}
     for name in parts[0]:
         values = [part[name] for part in parts]

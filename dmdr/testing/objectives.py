@@ -1,7 +1,8 @@
 """What an RL objective promises."""
 
+import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, get_args
@@ -13,12 +14,14 @@ from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
 from dmdr.paths import Prediction
 from dmdr.protocols import Needs, Reward, RewardObjective, Role
+from dmdr.states import check_storable
 from dmdr.testing.common import CannotRun, networks, untouched_global_rng
 from dmdr.testing.toy import toy_trainer
 from dmdr.trainer import Step, Trainer, WeightedObjective
 from dmdr.types import Condition, Draw, Rollout, Term, checked, terms_of
 
 Build = Callable[[], RewardObjective]
+LATE = 1000  # a step by which whatever is annealed, or sets in with time, has done so
 
 
 def check_objective(build: Build, reward: Reward | None = None) -> None:
@@ -48,21 +51,30 @@ class _Bench:
     def needs(self) -> Needs:
         return self.objective.needs
 
+    def terms(self, draw: Draw) -> Iterator[Term]:
+        """Its answer for a micro-batch, a term at a time."""
+        given = False
+        for term in terms_of(self.objective(draw, self.ctx)):
+            yield _sound(term, draw)
+            given = True
+        if not given:
+            raise CannotRun("the objective yielded no term; return a Term, or yield one or several")
+
     def ask(self, draw: Draw) -> list[Term]:
         """Its answer for a micro-batch; a generator's graphs stay alive."""
-        return [_sound(term, draw) for term in terms_of(self.objective(draw, self.ctx))]
+        return list(self.terms(draw))
 
     def ask_and_learn(self) -> tuple[list[Term], bool]:
         """Its answer for the whole batch, each term's backward done, and whether a gradient arrived at the leaf."""
         leaf = self.draw.x0.detach().requires_grad_()
         answers, climbed = [], False
-        for term in terms_of(self.objective(replace(self.draw, leaf=leaf), self.ctx)):
-            if leaf.grad is not None:
+        for term in self.terms(replace(self.draw, leaf=leaf)):
+            if leaf.grad is not None and term.grad is None:
                 raise CannotRun(
                     "the objective ran backward into draw.leaf itself, where the trainer does not look for it: return "
                     "a loss with its graph, or the gradient in Term.grad"
                 )
-            answers.append(_sound(term, self.draw))
+            answers.append(term)
             if term.grad is None and term.loss.requires_grad:
                 torch.where(_valid(term, self.draw), term.loss, 0.0).sum().backward()
             climbed |= leaf.grad is not None or term.grad is not None
@@ -75,18 +87,36 @@ class _Bench:
         return climbed or any(p.grad is not None for p in self.trainer.backend.parameters("student").values())
 
 
-def _trainer(objective: RewardObjective, reward: Reward | None, *, groups: int = 4, **settings: Any) -> Trainer:
-    """A toy run of whole groups with this objective, and a reward only if it declares one."""
-    size = objective.needs.group_size
-    batch_size = max(groups * max(size, 4), objective.needs.batch_size + size - 1) // size * size
+def _trainer(
+    objective: RewardObjective,
+    reward: Reward | None,
+    *,
+    least: bool = False,
+    on_declared: bool = False,
+    **settings: Any,
+) -> Trainer:
+    """A toy run with this objective, and a reward only if it declares one.
+
+    Args:
+        least: Batches of no more images than the objective declares, instead of several groups of several.
+        on_declared: Each sample is at a student step that the objective acts on.
+    """
+    needs = objective.needs
+    images = max(needs.batch_size, needs.group_size if least else 4 * max(needs.group_size, 4))
+    batch_size = math.ceil(images / needs.group_size) * needs.group_size
+    steps = [4, needs.stochastic_steps + 1, *(step + 1 for step in needs.steps if isinstance(step, int))]
+    settings["num_inference_steps"] = max(steps)
     term = WeightedObjective("checked", 1.0, objective)
     trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
-    if not objective.needs.reward:
+    if not needs.reward:
         trainer.rewards = None
+    if on_declared:
+        trainer.pick = partial(_pick_declared, trainer)  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # as after some training: the student has left the reference, and there is a way back to it
-        for parameter in trainer.backend.parameters("student").values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    with torch.no_grad():  # as after some training: student and fake score have left reference and teacher
+        for role in (trainer.student, trainer.fake_score):
+            for parameter in role.parameters.values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
 
@@ -159,7 +189,7 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
 
     def given(needs: Needs) -> _Bench:
         flat: Any = _Flat()
-        return _bench(build, reward if needs.reward_grad else flat, groups=1, needs=needs)
+        return _bench(build, reward if needs.reward_grad else flat, needs=needs, least=True, on_declared=True)
 
     def runs(needs: Needs) -> bool:
         try:
@@ -180,6 +210,12 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
             "draw.direction: declare matching=True": {"matching": True},
             "rollout.log_prob: declare log_prob=True": {"log_prob": True},
             "the reference: add it to roles": {"roles": (*needs.roles, "reference")},
+            **{
+                f"{size} images: declare batch_size={size}, or group_size={size} where they must be of one prompt": {
+                    "batch_size": size
+                }
+                for size in (2, 4)
+            },
             **{f"groups of {size}: declare group_size={size}": {"group_size": size} for size in (2, 4)},
         }
         helped = [extra for extra, more in extras.items() if runs(replace(needs, **more))]
@@ -198,8 +234,8 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
         )
 
 
-def nothing_is_declared_in_vain(build: Build, reward: Reward | None = None) -> None:
-    """What a run must give costs it time and memory, or its users a setting."""
+def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = None) -> None:
+    """Further roles, log-probabilities and the matching's gradient cost a run memory or time, or users a setting."""
     needs = build().needs
     without = {f"the {role} in roles": replace(needs, roles=tuple({*needs.roles} - {role})) for role in needs.roles}
     if needs.matching:
@@ -207,27 +243,29 @@ def nothing_is_declared_in_vain(build: Build, reward: Reward | None = None) -> N
     if needs.log_prob:
         without["log_prob=True"] = replace(needs, log_prob=False)
 
-    def answer(needs: Needs) -> list[Term]:
-        return _bench(build, reward, groups=1, needs=needs).ask_and_learn()[0]
+    def answers(needs: Needs) -> Iterator[list[Term]]:
+        """At several steps and uses of a rollout: it may be wanted at some of them only."""
+        for step in (*range(8), LATE):
+            for iteration in range(needs.updates_per_rollout):
+                bench = _bench(build, reward, needs=needs, least=True, on_declared=True)
+                bench.ctx.step, bench.draw = step, replace(bench.draw, iteration=iteration)
+                yield bench.ask_and_learn()[0]
 
-    whole = answer(needs) if without else []
     for what, less in without.items():
         try:
-            same = _same_losses(whole, answer(less))
+            same = all(map(_same_terms, answers(needs), answers(less)))
         except Exception:  # whatever it raises for want of it
             continue
-        assert not same, f"the objective declares {what}, and its loss is the same without: it is not to be declared"
+        assert not same, f"the objective declares {what}, and answers the same without: it is not to be declared"
 
 
-def _same_losses(a: Sequence[Term], b: Sequence[Term]) -> bool:
-    return len(a) == len(b) and all(_same(x.loss.detach(), y.loss.detach()) for x, y in zip(a, b, strict=True))
+def _same_terms(a: Sequence[Term], b: Sequence[Term]) -> bool:
+    return _same([vars(term) for term in a], [vars(term) for term in b])
 
 
 def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> None:
     bench = _bench(build, reward)
-    answers, _ = bench.ask_and_learn()
-    assert answers, "the objective yielded no term; return a Term, or yield one or several"
-    for term in answers:
+    for term in bench.ask_and_learn()[0]:
         finite = term.loss[_valid(term, bench.draw)].isfinite()
         assert finite.all(), (
             f"Term.loss must be finite for every valid sample; {int((~finite).sum())} of {len(finite)} are not"
@@ -330,7 +368,7 @@ def random_numbers_are_keyed(build: Build, reward: Reward | None = None) -> None
         bench = _bench(build, reward)
         with untouched_global_rng("objective", instead):
             found.append(bench.ask_and_learn()[0])
-    assert _same_losses(*found), f"two calls on the same draw gave different losses; {instead}"
+    assert _same_terms(*found), f"two calls on the same draw gave different answers; {instead}"
 
 
 def bfloat16_predictions_are_enough(build: Build, reward: Reward | None = None) -> None:
@@ -373,14 +411,15 @@ def unjudged_samples_are_left_out(build: Build, reward: Reward | None = None) ->
     if not objective.needs.reward:
         return
     silent: Any = _Silent()
-    trainer = _trainer(objective, silent)
-    trainer.pick = partial(_pick_declared, trainer)  # type: ignore[method-assign]
-    _train(
-        trainer,
-        "with a reward that is NaN for some images",
-        "; say in Term.valid which samples count, and replace the others' scores (torch.where) before anything with a "
-        "gradient is computed from them",
-    )
+    for step in (0, LATE):
+        trainer = _trainer(objective, silent, on_declared=True)
+        trainer.step = step
+        _train(
+            trainer,
+            "with a reward that is NaN for some images",
+            "; say in Term.valid which samples count, and replace the others' scores (torch.where) before anything "
+            "with a gradient is computed from them",
+        )
     assert silent.unjudged, (
         "needs.reward is declared, but no score was asked for: declare reward=False, so that it runs without --reward"
     )
@@ -446,7 +485,7 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     has = [hasattr(objective, name) for name in ("state_dict", "load_state_dict")]
     assert has[0] == has[1], "an objective with a state has both, state_dict() and load_state_dict(state)"
     trainer = _trainer(objective, reward, learning_rate=0.01)
-    trainer.step = 1000  # schedules have come to an end
+    trainer.step = LATE
     for _ in range(2):
         trainer.train_step()
     ctx = trainer.context(0)
@@ -455,31 +494,44 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     if hasattr(other, "setup"):
         other.setup(ctx)
     if has[0]:
-        state = deepcopy(objective.state_dict())
+        state = _stored(objective.state_dict())
         other.load_state_dict(state)
         assert _same(other.state_dict(), state), "load_state_dict(state_dict()) must bring back the state"
-    asked = replace(draw, leaf=draw.x0.detach().requires_grad_())
-    assert _same_losses(*(_Bench(each, trainer, ctx, draw).ask(asked) for each in (objective, other))), (
+    answers = [_Bench(each, trainer, ctx, draw).ask_and_learn()[0] for each in (objective, other)]
+    assert _same_terms(*answers), (
         "it remembers something that a checkpoint does not hold: after setup, and load_state_dict(state_dict()), a new "
         "one answers otherwise; all that is kept from step to step belongs into state_dict()"
     )
 
 
+def _stored(state: Any) -> Any:
+    """A state as a checkpoint brings it back."""
+    try:
+        check_storable(state, "state_dict()")
+    except TrainingError as error:
+        raise AssertionError(str(error)) from error
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _same(a: Any, b: Any) -> bool:
     """Equal, and NaN is equal to NaN."""
     if isinstance(a, Tensor):
-        alike = isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
-        return alike and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))
 
 
 OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     declared_needs_are_honest,
-    nothing_is_declared_in_vain,
+    nothing_costly_is_declared_in_vain,
     one_finite_loss_per_sample,
     what_it_is_given_is_only_read,
     gradient_reaches_the_student_only,

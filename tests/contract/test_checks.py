@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import datasets  # noqa: F401  # pytester forgets what is imported in a test, and this cannot be imported twice
 import numpy as np
 import pytest
 import torch
+import trl.trainer.utils  # noqa: F401  # pytester forgets what is imported in a test, and this cannot be imported twice
 from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
@@ -129,13 +129,13 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
     ("answer", "needs", "message"),
     [
         (lambda d, c: Term(climb(d, c).mean()), {}, "one loss per sample"),
-        (lambda d, c: Term(climb(d, c).half()), {}, r"float32 or float64, not \[4\] torch.float16"),
+        (lambda d, c: Term(climb(d, c).half()), {}, r"float32 or float64, not \[1\] torch.float16"),
         (lambda d, c: Term(climb(d, c) / 0.0), {}, "must be finite for every valid sample"),
-        (lambda d, c: Term(climb(d, c), valid=torch.ones(3, dtype=torch.bool)), {}, r"Term.valid must be \[4\] bool"),
+        (lambda d, c: Term(climb(d, c), valid=torch.ones(3, dtype=torch.bool)), {}, r"Term.valid must be \[1\] bool"),
         (
             lambda d, c: Term(climb(d, c), metrics={"odd": torch.zeros(3)}),
             {},
-            r"metric 'odd' must be a number or \[4\]",
+            r"metric 'odd' must be a number or \[1\]",
         ),
         (lambda d, c: iter(()), {}, "yielded no term"),
         (lambda d, c: Term(climb(d, c).detach()), {}, "reaches neither draw.leaf"),
@@ -164,16 +164,20 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (drawing_in_python, {}, "drew from Python's global random generator"),
         (everything_valid, {}, "say in Term.valid which samples count"),
         (without_valid, {"steps": "last"}, "say in Term.valid which samples count"),
-        (without_valid, {"steps": (4,)}, "names none of the 4 student steps"),
-        (paired, {}, "declare reward_grad=True|on micro-batches of 1 of 16 samples"),
+        (without_valid, {"steps": (-1,)}, "names none of the 4 student steps"),
+        (paired, {}, "given 4 images: declare batch_size=4, or group_size=4 where they must be of one prompt"),
         (changing, {}, r"changed draw.rollout.x0 in place"),
         (rescoring, {}, r"changed ctx.global_scores\(\)\[0\]\['toy'\] in place"),
         (relabelling, {}, r"changed draw.cond.tensors\['label'\] in place"),
         (nudging("student"), {}, "changed the student's net.0.weight in place"),
         (nudging("fake_score"), {}, "changed the fake_score's net.0.weight in place"),
-        (lambda d, c: Term(climb(d, c)), {"matching": True}, "declares matching=True, and its loss is the same"),
-        (lambda d, c: Term(climb(d, c)), {"log_prob": True}, "declares log_prob=True, and its loss is the same"),
-        (lambda d, c: Term(climb(d, c)), {"roles": ("reference",)}, "declares the reference in roles, and its"),
+        (lambda d, c: Term(climb(d, c)), {"matching": True}, "declares matching=True, and answers the same"),
+        (lambda d, c: Term(climb(d, c)), {"log_prob": True}, "declares log_prob=True, and answers the same"),
+        (
+            lambda d, c: Term(climb(d, c)),
+            {"roles": ("reference",)},
+            "declares the reference in roles, and answers the same",
+        ),
         (
             lambda d, c: Term(climb(d, c), metrics={"weight": 1.0}),
             {},
@@ -198,6 +202,108 @@ def test_a_broken_objective_is_taught(answer: Answer, needs: dict[str, Any], mes
 
 def test_a_pure_regulariser_is_an_objective() -> None:
     check_objective(objective(to_the_reference, reward=False, roles=("reference",)))
+
+
+def pulling(draw: Draw) -> Tensor:
+    assert draw.leaf is not None
+    return draw.leaf.square().mean(1)
+
+
+def later_to_the_reference(draw: Draw, ctx: Context) -> Term:
+    return Term(pulling(draw) + to_the_reference(draw, ctx).loss) if ctx.step > 10 else Term(pulling(draw))
+
+
+def sometimes_to_the_reference(draw: Draw, ctx: Context) -> Term:
+    return Term(pulling(draw) + to_the_reference(draw, ctx).loss) if ctx.step % 4 == 3 else Term(pulling(draw))
+
+
+def to_the_reference_where_asked(draw: Draw, ctx: Context) -> Term:
+    return Term(pulling(draw) + (to_the_reference(draw, ctx).loss if draw.mask.any() else 0.0))
+
+
+def clipped_again(draw: Draw, ctx: Context) -> Term:
+    return Term(pulling(draw) * (draw.rollout.log_prob[0].float() if draw.iteration else 1.0))
+
+
+def against_the_matching(draw: Draw, ctx: Context) -> Term:
+    loss = pulling(draw)
+    return Term(loss.detach(), grad=draw.x0 if draw.direction is None else draw.x0 - draw.direction)
+
+
+def backwards_itself(draw: Draw, ctx: Context) -> Term:
+    loss = pulling(draw)
+    loss.sum().backward()
+    assert draw.leaf is not None and draw.leaf.grad is not None
+    return Term(loss.detach(), grad=draw.leaf.grad.clone())
+
+
+@pytest.mark.parametrize(
+    ("answer", "needs"),
+    [
+        (later_to_the_reference, {"roles": ("reference",)}),
+        (sometimes_to_the_reference, {"roles": ("reference",)}),
+        (to_the_reference_where_asked, {"roles": ("reference",), "steps": (1,)}),
+        (clipped_again, {"log_prob": True, "updates_per_rollout": 2}),
+        (against_the_matching, {"matching": True}),
+        (backwards_itself, {}),
+        (lambda d, c: Term(pulling(d)), {"steps": (5,)}),
+    ],
+)
+def test_what_is_used_now_and_then_is_used(answer: Answer, needs: dict[str, Any]) -> None:
+    check_objective(objective(answer, **({"reward": False} | needs)))
+
+
+def test_a_reward_that_sets_in_later_is_used() -> None:
+    def later(draw: Draw, ctx: Context) -> Term:
+        if ctx.step < 500:
+            return Term(pulling(draw))
+        scores = ctx.scores(draw.rollout)["toy"]
+        return Term(pulling(draw) * scores.nan_to_num(), scores.isfinite())
+
+    check_objective(objective(later))
+
+
+def test_a_batch_that_is_not_declared_is_told() -> None:
+    def compares(draw: Draw, ctx: Context) -> Term:
+        (scores,) = ctx.global_scores()[0].values()
+        low, high = sorted(scores.nan_to_num().tolist())[:2]
+        return Term(pulling(draw) * (high - low + 1), ctx.scores(draw.rollout)["toy"].isfinite())
+
+    with pytest.raises(AssertionError, match="it runs if it is given 2 images: declare batch_size=2, or group_size=2"):
+        check_objective(objective(compares))
+    check_objective(objective(compares, batch_size=2))
+
+
+@dataclass
+class Remembering:
+    """Keeps a value, and gives it back."""
+
+    needs: ClassVar[Needs] = Needs(reward=False)
+    value: ClassVar[Any] = float("nan")
+    kept: Any = field(default=None, init=False)
+
+    def __call__(self, draw: Draw, ctx: Context) -> Term:
+        return Term(pulling(draw))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.value if self.kept is None else self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kept = state["best"]
+
+
+def test_a_state_may_be_nan_and_must_be_storable() -> None:
+    class Keeps(Remembering):
+        value: ClassVar[Any] = np.float64(1.0)
+
+    class KeepsArray(Remembering):
+        value: ClassVar[Any] = [{"all": np.ones(2)}]
+
+    check_objective(Remembering)
+    with pytest.raises(AssertionError, match=r"state_dict\(\), best: a checkpoint holds .*, and no numpy.float64"):
+        check_objective(Keeps)
+    with pytest.raises(AssertionError, match=r"state_dict\(\), best, all: a checkpoint holds .*, and no numpy.ndarray"):
+        check_objective(KeepsArray)
 
 
 @pytest.mark.parametrize("error", [ConfigError("too few steps"), TrainingError("went astray"), KeyError("caption")])

@@ -1,10 +1,12 @@
 """Checkpoints as folders: complete or absent, kept or pruned, and refused where they do not fit."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 
 
 class Roles:
@@ -108,6 +110,16 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     monkeypatch.undo()
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
+    """A run that goes on would learn of it only when it is resumed."""
+    roles = Roles()
+    extra = {"objectives": {"mine": {"seen": (1, "a", None), "mean": np.float64(2.0)}}}
+    said = "state_dict() of objectives, mine, mean: a checkpoint holds tensors, numbers, text, lists and dicts, and no"
+    with pytest.raises(TrainingError, match=re.escape(f"{said} numpy.float64")):
+        save_checkpoint(tmp_path, Progress(1, 1, 1, 3), roles, roles.optimizers, extra)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

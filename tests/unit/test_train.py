@@ -818,11 +818,11 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
 @pytest.mark.parametrize(
     ("term", "said"),
     [
-        (lambda d: Term(d.leaf.sum()), r"Term.loss must be one loss per sample, \[16\] float32 or float64, not \[\] "),
-        (lambda d: Term(d.leaf.sum(1).bfloat16()), r"Term.loss .*, not \[16\] torch.bfloat16"),
-        (lambda d: Term(d.leaf), r"Term.loss .*, not \[16, 2\]"),
-        (lambda d: Term(d.leaf.sum(1), valid=torch.ones(16)), r"Term.valid must be \[16\] bool, or None for all, not"),
-        (lambda d: Term(d.leaf.sum(1), metrics={"a": "b"}), r"the metric 'a' must be a number or \[16\], not str"),
+        (lambda d: Term(d.leaf.sum()), r"Term.loss must be one loss per sample, \[8\] float32 or float64, not \[\] "),
+        (lambda d: Term(d.leaf.sum(1).bfloat16()), r"Term.loss .*, not \[8\] torch.bfloat16"),
+        (lambda d: Term(d.leaf), r"Term.loss .*, not \[8, 2\]"),
+        (lambda d: Term(d.leaf.sum(1), valid=torch.ones(16)), r"Term.valid must be \[8\] bool, or None for all, not"),
+        (lambda d: Term(d.leaf.sum(1), metrics={"a": "b"}), r"the metric 'a' must be a number or \[8\], not str"),
         (
             lambda d: Term(d.leaf.sum(1).detach()),
             "objective 'odd' trains nothing: its loss has no graph; is there a detach?",
@@ -832,6 +832,11 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
             "objective 'odd': the run logs 'weight' of every objective",
         ),
         (lambda d: None, "objective 'odd': it must return a Term, or yield several, but returned None"),
+        (lambda d: iter(()), "objective 'odd': it yielded no term; one with nothing valid says that there is nothing"),
+        (
+            lambda d: Term(d.leaf.sum(1), metrics={"margin": 1.0} if d.sample[0] else {}),
+            "objective 'odd': the metric 'margin' is missing in a micro-batch: give it in each",
+        ),
     ],
 )
 def test_a_term_of_another_form_stops_the_run(term: Any, said: str) -> None:
@@ -843,9 +848,25 @@ def test_a_term_of_another_form_stops_the_run(term: Any, said: str) -> None:
         def __call__(self, draw: Draw, ctx: Any) -> Any:
             return term(draw)
 
-    trainer = toy_trainer(WeightedObjective("odd", 1.0, Odd()), batch_size=16)
+    trainer = toy_trainer(WeightedObjective("odd", 1.0, Odd()), batch_size=16, micro_batch_size=8)
     with pytest.raises(TrainingError, match=said):
         trainer.train_step()
+
+
+@pytest.mark.parametrize("quiet", [[0], [0, 1]])
+def test_a_part_of_the_batch_may_have_nothing_to_learn(quiet: list[int]) -> None:
+    """Where all images of a prompt are equally good, say, an objective may leave out its passes."""
+
+    class Quiet:
+        needs = Needs()
+
+        def __call__(self, draw: Draw, ctx: Any) -> Term:
+            assert draw.leaf is not None
+            return Term(torch.zeros(8) if draw.sample[0].item() // 8 in quiet else draw.leaf.sum(1))
+
+    objective = WeightedObjective("quiet", 1.0, Quiet())
+    trainer = toy_trainer(objective, batch_size=16, micro_batch_size=8, dmd_weight=0.0)
+    assert (trainer.train_step()["grad_norm/student"] > 0) == (quiet == [0])
 
 
 def test_an_objective_does_not_train_the_fake_score() -> None:
