@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +17,7 @@ from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import BackendOptions, Context, Needs, Role
+from dmdr.protocols import BackendOptions, Context, Needs, Role, Sampler
 from dmdr.testing import check_backend, check_objective, check_reward
 from dmdr.types import Condition, Draw, Term
 from dmdr_nft import DiffusionNFT
@@ -471,10 +473,11 @@ def test_a_reward_that_would_be_trained_is_caught() -> None:
 
 def flawed(method: str, instead: Callable[..., Any]) -> ToyBackend:
     """The toy with one method that calls `instead(backend, own method, *arguments)`."""
-    backend = ToyBackend("", BackendOptions())
-    own = getattr(backend, method)
-    setattr(backend, method, lambda *args, **kwargs: instead(backend, own, *args, **kwargs))
-    return backend
+
+    def called(self: ToyBackend, *args: Any, **kwargs: Any) -> Any:
+        return instead(self, partial(getattr(ToyBackend, method), self), *args, **kwargs)
+
+    return type("Flawed", (ToyBackend,), {method: called})("", BackendOptions())
 
 
 def plus(prediction: Prediction, more: Tensor | float) -> Prediction:
@@ -549,7 +552,7 @@ def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
         ("parameters", lambda b, own, role: own("student" if role == "fake_score" else role), "is also the student's"),
         ("student", torch.no_grad()(lambda b, own, *x: own(*x)), "without one, in less memory; the student does not"),
         ("teacher", lambda b, own, *x, **k: plus(own(*x, **k), of_the_fake(b, x)), "the teacher does not"),
-        ("student", lambda b, own, *x: replace(own(*x), x_t=x[0].double()), "prediction is float32"),
+        ("student", lambda b, own, *x: replace(own(*x), value=own(*x).value.bfloat16()), "prediction is float32"),
         ("student", lambda b, own, *x: plus(own(*x), torch.nan), "must be finite"),
         ("student", lambda b, own, *x: plus(own(*x), 1e-3), "before training the student is the teacher"),
         ("student", lambda b, own, *x: b.fake_score(*x), "must change its answer alone; changed: none"),
@@ -580,7 +583,27 @@ def test_a_broken_backend_is_taught(method: str, instead: Callable[..., Any], me
         check_backend(flawed(method, instead), PROMPTS)
 
 
-def test_a_sound_backend_passes() -> None:
+def test_an_export_that_writes_nothing_is_caught() -> None:
+    class Minded(ToyBackend):
+        def export(self, directory: Path, sampler: Sampler) -> Mapping[str, Any]:
+            self.exported = {name: p.detach().clone() for name, p in self.parameters("student").items()}
+            return {}
+
+        def load_export(self, directory: Path) -> None:
+            self.residuals["student"].load_state_dict(getattr(self, "exported", self.parameters("student")))
+
+    with pytest.raises(AssertionError, match="must bring back the student"):
+        check_backend(Minded("", BackendOptions()), PROMPTS)
+
+
+def test_a_family_without_stochastic_steps_is_sound() -> None:
+    class Deterministic(ToyBackend):
+        def export(self, directory: Path, sampler: Sampler) -> Mapping[str, Any]:
+            if sampler.eta:
+                raise ConfigError("the scheduler of this family has no noise: pass --sample_eta 0")
+            return super().export(directory, sampler)
+
+    check_backend(Deterministic("", BackendOptions()), PROMPTS)
     check_backend(ToyBackend("", BackendOptions()), PROMPTS)
 
 
