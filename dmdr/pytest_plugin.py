@@ -14,7 +14,7 @@ import inspect
 import traceback
 import typing
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="[NAME.]KEY=VALUE",
-        help="value, read as YAML, of a field of this plugin, or of all that have the field",
+        help="value of a field of this plugin, or of all that have the field; lists as in YAML",
     )
     group.addoption(
         "--dmdr-column",
@@ -189,7 +189,7 @@ def _file(cls: Any) -> str:
 def _options(config: pytest.Config, plugins: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """What --dmdr-option gives to each of the plugins, which come with their fields and those's types."""
     given: list[dict[str, Any]] = [{} for _ in plugins]
-    for key, value in _pairs(config, "--dmdr-option"):
+    for key, text in _pairs(config, "--dmdr-option"):
         owner, _, field = key.rpartition(".")
         meant = [index for index, (name, _) in enumerate(plugins) if owner in ("", name)]
         takers = [index for index in meant if field in plugins[index][1]]
@@ -203,23 +203,35 @@ def _options(config: pytest.Config, plugins: Sequence[tuple[str, Mapping[str, An
                 f"{', '.join(known) or 'none'}"
             )
         for index in takers:
+            hint = plugins[index][1][field]
             try:
-                given[index][field] = typed(f"--dmdr-option {key}", value, plugins[index][1][field])
+                given[index][field] = typed(f"--dmdr-option {key}", _read("--dmdr-option", key, text, hint), hint)
             except ConfigError as error:
                 raise pytest.UsageError(str(error)) from error
     return given
 
 
-def _pairs(config: pytest.Config, flag: str) -> Iterator[tuple[str, Any]]:
-    """Key and value, read as YAML, of each use of a flag."""
+def _pairs(config: pytest.Config, flag: str) -> Iterator[tuple[str, str]]:
+    """Key and value of each use of a flag."""
     for option in config.getoption(flag):
         key, equals, value = option.partition("=")
         if not equals:
             raise pytest.UsageError(f"{flag} {option} is no KEY=VALUE")
-        try:
-            yield key, yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise pytest.UsageError(f"{flag} {option} is no YAML: {' '.join(str(error).split())}") from error
+        yield key, value
+
+
+def _read(flag: str, key: str, text: str, hint: Any = None) -> Any:
+    """A value of this type: text and numbers as a flag takes them, anything else as YAML."""
+    kinds = (hint, *(typing.get_args(hint) if typing.get_origin(hint) is not list else ()))
+    if text in kinds or (str in kinds and (text != "null" or type(None) not in kinds)):
+        return text
+    if float in kinds:
+        with suppress(ValueError):  # YAML takes 1e-4 for text
+            return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise pytest.UsageError(f"{flag} {key}={text} is no YAML: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -256,7 +268,8 @@ def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> d
     from dmdr.testing.rewards import REWARD_CHECKS, RewardTrial
 
     columns: dict[str, Sequence[Any]] = {name: [0, 1, 2, 3] for name in getattr(cls, "columns", ())}
-    for name, column in _pairs(config, "--dmdr-column"):
+    for name, text in _pairs(config, "--dmdr-column"):
+        column = _read("--dmdr-column", name, text)
         if not isinstance(column, list) or len(column) != 4:
             raise ConfigError(f"--dmdr-column {name} takes a list of four values, as in '{name}=[a, b, c, d]'")
         columns[name] = column

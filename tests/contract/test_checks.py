@@ -683,8 +683,13 @@ class Picky:
         (["--dmdr-plugin=refl", "--dmdr-option=steps"], "--dmdr-option steps is no KEY=VALUE"),
         (["--dmdr-plugin=refl", "--dmdr-option=stepz=3"], "'stepz' (did you mean 'steps'?); refl has balance, hinge"),
         (["--dmdr-plugin=refl", "--dmdr-option=refll.steps=3"], "no --dmdr-plugin is called refll"),
-        (["--dmdr-plugin=refl", "--dmdr-option=steps=[3"], "--dmdr-option steps=[3 is no YAML"),
-        (["--dmdr-plugin=refl", "--dmdr-option=steps=[3]"], "--dmdr-option steps must be text, not [3]"),
+        (["--dmdr-plugin=nft", "--dmdr-option=beta=[3"], "--dmdr-option beta=[3 is no YAML"),
+        (["--dmdr-plugin=nft", "--dmdr-option=beta=[3]"], "--dmdr-option beta must be a finite number, not [3]"),
+        (["--dmdr-plugin=nft", "--dmdr-option=beta=nan"], "--dmdr-option beta must be a finite number, not nan"),
+        (
+            ["--dmdr-plugin=refl", "--dmdr-option=steps=2024-01-01"],
+            "steps must be 'any', 'last' or a step index, not '2",
+        ),
         (["--dmdr-plugin=nft", "--dmdr-option=beta=abc"], "--dmdr-option beta must be a finite number, not 'abc'"),
         (
             ["--dmdr-plugin=odd.py:Picky"],
@@ -766,6 +771,41 @@ def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> Non
     arguments = ["--dmdr-plugin=odd.py:Captioned", "--dmdr-column=caption=[a, bb, c, dd]", "--dmdr-plugin=mine.py:Mine"]
     code, out = check(pytester, *arguments, "--dmdr-option=mine.py:Mine.scale=2", "--dmdr-option=scale=3")
     assert code == 0 and "19 passed" in out, out
+
+
+TYPED = """
+from dataclasses import dataclass
+from typing import Literal
+from dmdr.protocols import Needs
+from dmdr.types import Term
+
+@dataclass
+class Typed:
+    rate: float = 1.0
+    limit: float | None = 2.0
+    words: str = ""
+    file: str | None = "x"
+    when: Literal["yes", "no"] = "no"
+    names: list[str] | None = None
+    fast: bool = False
+    count: int = 0
+    needs = Needs(reward=False)
+
+    def __post_init__(self):
+        found = (self.rate, self.limit, self.words, self.file, self.when, self.names, self.fast, self.count)
+        assert found == (1e-4, None, "null", None, "yes", ["a", "b"], True, 3), found
+
+    def __call__(self, draw, ctx):
+        return Term(draw.leaf.square().mean(1))
+"""
+
+
+def test_options_are_read_as_flags_are(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(mine=TYPED)
+    given = ["rate=1e-4", "limit=null", "words=null", "file=null", "when=yes", "names=[a, b]", "fast=true", "count=3"]
+    options = [f"--dmdr-option={option}" for option in given]
+    code, out = check(pytester, "--dmdr-plugin=mine.py:Typed", *options, "-k", "one_finite")
+    assert code == 0, out
 
 
 def test_checks_are_collected(pytester: pytest.Pytester) -> None:
