@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import os
 import re
 import sys
 import types
@@ -63,16 +64,21 @@ class Plugin:
 
 
 def offers(group: str) -> list[Plugin]:
-    """Every offer of a group, by name and distribution; imports none, and a broken one is listed like any other.
+    """Every offer of a group, by name and distribution; imports none, and a broken one is listed like any other."""
+    return list(_offers(group, tuple((folder, _changed(folder)) for folder in sys.path)))
 
-    What is installed while the process runs is seen where it brings a path of its own.
-    """
-    return list(_offers(group, tuple(sys.path)))
+
+def _changed(folder: str) -> float | None:
+    """When something was installed there, if it is a folder."""
+    try:
+        return os.stat(folder or ".").st_mtime
+    except OSError:
+        return None
 
 
 @functools.cache
-def _offers(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
-    """The offers on this path, which is read once: a command line is parsed in many looks at them."""
+def _offers(group: str, path: tuple[tuple[str, float | None], ...]) -> tuple[Plugin, ...]:
+    """The offers on this path, read once: parsing a command line asks for them again and again."""
     found = set()
     for point in importlib.metadata.entry_points(group=f"dmdr.{group}"):
         target, _, extras = point.value.partition("[")

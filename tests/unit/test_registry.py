@@ -88,6 +88,17 @@ def test_empty_group_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "unknown reward 'hps'; known: none" in error_of("rewards", "hps")
 
 
+def test_what_is_installed_later_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook."""
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "late" not in plugins("objectives")
+    folder = tmp_path / "late-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[dmdr.objectives]\nlate = late:Late\n")
+    assert find("objectives", "late").full_name == "late:late"
+
+
 def test_suggest_needs_likeness() -> None:
     assert suggest("hpsv2", ["hps", "clip"]) == " (did you mean 'hps'?)"
     assert suggest("aesthetic", ["hps", "clip"]) == ""
