@@ -225,6 +225,7 @@ class Config(Flags):
             falling = len(bounds) > 2 and all(a > b for a, b in pairwise(bounds))
             self._require(falling, "timesteps", "decreasing within 1000 .. 1")
             self._require(self.sigmas is None, "timesteps", "left out where --sigmas are given")
+        self._require(self.seed < 2**32, "seed", "below 2**32")
         if self.stage2_steps == 0 and (self.stage1_steps == 0 or self.init_student):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:

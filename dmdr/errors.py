@@ -1,5 +1,7 @@
 """What can go wrong, by exit code."""
 
+from typing import NoReturn
+
 
 class ConfigError(ValueError):
     """Bad input: one line that says what, where and what to do. Exit code 2; nothing was written."""
@@ -13,3 +15,10 @@ def one_line(error: BaseException) -> str:
     """The first line of what a library says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class Refusing:
+    """Mixin of an argparse parser: what is wrong with the arguments is a ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from trl import TrlParser
 
 from dmdr import registry
 from dmdr.config import Config, Flags, check_types
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, Refusing
 from dmdr.expression import parse_sum
 
 logger = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _help_of(cls: type) -> dict[str, str]:
 # --- Command lines and files ------------------------------------------------------------------------------------------
 
 
-class Parser(TrlParser):
+class Parser(Refusing, TrlParser):
     """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
 
     def __init__(self, *types: Any, prog: str, description: str, epilog: str) -> None:
@@ -312,9 +312,6 @@ class Parser(TrlParser):
         self.add_argument_group("settings").add_argument(
             "--config", metavar="YAML", help="settings; flags override them"
         )
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
 
 
 def _first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
@@ -326,9 +323,8 @@ def _first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
-class _FirstLook(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
+class _FirstLook(Refusing, argparse.ArgumentParser):
+    """Of the flags that it knows."""
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

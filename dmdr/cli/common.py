@@ -7,9 +7,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError, Refusing, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +19,11 @@ if TYPE_CHECKING:
     from dmdr.settings import Chosen
 
 
-class CommandParser(argparse.ArgumentParser):
+class CommandParser(Refusing, argparse.ArgumentParser):
     """A parser, and its subcommands', whose errors are one line and which guesses no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
 
 
 def command(function: Callable[[list[str]], None]) -> int:

@@ -17,7 +17,13 @@ from dmdr import registry
 from dmdr.errors import ConfigError
 from dmdr.settings import read_yaml
 
-RUNNER = ("seed", "output_dir", "init_student", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config")
+RUNNER = ("output_dir", "init_student", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config")
+# Settings that are not a cell's, and why.
+ELSEWHERE = {
+    **dict.fromkeys(RUNNER, "the matrix makes it"),
+    "seed": "the matrix makes it (seeds)",
+    "architecture": "it is of dmdr-train --dry_run",
+}
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,10 @@ def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) ->
     elif not instead:
         raise ConfigError(f"--quick: {file} has no quick section (seeds, settings, blocks)")
     try:
-        short = built(shortened(content, instead), root, inputs and quick)
+        part = built(shortened(content, instead), root, inputs and quick)
     except ConfigError as error:
         raise ConfigError(f"quick: {error}") from error
-    return short if quick else whole
+    return part if quick else whole
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -160,8 +166,8 @@ def shortened(content: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[st
 def built(content: Mapping[str, Any], root: Path, inputs: bool) -> Matrix:
     """The matrix of this content, but for its `quick`."""
     settings, seeds = mapping(content.get("settings"), "settings"), content.get("seeds")
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise ConfigError(f"seeds must be a list of whole numbers of at least 0, not {reprlib.repr(seeds)}")
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and 0 <= s < 2**32 for s in seeds):
+        raise ConfigError(f"seeds must be a list of whole numbers from 0 to 2**32 - 1, not {reprlib.repr(seeds)}")
     known_settings(settings, "settings")
     runs = Runs(settings, sorted(set(seeds)), root, inputs)
     reader = Reader(settings, noises(content), runs)
@@ -293,12 +299,10 @@ def known(name: Any, names: Iterable[str], what: str, where: str) -> None:
 
 
 def known_settings(given: Mapping[str, Any], where: str) -> None:
-    """Refuse settings that are the matrix's own to make; a run refuses those that it does not know."""
+    """Refuse settings that are not a cell's; a run refuses those that it does not know."""
     for key in given:
-        if key in RUNNER:
-            raise ConfigError(
-                f"{where}: '{key}' is no setting of a cell: the matrix makes it" + " (seeds)" * (key == "seed")
-            )
+        if key in ELSEWHERE:
+            raise ConfigError(f"{where}: '{key}' is no setting of a cell: {ELSEWHERE[key]}")
 
 
 def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:

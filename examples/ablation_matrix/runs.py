@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from metrics import short
 from dmdr import registry
 from dmdr.assemble import check_columns, check_needs, open_backend, open_prompts
 from dmdr.checkpoint import checkpoints
+from dmdr.config import Config
 from dmdr.errors import ConfigError
-from dmdr.settings import Settings, parse
+from dmdr.settings import Chosen, Settings, parse
 from dmdr.trainer import WeightedObjective
 
 # What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
@@ -89,7 +90,7 @@ class Run:
         """Whether a plugin's file is no longer what it was when the matrix was read."""
         try:
             return not self.name.endswith(digest(self.settings))
-        except OSError:
+        except ConfigError:
             return True
 
     @property
@@ -120,9 +121,10 @@ class Runs:
         alone = self._resolved({key: value for key, value in given.items() if key != "dmd_weight"}, where)
         settings = self._resolved(given | {"init_student": "?"} if alone.config.stage2_steps else given, where)
         config = settings.config
-        flags = [(option, plugin.key(option)) for plugin in settings.plugins for option in plugin.options]
-        self.told |= {key for option, key in flags if option in given or key in given}
-        own = {name for p in settings.of("objectives") for option in p.options for name in (option, p.key(option))}
+        self.told |= {
+            names[0] for plugin in settings.plugins for names in flags(plugin) if not given.keys().isdisjoint(names)
+        }
+        own = {name for plugin in settings.of("objectives") for names in flags(plugin) for name in names}
         first = {key: value for key, value in given.items() if key not in STAGE2 and key not in own}
         first = first | stage1 | {"rl": "none", "stage2_steps": 0}
         if config.stage2_steps == 0:
@@ -167,10 +169,16 @@ class Runs:
         while len("-".join(words)) > 90 and len(words) > 1:
             words.pop()  # the digest tells of it
         name = "-".join(words)[:90]
-        for ugly, plain in {", ": "_", "*": "x", "[": "", "]": ""}.items():
-            name = name.replace(ugly, plain)
+        for ugly, fair in {", ": "_", "*": "x", "[": "", "]": ""}.items():
+            name = name.replace(ugly, fair)
         name = re.sub(r"[^\w.+-]", "_", name) + f"-seed{seed}-{digest(settings)}"
         return self.made.setdefault(name, Run(name, settings, start))
+
+
+def flags(plugin: Chosen) -> list[tuple[str, ...]]:
+    """The names of each of a plugin's flags: the full one, and the short one unless that means a setting of dmdr."""
+    dmdrs = {field.name for field in fields(Config)}
+    return [(plugin.key(option), *({option} - dmdrs)) for option in plugin.options]
 
 
 def plain(settings: Mapping[str, Any]) -> Settings:
@@ -182,12 +190,19 @@ def plain(settings: Mapping[str, Any]) -> Settings:
 
 
 def digest(settings: Settings) -> str:
-    """Of all settings, wherever the matrix lies, and of the files whose plugins they name, as they are now."""
+    """Of all settings, wherever the matrix lies, and of the files whose plugins they name, as they are now.
+
+    Raises:
+        ConfigError: If such a file cannot be read.
+    """
     found = hashlib.sha256(json.dumps(_moved(values_of(settings)), sort_keys=True).encode())
     for name in (settings.config.backend or "", *(plugin.name for plugin in settings.plugins)):
         file, _, _ = name.rpartition(":")
         if file.endswith(".py"):
-            found.update(Path(file).expanduser().read_bytes())
+            try:
+                found.update(Path(file).expanduser().read_bytes())
+            except OSError as error:
+                raise ConfigError(f"'{name}' cannot be read: {error.strerror}") from error
     return found.hexdigest()[:6]
 
 
@@ -206,6 +221,8 @@ def check_inputs(settings: Settings) -> None:
     from dmdr.run import adamw, check_tracker  # and matplotlib with it, of which run.py has told if it is missing
 
     config = settings.config
+    if config.backend:
+        registry.load("backends", config.backend)
     named = registry.registered("models", config.model)
     if not named:
         open_backend(config.model, config)

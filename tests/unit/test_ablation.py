@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_the_matrix_of_the_readme(tmp_path: Path) -> None:
     file.write_text(readme.partition("```yaml\n")[2].partition("```")[0])
     block, quick = load(file, tmp_path).blocks[0], load(file, tmp_path, quick=True).blocks[0]
     assert list(block.cells)[:3] == ["DMD only", "joint", "dmd_weight 0.5, rl_weight 0.3"]
-    assert [runs[0].updates for runs in quick.cells.values()] == [90] * 6
+    assert [runs[0].settings.config.num_eval_samples for runs in quick.cells.values()] == [200] * 6
 
 
 def test_a_cell_may_have_a_start_of_its_own(tmp_path: Path, write: Write) -> None:
@@ -195,6 +196,8 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"blocks": {"a": CELL | {"stage1": {"rewrad": "toy"}}}}, "its stage 1: unknown setting 'rewrad'"),
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
+        ({"seeds": [2**32]}, "seeds must be a list of whole numbers"),
+        ({"settings": {"architecture": "x"}}, "settings: 'architecture' is no setting of a cell: it is of dmdr-train"),
         ({"settings": {"model": "toy", "output_dir": "x"}}, "settings: 'output_dir' is no setting of a cell"),
         ({"settings": {"model": "toy", "rl": "refl"}}, "cell 'stage 1': num_eval_samples is 0"),
         (
@@ -203,6 +206,11 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
             "nor a registered model (did you mean 'digits'?)",
         ),
         ({"blocks": {"a": {"cells": {"x": {"prompts": "gone.txt"}}}}}, "cell 'x': --prompts: no such file: gone.txt"),
+        ({"blocks": {"a": {"cells": {"x": {"backend": "nope"}}}}}, "cell 'x': unknown backend 'nope'"),
+        (
+            {"blocks": {"a": {"cells": {"x": {"backend": "gone.py:X"}}}}},
+            "cell 'x': 'gone.py:X' cannot be imported: ",
+        ),
         ({"blocks": {"a": {"cells": {"x": {"report_to": "wandbb"}}}}}, "cell 'x': --report_to wandbb is unknown to"),
         ({"blocks": {"a": CELL | {"stage1": {"report_to": "wandbb"}}}}, "its stage 1: --report_to wandbb is unknown"),
         ({"noise": {"recal": 1}}, "noise: unknown metric 'recal' (did you mean 'recall'?)"),
@@ -314,7 +322,7 @@ def test_a_block_that_cannot_be_meant(tmp_path: Path, write: Write, block: Any, 
         ({"quick": {"blocks": "three"}}, "quick: blocks must be a list, not 'three'"),
         ({"quick": {"blocks": [["three"]]}}, "quick: blocks: unknown block '['three']'"),
         ({"quick": {"blocks": ["tree"]}}, "quick: blocks: unknown block 'tree' (did you mean 'three'?)"),
-        ({"quick": {"seeds": 0}}, "quick: seeds must be a list of whole numbers of at least 0, not 0"),
+        ({"quick": {"seeds": 0}}, "quick: seeds must be a list of whole numbers from 0 to 2**32 - 1, not 0"),
         ({"quick": {"settings": {"seed": 1}}}, "quick: settings: 'seed' is no setting of a cell"),
         (
             {"quick": {"settings": {"stage2_stpes": 1}}},
@@ -1003,3 +1011,17 @@ def test_groups_of_images_split_stage_1_unless_it_is_told(
     listed = [line for line in command.listing(matrix, tmp_path).splitlines() if "  stage 1 of " in line]
     assert len(listed) == count
     assert (" of refl; grouped: " in listed[0]) == (count == 1)
+
+
+def test_a_flag_of_an_objective_that_is_called_like_a_setting_is_not_that(tmp_path: Path, write: Write) -> None:
+    """Alone, the name means the setting, which a stage 1 has, too; the flag has its full name only."""
+    plugin = tmp_path / "rated.py"
+    plugin.write_text(GROUPED.replace("Grouped(ReFL):", "Rated(ReFL):\n    learning_rate: float = 0.5\n"))
+    cells: dict[str, Any] = {"refl": {}, "rated": {"rl": f"{plugin}:Rated"}, "told": {"rl": f"{plugin}:Rated"}}
+    full = re.sub(r"\W", "_", f"{plugin}:Rated_learning_rate")
+    cells["told"][full] = 2.0
+    settings = {"learning_rate": 0.05, "num_generations": 4}
+    matrix = load(write(blocks={"a": {"settings": settings, "cells": cells}}), tmp_path)
+    starts = {run.start.name: run.start.settings.config.learning_rate for run in matrix.runs if run.start}
+    assert list(starts.values()) == [0.05]
+    assert matrix.told == {full}
