@@ -339,7 +339,7 @@ def not_negative(value: Any, what: str) -> None:
 
 
 def decidable(claim: Claim, cells: Mapping[str, Sequence[Run]], where: str) -> None:
-    """Refuse a claim about early updates that both cells do not have, or have in common.
+    """Refuse a claim about early updates that both cells do not have, or have in common, or at other evaluations.
 
     Raises:
         ConfigError: Says why, after the place.
@@ -355,5 +355,7 @@ def decidable(claim: Claim, cells: Mapping[str, Sequence[Run]], where: str) -> N
         if claim.until > run.updates:
             raise ConfigError(f"{where}: '{label}' has {run.updates} updates")
         early.append([evaluation for evaluation in run.evaluations if evaluation[0] <= claim.until])
+    if [step for step, _ in early[0]] != [step for step, _ in early[1]]:
+        raise ConfigError(f"{where}: until then the two are evaluated after different updates: see their eval_steps")
     if early[0] == early[1]:
         raise ConfigError(f"{where}: until then both are the same run, {early[0][-1][1]}")

@@ -293,6 +293,10 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
             {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 8}]},
             "in reward/total until 8: 'x' has 6 updates",
         ),
+        (
+            {"cells": {"x": {}, "y": {"eval_steps": 2}}, "claims": [CLAIM | {"until": 10}]},
+            "in reward/total until 10: until then the two are evaluated after different updates: see their eval_steps",
+        ),
         (  # of which only one of the two has this reward
             {
                 "cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}},
