@@ -1,10 +1,8 @@
 """What an RL objective promises."""
 
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -13,14 +11,12 @@ from torch import Tensor
 from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import Needs, Reward, RewardObjective, Role
+from dmdr.protocols import Needs, Reward, Role
 from dmdr.states import check_storable
+from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of, valid_of
 from dmdr.testing.common import CannotRun, networks, untouched_global_rng
-from dmdr.testing.toy import toy_trainer
-from dmdr.trainer import Step, Trainer, WeightedObjective
-from dmdr.types import Condition, Draw, Rollout, Term, checked, terms_of
+from dmdr.types import Condition, Draw, Rollout, Term
 
-Build = Callable[[], RewardObjective]
 LATE = 1000  # a step by which whatever is annealed, or sets in with time, has done so
 
 
@@ -39,139 +35,6 @@ def check_objective(build: Build, reward: Reward | None = None) -> None:
 
 
 @dataclass
-class _Bench:
-    """A fresh objective before its first call, in a run that gives it what it declares, and no more."""
-
-    objective: RewardObjective
-    trainer: Trainer
-    ctx: Step
-    draw: Draw
-
-    @property
-    def needs(self) -> Needs:
-        return self.objective.needs
-
-    def terms(self, draw: Draw) -> Iterator[Term]:
-        """Its answer for a micro-batch, a term at a time."""
-        given = False
-        for term in terms_of(self.objective(draw, self.ctx)):
-            yield _sound(term, draw)
-            given = True
-        if not given:
-            raise CannotRun("the objective yielded no term; return a Term, or yield one or several")
-
-    def ask(self, draw: Draw) -> list[Term]:
-        """Its answer for a micro-batch; a generator's graphs stay alive."""
-        return list(self.terms(draw))
-
-    def ask_and_learn(self) -> tuple[list[Term], bool]:
-        """Its answer for the whole batch, each term's backward done, and whether a gradient arrived at the leaf."""
-        leaf = self.draw.x0.detach().requires_grad_()
-        answers, climbed = [], False
-        for term in self.terms(replace(self.draw, leaf=leaf)):
-            if leaf.grad is not None and term.grad is None:
-                raise CannotRun(
-                    "the objective ran backward into draw.leaf itself, where the trainer does not look for it: return "
-                    "a loss with its graph, or the gradient in Term.grad"
-                )
-            answers.append(term)
-            if term.grad is None and term.loss.requires_grad:
-                torch.where(_valid(term, self.draw), term.loss, 0.0).sum().backward()
-            climbed |= leaf.grad is not None or term.grad is not None
-            leaf.grad = None
-        return answers, climbed
-
-    def reaches_the_student(self) -> bool:
-        """Whether its answer has a gradient for the student, at draw.leaf or in the parameters."""
-        _, climbed = self.ask_and_learn()
-        return climbed or any(p.grad is not None for p in self.trainer.backend.parameters("student").values())
-
-
-def _trainer(
-    objective: RewardObjective,
-    reward: Reward | None,
-    *,
-    least: bool = False,
-    on_declared: bool = False,
-    **settings: Any,
-) -> Trainer:
-    """A toy run with this objective, and a reward only if it declares one.
-
-    Args:
-        least: Batches of no more images than the objective declares, instead of several groups of several.
-        on_declared: Each sample is at a student step that the objective acts on.
-    """
-    needs = objective.needs
-    images = max(needs.batch_size, needs.group_size if least else 4 * max(needs.group_size, 4))
-    batch_size = math.ceil(images / needs.group_size) * needs.group_size
-    steps = [4, needs.stochastic_steps + 1, *(step + 1 for step in needs.steps if isinstance(step, int))]
-    settings["num_inference_steps"] = max(steps)
-    term = WeightedObjective("checked", 1.0, objective)
-    trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
-    if not needs.reward:
-        trainer.rewards = None
-    if on_declared:
-        trainer.pick = partial(_pick_declared, trainer)  # type: ignore[method-assign]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # as after some training: student and fake score have left reference and teacher
-        for role in (trainer.student, trainer.fake_score):
-            for parameter in role.parameters.values():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return trainer
-
-
-def _bench(build: Build, reward: Reward | None, *, needs: Needs | None = None, **settings: Any) -> _Bench:
-    """A bench; `needs` stand in for those that the objective declares."""
-    objective: Any = build() if needs is None else _Declaring(needs, build())
-    trainer = _trainer(objective, reward, **settings)
-    ctx = trainer.context(0)
-    bench = _Bench(objective, trainer, ctx, _drawn(trainer, ctx))
-    if hasattr(objective, "setup"):
-        objective.setup(ctx)
-    return bench
-
-
-def _drawn(trainer: Trainer, ctx: Step) -> Draw:
-    """What the trainer would hand to the objective."""
-    (term,) = trainer.objectives
-    draw = trainer.pick(trainer.rollout(ctx, trainer.shared_noise(ctx)), ctx)
-    if term.objective.needs.matching:
-        draw = replace(draw, direction=trainer.direction(draw, ctx))
-    return replace(draw, mask=term.declared(draw, trainer.sampler.num_inference_steps - 1))
-
-
-@dataclass
-class _Declaring:
-    """An objective with other needs than its own."""
-
-    needs: Needs
-    objective: Any
-
-    def __call__(self, draw: Draw, ctx: Step) -> Any:
-        return self.objective(draw, ctx)
-
-    def __getattr__(self, optional: str) -> Any:
-        return getattr(self.objective, optional)
-
-
-def _sound(term: Term, draw: Draw) -> Term:
-    """The term, if a trainer can read it.
-
-    Raises:
-        CannotRun: If a shape or a dtype is not what `Term` says.
-    """
-    try:
-        return checked(term, len(draw))
-    except TrainingError as error:
-        raise CannotRun(str(error)) from error
-
-
-def _valid(term: Term, draw: Draw) -> Tensor:
-    """The samples that count, [B] bool."""
-    return draw.mask if term.valid is None else draw.mask & term.valid
-
-
-@dataclass
 class _Flat(Redness):
     """A reward without gradient, as functions and servers are."""
 
@@ -187,9 +50,9 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
     if not isinstance(needs, Needs):
         raise CannotRun(f"needs must be a property or an attribute that is a Needs, not {type(needs).__name__}")
 
-    def given(needs: Needs) -> _Bench:
+    def given(needs: Needs) -> Bench:
         flat: Any = _Flat()
-        return _bench(build, reward if needs.reward_grad else flat, needs=needs, least=True, on_declared=True)
+        return bench_of(build, reward if needs.reward_grad else flat, needs=needs, least=True, on_declared=True)
 
     def runs(needs: Needs) -> bool:
         try:
@@ -247,7 +110,7 @@ def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = Non
         """At several steps and uses of a rollout: it may be wanted at some of them only."""
         for step in (*range(8), LATE):
             for iteration in range(needs.updates_per_rollout):
-                bench = _bench(build, reward, needs=needs, least=True, on_declared=True)
+                bench = bench_of(build, reward, needs=needs, least=True, on_declared=True)
                 bench.ctx.step, bench.draw = step, replace(bench.draw, iteration=iteration)
                 yield bench.ask_and_learn()[0]
 
@@ -264,17 +127,12 @@ def _same_terms(a: Sequence[Term], b: Sequence[Term]) -> bool:
 
 
 def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> None:
-    bench = _bench(build, reward)
-    for term in bench.ask_and_learn()[0]:
-        finite = term.loss[_valid(term, bench.draw)].isfinite()
-        assert finite.all(), (
-            f"Term.loss must be finite for every valid sample; {int((~finite).sum())} of {len(finite)} are not"
-        )
+    _losses_are_finite(bench_of(build, reward), "Term.loss must be finite for every valid sample")
 
 
 def what_it_is_given_is_only_read(build: Build, reward: Reward | None = None) -> None:
     """Other objectives, and the matching, read the same draw and the same scores; parameters are the optimizer's."""
-    bench = _bench(build, reward)
+    bench = bench_of(build, reward)
     given = dict(_given(bench))
     before = {name: tensor.detach().clone() for name, tensor in given.items()}
     bench.ask_and_learn()
@@ -283,7 +141,7 @@ def what_it_is_given_is_only_read(build: Build, reward: Reward | None = None) ->
         assert unchanged, f"the objective changed {name} in place; it is only there to be read"
 
 
-def _given(bench: _Bench) -> Iterator[tuple[str, Tensor]]:
+def _given(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     """All tensors that an objective can lay hands on, by name."""
     yield from _tensors(bench.draw)
     if bench.trainer.rewards:
@@ -308,7 +166,7 @@ def _tensors(part: Draw | Rollout | Condition, name: str = "draw") -> Iterator[t
 
 
 def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None) -> None:
-    bench = _bench(build, reward)
+    bench = bench_of(build, reward)
     backend = bench.trainer.backend
     _, climbed = bench.ask_and_learn()
     assert climbed or any(p.grad is not None for p in backend.parameters("student").values()), (
@@ -329,18 +187,18 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
 
 def a_sample_does_not_depend_on_its_micro_batch(build: Build, reward: Reward | None = None) -> None:
     """Neither the company of other groups nor the order of the calls changes a sample's loss."""
-    bench = _bench(build, reward)
+    bench = bench_of(build, reward)
     whole = len(bench.draw)
     size = bench.needs.group_size
     half = size * max(whole // size // 2, 1)
 
     def losses(micro_batch: int, order: slice) -> Tensor:
-        bench = _bench(build, reward, micro_batch_size=micro_batch)
+        bench = bench_of(build, reward, micro_batch_size=micro_batch)
         parts = [replace(part, leaf=part.x0.detach().requires_grad_()) for part in bench.draw.split(micro_batch)]
         found = {}
         for index in range(len(parts))[order]:
             answers = bench.ask(parts[index])
-            found[index] = torch.stack([torch.where(_valid(a, parts[index]), a.loss, 0.0) for a in answers]).sum(0)
+            found[index] = torch.stack([torch.where(valid_of(a, parts[index]), a.loss, 0.0) for a in answers]).sum(0)
         return torch.cat([found[index] for index in range(len(parts))]).detach()
 
     forwards, backwards = slice(None), slice(None, None, -1)
@@ -365,7 +223,7 @@ def random_numbers_are_keyed(build: Build, reward: Reward | None = None) -> None
     instead = "draw from ctx.random, keyed by draw.sample"
     found = []
     for _ in range(2):
-        bench = _bench(build, reward)
+        bench = bench_of(build, reward)
         with untouched_global_rng("objective", instead):
             found.append(bench.ask_and_learn()[0])
     assert _same_terms(*found), f"two calls on the same draw gave different answers; {instead}"
@@ -373,16 +231,18 @@ def random_numbers_are_keyed(build: Build, reward: Reward | None = None) -> None
 
 def bfloat16_predictions_are_enough(build: Build, reward: Reward | None = None) -> None:
     """A network in bfloat16 has coarse answers; the loss is finite all the same."""
-    bench = _bench(build, reward)
+    bench = bench_of(build, reward)
     backend: Any = bench.trainer.backend
     for role in ("student", "fake_score", "reference", "teacher"):
         setattr(backend, role, _coarse(getattr(backend, role)))
-    bench.draw = _drawn(bench.trainer, bench.ctx)
+    bench.draw = drawn(bench.trainer, bench.ctx)
+    _losses_are_finite(bench, "with a network in bfloat16 the loss must still be finite")
+
+
+def _losses_are_finite(bench: Bench, promise: str) -> None:
     for term in bench.ask_and_learn()[0]:
-        finite = term.loss[_valid(term, bench.draw)].isfinite()
-        assert finite.all(), (
-            f"with a network in bfloat16 the loss must still be finite; {int((~finite).sum())} of {len(finite)} are not"
-        )
+        finite = term.loss[valid_of(term, bench.draw)].isfinite()
+        assert finite.all(), f"{promise}; {int((~finite).sum())} of {len(finite)} are not"
 
 
 def _coarse(role: Callable[..., Prediction]) -> Callable[..., Prediction]:
@@ -412,9 +272,9 @@ def unjudged_samples_are_left_out(build: Build, reward: Reward | None = None) ->
         return
     silent: Any = _Silent()
     for step in (0, LATE):
-        trainer = _trainer(objective, silent, on_declared=True)
+        trainer = trainer_of(objective, silent, on_declared=True)
         trainer.step = step
-        _train(
+        train(
             trainer,
             "with a reward that is NaN for some images",
             "; say in Term.valid which samples count, and replace the others' scores (torch.where) before anything "
@@ -425,54 +285,15 @@ def unjudged_samples_are_left_out(build: Build, reward: Reward | None = None) ->
     )
 
 
-def _pick_declared(trainer: Trainer, rollout: Rollout, ctx: Step) -> Draw:
-    """The steps that the objective acts on in turn, so that it acts on every sample."""
-    count = trainer.sampler.num_inference_steps
-    (term,) = trainer.objectives
-    every = (rollout.pick(torch.full_like(rollout.sample, index)) for index in range(count))
-    steps = [index for index, draw in enumerate(every) if term.declared(draw, count - 1).any()]
-    assert steps, f"needs.steps {term.objective.needs.steps} names none of the {count} student steps"
-    return rollout.pick(torch.tensor(steps)[torch.arange(len(rollout.cond)) % len(steps)])
-
-
-def _train(trainer: Trainer, situation: str, advice: str = "") -> None:
-    """A whole training step, in which the objective's share is looked at before the update.
-
-    Raises:
-        AssertionError: If its loss or its gradient is not finite.
-    """
-    gradient_of = trainer.gradient_of
-
-    def watched(term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
-        grad = gradient_of(term, draw, ctx)
-        own = [p.grad for p in trainer.student.parameters.values() if p.grad is not None]
-        shares = {
-            "loss": torch.as_tensor(ctx.metrics[f"loss/{term.name}"]),
-            "gradient at draw.leaf": grad,
-            "gradient in the student's parameters": torch.cat([g.flatten() for g in own]) if own else torch.zeros(()),
-        }
-        bad = [name for name, value in shares.items() if not value.isfinite().all()]
-        assert not bad, f"{situation}, this is not finite of the objective: its {' and its '.join(bad)}{advice}"
-        return grad
-
-    trainer.gradient_of = watched  # type: ignore[method-assign]
-    try:
-        trainer.train_step()
-    except TrainingError as error:
-        raise AssertionError(f"{situation}, the training stopped: {error}") from error
-    finally:
-        trainer.gradient_of = gradient_of  # type: ignore[method-assign]
-
-
 def whole_training_steps_run(build: Build, reward: Reward | None = None) -> None:
     """Two steps with DMD and two without, where it can do without: the student moves, and nothing else does."""
     for dmd_weight in (1.0,) if build().needs.matching else (1.0, 0.0):
-        trainer = _trainer(build(), reward, dmd_weight=dmd_weight)
+        trainer = trainer_of(build(), reward, dmd_weight=dmd_weight)
         backend = trainer.backend
         reference = {name: p.detach().clone() for name, p in backend.parameters("reference").items()}
         before = {name: p.detach().clone() for name, p in backend.parameters("student").items()}
         for _ in range(2):
-            _train(trainer, f"in a whole training step with dmd_weight {dmd_weight}")
+            train(trainer, f"in a whole training step with dmd_weight {dmd_weight}")
         moved = any(not torch.equal(p, before[name]) for name, p in backend.parameters("student").items())
         assert moved, f"two training steps with dmd_weight {dmd_weight} left the student as it was"
         for name, p in backend.parameters("reference").items():
@@ -484,12 +305,12 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     objective: Any = build()
     has = [hasattr(objective, name) for name in ("state_dict", "load_state_dict")]
     assert has[0] == has[1], "an objective with a state has both, state_dict() and load_state_dict(state)"
-    trainer = _trainer(objective, reward, learning_rate=0.01)
+    trainer = trainer_of(objective, reward, learning_rate=0.01)
     trainer.step = LATE
     for _ in range(2):
         trainer.train_step()
     ctx = trainer.context(0)
-    draw = _drawn(trainer, ctx)
+    draw = drawn(trainer, ctx)
     other: Any = build()
     if hasattr(other, "setup"):
         other.setup(ctx)
@@ -497,7 +318,7 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
         state = _stored(objective.state_dict())
         other.load_state_dict(state)
         assert _same(other.state_dict(), state), "load_state_dict(state_dict()) must bring back the state"
-    answers = [_Bench(each, trainer, ctx, draw).ask_and_learn()[0] for each in (objective, other)]
+    answers = [Bench(each, trainer, ctx, draw).ask_and_learn()[0] for each in (objective, other)]
     assert _same_terms(*answers), (
         "it remembers something that a checkpoint does not hold: after setup, and load_state_dict(state_dict()), a new "
         "one answers otherwise; all that is kept from step to step belongs into state_dict()"

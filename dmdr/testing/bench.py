@@ -1,0 +1,191 @@
+"""A bench for RL objectives: one in a toy run that gives it what it declares, asked for an answer or trained with."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmdr.errors import TrainingError
+from dmdr.protocols import Needs, Reward, RewardObjective
+from dmdr.testing.common import CannotRun
+from dmdr.testing.toy import toy_trainer
+from dmdr.trainer import Step, Trainer, WeightedObjective
+from dmdr.types import Draw, Rollout, Term, checked, terms_of
+
+Build = Callable[[], RewardObjective]
+
+
+@dataclass
+class Bench:
+    """A fresh objective before its first call, in a run that gives it what it declares, and no more."""
+
+    objective: RewardObjective
+    trainer: Trainer
+    ctx: Step
+    draw: Draw
+
+    @property
+    def needs(self) -> Needs:
+        return self.objective.needs
+
+    def terms(self, draw: Draw) -> Iterator[Term]:
+        """Its answer for a micro-batch, a term at a time."""
+        given = False
+        for term in terms_of(self.objective(draw, self.ctx)):
+            yield sound(term, draw)
+            given = True
+        if not given:
+            raise CannotRun("the objective yielded no term; return a Term, or yield one or several")
+
+    def ask(self, draw: Draw) -> list[Term]:
+        """Its answer for a micro-batch; a generator's graphs stay alive."""
+        return list(self.terms(draw))
+
+    def ask_and_learn(self) -> tuple[list[Term], bool]:
+        """Its answer for the whole batch, each term's backward done, and whether a gradient arrived at the leaf."""
+        leaf = self.draw.x0.detach().requires_grad_()
+        answers, climbed = [], False
+        for term in self.terms(replace(self.draw, leaf=leaf)):
+            if leaf.grad is not None and term.grad is None:
+                raise CannotRun(
+                    "the objective ran backward into draw.leaf itself, where the trainer does not look for it: return "
+                    "a loss with its graph, or the gradient in Term.grad"
+                )
+            answers.append(term)
+            if term.grad is None and term.loss.requires_grad:
+                torch.where(valid_of(term, self.draw), term.loss, 0.0).sum().backward()
+            climbed |= leaf.grad is not None or term.grad is not None
+            leaf.grad = None
+        return answers, climbed
+
+    def reaches_the_student(self) -> bool:
+        """Whether its answer has a gradient for the student, at draw.leaf or in the parameters."""
+        _, climbed = self.ask_and_learn()
+        return climbed or any(p.grad is not None for p in self.trainer.backend.parameters("student").values())
+
+
+def trainer_of(
+    objective: RewardObjective,
+    reward: Reward | None,
+    *,
+    least: bool = False,
+    on_declared: bool = False,
+    **settings: Any,
+) -> Trainer:
+    """A toy run with this objective, and a reward only if it declares one.
+
+    Args:
+        least: Batches of no more images than the objective declares, instead of several groups of several.
+        on_declared: Each sample is at a student step that the objective acts on.
+    """
+    needs = objective.needs
+    images = max(needs.batch_size, needs.group_size if least else 4 * max(needs.group_size, 4))
+    batch_size = math.ceil(images / needs.group_size) * needs.group_size
+    steps = [4, needs.stochastic_steps + 1, *(step + 1 for step in needs.steps if isinstance(step, int))]
+    settings["num_inference_steps"] = max(steps)
+    term = WeightedObjective("checked", 1.0, objective)
+    trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
+    if not needs.reward:
+        trainer.rewards = None
+    if on_declared:
+        trainer.pick = partial(pick_declared, trainer)  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # as after some training: student and fake score have left reference and teacher
+        for role in (trainer.student, trainer.fake_score):
+            for parameter in role.parameters.values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return trainer
+
+
+def bench_of(build: Build, reward: Reward | None, *, needs: Needs | None = None, **settings: Any) -> Bench:
+    """A bench; `needs` stand in for those that the objective declares."""
+    objective: Any = build() if needs is None else Declaring(needs, build())
+    trainer = trainer_of(objective, reward, **settings)
+    ctx = trainer.context(0)
+    bench = Bench(objective, trainer, ctx, drawn(trainer, ctx))
+    if hasattr(objective, "setup"):
+        objective.setup(ctx)
+    return bench
+
+
+def drawn(trainer: Trainer, ctx: Step) -> Draw:
+    """What the trainer would hand to the objective."""
+    (term,) = trainer.objectives
+    draw = trainer.pick(trainer.rollout(ctx, trainer.shared_noise(ctx)), ctx)
+    if term.objective.needs.matching:
+        draw = replace(draw, direction=trainer.direction(draw, ctx))
+    return replace(draw, mask=term.declared(draw, trainer.sampler.num_inference_steps - 1))
+
+
+@dataclass
+class Declaring:
+    """An objective with other needs than its own."""
+
+    needs: Needs
+    objective: Any
+
+    def __call__(self, draw: Draw, ctx: Step) -> Any:
+        return self.objective(draw, ctx)
+
+    def __getattr__(self, optional: str) -> Any:
+        return getattr(self.objective, optional)
+
+
+def sound(term: Term, draw: Draw) -> Term:
+    """The term, if a trainer can read it.
+
+    Raises:
+        CannotRun: If a shape or a dtype is not what `Term` says.
+    """
+    try:
+        return checked(term, len(draw))
+    except TrainingError as error:
+        raise CannotRun(str(error)) from error
+
+
+def valid_of(term: Term, draw: Draw) -> Tensor:
+    """The samples that count, [B] bool."""
+    return draw.mask if term.valid is None else draw.mask & term.valid
+
+
+def pick_declared(trainer: Trainer, rollout: Rollout, ctx: Step) -> Draw:
+    """The steps that the objective acts on in turn, so that it acts on every sample."""
+    count = trainer.sampler.num_inference_steps
+    (term,) = trainer.objectives
+    every = (rollout.pick(torch.full_like(rollout.sample, index)) for index in range(count))
+    steps = [index for index, draw in enumerate(every) if term.declared(draw, count - 1).any()]
+    assert steps, f"needs.steps {term.objective.needs.steps} names none of the {count} student steps"
+    return rollout.pick(torch.tensor(steps)[torch.arange(len(rollout.cond)) % len(steps)])
+
+
+def train(trainer: Trainer, situation: str, advice: str = "") -> None:
+    """A whole training step, in which the objective's share is looked at before the update.
+
+    Raises:
+        AssertionError: If its loss or its gradient is not finite.
+    """
+    gradient_of = trainer.gradient_of
+
+    def watched(term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
+        grad = gradient_of(term, draw, ctx)
+        own = [p.grad for p in trainer.student.parameters.values() if p.grad is not None]
+        shares = {
+            "loss": torch.as_tensor(ctx.metrics[f"loss/{term.name}"]),
+            "gradient at draw.leaf": grad,
+            "gradient in the student's parameters": torch.cat([g.flatten() for g in own]) if own else torch.zeros(()),
+        }
+        bad = [name for name, value in shares.items() if not value.isfinite().all()]
+        assert not bad, f"{situation}, this is not finite of the objective: its {' and its '.join(bad)}{advice}"
+        return grad
+
+    trainer.gradient_of = watched  # type: ignore[method-assign]
+    try:
+        trainer.train_step()
+    except TrainingError as error:
+        raise AssertionError(f"{situation}, the training stopped: {error}") from error
+    finally:
+        trainer.gradient_of = gradient_of  # type: ignore[method-assign]
