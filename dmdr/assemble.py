@@ -128,7 +128,7 @@ def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], setti
         if needs.matching and config.dmd_weight == 0:
             raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        batch *= int(os.environ.get("WORLD_SIZE", 1))
+        batch *= int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it, before there is an accelerator
         if batch < needs.batch_size:
             raise ConfigError(
                 f"{who} compares the images of a batch: it needs --per_device_train_batch_size of at least "

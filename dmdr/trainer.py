@@ -336,7 +336,11 @@ class Trainer:
         return total
 
     def gradient_of(self, term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
-        """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch."""
+        """Gradient at x0 of the objective's mean over the declared and valid samples of the global batch.
+
+        Raises:
+            TrainingError: If its answer is none, reaches nothing, or reaches the fake score.
+        """
         asked = ctx.gather(draw.mask).sum()
         scale = self.accelerator.num_processes * self.rl_weight * term.weight / asked.clamp_min(1)
         with self.own_gradient_apart(term.name) as rescale:
@@ -362,7 +366,7 @@ class Trainer:
         )
         return torch.cat([answer.grad for answer in answers]) * (asked / counted.clamp_min(1))
 
-    def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: Step) -> "Answer":
+    def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: Step) -> Answer:
         """Objective and backward on a micro-batch."""
         leaf = part.x0.detach().requires_grad_()
         grad, counted = torch.zeros_like(leaf), torch.zeros_like(part.mask)
