@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
 
+if torch.distributed.is_available():
+    # Its functions take the default group of the moment as a default argument. torch imports it during the first step,
+    # and the group outlived its destruction: threads of gloo's that are there as the interpreter ends may abort it.
+    import torch.distributed.nn
+
 
 class Learner:
     """One trained role: its parameters, optimizer and learning-rate schedule.
