@@ -3,13 +3,17 @@ PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint verify bench
+.PHONY: demo test coverage lint verify bench
 
 demo: $(READY)
 	$(BIN)/dmdr-train
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not verify" -n 2 --dist loadfile --cov=dmdr --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not verify" -n 2 --dist loadfile $(PYTEST_OPTIONS)
+
+# Tests as above, a third slower.
+coverage: PYTEST_OPTIONS := --cov=dmdr --cov-report=term:skip-covered
+coverage: test
 
 lint: $(READY)
 	$(BIN)/ruff check .
