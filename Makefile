@@ -12,7 +12,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not verify" -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 # Tests as above, a third slower.
-coverage: PYTEST_OPTIONS := --cov=dmdr --cov-report=term:skip-covered
+coverage: PYTEST_OPTIONS := --cov=dmdr --cov-report=term-missing:skip-covered
 coverage: test
 
 lint: $(READY)

@@ -10,8 +10,9 @@ from dmdr.ema import EMA
 from dmdr.errors import TrainingError
 
 if torch.distributed.is_available():
-    # Its functions take the default group of the moment as a default argument. torch imports it during the first step,
-    # and the group outlived its destruction: threads of gloo's that are there as the interpreter ends may abort it.
+    # Before a process group is there. Functions of this module have the default group as a default argument: imported
+    # later, as torch does during the first step, they keep a destroyed group and gloo's threads, which may abort the
+    # process while its interpreter ends.
     import torch.distributed.nn
 
 

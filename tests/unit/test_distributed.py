@@ -108,8 +108,6 @@ def work(rank: int, port: int, folder: str) -> None:
     found = {case: train(case, 2) for case in CASES}
     torch.save(found, Path(folder) / f"{rank}.pt")
     PartialState().destroy_process_group()
-    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in threads if "gloo" in name]
 
 
 @pytest.fixture(scope="module")
