@@ -22,7 +22,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 verify: $(READY)
-	$(BIN)/python -m pytest -m verify -s
+	$(BIN)/python -m pytest -m verify -s --timeout 0 -o faulthandler_timeout=0
 
 bench: $(READY)
 	$(BIN)/python examples/digits/table.py

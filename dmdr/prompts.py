@@ -2,9 +2,9 @@
 
 import glob
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain, count, cycle, islice, repeat
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +28,8 @@ class Rows(Protocol):
     def first(self, number: int) -> list[Row]:
         """The first rows, from the start again where there are fewer."""
 
-    def shuffled(self, seed: int) -> Iterator[Row]:
-        """All rows without end, each epoch in another order."""
+    def shuffled(self, seed: int) -> Generator[Row]:
+        """All rows without end, each epoch in another order. Who reads them closes them: they may hold open files."""
 
 
 class Prompts:
@@ -53,7 +53,7 @@ class Prompts:
     def first(self, number: int) -> list[Row]:
         return list(islice(cycle(self.rows), number))
 
-    def shuffled(self, seed: int) -> Iterator[Row]:
+    def shuffled(self, seed: int) -> Generator[Row]:
         from trl.trainer.utils import RepeatSampler  # takes seconds, which who only reads prompts need not wait
 
         sampler = RepeatSampler(self.rows, mini_repeat_count=1, seed=seed)
@@ -73,17 +73,19 @@ class StreamedPrompts:
         return "; ".join(filter(None, (f"streamed from {self._source.path}", self._source.left_out)))
 
     def first(self, number: int) -> list[Row]:
-        again = chain.from_iterable(self._rows(self._source.examples) for _ in count())
-        return list(islice(again, number))
+        with closing(self._epochs(self._source.examples)) as rows:
+            return list(islice(rows, number))
 
-    def shuffled(self, seed: int) -> Iterator[Row]:
-        examples = self._source.examples.shuffle(seed=seed, buffer_size=BUFFER)
+    def shuffled(self, seed: int) -> Generator[Row]:
+        # One file at a time. With several at a time, `datasets` starts a pool of threads for each pass, sleeps five
+        # seconds where it ends, and can wait for ever if Python's garbage collector is what ends it.
+        return self._epochs(self._source.examples.shuffle(seed=seed, buffer_size=BUFFER, max_buffer_input_shards=1))
+
+    def _epochs(self, examples: Any) -> Generator[Row]:
         for epoch in count():
             examples.set_epoch(epoch)
-            yield from self._rows(examples)
-
-    def _rows(self, examples: Iterable[Row]) -> Iterator[Row]:
-        return filter(None, self._source.rows(examples))
+            with closing(self._source.rows(examples)) as rows:
+                yield from filter(None, rows)
 
 
 def read_prompts(path: str, *, repeated: bool = False, **where: Any) -> Prompts:
@@ -124,8 +126,9 @@ def stream_prompts(path: str, **where: Any) -> StreamedPrompts:
     source = _Source(path, streaming=True, **where)
     if isinstance(source.examples, Dataset):
         source.examples = source.examples.to_iterable_dataset()
-    if not any(source.rows(source.examples)):  # of an empty stream there is no first row to wait for
-        raise ConfigError(f"--prompts: {path} holds no prompt")
+    with closing(source.rows(source.examples)) as rows:
+        if not any(rows):  # of an empty stream there is no first row to wait for
+            raise ConfigError(f"--prompts: {path} holds no prompt")
     return StreamedPrompts(source)
 
 
@@ -160,24 +163,32 @@ class PromptStream:
     ) -> None:
         self.prompts, self.batch_size, self.group_size, self.seed = prompts, batch_size, group_size, seed
         self.process_index, self.num_processes = process_index, num_processes
-        self.skip_to(0)
+        self.consumed = 0
+        self._rows = prompts.shuffled(seed)
 
     def __next__(self) -> list[Row]:
-        batch = list(islice(self._rows, self.batch_size))
+        prompts = islice(self._rows, self.batch_size // self.group_size)
+        batch = [row for row in prompts for _ in range(self.group_size)]
         self.consumed += 1
         share = self.batch_size // self.num_processes
         return batch[self.process_index * share : (self.process_index + 1) * share]
 
     def first(self, batches: int) -> list[Row]:
         """The rows of the first global batches, each once per group; moves nothing."""
-        return list(islice(self.prompts.shuffled(self.seed), batches * self.batch_size // self.group_size))
+        with closing(self.prompts.shuffled(self.seed)) as rows:
+            return list(islice(rows, batches * self.batch_size // self.group_size))
 
     def skip_to(self, consumed: int) -> None:
         """Continue as if `consumed` batches had been read from the start."""
-        groups = consumed * self.batch_size // self.group_size
-        order = islice(self.prompts.shuffled(self.seed), groups, None)
-        self._rows = (row for group in order for row in repeat(group, self.group_size))
+        self.close()
+        self._rows = self.prompts.shuffled(self.seed)
+        for _ in islice(self._rows, consumed * self.batch_size // self.group_size):
+            pass
         self.consumed = consumed
+
+    def close(self) -> None:
+        """Let go of the files that are open for reading; `skip_to` opens them again."""
+        self._rows.close()
 
 
 # --- Sources ----------------------------------------------------------------------------------------------------------
@@ -218,10 +229,10 @@ class _Source:
         _refuse_arguments(set(kept) - {self.column}, f"--prompts: {self.path}")
         self.examples = self.examples.select_columns(kept)
 
-    def rows(self, examples: Iterable[Row]) -> Iterator[Row]:
+    def rows(self, examples: Iterable[Row]) -> Generator[Row]:
         """The examples with their prompts under `prompt`; an empty line is an empty row."""
-        with self._refusing():
-            for example in examples:
+        with self._refusing(), closing(iter(examples)) as reader:  # type: ignore[type-var]
+            for example in reader:
                 if example:
                     self._require_column(example)
                     prompt = example[self.column]

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -225,7 +225,7 @@ class Run:
             self.job.backend.snapshot()
         if resumed is None and stage.first_step == 0:
             self._draw_grid()
-        with self._signals():
+        with closing(trainer.prompts), self._signals():
             try:
                 while trainer.step < stage.steps and not self._asked_to_stop():
                     started = time.perf_counter()

@@ -5,8 +5,9 @@ import io
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"--images: {path} cannot be read: {error}")
 
 
-def batches(paths: Sequence[Path], rows: Sequence[Row], size: int) -> Iterator[tuple[Tensor, list[Row]]]:
+def batches(paths: Sequence[Path], rows: Sequence[Row], size: int) -> Generator[tuple[Tensor, list[Row]]]:
     """Images with their rows, in order; a few batches at most are in memory.
 
     Args:
@@ -88,13 +89,14 @@ def batches(paths: Sequence[Path], rows: Sequence[Row], size: int) -> Iterator[t
     Returns:
         Batches [B, 3, H, W] uint8, each with B rows.
     """
-    pairs = zip(_read_ahead(paths, size), rows, strict=True)
-    for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
-        while part := list(islice(same, size)):
-            yield torch.stack([image for image, _ in part]), [row for _, row in part]
+    with closing(_read_ahead(paths, size)) as images:
+        pairs = zip(images, rows, strict=True)
+        for _, same in groupby(pairs, key=lambda pair: pair[0].shape):
+            while part := list(islice(same, size)):
+                yield torch.stack([image for image, _ in part]), [row for _, row in part]
 
 
-def _read_ahead(paths: Sequence[Path], count: int) -> Iterator[Tensor]:
+def _read_ahead(paths: Sequence[Path], count: int) -> Generator[Tensor]:
     """The images in order, of which threads decode the next `count` meanwhile."""
     with ThreadPoolExecutor() as pool:
         ahead: deque[Future[Tensor]] = deque()
@@ -108,8 +110,10 @@ def _read_ahead(paths: Sequence[Path], count: int) -> Iterator[Tensor]:
 
 def score_images(
     rewards: Rewards, paths: Sequence[Path], rows: Sequence[Row], *, batch_size: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """The raw scores of all images, batch by batch, with a progress bar.
+
+    Who stops reading early closes it: threads read images ahead.
 
     Args:
         rewards: Prepared for `device`.
@@ -124,8 +128,9 @@ def score_images(
         ConfigError: If an image is damaged.
         RewardError: If a reward fails.
     """
-    with tqdm(total=len(paths), desc="score", unit="image", leave=False) as bar:
-        for images, part in batches(paths, rows, batch_size):
+    bar = tqdm(total=len(paths), desc="score", unit="image", leave=False)
+    with bar, closing(batches(paths, rows, batch_size)) as parts:
+        for images, part in parts:
             prompts, columns = split_columns(part)
             with torch.no_grad():
                 scores = rewards.each(images.to(device).float() / 255, prompts, **columns)

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def run(arguments: list[str]) -> None:
         return scores
 
     try:
-        for part in scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device):
-            found.append(part)
+        scores_of = scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device)
+        with closing(scores_of) as parts:
+            for part in parts:
+                found.append(part)
     except BaseException:  # Ctrl-C, too
         if found:
             count = len(write()["total"])

@@ -1,7 +1,8 @@
 """Prompt files and datasets, and the stream of batches that they become."""
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from itertools import chain, islice
 from pathlib import Path
@@ -17,8 +18,6 @@ from pyarrow import parquet
 from dmdr import prompts
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, PromptStream, Row, Rows, read_prompts, split_columns, stream_prompts
-
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # not 5 seconds whenever a stream of Parquet is closed
 
 
 @pytest.fixture(autouse=True)
@@ -471,6 +470,55 @@ def test_skipping_a_stream_equals_reading_it(streamed: Rows, consumed: int) -> N
     skipped.skip_to(consumed)
     assert skipped.consumed == read.consumed == consumed
     assert labels(skipped, 12) == labels(read, 12)
+
+
+def test_a_stream_starts_no_thread_and_never_sleeps(
+    streamed: Rows, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` reads several files in a pool of threads each, and sleeps five seconds where one ends."""
+
+    def refuse(*given: Any, **options: Any) -> None:
+        raise AssertionError("a thread, or a sleep")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.ThreadPoolExecutor.__init__", refuse)
+        patch.setattr("time.sleep", refuse)
+        stream = PromptStream(streamed, 10, seed=1)
+        labels(stream, 7)
+        stream.skip_to(2)
+        stream.first(2)
+        stream.close()
+
+
+CLOSED: list[int] = []  # by which threads
+
+
+def numbered() -> Iterator[Row]:
+    try:
+        yield from ({"prompt": str(i)} for i in range(8))
+    finally:
+        CLOSED.append(threading.get_ident())
+
+
+def test_who_reads_a_stream_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the garbage collector, in whatever thread it comes by."""
+    examples = datasets.IterableDataset.from_generator(numbered)
+    monkeypatch.setattr(prompts, "_open", lambda *where: examples)
+    monkeypatch.setattr(prompts, "BUFFER", 2)
+    streamed = stream_prompts("a file")
+    CLOSED.clear()
+    streamed.first(3)
+    assert len(CLOSED) == 1
+    stream = PromptStream(streamed, 2)
+    next(stream)
+    left = stream._rows  # that a forgotten stream lives on is what a reference shows
+    stream.skip_to(1)
+    assert len(CLOSED) == 2 and next(left, None) is None
+    next(stream)
+    left = stream._rows
+    stream.close()
+    assert len(CLOSED) == 3 and next(left, None) is None
+    assert set(CLOSED) == {threading.get_ident()}
 
 
 def test_a_stream_passes_over_empty_lines(tmp_path: Path) -> None:
