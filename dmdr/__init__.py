@@ -7,7 +7,7 @@ __all__ = ["train"]
 
 
 def train(**settings: Any) -> Path:
-    """The same as `dmdr-train`; see `dmdr.run.train`. Imports nothing heavy until it is called."""
-    from dmdr.run import train
+    """The same as `dmdr-train`; see `dmdr.run.run.train`. Imports nothing heavy until it is called."""
+    from dmdr.run.run import train
 
     return train(**settings)

@@ -14,9 +14,9 @@ from dmdr.errors import ConfigError, Refusing, TrainingError
 if TYPE_CHECKING:
     import torch
 
-    from dmdr.config import RewardFlags
     from dmdr.rewards import Rewards
-    from dmdr.settings import Chosen
+    from dmdr.settings.fields import RewardFlags
+    from dmdr.settings.parse import Chosen
 
 
 class CommandParser(Refusing, argparse.ArgumentParser):
@@ -64,8 +64,8 @@ def open_rewards(flags: "RewardFlags", chosen: "Sequence[Chosen]") -> "tuple[Rew
     Raises:
         ConfigError: If the device, the model or a checkpoint is not to be had.
     """
-    from dmdr import registry
-    from dmdr.assemble import build_rewards
+    from dmdr.run.job import build_rewards
+    from dmdr.settings import registry
     from dmdr.types import dtype_of
 
     device = find_device(flags.device)

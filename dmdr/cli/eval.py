@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.cli.common import command, open_rewards
-from dmdr.config import REQUIRED, RewardFlags, flag
 from dmdr.errors import ConfigError
-from dmdr.settings import Chosen, parse_command
+from dmdr.settings.fields import REQUIRED, RewardFlags, flag
+from dmdr.settings.parse import Chosen, parse_command
 
 DESCRIPTION = "Score a folder of images: a CSV, and a table of means. Rewards resize as their published evaluations do."
 
@@ -39,7 +39,8 @@ class EvalFlags(RewardFlags):
 def run(arguments: list[str]) -> None:
     flags, chosen = parse_command(EvalFlags, arguments, prog="dmdr-eval", description=DESCRIPTION)
     # torch is imported only after the flags have been found good
-    from dmdr import images, scoring
+    from dmdr import images
+    from dmdr.evaluation import scoring
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
     scoring.require_writable(Path(flags.output))
@@ -77,8 +78,8 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
     Raises:
         ConfigError: If there are more or fewer of them, or a reward asks for what they lack.
     """
-    from dmdr.assemble import check_columns
     from dmdr.prompts import read_prompts
+    from dmdr.run.job import check_columns
 
     rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
     if flags.prompts is not None:

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import dmdr
-from dmdr import registry
 from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
+from dmdr.settings import registry
 
 
 def run(arguments: list[str]) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmdr.cli.common import command, open_rewards
-from dmdr.config import RewardFlags, flag
 from dmdr.errors import ConfigError
-from dmdr.settings import parse_command
+from dmdr.settings.fields import RewardFlags, flag
+from dmdr.settings.parse import parse_command
 
 LIMITS = ("max_batch_size", "max_queue", "max_request_mb", "request_timeout")
 DESCRIPTION = (

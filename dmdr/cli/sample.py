@@ -76,11 +76,12 @@ def draw(
     """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does."""
     import torch
 
-    from dmdr import images, registry
-    from dmdr.assemble import pipeline_class
-    from dmdr.device import avoid_mps, open_accelerator
+    from dmdr import images
     from dmdr.protocols import BackendOptions
+    from dmdr.run.device import avoid_mps, open_accelerator
+    from dmdr.run.job import pipeline_class
     from dmdr.sampling import FewStepSampler
+    from dmdr.settings import registry
 
     avoid_mps()
     base = model or about["base_model"]

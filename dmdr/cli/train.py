@@ -5,7 +5,7 @@ import os
 import sys
 
 from dmdr.cli.common import command
-from dmdr.settings import parse
+from dmdr.settings.parse import parse
 
 
 def run(arguments: list[str]) -> None:
@@ -13,10 +13,10 @@ def run(arguments: list[str]) -> None:
     # torch is imported only after the settings have been found good
     from accelerate import PartialState
 
-    from dmdr.run import run
+    from dmdr.run.run import run
 
     if settings.config.dry_run:
-        from dmdr.dry_run import estimate
+        from dmdr.dry_run.estimate import estimate
 
         print(f"{estimate(settings)}\nnothing was loaded, nothing was written")
         return

@@ -13,7 +13,7 @@ from dmdr.errors import TrainingError
 from dmdr.protocols import Needs, Reward, RewardObjective
 from dmdr.testing.common import CannotRun
 from dmdr.testing.toy import toy_trainer
-from dmdr.trainer import Step, Trainer, WeightedObjective
+from dmdr.training.trainer import Step, Trainer, WeightedObjective
 from dmdr.types import Draw, Rollout, Term, checked, terms_of
 
 Build = Callable[[], RewardObjective]

@@ -6,14 +6,14 @@ import torch
 from accelerate import Accelerator
 
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
-from dmdr.learner import Learner
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import BackendOptions, Reward, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
-from dmdr.schedules import DynaDG, DynaRS
-from dmdr.trainer import Trainer, WeightedObjective
+from dmdr.training.learner import Learner
+from dmdr.training.schedules import DynaDG, DynaRS
+from dmdr.training.trainer import Trainer, WeightedObjective
 
 
 def toy_trainer(

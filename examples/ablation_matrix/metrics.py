@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dmdr.settings import Settings
+from dmdr.settings.parse import Settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from metrics import metric
 from runs import Run
 from scipy import stats
 
-from dmdr.report import read_log
+from dmdr.evaluation.report import read_log
 
 LEVEL = 0.05  # how often pure noise may be called a finding in one direction
 

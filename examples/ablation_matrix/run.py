@@ -26,10 +26,10 @@ from typing import IO, Any
 from matrix import Block, Matrix, load
 from runs import Run, last_line
 
-from dmdr import registry
 from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import can_hold_files
+from dmdr.settings import registry
 
 HERE = Path(__file__).parent
 PATIENCE = 60  # seconds that all processes together get to save their checkpoints

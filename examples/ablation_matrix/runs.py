@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 from metrics import short
 
-from dmdr import registry
-from dmdr.assemble import check_columns, check_needs, open_backend, open_prompts
-from dmdr.checkpoint import checkpoints
-from dmdr.config import Config
 from dmdr.errors import ConfigError
-from dmdr.settings import Chosen, Settings, parse
-from dmdr.trainer import WeightedObjective
+from dmdr.run.checkpoint import checkpoints
+from dmdr.run.job import check_columns, check_needs, open_backend, open_prompts
+from dmdr.settings import registry
+from dmdr.settings.fields import Config
+from dmdr.settings.parse import Chosen, Settings, parse
+from dmdr.training.trainer import WeightedObjective
 
 # What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
 STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
@@ -218,7 +218,7 @@ def check_inputs(settings: Settings) -> None:
     Raises:
         ConfigError: As a run would.
     """
-    from dmdr.run import adamw, check_tracker  # and matplotlib with it, of which run.py has told if it is missing
+    from dmdr.run.run import adamw, check_tracker  # and matplotlib with it, of which run.py has told if it is missing
 
     config = settings.config
     if config.backend:

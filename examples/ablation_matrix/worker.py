@@ -14,7 +14,7 @@ def end_with_parent() -> None:
 
 
 def build(name: str, part: str, reward: str = "") -> None:
-    from dmdr import registry
+    from dmdr.settings import registry
 
     model = registry.load("models", name)()
     if part == "pipeline":

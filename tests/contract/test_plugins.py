@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dmdr import registry
 from dmdr.protocols import BackendOptions, NamedModel
+from dmdr.settings import registry
 from dmdr.testing import check_backend, check_objective, check_reward
 from dmdr_digits import Digits
 
@@ -42,7 +42,7 @@ def test_model_and_its_backend(name: str, digits: Digits) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe_names_settings(name: str) -> None:
-    from dmdr.settings import parse
+    from dmdr.settings.parse import parse
 
     settings = parse(settings={"model": name})
     recipe = registry.load("models", name).recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import dmdr.run
+import dmdr.run.run
 from family import Stock
 
 STOCK = """
@@ -51,4 +51,4 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its plots take longer than these trainings."""
-    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)

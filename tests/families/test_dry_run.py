@@ -29,19 +29,19 @@ from torch.utils.checkpoint import checkpoint
 
 import dmdr
 import parts
-from dmdr import registry
-from dmdr.assemble import assemble, pipeline_class
 from dmdr.backends.lora import LoRARoles
 from dmdr.cli import train
-from dmdr.dry_run import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
+from dmdr.dry_run.estimate import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
+from dmdr.dry_run.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
 from dmdr.errors import ConfigError
-from dmdr.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
-from dmdr.plan import stages
 from dmdr.protocols import BackendOptions
 from dmdr.rewards import Rewards
-from dmdr.run import Run
-from dmdr.settings import parse
-from dmdr.trainer import combined_needs
+from dmdr.run.job import assemble, pipeline_class
+from dmdr.run.plan import stages
+from dmdr.run.run import Run
+from dmdr.settings import registry
+from dmdr.settings.parse import parse
+from dmdr.training.trainer import combined_needs
 from family import FAMILIES
 
 logging.set_verbosity_error()

@@ -14,14 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dmdr import registry
-from dmdr.assemble import assemble, pipeline_class
 from dmdr.cli.sample import draw
 from dmdr.ema import EMA
 from dmdr.protocols import BackendOptions
-from dmdr.run import Run
+from dmdr.run.job import assemble, pipeline_class
+from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
-from dmdr.settings import parse
+from dmdr.settings import registry
+from dmdr.settings.parse import parse
 from dmdr.testing import check_backend
 from family import FAMILIES, Family, Stock
 

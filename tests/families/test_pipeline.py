@@ -216,8 +216,8 @@ def test_a_revision_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None
 import sys
 import torch
 from types import SimpleNamespace
-from dmdr.assemble import open_backend
-from dmdr.settings import parse
+from dmdr.run.job import open_backend
+from dmdr.settings.parse import parse
 from dmdr.errors import ConfigError
 from dmdr.sampling import FewStepSampler
 given = {{"model": "org/name", "prompt_cache": {str(tmp_path / "cache")!r}, "reward": "none"}}

@@ -30,7 +30,7 @@ from dmdr.backends import prompt_encoder
 from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
 from dmdr.errors import ConfigError
 from dmdr.protocols import BackendOptions
-from dmdr.run import train
+from dmdr.run.run import train
 from dmdr_sd3 import SD3Backend
 
 PROMPTS = ["a handwritten seven", "a handwritten two", "a handwritten zero", "two, not seven"]

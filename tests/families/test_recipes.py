@@ -16,10 +16,10 @@ from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import nn
 
-from dmdr import registry
-from dmdr.assemble import open_backend
-from dmdr.run import run
-from dmdr.settings import Settings, parse
+from dmdr.run.job import open_backend
+from dmdr.run.run import run
+from dmdr.settings import registry
+from dmdr.settings.parse import Settings, parse
 from dmdr_digits import Digits
 from family import FAMILIES
 

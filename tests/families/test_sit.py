@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 import parts
 import sit
-from dmdr import registry, train
-from dmdr.assemble import assemble, pipeline_class
+from dmdr import train
 from dmdr.cli import sample
 from dmdr.errors import ConfigError
 from dmdr.protocols import BackendOptions
-from dmdr.settings import parse
+from dmdr.run.job import assemble, pipeline_class
+from dmdr.settings import registry
+from dmdr.settings.parse import parse
 from dmdr_digits import Digits
 from dmdr_sit import SiTBackend
 from dmdr_sit.checkpoint import SIZES, convert, pipeline_folder, published_layout

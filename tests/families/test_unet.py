@@ -25,14 +25,14 @@ from torch import Tensor
 import parts
 import sd1
 import sdxl
-from dmdr.assemble import assemble
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise
 from dmdr.protocols import BackendOptions
-from dmdr.run import Run
+from dmdr.run.job import assemble
+from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
-from dmdr.settings import parse
+from dmdr.settings.parse import parse
 from dmdr.types import Condition
 from dmdr_sdxl import SD1Backend, SDXLBackend
 from family import FAMILIES, Family

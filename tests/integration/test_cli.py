@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import dmdr.run
-from dmdr.checkpoint import checkpoints
+import dmdr.run.run
 from dmdr.cli import plugins, sample, train
+from dmdr.run.checkpoint import checkpoints
 
 BIN = Path(sys.executable).parent
 FAST = {
@@ -98,7 +98,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("DMDR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(dmdr.run, "write_report", lambda folder: None)
+        patch.setattr(dmdr.run.run, "write_report", lambda folder: None)
         yield
     torch.set_num_threads(threads)
     sys.modules.pop("stranger_cli", None)
@@ -107,7 +107,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def finished(surroundings: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder."""
-    return dmdr.run.train(**FAST, output_dir=str(tmp_path_factory.mktemp("finished") / "run"))
+    return dmdr.run.run.train(**FAST, output_dir=str(tmp_path_factory.mktemp("finished") / "run"))
 
 
 @pytest.fixture
@@ -395,7 +395,7 @@ def test_signals_save_and_a_resumed_run_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"reward": "sleepy", "stage1_steps": 10, "stage2_steps": 30}
-    whole = dmdr.run.train(**FAST | settings, output_dir=str(tmp_path / "whole"))
+    whole = dmdr.run.run.train(**FAST | settings, output_dir=str(tmp_path / "whole"))
 
     folder, arguments = tmp_path / "run", flags(**settings)
     resumed = [*arguments, "--resume_from_checkpoint", "latest"]
@@ -423,7 +423,7 @@ def test_signals_save_and_a_resumed_run_ends_with_the_same_bits(
         reached.append(json.loads((latest / "progress.json").read_text())["total"])
     assert 0 < reached[1] < 10 < reached[2] < reached[3] < 40
 
-    dmdr.run.train(**FAST | settings, output_dir=str(folder), resume_from_checkpoint="latest")
+    dmdr.run.run.train(**FAST | settings, output_dir=str(folder), resume_from_checkpoint="latest")
     logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
     assert [line | {"seconds": 0} for line in logs[0]] == [line | {"seconds": 0} for line in logs[1]]
     students = [load_file(f / "student" / "student.safetensors") for f in (whole, folder)]

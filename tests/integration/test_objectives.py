@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dmdr.run
+import dmdr.run.run
 from dmdr import train
-from dmdr.assemble import assemble
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.plan import stages
-from dmdr.run import Run
-from dmdr.settings import parse
+from dmdr.run.job import assemble
+from dmdr.run.plan import stages
+from dmdr.run.run import Run
+from dmdr.settings.parse import parse
 from dmdr_digits import Digits
 
 FAST: dict[str, Any] = {
@@ -119,7 +119,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a file of the user's own, where the command is given."""
     (tmp_path / "my_file.py").write_text(SCORES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
     return tmp_path
 
 

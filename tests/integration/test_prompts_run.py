@@ -17,10 +17,10 @@ from pyarrow import csv, parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
-import dmdr.run
+import dmdr.run.run
 from dmdr.backends.toy import PROMPTS
 from dmdr.errors import ConfigError
-from dmdr.run import Trainer, train
+from dmdr.run.run import Trainer, train
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # not 5 seconds whenever a stream of Parquet is closed
 FAST: dict[str, Any] = {
@@ -53,7 +53,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("DMDR_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(dmdr.run, "write_report", lambda folder: None)
+        patch.setattr(dmdr.run.run, "write_report", lambda folder: None)
         patch.setattr("dmdr.prompts.BUFFER", 3)
         yield
 

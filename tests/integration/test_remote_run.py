@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dmdr.run
+import dmdr.run.run
 from dmdr import train
 from dmdr.cli import common
 from dmdr.cli import train as train_command
@@ -97,7 +97,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
 @pytest.fixture(autouse=True)
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import dmdr.run
-import dmdr.trainer
-from dmdr.checkpoint import checkpoints, read_progress
+import dmdr.run.run
+import dmdr.training.trainer
 from dmdr.cli.train import main
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.matching import DMD
-from dmdr.run import Trainer, train
-from dmdr.settings import parse
+from dmdr.run.checkpoint import checkpoints, read_progress
+from dmdr.run.run import Trainer, train
+from dmdr.settings.parse import parse
 
 # A schedule that moves with the step, so that a resumed run at the wrong one would show.
 FAST: dict[str, Any] = {
@@ -93,7 +93,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
         patch.setenv("DMDR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(dmdr.run, "write_report", lambda folder: None)
+        patch.setattr(dmdr.run.run, "write_report", lambda folder: None)
         yield
     torch.set_num_threads(threads)
     sys.modules.pop("stranger_run", None)
@@ -104,9 +104,9 @@ def whole(surroundings: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run, with all that a run folder may hold."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        from dmdr.report import write_report
+        from dmdr.evaluation.report import write_report
 
-        patch.setattr(dmdr.run, "write_report", write_report)
+        patch.setattr(dmdr.run.run, "write_report", write_report)
         extra = {"save_steps": 2, "save_total_limit": None, "sample_steps": 4, "num_eval_samples": 4}
         extra |= {"report_to": "tensorboard"}
         assert train(**FAST | extra, output_dir=str(folder)) == folder
@@ -317,7 +317,7 @@ def test_command_line_and_python_are_the_same_run(
 def test_config_yaml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
     settings = parse(["--config", str(whole / "config.yaml"), "--output_dir", str(tmp_path / "again")])
     assert settings.as_yaml() == (whole / "config.yaml").read_text()
-    again = dmdr.run.run(settings)
+    again = dmdr.run.run.run(settings)
     assert (again / "config.yaml").read_text() == (whole / "config.yaml").read_text()
     assert same(student(again), student(whole))
     for name in os.listdir(whole / "samples"):
@@ -598,7 +598,7 @@ def failing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, Path]]:
     """Run with the reward `moody` from the command line: its last line on stderr, and the run folder."""
-    monkeypatch.setattr(dmdr.trainer, "PATIENCE", 1)
+    monkeypatch.setattr(dmdr.training.trainer, "PATIENCE", 1)
 
     def run(**settings: Any) -> tuple[str, Path]:
         flags = [f"--{name}={value}" for name, value in (FAST | {"reward": "toy+moody"} | settings).items()]

@@ -19,8 +19,8 @@ import yaml
 from scipy import stats
 
 from dmdr import images
-from dmdr.config import Config
 from dmdr.errors import ConfigError
+from dmdr.settings.fields import Config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "ablation_matrix"

@@ -17,7 +17,7 @@ from dmdr.matching import DMD, T_MIN
 from dmdr.paths import NoisePath, Prediction
 from dmdr.protocols import BackendOptions, Matching
 from dmdr.sampling import FewStepSampler, time_grid
-from dmdr.settings import parse
+from dmdr.settings.parse import parse
 from dmdr.types import Condition, Draw, Rollout
 from dmdr_ac_dmd import ACDMD, level, state_after
 

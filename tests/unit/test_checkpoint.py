@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmdr import checkpoint
-from dmdr.checkpoint import (
+from dmdr.errors import ConfigError, TrainingError
+from dmdr.run import checkpoint
+from dmdr.run.checkpoint import (
     Progress,
     checkpoints,
     find_initial,
@@ -22,7 +23,6 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.errors import ConfigError, TrainingError
 
 
 class Roles:

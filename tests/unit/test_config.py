@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dmdr.config import Config
 from dmdr.errors import ConfigError
-from dmdr.settings import Settings, parse, read_yaml
+from dmdr.settings.fields import Config
+from dmdr.settings.parse import Settings, parse, read_yaml
 
 MODULE = '''
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from dmdr.matching import DMD, T_MAX, T_MIN
 from dmdr.paths import NoisePath
 from dmdr.protocols import BackendOptions, Context, Matching
 from dmdr.sampling import time_grid, unshift_times
-from dmdr.settings import parse
+from dmdr.settings.parse import parse
 from dmdr.types import Draw, Renoised, Rollout
 from dmdr_decoupled import Decoupled
 

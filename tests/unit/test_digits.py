@@ -271,7 +271,7 @@ def test_dinov2_layout_loads(digits: Digits, held_out: bool) -> None:
 @both
 @pytest.mark.parametrize("name", ["pickscore", "aesthetic", "imagereward"])
 def test_other_rewards_tell_scans_from_degraded_ones(digits: Digits, name: str, held_out: bool) -> None:
-    from dmdr import registry
+    from dmdr.settings import registry
     from dmdr_digits.lessons import degrade, rated
 
     scans = unseen(held_out)

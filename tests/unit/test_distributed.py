@@ -14,11 +14,11 @@ from torch import Tensor
 from toy_trainer import Plain, Policy, prepared, state, trainer
 
 from dmdr.backends.toy import Redness
+from dmdr.dry_run.memory import Meter
 from dmdr.ema import EMA
-from dmdr.learner import average
-from dmdr.memory import Meter
 from dmdr.protocols import Needs
-from dmdr.tilt import RewardTilt
+from dmdr.training.learner import average
+from dmdr.training.tilt import RewardTilt
 from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
 from dmdr_dpo import DPO

@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError
 from dmdr.images import to_pil
 from dmdr.paths import Prediction, expand
 from dmdr.testing import check_objective
-from dmdr.trainer import Step, Trainer
+from dmdr.training.trainer import Step, Trainer
 from dmdr.types import Draw, Term
 from dmdr_dpo import DPO
 from dmdr_dpo.pairs import best_and_worst

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_trainer import Plain, prepared, state, trainer
 
-from dmdr.checkpoint import Progress, load_parameters, save_checkpoint
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError
+from dmdr.run.checkpoint import Progress, load_parameters, save_checkpoint
 from dmdr_grpo import GRPO
 
 

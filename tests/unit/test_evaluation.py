@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from dmdr.evaluation import evaluate, frechet_distance, inception_score, precision_recall
+from dmdr.evaluation.metrics import evaluate, frechet_distance, inception_score, precision_recall
 from dmdr.images import embed, grid, save, to_pil
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dmdr.expression import parse_sum
+from dmdr.settings.expression import parse_sum
 
 
 @pytest.mark.parametrize(

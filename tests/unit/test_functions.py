@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import dmdr.run
+import dmdr.run.run
 from dmdr import train
-from dmdr.assemble import check_columns
 from dmdr.errors import ConfigError
-from dmdr.functions import as_reward
 from dmdr.protocols import Reward
-from dmdr.settings import Chosen
+from dmdr.run.job import check_columns
+from dmdr.settings.functions import as_reward
+from dmdr.settings.parse import Chosen
 
 PROMPTS = ["a", "bb", "ccc"]
 COLUMNS = {"label": [3, 1, 2], "answer": ["x", None, "y"]}
@@ -271,7 +271,7 @@ def test_a_signature_that_cannot_be_served_is_refused(function: Callable[..., An
 def test_flags_need_no_torch() -> None:
     code = """
 import dataclasses, sys
-from dmdr.functions import as_reward
+from dmdr.settings.functions import as_reward
 async def later(image): ...
 assert [f.name for f in dataclasses.fields(as_reward(later, "f"))] == ["max_concurrency"]
 assert not dataclasses.fields(as_reward(lambda image: 0, "f"))
@@ -385,7 +385,7 @@ async def wished(image: Image.Image, colour: int) -> float:
 def test_grpo_climbs_a_coroutine_that_looks_at_pictures_and_a_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dmdr.run, "write_report", lambda folder: None)
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
     rows = [{"prompt": f"mode {i}", "colour": i % 2} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "my_file.py").write_text(WISHED)

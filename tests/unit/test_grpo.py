@@ -12,7 +12,7 @@ from toy_trainer import Constant, DoubleToy, EpsToy, Meter, Plain, adam, flat, p
 
 from dmdr.backends.toy import Redness, ToyBackend
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.trainer import Trainer
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_grpo import GRPO
 from dmdr_refl import ReFL

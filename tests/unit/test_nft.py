@@ -27,7 +27,7 @@ from dmdr.errors import ConfigError
 from dmdr.matching import renoised_to_grid
 from dmdr.paths import Prediction
 from dmdr.testing import check_objective
-from dmdr.trainer import Trainer
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_grpo import GRPO
 from dmdr_nft import DiffusionNFT, mixtures, optimality

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dmdr import registry
 from dmdr.errors import ConfigError
-from dmdr.registry import GROUPS, Plugin, PluginError, find, load, plugins, problem, registered, suggest
+from dmdr.settings import registry
+from dmdr.settings.registry import GROUPS, Plugin, PluginError, find, load, plugins, problem, registered, suggest
 
 Install = Callable[..., None]
 
@@ -205,8 +205,8 @@ def test_a_name_of_another_kind_says_so() -> None:
 
 def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:
     """A stranger's package that offers a default's name stops only runs that name it."""
-    from dmdr.assemble import assemble
-    from dmdr.settings import parse
+    from dmdr.run.job import assemble
+    from dmdr.settings.parse import parse
 
     points = {
         "matchings": {"dmd": "spam_mod:Egg"},
@@ -313,8 +313,8 @@ def test_registration_that_cannot_be_read_is_named(install: Install) -> None:
 def test_listing_imports_neither_torch_nor_any_plugin() -> None:
     code = """
 import json, sys
-import dmdr, dmdr.registry
-found = sum((list(dmdr.registry.plugins(group)) for group in dmdr.registry.GROUPS), [])
+import dmdr, dmdr.settings.registry
+found = sum((list(dmdr.settings.registry.plugins(group)) for group in dmdr.settings.registry.GROUPS), [])
 print(json.dumps([found, sorted(name.partition(".")[0] for name in sys.modules)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,7 +28,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
-from dmdr import registry
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import to_pil
 from dmdr.protocols import Reward
@@ -36,7 +35,8 @@ from dmdr.remote.client import TOKEN, RemoteError, RemoteReward
 from dmdr.remote.server import Scorer, application, serve
 from dmdr.remote.wire import SERVICE, VERSION, Request, eight_bits, merge, read_scores
 from dmdr.rewards import RewardError, Rewards
-from dmdr.settings import parse
+from dmdr.settings import registry
+from dmdr.settings.parse import parse
 from dmdr.testing import check_reward
 
 CPU = torch.device("cpu")

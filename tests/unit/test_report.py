@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from dmdr.evaluation.report import _running_mean, _thin, write_report
 from dmdr.images import grid, save
-from dmdr.report import _running_mean, _thin, write_report
 
 CONFIG = """\
 model: digits

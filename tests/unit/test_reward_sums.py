@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmdr.functions import as_reward
 from dmdr.rewards import RewardError, Rewards, once, sharing
+from dmdr.settings.functions import as_reward
 
 PROMPTS = ["a", "b", "c"]
 PATIENCE = 30.0  # s; only reached by a test that fails

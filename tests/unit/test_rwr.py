@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from toy_trainer import Constant, DoubleToy, EpsToy, Plain, at_rest, prepared, steadily, step_of, trainer
 
-from dmdr.assemble import assemble
 from dmdr.backends.toy import ToyBackend
 from dmdr.errors import ConfigError
 from dmdr.matching import renoised_to_grid
-from dmdr.settings import parse
+from dmdr.run.job import assemble
+from dmdr.settings.parse import parse
 from dmdr.testing import check_objective
-from dmdr.trainer import Trainer
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_rwr import RWR, regression_weights
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dmdr.schedules import DynaDG, DynaRS, cosine_decay, learning_rate_factor
+from dmdr.training.schedules import DynaDG, DynaRS, cosine_decay, learning_rate_factor
 
 # Step, cosine, alpha, beta, mean of Beta(alpha, beta), share of the fake score; over 2000 steps from (4, 1.5) and 0.5.
 TABLE = [

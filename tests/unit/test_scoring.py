@@ -14,13 +14,13 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from dmdr import scoring
-from dmdr.assemble import build_rewards
-from dmdr.config import REQUIRED, RewardFlags, flag
 from dmdr.errors import ConfigError
+from dmdr.evaluation import scoring
 from dmdr.prompts import Row
 from dmdr.rewards import RewardError, Rewards
-from dmdr.settings import Chosen, parse_command
+from dmdr.run.job import build_rewards
+from dmdr.settings.fields import REQUIRED, RewardFlags, flag
+from dmdr.settings.parse import Chosen, parse_command
 
 MODULE = '''
 from dataclasses import dataclass

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy_trainer import DoubleToy, EpsToy, Meter, adam, flat, prepared, state, step_of, trainer
 
-from dmdr.assemble import check_needs
 from dmdr.backends.toy import PROMPTS, ToyBackend
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, VariancePreserving, add_noise, expand
 from dmdr.protocols import FeatureReward, Needs
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
+from dmdr.run.job import check_needs
 from dmdr.sampling import FewStepSampler
-from dmdr.settings import parse
-from dmdr.trainer import Trainer, WeightedObjective
+from dmdr.settings.parse import parse
+from dmdr.training.trainer import Trainer, WeightedObjective
 from dmdr.types import Condition, Draw, Rollout, Term, terms_of
 from dmdr_digits import Digits
 from dmdr_refl import ReFL

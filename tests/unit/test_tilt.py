@@ -12,8 +12,8 @@ from torch import Tensor
 from toy_trainer import tilt_weights
 
 from dmdr.errors import ConfigError
-from dmdr.settings import parse
-from dmdr.tilt import (
+from dmdr.settings.parse import parse
+from dmdr.training.tilt import (
     DECAY,
     Divergence,
     Moments,

@@ -24,7 +24,7 @@ from toy_trainer import (
     trainer,
 )
 
-import dmdr.trainer
+import dmdr.training.trainer
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
@@ -32,10 +32,10 @@ from dmdr.protocols import BackendOptions, Needs
 from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
-from dmdr.schedules import DynaDG, DynaRS
 from dmdr.testing import toy_trainer
-from dmdr.tilt import RewardTilt, standardised
-from dmdr.trainer import PATIENCE, Step, Trainer, WeightedObjective, combined_needs
+from dmdr.training.schedules import DynaDG, DynaRS
+from dmdr.training.tilt import RewardTilt, standardised
+from dmdr.training.trainer import PATIENCE, Step, Trainer, WeightedObjective, combined_needs
 from dmdr.types import Draw, Term
 from dmdr_refl import ReFL
 
@@ -441,7 +441,7 @@ def test_samples_that_a_reward_cannot_judge_are_left_out_and_counted(value: floa
 
 
 def test_a_reward_that_judges_nothing_stops_the_training_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dmdr.trainer, "PATIENCE", 1)
+    monkeypatch.setattr(dmdr.training.trainer, "PATIENCE", 1)
     running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)))
     before = state(running)
     with pytest.raises(RewardError, match="reward 'toy' has judged none of 8 images: no score is finite"):

@@ -10,15 +10,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from dmdr.backends.toy import PROMPTS, ToyBackend
-from dmdr.learner import Learner
 from dmdr.matching import DMD
 from dmdr.paths import Prediction, VariancePreserving, expand
 from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
-from dmdr.tilt import bounded, density_ratio
-from dmdr.trainer import Trainer, WeightedObjective
+from dmdr.training.learner import Learner
+from dmdr.training.tilt import bounded, density_ratio
+from dmdr.training.trainer import Trainer, WeightedObjective
 from dmdr.types import Draw, Term
 
 Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.verify
 GIB = 2**30
 SCORE = """
 import resource, sys, torch
-from dmdr import registry
+from dmdr.settings import registry
 from dmdr.rewards import Rewards
 
 name, options = sys.argv[1], dict(pair.split("=", 1) for pair in sys.argv[2:])

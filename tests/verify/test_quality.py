@@ -82,7 +82,7 @@ def test_rewards_know_scans_that_they_never_saw(full_digits: Digits, name: str, 
     """Which digit it is, and that it is better than a degraded copy; a held-out reward is no worse a judge."""
     import torch
 
-    from dmdr import registry
+    from dmdr.settings import registry
     from dmdr_digits.cache import isolated
     from dmdr_digits.data import PROMPTS
     from dmdr_digits.lessons import degrade

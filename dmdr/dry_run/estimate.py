@@ -1,8 +1,8 @@
 """`dmdr-train --dry_run`: a run's settings checked and its training memory estimated, without weights.
 
 Network and decoder are built on the meta device from their configuration files, and the run's own trainer takes its
-steps with them: adapters, autocast, checkpointing, losses and optimizers are those of training, and `dmdr.memory`
-counts what is alive. What networks answer has no values. `Bridge` stands between: the trainer's own tensors, small
+steps with them: adapters, autocast, checkpointing, losses and optimizers are those of training, and `memory` counts
+what is alive. What networks answer has no values. `Bridge` stands between: the trainer's own tensors, small
 beside a network's, lie on the CPU and have values, so that whatever looks at them goes its usual way.
 """
 
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmdr.assemble import Job, assemble
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
+from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
 from dmdr.errors import ConfigError, one_line
-from dmdr.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
 from dmdr.paths import Prediction
-from dmdr.plan import Stage, choose_folder, stages
 from dmdr.protocols import Role
 from dmdr.rewards import Rewards
-from dmdr.run import Run, check_tracker
-from dmdr.settings import Settings
-from dmdr.trainer import Trainer, combined_needs
+from dmdr.run.job import Job, assemble
+from dmdr.run.plan import Stage, choose_folder, stages
+from dmdr.run.run import Run, check_tracker
+from dmdr.settings.parse import Settings
+from dmdr.training.trainer import Trainer, combined_needs
 from dmdr.types import Condition, dtype_of
 
 GIB = 2**30

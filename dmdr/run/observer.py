@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.assemble import Job
-from dmdr.evaluation import evaluate
+from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Denoiser
 from dmdr.randomness import Random
+from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from dmdr import registry
-from dmdr.config import Config
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel, Needs
 from dmdr.rewards import Rewards
-from dmdr.settings import Chosen, Settings
-from dmdr.trainer import WeightedObjective
+from dmdr.settings import registry
+from dmdr.settings.fields import Config
+from dmdr.settings.parse import Chosen, Settings
+from dmdr.training.trainer import WeightedObjective
 
 
 @dataclass(frozen=True)

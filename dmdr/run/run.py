@@ -23,8 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.assemble import Job, assemble, own_prompts
-from dmdr.checkpoint import (
+from dmdr.ema import EMA
+from dmdr.errors import ConfigError
+from dmdr.evaluation.report import write_report
+from dmdr.prompts import PromptStream
+from dmdr.protocols import Role
+from dmdr.run.checkpoint import (
     Progress,
     checkpoints,
     find_initial,
@@ -34,22 +38,18 @@ from dmdr.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from dmdr.config import Config
-from dmdr.device import avoid_mps, on_main_process, open_accelerator
-from dmdr.ema import EMA
-from dmdr.errors import ConfigError
-from dmdr.export import export
-from dmdr.learner import Learner
-from dmdr.observer import Observer
-from dmdr.plan import Stage, check_resumable, choose_folder, stages
-from dmdr.prompts import PromptStream
-from dmdr.protocols import Role
-from dmdr.report import write_report
+from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
+from dmdr.run.export import export
+from dmdr.run.job import Job, assemble, own_prompts
+from dmdr.run.observer import Observer
+from dmdr.run.plan import Stage, check_resumable, choose_folder, stages
 from dmdr.sampling import FewStepSampler
-from dmdr.schedules import DynaDG, DynaRS, learning_rate_factor
-from dmdr.settings import Settings, parse
-from dmdr.tilt import RewardTilt
-from dmdr.trainer import Trainer, combined_needs
+from dmdr.settings.fields import Config
+from dmdr.settings.parse import Settings, parse
+from dmdr.training.learner import Learner
+from dmdr.training.schedules import DynaDG, DynaRS, learning_rate_factor
+from dmdr.training.tilt import RewardTilt
+from dmdr.training.trainer import Trainer, combined_needs
 from dmdr.types import dtype_of
 
 logger = logging.getLogger("dmdr")
@@ -79,10 +79,10 @@ def run(settings: Settings) -> Path:
         The run folder.
 
     Raises:
-        ConfigError: For `dry_run`, too: there is no run folder (`dmdr.dry_run.estimate`).
+        ConfigError: For `dry_run`, too, which makes no run folder.
     """
     if settings.config.dry_run:
-        raise ConfigError("dry_run makes no run: from Python, dmdr.dry_run.estimate(dmdr.settings.parse(settings=...))")
+        raise ConfigError("dry_run makes no run, only dmdr-train --dry_run does; leave it out")
     avoid_mps()
     # Processes on CPUs find each other only if told that they are. The others wait while the main process draws grids
     # and evaluates, which takes longer than the usual ten minutes.

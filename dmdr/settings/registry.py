@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.functions import as_reward, load_object
+from dmdr.settings.functions import as_reward, load_object
 
 GROUPS = {  # group -> the flag that names one of it
     "objectives": "--rl",

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.groups import judged
-from dmdr.learner import Learner
 from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, Needs, RewardObjective, SampleWeight
 from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler
+from dmdr.training.learner import Learner
 from dmdr.types import Direction, Draw, Rollout, Term, checked, terms_of
 
 PATIENCE = 10  # batches in a row without a judged sample, before the run stops: a small one may have none by chance

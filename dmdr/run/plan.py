@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmdr.checkpoint import checkpoints, read_progress
-from dmdr.config import Config
 from dmdr.errors import ConfigError
 from dmdr.images import can_hold_files
-from dmdr.registry import registered
-from dmdr.settings import read_yaml
+from dmdr.run.checkpoint import checkpoints, read_progress
+from dmdr.settings.fields import Config
+from dmdr.settings.parse import read_yaml
+from dmdr.settings.registry import registered
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:

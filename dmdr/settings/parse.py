@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import yaml
 from trl import TrlParser
 
-from dmdr import registry
-from dmdr.config import Config, Flags, check_types
 from dmdr.errors import ConfigError, Refusing
-from dmdr.expression import parse_sum
+from dmdr.settings import registry
+from dmdr.settings.expression import parse_sum
+from dmdr.settings.fields import Config, Flags, check_types
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dmdr import registry
-from dmdr.config import typed
 from dmdr.errors import ConfigError, TrainingError, one_line
-from dmdr.functions import load_object
+from dmdr.settings import registry
+from dmdr.settings.fields import typed
+from dmdr.settings.functions import load_object
 
 CHECKED = {"objectives": "needs", "rewards": "differentiable", "backends": "student"}  # and what tells them apart
 Check = Callable[[], None]
