@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dmdr.run.run
 from dmdr_digits import Digits
 
 pytest_plugins = ["pytester"]
@@ -28,6 +29,12 @@ def short_digits() -> Iterator[None]:
         patch.setenv("DMDR_DIGITS_BUDGET", "0.15")
         patch.setenv("DMDR_CACHE", str(Path.home() / ".cache" / "dmdr" / "tests" / key))
         yield
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plots take longer than most trainings here."""
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

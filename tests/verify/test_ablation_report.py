@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOY = ROOT / "tests" / "integration" / "ablation_toy.yaml"
+TOY = ROOT / "tests" / "examples" / "ablation_toy.yaml"
 
 pytestmark = pytest.mark.verify
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

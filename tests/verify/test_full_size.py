@@ -97,7 +97,7 @@ def write_transformers_clip(folder: Path, *, width: int, layers: int, text: int,
 
 
 def write_imagereward(folder: Path) -> dict[str, str]:
-    script = Path(__file__).parents[1] / "parity" / "image_reward" / "checkpoint.py"
+    script = Path(__file__).parents[1] / "plugins" / "parity" / "image_reward" / "checkpoint.py"
     subprocess.run([sys.executable, str(script), "--full", str(folder)], check=True)
     return {"checkpoint": str(folder)}
 

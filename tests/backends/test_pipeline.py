@@ -1,0 +1,329 @@
+"""What the backends of all pipelines read, refuse and write, on a small Stable Diffusion 3 and XL."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import logging
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from test_families import trained
+from torch import nn
+
+import sd3
+import sdxl
+from dmdr.backends.loading import digest, on_device, read_weights
+from dmdr.cli.sample import draw
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
+from dmdr.sampling import FewStepSampler, time_grid
+from dmdr_sd3 import SD3Backend
+from dmdr_sdxl import SDXLBackend
+from family import FAMILIES, Stock
+
+PROMPTS = ["a handwritten seven", "a handwritten two"]
+COMMIT = "0123abcd" * 5
+BUILDS: dict[str, Any] = {"sd3": sd3.build, "sdxl": sdxl.build}
+BACKENDS: dict[str, Any] = {"sd3": SD3Backend, "sdxl": SDXLBackend}
+PIPELINES: dict[str, Any] = {"sd3": StableDiffusion3Pipeline, "sdxl": StableDiffusionXLPipeline}
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pipelines, built once."""
+    built = {name: tmp_path_factory.mktemp("pipelines") / name for name in BUILDS}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, folder in built.items():
+            BUILDS[name](folder)
+    return built
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A Stable Diffusion 3 to be changed."""
+    return Path(shutil.copytree(folders["sd3"], tmp_path / "copy"))
+
+
+def made(folder: Path, name: str = "sd3", **options: Any) -> Any:
+    return BACKENDS[name](str(folder), BackendOptions(**{"lora_rank": 2, "prompt_cache": "off"} | options))
+
+
+def prepared(folder: Path, name: str = "sd3", precision: str = "no", **options: Any) -> Any:
+    backend = made(folder, name, **options)
+    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device("cpu"))
+    backend.prepare(accelerator, roles=("student", "fake_score"))
+    return backend
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        prepared(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- Schedulers and sizes ---------------------------------------------------------------------------------------------
+
+
+def test_another_scheduler_needs_a_shift(copy: Path) -> None:
+    """Its own shift, here `flow_shift`, has another name in each class."""
+    UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0).save_pretrained(
+        copy / "scheduler"
+    )
+    said = "scheduler is a UniPCMultistepScheduler, not a FlowMatchEulerDiscreteScheduler: say its timestep shift with"
+    assert f"{said} --shift" in refusal(copy)
+    backend = made(copy, shift=3.0)
+    assert backend.grid(2).tolist() == time_grid(2, 3.0).tolist()
+    assert backend.scheduler(FewStepSampler(backend.path, backend.grid(2), 1.0)).config.shift == 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "exponential"])
+def test_a_dynamic_shift_is_the_stock_schedulers(copy: Path, kind: str) -> None:
+    stock = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    stock.save_pretrained(copy / "scheduler")
+    tokens = 4 * 4
+    mu = diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3.calculate_shift(tokens)
+    stock.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
+    torch.testing.assert_close(made(copy).grid(4).float(), stock.sigmas, rtol=0, atol=1e-6)
+
+
+def test_no_larger_than_the_position_embeddings(folders: dict[str, Path]) -> None:
+    assert made(folders["sd3"], resolution=32).latent_shape == (4, 16, 16)
+    said = refusal(folders["sd3"], resolution=36)
+    assert said == f"--resolution 36: the position embeddings of {folders['sd3']} end at 32"
+
+
+@pytest.mark.parametrize(("channels", "blocks"), [(16, 2), (4, 3)])
+def test_a_small_decoder_of_other_latents(folders: dict[str, Path], tmp_path: Path, channels: int, blocks: int) -> None:
+    tiny = {f"{part}_block_out_channels": (8,) * blocks for part in ("encoder", "decoder")}
+    layers = {f"num_{part}_blocks": (1,) * blocks for part in ("encoder", "decoder")}
+    AutoencoderTiny(latent_channels=channels, **tiny, **layers).save_pretrained(tmp_path)
+    said = f"--reward_vae {tmp_path} decodes {channels} channels to {2 ** (blocks - 1)}-fold size; the latents of "
+    assert refusal(folders["sd3"], reward_vae=str(tmp_path)) == f"{said}{folders['sd3']} have 4, of 2-fold size"
+
+
+# --- LoRA files -------------------------------------------------------------------------------------------------------
+
+
+def lora_file(folder: Path, name: str, target: Path, *, text: bool = False, **config: Any) -> Path:
+    """A LoRA file as diffusers' own scripts write it."""
+    pipe = PIPELINES[name].from_pretrained(folder)
+    part = "unet" if name == "sdxl" else "transformer"
+    network = getattr(pipe, part)
+    settings = {"r": 2, "lora_alpha": 2, "init_lora_weights": False}
+    network.add_adapter(LoraConfig(target_modules=["to_q", "to_k"], **settings, **config))
+    given = {f"{part}_lora_layers": get_peft_model_state_dict(network)}
+    if text:
+        pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"], **settings))
+        given["text_encoder_lora_layers"] = get_peft_model_state_dict(pipe.text_encoder)
+    PIPELINES[name].save_lora_weights(target, **given)
+    return target
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_teachers_lora_that_is_more_than_one(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    plain = lora_file(folders[name], name, tmp_path / "plain")
+    assert prepared(folders[name], name, teacher_lora=str(plain))._teacher_lora
+    for key, config in (("lora_magnitude_vector", {"use_dora": True}), (r"lora_B\.bias", {"lora_bias": True})):
+        file = lora_file(folders[name], name, tmp_path / key[:8], **config)
+        said = refusal(folders[name], name, teacher_lora=str(file))
+        assert re.fullmatch(rf"--teacher_lora \S+ is more than a LoRA \(\S*{key}\S*\), .*merge it .* first", said)
+    text = lora_file(folders[name], name, tmp_path / "text", text=True)
+    said = refusal(folders[name], name, teacher_lora=str(text))
+    assert re.fullmatch(r"--teacher_lora \S+ adapts a text encoder, too \(text_encoder\.\S+\), .*", said)
+
+
+def test_kohyas_dora_and_text_encoders(folders: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers would leave out the scales of such a file, and fall over its text encoders."""
+    network = dict(StableDiffusionXLPipeline.from_pretrained(folders["sdxl"]).unet.named_modules())
+    module = next(name for name in network if name.endswith("to_q"))
+    weight = network[module].weight
+    key = f"lora_unet_{module.replace('.', '_')}"
+    state = {
+        f"{key}.lora_down.weight": torch.randn(2, weight.shape[1]),
+        f"{key}.lora_up.weight": torch.randn(weight.shape[0], 2),
+        f"{key}.alpha": torch.tensor(1.0),
+    }
+    file = tmp_path / "kohya.safetensors"
+    save_file(state, file)
+    assert prepared(folders["sdxl"], "sdxl", teacher_lora=str(file))._teacher_lora
+    save_file(state | {f"{key}.dora_scale": torch.ones(weight.shape[0], 1)}, file)
+    assert f"is more than a LoRA ({key}.dora_scale)" in refusal(folders["sdxl"], "sdxl", teacher_lora=str(file))
+    save_file(state | {"lora_te1_text_model_encoder.lora_up.weight": torch.ones(2, 2)}, file)
+    assert "adapts a text encoder, too (lora_te1_" in refusal(folders["sdxl"], "sdxl", teacher_lora=str(file))
+
+
+def test_targets_that_are_not_there(folders: dict[str, Path]) -> None:
+    given = ("to_q", "to_kk", "transformer_blocks.0.ff.net.2", "ff.nett.2")
+    said = refusal(folders["sd3"], lora_target_modules=given)
+    assert said == "--lora_target_modules: a SD3Transformer2DModel has no to_kk, ff.nett.2"
+    assert prepared(folders["sd3"], lora_target_modules=given[::2]).parameters("student")
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With weights of the variant fp16 only."""
+    folder = tmp_path_factory.mktemp("variant") / "sd3"
+    StableDiffusion3Pipeline.from_pretrained(folders["sd3"], dtype=torch.float16).save_pretrained(
+        folder, variant="fp16"
+    )
+    return folder
+
+
+def test_a_variant_must_be_named(folders: dict[str, Path], half: Path) -> None:
+    said = refusal(half)
+    assert said.startswith(
+        f"{half}/transformer cannot be loaded as SD3Transformer2DModel; its weights ask for --variant"
+    )
+    assert refusal(folders["sd3"], variant="fp16").partition(": ")[0].endswith("its weights ask for no --variant")
+    backend = prepared(half, variant="fp16")
+    plain = prepared(folders["sd3"])
+    for name, tensor in backend.encode(PROMPTS).tensors.items():
+        torch.testing.assert_close(tensor, plain.encode(PROMPTS).tensors[name], rtol=1e-2, atol=1e-2)
+
+
+def test_a_revision_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
+    """From a cache of the hub, in a process that is offline: the branch `other` is there, and no `main`."""
+    repository = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(folders["sd3"], repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "other").write_text(COMMIT)
+    code = f"""
+import sys
+import torch
+from types import SimpleNamespace
+from dmdr.run.job import open_backend
+from dmdr.settings.parse import parse
+from dmdr.errors import ConfigError
+from dmdr.sampling import FewStepSampler
+given = {{"model": "org/name", "prompt_cache": {str(tmp_path / "cache")!r}, "reward": "none"}}
+try:
+    open_backend("org/name", parse(settings=given).config)
+except ConfigError:
+    print("no main")
+backend = open_backend("org/name", parse(settings=given | {{"revision": "other"}}).config)
+accelerator = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"))
+backend.prepare(accelerator, roles=("student",))
+print(tuple(backend.encode(["seven"]).tensors["sequence"].shape))
+print(backend.snippet("org/name", "seven", FewStepSampler(backend.path, backend.grid(2), 1.0)))
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, second, *snippet = done.stdout.splitlines()
+    assert (first, second) == ("no main", "(1, 262, 64)")  # six tokens of CLIP, 256 of T5
+    assert 'pipe = StableDiffusion3Pipeline.from_pretrained("org/name", revision="other")' in snippet
+
+
+def test_weights_of_an_old_torch(tmp_path: Path) -> None:
+    """Before 1.6 they were no archive, which cannot be mapped into memory."""
+    state = {"a": torch.arange(3.0)}
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_weights(str(tmp_path / "old.bin"))["a"], state["a"])
+    (tmp_path / "bad.bin").write_bytes(b"what")
+    with pytest.raises(ConfigError, match=r"bad\.bin is damaged, or holds more than tensors and is refused: \w+: ."):
+        read_weights(str(tmp_path / "bad.bin"))
+
+
+def test_a_digest_sees_what_a_training_changes(tmp_path: Path) -> None:
+    """A span of any 20 MiB of ten GiB, at the scale of a hundredth and of single bytes."""
+    found = set()
+    for name, size in (("small", 5000), ("large", 5 * 2**20)):
+        content = bytearray(size)
+        for start in (None, 0, size // 2, size - 1):
+            changed = content.copy()
+            if start is not None:
+                end = start + (1 if name == "small" else 2**14)
+                changed[start:end] = b"x" * (min(end, size) - start)
+            (tmp_path / name).write_bytes(changed)
+            found.add((name, start, digest(tmp_path / name)))
+    digests = {name: {d for n, _, d in found if n == name} for name in ("small", "large")}
+    assert len(digests["small"]) == 4
+    assert len(digests["large"]) == 3  # of a single last byte nothing is seen
+
+
+# --- Precision and place ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("says", "expected"), [(None, torch.float16), (True, torch.float32), (False, torch.float16)])
+def test_a_decoder_that_overflows_in_half_precision(
+    copy: Path, says: bool | None, expected: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As its configuration says; all without a word."""
+    file = copy / "vae" / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "force_upcast"}
+    file.write_text(json.dumps(config if says is None else config | {"force_upcast": says}))
+    logging.set_verbosity_warning()
+    capfd.readouterr()
+    try:
+        assert prepared(copy, precision="fp16").vae.dtype == expected
+        assert prepared(copy, precision="bf16").vae.dtype == torch.bfloat16
+    finally:
+        logging.set_verbosity_error()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_offloaded_modules_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failure, too; what a graph needs stays."""
+    module, places = nn.Linear(1, 1), []
+    monkeypatch.setattr(module, "to", lambda place: places.append(str(place)))
+    with torch.no_grad(), on_device(torch.device("cpu:0"), module, offload=True):
+        pass
+    with torch.no_grad(), pytest.raises(ZeroDivisionError), on_device(torch.device("cpu:0"), module, offload=True):
+        1 / 0  # noqa: B018
+    with on_device(torch.device("cpu:0"), module, offload=True):
+        pass
+    assert places == ["cpu:0", "cpu", "cpu:0", "cpu", "cpu:0"]
+
+
+def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: Path, stock: Stock) -> None:
+    """By its card, in stock diffusers, to the same images but for rounding."""
+    settings = {"mixed_precision": "bf16", "variant": "fp16", "stage1_steps": 2, "stage2_steps": 0}
+    student = trained(half, FAMILIES["sd3"], tmp_path, "none", **settings).output / "student"
+    card, about = (student / "README.md").read_text(), json.loads((student / "sampling.json").read_text())
+    assert f'from_pretrained("{half}", variant="fp16", torch_dtype=torch.bfloat16)' in card
+    assert about["mixed_precision"] == "bf16"
+    draw(student, about, PROMPTS, 0, None, tmp_path / "ours")
+    draw(student, about, PROMPTS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
+    stock(student, PROMPTS, tmp_path / "stock")
+    for i in range(len(PROMPTS)):
+        ours, theirs, exact = (
+            np.asarray(Image.open(tmp_path / place / f"{i:04d}.png")).astype(float)
+            for place in ("ours", "stock", "exact")
+        )
+        assert np.abs(ours - theirs).mean() < 2 and ours.std() > 2
+        assert np.abs(ours - exact).mean() > 0
+
+
+@pytest.mark.parametrize(("flag", "name"), [("teacher_lora", "gone.safetensors"), ("student_weights", "a/b/c")])
+def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded(
+    folders: dict[str, Path], flag: str, name: str
+) -> None:
+    options = BackendOptions(full_finetune=flag == "student_weights", **{flag: name})
+    backend = SD3Backend(str(folders["sd3"]), options)
+    with pytest.raises(ConfigError, match=f"^--{flag} {name}: no such file or folder$"):
+        backend.connect(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"))

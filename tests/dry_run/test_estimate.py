@@ -1,0 +1,494 @@
+"""`--dry_run` against what really happens: sizes of what is loaded, bytes that the allocator hands out in a step."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import dmdr
+import parts
+from dmdr.backends.lora import LoRARoles
+from dmdr.cli import train
+from dmdr.dry_run.estimate import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
+from dmdr.dry_run.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
+from dmdr.errors import ConfigError
+from dmdr.protocols import BackendOptions
+from dmdr.rewards import Rewards
+from dmdr.run.job import assemble, pipeline_class
+from dmdr.run.plan import stages
+from dmdr.run.run import Run
+from dmdr.settings import registry
+from dmdr.settings.parse import parse
+from dmdr.training.trainer import combined_needs
+from family import FAMILIES
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+CASES = [(name, rl) for name, family in FAMILIES.items() for rl in family.objectives if name == "sd3" or rl == "refl"]
+SD3 = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64,
+    "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+SD3_MEDIUM = SD3 | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+SD35_LARGE = SD3 | {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm",
+}  # fmt: skip
+SDXL = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10), "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    built = {name: tmp_path_factory.mktemp("pipelines") / name for name in FAMILIES}
+    for name, folder in built.items():
+        FAMILIES[name].build(folder)
+    return built
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SD3 pipeline of so many tokens that activations are most of what it needs."""
+    folder, clip = tmp_path_factory.mktemp("pipelines") / "sd3", parts.clip_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=4,
+        attention_head_dim=32, joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64,
+        pos_embed_max_size=32,
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=parts.vae(scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=parts.clip_text_encoder(clip),
+        tokenizer=clip,
+        text_encoder_2=parts.clip_text_encoder(clip),
+        tokenizer_2=clip,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+# --- What is built is what would be loaded ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_and_dtypes_are_those_of_the_loaded_model(folders: dict[str, Path], name: str) -> None:
+    family, folder = FAMILIES[name], str(folders[name])
+    own = {key: value for key, value in family.settings.items() if key in BackendOptions.__dataclass_fields__}
+    options = BackendOptions(prompt_cache="off", lora_rank=4, fake_lora_rank=2, **own)
+    found = []
+    for process in (Accelerator(cpu=True, mixed_precision="bf16"), Process(META, "bf16")):
+        backend = registry.load("backends", pipeline_class(folder))(folder, options)
+        backend.prepare(process, roles=("student", "fake_score"))
+        modules = {"network": backend.roles.network, "vae": backend.vae, **backend.text.load_encoders()}
+        tensors = {f"{part}.{key}": t for part, module in modules.items() for key, t in module.state_dict().items()}
+        cond = backend.encode(family.prompts)
+        found.append({key: (t.shape, t.dtype) for key, t in (tensors | dict(cond.tensors)).items()})
+    loaded, built = found
+    assert built == loaded
+
+
+@pytest.mark.parametrize(("name", "objective"), CASES)
+def test_every_family_and_every_objective_can_be_estimated(
+    folders: dict[str, Path], tmp_path: Path, name: str, objective: str
+) -> None:
+    family = FAMILIES[name]
+    given = {"model": str(folders[name]), "rl": objective, **family.settings, **family.objectives[objective]}
+    found = dry(given, tmp_path)
+    encoders = ["prompts"] if pipeline_class(given["model"]) != "SiTPipeline" else []
+    assert list(found.phases) == [*encoders, "stage 1", "stage 2", "sample grid"]
+    assert all(parts["activations"] > 0 for parts in found.phases.values())
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "count"),
+    [
+        (SD3Transformer2DModel, SD3_MEDIUM, 2_028_328_000),
+        (SD3Transformer2DModel, SD35_LARGE, 8_056_627_520),
+        (UNet2DConditionModel, SDXL, 2_567_463_684),
+    ],
+    ids=["SD3-Medium", "SD3.5-Large", "SDXL"],
+)
+def test_published_models_have_their_published_size(cls: Any, config: Mapping[str, Any], count: int) -> None:
+    with torch.device("meta"):
+        network = cls(**config)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+# --- A step -----------------------------------------------------------------------------------------------------------
+
+
+def settings_of(given: Mapping[str, Any], tmp_path: Path) -> dict[str, Any]:
+    few = {"num_inference_steps": 2, "lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2, "fake_updates": 1}
+    where = {"output_dir": str(tmp_path / "run"), "report_to": "none", "prompt_cache": str(tmp_path / "prompts")}
+    return few | where | {"reward": "none" if given.get("rl", "none") == "none" else "toy"} | dict(given)
+
+
+def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
+    return estimate(parse(settings=settings_of(given, tmp_path) | {"dry_run": True}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
+        {"full_finetune": True, "ema_decay": 0.9},
+        {"rl": "refl", "decode_chunk_size": 1, "gradient_checkpointing": True},
+        {"rl": "grpo", "num_generations": 2},
+    ],
+    ids=lambda given: " ".join(given) or "plain",
+)
+def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: Path, given: dict[str, Any]) -> None:
+    """A step in float32 on the CPU, where PyTorch's profiler sees every allocation: within 2 %."""
+    length = {"stage1_steps": 0} if "rl" in given else {"stage2_steps": 0}
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    prompts = {"model": str(middling), "prompts": str(tmp_path / "prompts.txt"), "max_sequence_length": 5}
+    given = given | length | prompts
+    found = dry(given, tmp_path)
+    phase = "stage 2" if "rl" in given else "stage 1"
+
+    job = assemble(parse(settings=settings_of(given, tmp_path)))
+    job = replace(job, rewards=Rewards({"toy": (1.0, AnyReward())}) if job.rewards else None)
+    backend: Any = job.backend
+    run = Run(job, tmp_path / "run", None, None)
+    backend.prepare(run.accelerator, roles=("student", "fake_score", *combined_needs(job.objectives).roles))
+    trainer = run.trainer(stages(job.config)[0], None)
+    for learner in (trainer.student, trainer.fake_score):
+        for group in learner.optimizer.param_groups:
+            group["foreach"] = True  # as on CUDA
+    trainer.train_step()
+    gc.collect()
+
+    static = {name: size for name, size in found.phases[phase].items() if name not in ("gradients", "activations")}
+    student, fake = (sum(p.nbytes for p in backend.parameters(r).values()) for r in ("student", "fake_score"))
+    assert static["optimizer states"] == 2 * (student + fake)  # two moments
+    if "full_finetune" in given:
+        assert static["student, full"] == student + sum(b.nbytes for b in backend.roles.copies["student"].buffers())
+        assert static["average of the student"] == student
+    else:
+        assert static["student, LoRA"] == student and static["fake score, LoRA"] == fake
+    allocated = highest(trainer.train_step)
+    assert sum(found.phases[phase].values()) - sum(static.values()) == pytest.approx(allocated, rel=0.02)
+
+
+def highest(function: Callable[[], object]) -> int:
+    """Most bytes that were allocated at a time during a call, above what was at its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = live = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
+    """AdamW takes a float32 copy of all parameters while it steps; one of 8 bits does not."""
+    given = {
+        "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": True, "stage2_steps": 0,
+        "resolution": 8, "per_device_train_batch_size": 1, "gradient_checkpointing": True,
+    }  # fmt: skip
+    plain, other = (dry(given | {"optim": optim}, tmp_path) for optim in ("adamw_torch", "adamw_bnb_8bit"))
+    student = plain.phases["stage 1"]["student, full"]
+    assert plain.phases["stage 1"]["activations"] > student
+    assert all(phase["activations"] < student / 2 for name, phase in other.phases.items() if name != "prompts")
+    # Most of these layers are too small for 8 bits.
+    assert other.phases["stage 1"][OPTIMIZER] < 0.6 * plain.phases["stage 1"][OPTIMIZER]
+    assert plain.backbones == 2 and plain.backbone == plain.phases["stage 1"][NETWORK]
+    assert [plain.total(n) - plain.total() for n in (2, 3)] == [0, plain.backbone]
+
+
+def test_states_of_8_bits() -> None:
+    large, small = (nn.Parameter(torch.empty(n, device="meta")) for n in (5000, 4000))
+    optimizer = AdamW8bit([large, small])
+    for parameter in (large, small):
+        parameter.grad = torch.zeros_like(parameter)
+    with Meter() as meter:
+        meter.label("there", [large, small, large.grad, small.grad])
+        for _ in range(2):
+            optimizer.step()
+        assert meter.now["activations"] == meter.peak["activations"] == 2 * (5000 + 4 * 20 + 4 * 4000)
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt_cache": "off"}, {"dataset_streaming": True}], ids=str)
+def test_text_encoders_go_before_training_where_all_prompts_are_known(
+    folders: dict[str, Path], tmp_path: Path, more: dict[str, Any]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    given = {"model": str(folders["sd3"]), "prompts": str(tmp_path / "prompts.txt"), "max_sequence_length": 5}
+    found = dry(given | {"stage2_steps": 0} | more, tmp_path)
+    assert ("prompts" in found.phases) == (not more)
+    assert more or list(found.phases["prompts"]) == [ENCODERS, "activations"]
+    held = [phase.get(ENCODERS, 0) for phase in found.phases.values()]
+    assert [size > 4 * found.parameters[ENCODERS] for size in held] == ([True, True] if more else [True, False, False])
+
+
+# --- As on a GPU ------------------------------------------------------------------------------------------------------
+
+
+def tiny_sd3() -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+    network = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=32, joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64,
+        pos_embed_max_size=32, qk_norm="rms_norm",
+    )  # fmt: skip
+    return network, {
+        "hidden_states": (2, 4, 16, 16), "encoder_hidden_states": (2, 20, 64), "pooled_projections": (2, 64),
+    }  # fmt: skip
+
+
+def tiny_unet() -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+    network = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32, attention_head_dim=8,
+        norm_num_groups=8,
+    )  # fmt: skip
+    return network, {"sample": (2, 4, 16, 16), "encoder_hidden_states": (2, 20, 32)}
+
+
+def saved_bytes(build: Callable[[], Any], device: str) -> int:
+    """Of a bfloat16 network with a float32 adapter: what its forward pass keeps, without parameters."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            network, shapes = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device(device):
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        roles = LoRARoles(
+            network, roles=("student",), rank={"student": 4}, alpha={"student": 8.0}, target_modules=targets
+        )
+        inputs = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        inputs["timestep"] = torch.empty(2)
+    if device == "meta":
+        network.to(device)
+    own = {id(parameter.untyped_storage()) for parameter in network.parameters()}
+    seen: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in own:
+            seen[id(storage)] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = roles("student", **inputs, return_dict=False)[0]
+    assert output.dtype == torch.bfloat16
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.parametrize("build", [tiny_sd3, tiny_unet])
+def test_autocast_is_that_of_cuda(build: Callable[[], Any]) -> None:
+    """PyTorch's own autocast of CUDA, on its fake CUDA tensors, keeps as many bytes, to the byte."""
+    with GPUKernels(), torch.autocast("cpu", torch.bfloat16):
+        ours = saved_bytes(build, "meta")
+
+    def fused(*tensors: Tensor, **options: Any) -> Tensor:  # what a GPU takes, and fake tensors do not
+        named = {key: value.bfloat16() if isinstance(value, Tensor) else value for key, value in options.items()}
+        return attention(*(tensor.bfloat16() for tensor in tensors), **named)
+
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module),  # refused by fake tensors
+            mock.patch.object(F, "scaled_dot_product_attention", fused),
+        ):
+            assert saved_bytes(build, "cuda") == ours
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "checkpointed", "plain"])
+def test_autocast_keeps_what_it_casts_of_trained_weights(mode: str) -> None:
+    """Of all layers until it ends, also where no graph needs them: as PyTorch's own on the CPU, within 3 %."""
+
+    def passes(device: str, context: AbstractContextManager[None]) -> Callable[[], None]:
+        with torch.device(device):
+            layers, x = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6))), torch.ones(4, 512)
+
+        def run() -> None:
+            y = x
+            with torch.set_grad_enabled(mode != "no_grad"), context:
+                for layer in layers:
+                    y = checkpoint(layer, y, use_reentrant=False) if mode == "checkpointed" else layer(y)
+            if mode != "no_grad":
+                y.float().sum().backward()
+
+        return run
+
+    with Meter() as meter, GPUKernels():
+        forward = passes("meta", autocast(torch.bfloat16))
+        there = meter.now["activations"]
+        meter.restart()
+        forward()
+    allocated = highest(passes("cpu", torch.autocast("cpu", torch.bfloat16)))
+    assert meter.peak["activations"] - there == pytest.approx(allocated, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "masked"),
+    [(64, torch.bfloat16, False), (64, torch.float32, False), (512, torch.bfloat16, False), (64, torch.bfloat16, True)],
+)
+def test_attention_keeps_no_matrix_of_all_pairs(width: int, dtype: torch.dtype, masked: bool) -> None:
+    length, pair = 1024, 1024 * 1024 * dtype.itemsize
+    with Meter() as meter, GPUKernels():
+        query = torch.empty(1, 1, length, width, device="meta", dtype=dtype, requires_grad=True)
+        mask = torch.empty(1, 1, 1, length, device="meta", dtype=torch.bool) if masked else None
+        out = F.scaled_dot_product_attention(query * 1, query * 1, value=query * 1, attn_mask=mask)
+        assert sum(meter.now.values()) < 5.2 * query.nbytes
+        (grad,) = torch.autograd.grad(out.sum(), query)
+        assert grad.shape == query.shape
+    assert sum(meter.peak.values()) < 12 * query.nbytes and (width > 64 or sum(meter.peak.values()) < pair + 2**20)
+
+
+def test_the_meter_counts_storages_while_they_live() -> None:
+    with Meter() as meter:
+        a = torch.empty(1000, device="meta")
+        b = a.view(10, 100)[2:4]
+        assert meter.now == {"activations": 4000}
+        meter.label("kept", [b])
+        c = a + 1
+        del c
+        assert +meter.now == {"kept": 4000} and meter.peak == {"kept": 4000, "activations": 4000}
+        assert a.sum().item() == 1 and bool((a > 0).any())
+
+
+def test_the_meter_remembers_whole_numbers() -> None:
+    with Meter():
+        lengths = torch.tensor([3, 5, 7])
+        meta = lengths.to("meta")
+        lengths.zero_()
+        assert meta[1:].tolist() == [5, 7] and meta[2].item() == 7
+        assert torch.arange(10)[3:6].to("meta").tolist() == [3, 4, 5]
+        assert torch.arange(6).view(2, 3).t().to("meta").tolist() == [[0, 3], [1, 4], [2, 5]]
+        meta[0].add_(1)
+        assert meta.tolist() == [0, 0, 0] and meta[0].item() == 1  # as if it had never had any
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_tried_without_weights_or_prompts(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its `architecture` lies beside the YAML; nothing is written."""
+    recipe, elsewhere = tmp_path / "recipe", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for file in folders["sd3"].rglob("*.json"):
+        copy = recipe / "architecture" / file.relative_to(folders["sd3"])
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not file.name.endswith("index.json") or file.parent == folders["sd3"]:
+            copy.write_text(file.read_text())
+    values = {"architecture": "architecture", "lora_rank": 4, "mixed_precision": "bf16", "stage2_steps": 0}
+    (recipe / "run.yaml").write_text(json.dumps(values))
+    monkeypatch.chdir(elsewhere)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dmdr-train", "--config", str(recipe / "run.yaml"), *arguments])
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    code, out, err = call("--dry_run")
+    assert code == 0, err
+    lines = out.strip().splitlines()
+    assert lines[0].endswith("16 px, batch 4, bfloat16, one process")
+    assert lines[-1] == "nothing was loaded, nothing was written"
+    totals = [float(line.split()[-1]) for line in lines if line.startswith("total with")]
+    assert len(totals) == 3 and totals == sorted(totals)
+    assert call()[::2] == (2, "dmdr-train: --model is missing: this recipe names none\n")
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "toy"}, "--dry_run builds nothing, and --model toy is built: it needs --architecture"),
+        ({"architecture": "/no/where"}, "no model_index.json"),
+        ({"rl": "refl", "reward": "none"}, "climbs a reward"),
+        ({"lora_target_modules": ["nothing"]}, "--lora_target_modules: .* has no nothing"),
+        ({"resolution": 64}, "--resolution|pos_embed_max_size"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(
+    folders: dict[str, Path], tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    own = {} if "model" in given or "architecture" in given else {"model": str(folders["sd3"])}
+    with pytest.raises(ConfigError, match=message) as refused:
+        dry(own | given, tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_lacks_a_value_is_refused_in_a_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Which the network can do without, and the shapes of its embeddings cannot."""
+    copy = Path(shutil.copytree(folders["sd3"], tmp_path / "model"))
+    file = copy / "transformer" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "pooled_projection_dim"}))
+    with pytest.raises(ConfigError, match="--dry_run cannot follow this run without weights: KeyError") as refused:
+        dry({"model": str(copy)}, tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_from_python_there_is_no_run_to_return(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="only dmdr-train --dry_run does"):
+        dmdr.train(model=str(folders["sd3"]), dry_run=True)
+
+
+def test_config_yaml_does_not_hold_it(folders: dict[str, Path]) -> None:
+    settings = parse(settings={"model": str(folders["sd3"]), "architecture": "a", "dry_run": True})
+    assert not {"dry_run", "architecture"} & set(settings.as_yaml().replace(":", " ").split())
+
+
+def test_further_backbones_are_frozen_copies() -> None:
+    found = Estimate("", {}, {"prompts": {"a": 18}, "stage 1": {"network, frozen": 10, "activations": 5}}, 1, 10)
+    assert [found.total(n) for n in (None, 1, 2, 3)] == [18, 18, 25, 35]
+
+
+def test_the_numbers_of_the_readme() -> None:
+    """Of its recipe that takes least time to estimate."""
+    root = Path(dmdr.__file__).parents[1]
+    recipe = parse(["--config", str(root / "examples/sit/stage2.yaml"), "--dry_run"])
+    found = estimate(recipe)
+    row = next(line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `sit/stage2`"))
+    assert [f"{found.total(n) / 2**30:.1f}" for n in (2, 3)] == [cell.strip() for cell in row.split("|")[5:7]]

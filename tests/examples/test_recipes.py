@@ -1,0 +1,173 @@
+"""The recipes in `examples/`: each parses, fits its model's true size, and trains a small pipeline of its family."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+import yaml
+from diffusers import AutoencoderTiny
+from diffusers.utils import logging
+from safetensors.torch import save_file
+from torch import nn
+
+from dmdr.run.job import open_backend
+from dmdr.run.run import run
+from dmdr.settings import registry
+from dmdr.settings.parse import Settings, parse
+from dmdr_digits import Digits
+from family import FAMILIES
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = sorted(file for file in EXAMPLES.glob("*/*.yaml") if (file.parent / "architecture").is_dir())
+FAMILY = {"sd3": "sd3", "sd35l": "sd3", "sdxl": "sdxl", "sit": "sit"}  # by folder
+PUBLISHED = {  # parameters
+    "sd3": {
+        "transformer": 2_028_328_000,
+        "vae": 83_819_683,
+        "text_encoder": 123_650_304,
+        "text_encoder_2": 694_659_840,
+        "text_encoder_3": 4_762_310_656,
+    },
+    "sd35l": {"transformer": 8_056_627_520, "vae": 83_819_683},
+    "sdxl": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+    "sit": {"transformer": 674_816_272, "vae": 83_653_863},
+}
+TWO_RUNS = [("sd3/stage1", "sd3/refl"), ("sdxl/1step_stage1", "sdxl/1step_refl"), ("sit/stage1", "sit/stage2")]
+WORDS = ("zero", "one", "two", "three")
+pytestmark = pytest.mark.usefixtures("no_report")
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def settings_of(recipe: Path, **settings: Any) -> Settings:
+    """As `dmdr-train --config RECIPE` reads it, under `settings`."""
+    return parse(["--config", str(recipe)], settings)
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def recipe(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small pipelines, built once."""
+    built: dict[str, Path] = {}
+    for name in sorted(set(FAMILY.values()) & FAMILIES.keys()):
+        built[name] = tmp_path_factory.mktemp("pipelines") / name
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            FAMILIES[name].build(built[name])
+    return built
+
+
+def test_every_value_says_where_it_comes_from(recipe: Path) -> None:
+    """In a comment on its line or directly above; and the file says how it is run."""
+    before = ""
+    for line in recipe.read_text().splitlines():
+        if re.match(r"\w", line):
+            assert " # " in line or (before.startswith("# ") and not before.startswith("# ---")), line
+        before = line
+    assert f"dmdr-train --config examples/{recipe.parent.name}/{recipe.name} --model " in recipe.read_text()
+
+
+def test_fits_the_published_model(recipe: Path, tmp_path: Path) -> None:
+    """Its settings are accepted, and by the family at its true size, of which no weights are loaded."""
+    config = settings_of(recipe, model=str(recipe.parent / "architecture")).config
+    assert open_backend(config.model, config).latent_shape[1:] == (config.resolution // 8,) * 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_architecture_has_the_published_size(model: str) -> None:
+    folder = EXAMPLES / model / "architecture"
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, count in PUBLISHED[model].items():
+        library, cls = index[name]
+        if library == "pipeline":  # code of the family's own
+            kind = registry.load("backends", index["_class_name"]).network_class
+        else:
+            kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], cls)
+        with torch.device("meta"):
+            if library == "transformers":
+                network = kind(kind.config_class.from_pretrained(folder / name))
+            else:
+                network = kind.from_config(kind.load_config(folder / name))
+        assert sum(p.numel() for p in network.parameters()) == count, name
+
+
+def test_trains_a_small_pipeline(recipe: Path, folders: dict[str, Path], digits: Digits, tmp_path: Path) -> None:
+    """A step of each of its stages, with its own objective, rewards, grid, roles and learning rates."""
+    lines = trained(recipe, folders, digits, tmp_path)
+    given = yaml.safe_load(recipe.read_text())
+    assert [line["stage"] for line in lines] == [1, 2][: bool(given["stage2_steps"]) + 1]
+    names = {"loss/dmd", "loss/fake"} | ({f"loss/{given['rl']}"} if given["rl"] != "none" else set())
+    assert all(abs(lines[-1][name]) < 1e6 for name in names)
+
+
+@pytest.mark.parametrize(("first", "second"), TWO_RUNS)
+def test_goes_on_from_a_stage_1_of_its_own(
+    folders: dict[str, Path], digits: Digits, tmp_path: Path, first: str, second: str
+) -> None:
+    trained(EXAMPLES / f"{first}.yaml", folders, digits, tmp_path / "first")
+    start = str(tmp_path / "first" / "run")
+    lines = trained(EXAMPLES / f"{second}.yaml", folders, digits, tmp_path / "second", init_student=start)
+    assert [line["stage"] for line in lines] == [2]
+
+
+def trained(
+    recipe: Path, folders: dict[str, Path], digits: Digits, tmp_path: Path, **more: Any
+) -> list[dict[str, Any]]:
+    """Log lines of a short run on the family's small pipeline, with everything else as the recipe says."""
+    family, given = FAMILY[recipe.parent.name], yaml.safe_load(recipe.read_text())
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"a handwritten {word}", "label": i}) + "\n" for i, word in enumerate(WORDS))
+    )
+    batch = max(given.get("num_generations", 1), 2)
+    small = {
+        "model": str(folders[family]), "prompts": str(tmp_path / "prompts.jsonl"), "output_dir": str(tmp_path / "run"),
+        "resolution": 16, "mixed_precision": "no", "optim": "adamw_torch", "per_device_train_batch_size": batch,
+        "stage1_steps": min(given["stage1_steps"], 1), "stage2_steps": min(given["stage2_steps"], 1),
+        "logging_steps": 1, "fake_updates": 1, "sample_images": 1, "sample_steps": 0, "teacher_steps": 1,
+        "report_to": "none",
+    }  # fmt: skip
+    files = small_files(given, folders[family], digits, tmp_path)
+    run(settings_of(recipe, **(small | files | more)))
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def small_files(given: Mapping[str, Any], folder: Path, digits: Digits, tmp_path: Path) -> dict[str, Any]:
+    """Small ones in place of the published files that a recipe names."""
+    rewards = re.findall(r"[a-z]\w*", given["reward"]) if given["reward"] != "none" else []
+    files: dict[str, Any] = {f"{name}_checkpoint": str(digits.reward_checkpoint(name)) for name in rewards}
+    if "student_weights" in given:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        save_file(unet.state_dict(), tmp_path / "student.safetensors")
+        files["student_weights"] = str(tmp_path / "student.safetensors")
+    if "reward_vae" in given:
+        tiny_decoder().save_pretrained(tmp_path / "tiny")
+        files["reward_vae"] = str(tmp_path / "tiny")
+    return files
+
+
+def tiny_decoder() -> nn.Module:
+    """Of two pixels a side for each latent one."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
