@@ -79,7 +79,7 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
         ConfigError: If there are more or fewer of them, or a reward asks for what they lack.
     """
     from dmdr.prompts import read_prompts
-    from dmdr.run.job import check_columns
+    from dmdr.settings.verify import check_columns
 
     rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
     if flags.prompts is not None:

@@ -25,11 +25,12 @@ from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Prediction
 from dmdr.protocols import Role
 from dmdr.rewards import Rewards
+from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble
-from dmdr.run.plan import Stage, choose_folder, stages
+from dmdr.run.plan import Stage
 from dmdr.run.run import Run, check_tracker
 from dmdr.settings.parse import Settings
-from dmdr.training.trainer import Trainer, combined_needs
+from dmdr.training.trainer import Trainer
 from dmdr.types import Condition, dtype_of
 
 GIB = 2**30
@@ -131,7 +132,7 @@ def _weightless(job: Job) -> Job:
 def _simulated(job: Job) -> Estimate:
     config, backend = job.config, job.backend
     assert isinstance(backend, PipelineBackend)
-    roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(job.objectives).roles)
+    roles = job.plan.roles
     process, phases = Process(META, config.mixed_precision), {}
     with Meter() as meter, GPUKernels():
         backend.connect(process)
@@ -154,7 +155,7 @@ def _simulated(job: Job) -> Estimate:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter))
         run = DryRun(job, backend)
-        for stage in stages(config):
+        for stage in job.plan.stages:
             phases[f"stage {stage.number}"] = _train(run, stage, meter)
         phases["sample grid"] = _draw(run, meter)
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
@@ -183,8 +184,8 @@ def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
     """The peak of a step."""
     run.current = None
     gc.collect()  # an optimizer and its schedule hold each other
-    run.current = trainer = run.trainer(stage, None)
-    for learner in (trainer.student, trainer.fake_score):
+    run.current = trainer = run.trainer(stage)
+    for learner in trainer.learners.values():
         learner.update()  # of nothing, after which all states are there
         held = (value for state in learner.optimizer.state.values() for value in state.values())
         meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta])
@@ -200,7 +201,7 @@ def _draw(run: "DryRun", meter: Meter) -> Counter[str]:
     meter.restart()
     observer = run.observer
     rows = observer.rows[: run.config.per_device_train_batch_size]
-    observer.generate(run.job.backend.student, observer.sampler, rows, "grid")
+    observer.generate(run.job.backend.student, run.job.user_sampler, rows, "grid")
     return meter.peak
 
 
@@ -257,8 +258,9 @@ class DryRun(Run):
 
     def __init__(self, job: Job, backend: PipelineBackend) -> None:
         # Further updates of the fake score find the same tensors alive.
-        config = replace(job.config, fake_updates=1, mixed_precision="no")
-        job = replace(job, settings=replace(job.settings, config=config), backend=Bridge(backend))
+        plan = replace(job.plan, rounds=1)
+        config = replace(job.config, mixed_precision="no")
+        job = replace(job, plan=plan, settings=replace(job.settings, config=config), backend=Bridge(backend))
         super().__init__(job, Path(), None, None, Process(CPU))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:

@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dmdr.ema import EMA
 from dmdr.errors import ConfigError
-from dmdr.protocols import Backend, Role
 from dmdr.states import check_storable, load_strict
 
 PATTERN = re.compile(r"step-(\d{6,})")
-ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]  # role -> name -> tensor
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,19 @@ class Progress:
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    backend: Backend,
+    tensors: Tensors,
     optimizers: Mapping[str, torch.optim.Optimizer],
     extra: Mapping[str, Any],
     *,
-    ema: EMA | None = None,
     stage_end: bool = False,
 ) -> Path:
     """Write `folder/step-<total>`, under another name until it is complete.
 
     Args:
         folder: The run's `checkpoints/`.
+        tensors: Weights by role, and the student's average as "ema"; each role is a file.
         optimizers: By role; their moments are kept, their settings come from the configuration on resuming.
         extra: Further state of plain containers and tensors (objectives, loss scaler).
-        ema: The student's average, if there is one.
         stage_end: Keep it whatever `prune` is asked to.
 
     Raises:
@@ -67,12 +64,8 @@ def save_checkpoint(
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for role in ROLES:
-        parameters = backend.parameters(role)
-        if parameters:
-            _save_tensors(parameters, partial / f"{role}.safetensors")
-    if ema:
-        _save_tensors(ema.average, partial / "ema.safetensors")
+    for role, named in tensors.items():
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, _file(partial, role))
     moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
     torch.save({"moments": moments, "extra": dict(extra)}, partial / "training.pt")
     (partial / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -86,8 +79,33 @@ def save_checkpoint(
     return final
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+def restore(checkpoint: Path, tensors: Tensors, optimizers: Mapping[str, torch.optim.Optimizer]) -> Mapping[str, Any]:
+    """Give everything that `save_checkpoint` wrote back, in place.
+
+    Returns:
+        The further state, `extra`.
+
+    Raises:
+        ConfigError: If a file is missing or damaged, or names or shapes differ; says which.
+    """
+    for role, named in tensors.items():
+        load_parameters(checkpoint, role, named)
+    file = checkpoint / "training.pt"
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise ConfigError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    for role, optimizer in optimizers.items():
+        if role not in state["moments"]:
+            raise ConfigError(f"{checkpoint} holds no optimizer state of the {role}")
+        own = optimizer.state_dict()
+        optimizer.load_state_dict({"state": state["moments"][role], "param_groups": own["param_groups"]})
+    extra: Mapping[str, Any] = state["extra"]
+    return extra
+
+
+def _file(checkpoint: Path, role: str) -> Path:
+    return checkpoint / f"{role}.safetensors"
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -102,34 +120,21 @@ def read_progress(checkpoint: Path) -> Progress:
         raise ConfigError(f"{checkpoint} is no checkpoint of a run: {error}") from error
 
 
-def load_parameters(checkpoint: Path, role: Role | Literal["ema"], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy a role's weights, or the student's average, from a checkpoint.
+def load_parameters(checkpoint: Path, role: str, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Copy a role's weights, or the student's average ("ema"), from a checkpoint.
 
     Raises:
-        ConfigError: If names or shapes differ; says which.
+        ConfigError: If the file is missing or damaged, or names or shapes differ; says which.
     """
-    file = checkpoint / f"{role}.safetensors"
+    file = _file(checkpoint, role)
     if not file.is_file():
-        raise ConfigError(f"{checkpoint} holds no {role}")
+        what = "average of the student (--ema_decay)" if role == "ema" else role
+        raise ConfigError(f"{checkpoint} holds no {what} to go on with")
     try:
         state = load_file(file)
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
     load_strict(parameters, state, str(file))
-
-
-def load_training(checkpoint: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> Mapping[str, Any]:
-    """Give the optimizers their moments back; returns the further state that was saved."""
-    file = checkpoint / "training.pt"
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        raise ConfigError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
-    for role, optimizer in optimizers.items():
-        own = optimizer.state_dict()
-        optimizer.load_state_dict({"state": state["moments"][role], "param_groups": own["param_groups"]})
-    extra: Mapping[str, Any] = state["extra"]
-    return extra
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,13 +9,17 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from dmdr.errors import ConfigError
-from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
-from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel, Needs
+from dmdr.prompts import Prompts, Rows, read_prompts, split_columns, stream_prompts
+from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel, SampleWeight
 from dmdr.rewards import Rewards
+from dmdr.run.plan import Plan
+from dmdr.sampling import FewStepSampler
 from dmdr.settings import registry
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Chosen, Settings
-from dmdr.training.trainer import WeightedObjective
+from dmdr.settings.verify import check_columns, check_needs, needs_of
+from dmdr.training.objectives import WeightedObjective
+from dmdr.training.tilt import RewardTilt
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,20 @@ class Job:
 
     Attributes:
         settings: The resolved settings.
+        plan: What the run does.
         folder: Pipeline folder or hub id of the teacher.
         model: The named model that it came from, if any.
+        sampler: The student's in training; `user_sampler` as its users run it.
         eval_rewards: What evaluations measure beside the rewards that are trained on.
     """
 
     settings: Settings
+    plan: Plan
     folder: str
     model: NamedModel | None
     backend: Backend
+    sampler: FewStepSampler
+    user_sampler: FewStepSampler
     matching: Matching
     objectives: tuple[WeightedObjective, ...]
     rewards: Rewards | None
@@ -45,8 +53,11 @@ class Job:
         return self.settings.config
 
 
-def assemble(settings: Settings) -> Job:
+def assemble(settings: Settings, processes: int = 1) -> Job:
     """Build all parts of a run.
+
+    Args:
+        processes: Processes that will work side by side.
 
     Raises:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
@@ -58,8 +69,7 @@ def assemble(settings: Settings) -> Job:
     bare = config.architecture if config.dry_run else None
     if bare or not named:
         pipeline_class(bare or config.model, config.revision)  # refuse a wrong folder before anything else
-    objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
-    check_needs(config, objectives, settings)
+    plan, objectives = planned(settings, processes)
     matching = settings.of("matchings")[0].build()
     if config.dry_run and named and not bare:
         raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
@@ -78,7 +88,42 @@ def assemble(settings: Settings) -> Job:
         build_rewards(settings.of(group), checkpoints) if settings.of(group) else None
         for group in ("rewards", "eval_rewards")
     )
-    return Job(settings, folder, model, backend, matching, objectives, rewards, eval_rewards, prompts)
+    samplers = plan.samplers(backend, config)
+    return Job(settings, plan, folder, model, backend, *samplers, matching, objectives, rewards, eval_rewards, prompts)
+
+
+def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[WeightedObjective, ...]]:
+    """What a run will do, and its objectives, from settings alone.
+
+    Raises:
+        ConfigError: If an objective needs what the run has not.
+    """
+    objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
+    needs = {term.name: needs_of(term.name, term.objective) for term in objectives}
+    rewards = settings.of("rewards")
+    plan = Plan.of(settings.config, objectives, tilt(settings.config) if rewards else None, processes)
+    for name, declared in needs.items():
+        check_needs(
+            name,
+            declared,
+            settings.config,
+            rewards,
+            num_inference_steps=plan.num_inference_steps,
+            batch=plan.batch.whole,
+        )
+    return plan, objectives
+
+
+def tilt(config: Config) -> SampleWeight | None:
+    """RT-DM's weight of samples."""
+    if not config.reward_tilt:
+        return None
+    return RewardTilt(
+        config.reward_tilt,
+        weight=config.tilt_weight,
+        divergence=config.tilt_divergence,
+        baseline=config.tilt_baseline,
+    )
 
 
 def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:
@@ -103,61 +148,6 @@ def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Cho
         columns = [name for reward in rewards for name in getattr(reward.cls, "columns", ())]
         return Prompts([{"prompt": "class 0", **dict.fromkeys(columns, 0)}])
     raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
-
-
-def check_needs(config: Config, objectives: tuple[WeightedObjective, ...], settings: Settings) -> None:
-    """Refuse objectives whose declared needs the run does not meet."""
-    last = len(config.sigmas or config.timesteps or range(config.num_inference_steps)) - 1
-    for term in objectives:
-        who = f"--rl {term.name}"
-        try:
-            needs = term.objective.needs
-        except (TypeError, ValueError) as error:  # of Needs(...)
-            raise ConfigError(f"{who}: {error}") from error
-        if not isinstance(needs, Needs):
-            raise ConfigError(
-                f"{who}: its needs are no dmdr.protocols.Needs; is `needs` a @property that returns them?"
-            )
-        if needs.reward and not settings.of("rewards"):
-            raise ConfigError(f"{who} climbs a reward: name one with --reward")
-        for reward in settings.of("rewards"):
-            if needs.reward_grad and not getattr(reward.cls, "differentiable", False):
-                raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")
-            if needs.text_features and not hasattr(reward.cls, "text_features"):
-                raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
-        if needs.matching and config.dmd_weight == 0:
-            raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        batch *= int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it, before there is an accelerator
-        if batch < needs.batch_size:
-            raise ConfigError(
-                f"{who} compares the images of a batch: it needs --per_device_train_batch_size of at least "
-                f"{needs.batch_size} in all processes together, not {batch}"
-            )
-        if config.num_generations < needs.group_size:
-            raise ConfigError(
-                f"{who} needs --num_generations of at least {needs.group_size}, not {config.num_generations}"
-            )
-        noisy = max(needs.stochastic_steps, int(needs.steps == "stochastic" or needs.log_prob))
-        if noisy and (last < noisy or config.eta == 0):
-            raise ConfigError(
-                f"{who} acts on stochastic steps, and the last is deterministic: it needs --num_inference_steps of at "
-                f"least {noisy + 1} and --eta above 0"
-            )
-        if isinstance(needs.steps, tuple) and not all(0 <= step <= last for step in needs.steps):
-            raise ConfigError(f"{who} acts on step {max(needs.steps)}, but the student's last step is {last}")
-
-
-def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
-    """Refuse rewards that need a column which the prompt rows lack."""
-    there = [name for name in rows[0] if name != "prompt"]
-    for reward in chosen:
-        for name in getattr(reward.cls, "columns", ()):
-            if name not in there:
-                raise ConfigError(
-                    f"reward '{reward.name}' needs the prompts to have a column '{name}'; they have "
-                    f"{', '.join(there) or 'none'}"
-                )
 
 
 def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults: Any) -> Rewards:

@@ -27,8 +27,8 @@ class Observer:
         rows: The prompt rows that grids and evaluations begin with.
     """
 
-    def __init__(self, job: Job, accelerator: Accelerator, sampler: FewStepSampler, output: Path) -> None:
-        self.job, self.accelerator, self.sampler, self.output = job, accelerator, sampler, output
+    def __init__(self, job: Job, accelerator: Accelerator, output: Path) -> None:
+        self.job, self.accelerator, self.sampler, self.output = job, accelerator, job.user_sampler, output
         self.config = job.config
         self.rows = job.prompts.first(max(job.config.sample_images, job.config.num_eval_samples))
 

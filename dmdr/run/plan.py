@@ -1,113 +1,225 @@
-"""Before a run: which folder, which checkpoint, which stages. Nothing here writes."""
+"""Every length, batch and schedule of a run, computed once."""
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dmdr.errors import ConfigError
-from dmdr.images import can_hold_files
-from dmdr.run.checkpoint import checkpoints, read_progress
+from dmdr.protocols import Backend, Role, SampleWeight
+from dmdr.run.checkpoint import read_progress
+from dmdr.sampling import FewStepSampler
 from dmdr.settings.fields import Config
-from dmdr.settings.parse import read_yaml
-from dmdr.settings.registry import registered
+from dmdr.training.objectives import WeightedObjective, combined_needs
+from dmdr.training.schedules import DynaDG, DynaRS, Schedule
 
 
-def choose_folder(config: Config) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to resume from; writes nothing.
+@dataclass(frozen=True)
+class Batch:
+    """How many images an update is made of.
 
-    Raises:
-        ConfigError: If the folder holds another run, or there is nothing to resume from.
+    Attributes:
+        micro: Images of one pass through the networks, in one process.
+        accumulated: Micro-batches of an update.
+        processes: Processes that work side by side.
+        group: Images per prompt.
     """
-    resume = config.resume_from_checkpoint
-    if config.output_dir is None and resume not in (None, "latest"):
-        output = Path(str(resume)).resolve().parent.parent
-    elif config.output_dir is None and resume:
-        raise ConfigError("--resume_from_checkpoint latest: say of which run with --output_dir")
-    elif config.output_dir is None:
-        model = registered("models", config.model) or Path(config.model).name
-        name = f"{model}-{config.rl}".replace("*", "x")
-        output = _free_folder(Path("runs") / re.sub(r"[^\w.+-]+", "_", name))
-    else:
-        output = Path(config.output_dir)
-    if resume is None:
-        if not can_hold_files(next(path for path in (output, *output.absolute().parents) if path.exists())):
-            raise ConfigError(f"--output_dir {output} is no folder that may be written to")
-        if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
-            raise ConfigError(
-                f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
-                "holds with --overwrite_output_dir"
-            )
-        if output.is_dir() and any(output.iterdir()) and not _is_run(output):
-            raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
-        return output, None
-    if resume == "latest":
-        found = checkpoints(output)
-        if not found:
-            raise ConfigError(f"--resume_from_checkpoint latest: {output} holds no checkpoint")
-        return output, found[-1]
-    read_progress(Path(resume))
-    return output, Path(resume)
 
+    micro: int
+    accumulated: int
+    processes: int
+    group: int
 
-def check_resumable(config: Config, checkpoint: Path) -> None:
-    """Refuse lengths of the stages with which the checkpoint's step would be another.
+    @property
+    def whole(self) -> int:
+        """Images of an update, of all processes."""
+        return self.micro * self.accumulated * self.processes
 
-    Raises:
-        ConfigError: If its stage began at another step, or is over.
-    """
-    progress = read_progress(checkpoint)
-    stage = next((stage for stage in stages(config) if stage.number == progress.stage), None)
-    if stage is None or progress.total - progress.step != stage.first_step or progress.step > stage.steps:
-        raise ConfigError(
-            f"--resume_from_checkpoint {checkpoint} stands at update {progress.step} of stage {progress.stage}, after "
-            f"{progress.total - progress.step} of stage 1: --stage1_steps and --stage2_steps do not fit"
+    def __str__(self) -> str:
+        factors = (
+            (self.micro, "a pass"),
+            (self.accumulated, "passes"),
+            (self.processes, "processes"),
         )
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run of ours, and not just one with a config.yaml."""
-    try:
-        return {"model", "matching", "stage1_steps"} <= read_yaml(str(folder / "config.yaml")).keys()
-    except ConfigError:
-        return False
-
-
-def _free_folder(base: Path) -> Path:
-    """The folder, numbered if there is one already."""
-    number, folder = 1, base
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+        product = " x ".join(f"{number} {what}" for number, what in factors if number > 1 or what == "a pass")
+        return f"{self.whole} images ({product}), {self.group} of each prompt"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What differs between the two stages.
+    """One of the two stages, complete.
 
     Attributes:
         number: 1 (RT-DM, DynaDG, DynaRS) or 2 (joint DMD and RL).
         steps: Student updates.
         first_step: Student updates of the run before it.
         learning_rate, fake_learning_rate: Of student and fake score.
+        dmd_weight, rl_weight: Of the two losses.
+        objectives: What the RL loss is made of.
+        sample_weight: Weight of each sample's direction (RT-DM), or None.
+        fake_mix, renoise: DynaDG and DynaRS.
     """
 
     number: int
     steps: int
     first_step: int
-    learning_rate: float
-    fake_learning_rate: float
+    learning_rate: Schedule
+    fake_learning_rate: Schedule
+    dmd_weight: Schedule
+    rl_weight: Schedule
+    objectives: tuple[WeightedObjective, ...]
+    sample_weight: SampleWeight | None
+    fake_mix: DynaDG
+    renoise: DynaRS
+
+    def __str__(self) -> str:
+        parts = [f"{self.steps} updates", f"learning rate {self.learning_rate}"]
+        if self.dmd_weight.value:
+            parts.append(f"DMD x {self.dmd_weight}")
+        if self.objectives:
+            terms = " + ".join(f"{term.weight:g} {term.name}" for term in self.objectives)
+            parts.append(f"RL ({terms}) x {self.rl_weight}")
+        if self.sample_weight:
+            parts.append("samples weighted by reward (RT-DM)")
+        if self.fake_mix.steps and self.fake_mix.start:
+            parts.append(f"DynaDG for {self.fake_mix.steps}")
+        if self.renoise.steps:
+            parts.append(f"DynaRS for {self.renoise.steps}")
+        return ", ".join(parts)
 
 
-def stages(config: Config) -> list[Stage]:
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, before anything is loaded.
+
+    Attributes:
+        batch: Images of an update.
+        num_inference_steps: Steps of the student.
+        times: The student's grid without its last time, 0, where the user gives it; None for the model's own.
+        matches: Whether distributions are matched and the fake score is trained; without, the run is RL only.
+        rounds: Rollouts, and updates of the fake score, per student update.
+        guidance: Range of the teacher's guidance.
+        roles: Roles of the backend that the run needs.
+        stages: In order; those without updates are left out.
+    """
+
+    batch: Batch
+    num_inference_steps: int
+    times: tuple[float, ...] | None
+    matches: bool
+    rounds: int
+    guidance: tuple[float, float]
+    roles: tuple[Role, ...]
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        objectives: Sequence[WeightedObjective] = (),
+        sample_weight: SampleWeight | None = None,
+        processes: int = 1,
+    ) -> "Plan":
+        """The plan of a run.
+
+        Args:
+            objectives: Of stage 2.
+            sample_weight: Of stage 1.
+            processes: Processes that work side by side.
+        """
+        times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
+        jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
+        return cls(
+            batch=Batch(
+                config.per_device_train_batch_size,
+                config.gradient_accumulation_steps,
+                processes,
+                config.num_generations,
+            ),
+            num_inference_steps=len(times) or config.num_inference_steps,
+            times=tuple(times) or None,
+            matches=config.dmd_weight > 0,
+            rounds=config.fake_updates if config.dmd_weight else 1,
+            guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
+            roles=("student", "fake_score", *combined_needs(objectives).roles),
+            stages=_stages(config, tuple(objectives), sample_weight),
+        )
+
+    @property
+    def updates(self) -> int:
+        """Student updates of the whole run."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def rollouts(self) -> int:
+        """Global batches of prompts that the whole run reads."""
+        return self.updates * self.rounds
+
+    def samplers(self, backend: Backend, config: Config) -> tuple[FewStepSampler, FewStepSampler]:
+        """The student's sampler in training, and that of its users, on one grid."""
+        if self.times is None:
+            grid = backend.grid(self.num_inference_steps)
+        else:
+            grid = torch.tensor([*self.times, 0.0], dtype=torch.float64)
+        renoising = config.sde_type == "cps" and config.eta >= 0.5  # the others keep the ODE's marginals
+        sample_eta = renoising if config.sample_eta is None else config.sample_eta
+        training = FewStepSampler(backend.path, grid, config.eta, config.sde_type)
+        return training, FewStepSampler(backend.path, grid, float(sample_eta))
+
+    def check_resumable(self, checkpoint: Path) -> None:
+        """Refuse lengths of the stages with which the checkpoint's step would be another.
+
+        Raises:
+            ConfigError: If its stage began at another step, or is over.
+        """
+        progress = read_progress(checkpoint)
+        stage = next((stage for stage in self.stages if stage.number == progress.stage), None)
+        if stage is None or progress.total - progress.step != stage.first_step or progress.step > stage.steps:
+            raise ConfigError(
+                f"--resume_from_checkpoint {checkpoint} stands at update {progress.step} of stage {progress.stage}, "
+                f"after {progress.total - progress.step} of stage 1: --stage1_steps and --stage2_steps do not fit"
+            )
+
+
+def _stages(
+    config: Config, objectives: tuple[WeightedObjective, ...], sample_weight: SampleWeight | None
+) -> tuple[Stage, ...]:
     """The stages that a run goes through; a given student needs no stage 1."""
-    rate, fake_rate = config.learning_rate, config.fake_learning_rate
     first = 0 if config.init_student else config.stage1_steps
-    second = Stage(
-        2,
-        config.stage2_steps,
-        first,
-        config.stage2_learning_rate or rate / 2,
-        config.stage2_fake_learning_rate or fake_rate,
+    second = config.stage2_steps
+    rate, fake_rate = config.learning_rate, config.fake_learning_rate
+    dyna = min(config.stage1_steps if config.dyna_steps is None else config.dyna_steps, config.stage1_steps)
+
+    def student_rate(value: float, steps: int) -> Schedule:
+        return Schedule(value, config.lr_scheduler_type, steps, config.warmup_steps)
+
+    stages = (
+        Stage(
+            number=1,
+            steps=first,
+            first_step=0,
+            learning_rate=student_rate(rate, first),
+            fake_learning_rate=Schedule(fake_rate),
+            dmd_weight=Schedule(config.dmd_weight),
+            rl_weight=Schedule(0.0),
+            objectives=(),
+            sample_weight=sample_weight,
+            fake_mix=DynaDG(config.dyna_guidance, dyna),
+            renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], dyna),
+        ),
+        Stage(
+            number=2,
+            steps=second,
+            first_step=first,
+            learning_rate=student_rate(config.stage2_learning_rate or rate / 2, second),
+            fake_learning_rate=Schedule(config.stage2_fake_learning_rate or fake_rate),
+            dmd_weight=Schedule(config.dmd_weight),
+            rl_weight=Schedule(config.rl_weight, config.rl_weight_schedule, second, config.rl_warmup_steps),
+            objectives=objectives if config.rl_weight else (),
+            sample_weight=None,
+            fake_mix=DynaDG(0.0, 0),
+            renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], 0),
+        ),
     )
-    return [stage for stage in (Stage(1, first, 0, rate, fake_rate), second) if stage.steps]
+    return tuple(stage for stage in stages if stage.steps)

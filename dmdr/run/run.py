@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,26 +30,28 @@ from dmdr.prompts import PromptStream
 from dmdr.protocols import Role
 from dmdr.run.checkpoint import (
     Progress,
+    Tensors,
     checkpoints,
     find_initial,
     load_parameters,
-    load_training,
     prune,
     read_progress,
+    restore,
     save_checkpoint,
 )
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
+from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble, own_prompts
 from dmdr.run.observer import Observer
-from dmdr.run.plan import Stage, check_resumable, choose_folder, stages
-from dmdr.sampling import FewStepSampler
+from dmdr.run.plan import Stage
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
 from dmdr.training.learner import Learner
-from dmdr.training.schedules import DynaDG, DynaRS, learning_rate_factor
-from dmdr.training.tilt import RewardTilt
-from dmdr.training.trainer import Trainer, combined_needs
+from dmdr.training.objectives import Objectives
+from dmdr.training.schedules import Schedule
+from dmdr.training.scorer import RolloutScorer
+from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
 
 logger = logging.getLogger("dmdr")
@@ -94,10 +96,10 @@ def run(settings: Settings) -> Path:
     initial = find_initial(config.init_student) if config.init_student and not resume else None
     if initial and initial.resolve().is_relative_to(output.resolve()):
         raise ConfigError(f"--overwrite_output_dir would delete the --init_student {config.init_student}")
-    if resume:
-        check_resumable(config, resume)
     with state.main_process_first():  # which builds what a named model has to build
-        job = assemble(settings)
+        job = assemble(settings, state.num_processes)
+    if resume:
+        job.plan.check_resumable(resume)
     if state.is_main_process:
         logger.info("prompts: %s", job.prompts)
     return Run(job, output, resume, initial)()
@@ -136,14 +138,8 @@ class Run:
         set_seed(config.seed)
         self.accelerator = accelerator or self._accelerator()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
-        backend = job.backend
-        times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
-        grid = torch.tensor([*times, 0.0], dtype=torch.float64) if times else backend.grid(config.num_inference_steps)
-        self.sampler = FewStepSampler(backend.path, grid, config.eta, config.sde_type)
-        renoising = config.sde_type == "cps" and config.eta >= 0.5  # the others keep the ODE's marginals
-        sample_eta = renoising if config.sample_eta is None else config.sample_eta
-        user_sampler = FewStepSampler(backend.path, grid, float(sample_eta))
-        self.observer = Observer(job, self.accelerator, user_sampler, output)
+        self.plan = job.plan
+        self.observer = Observer(job, self.accelerator, output)
         self.stopped: int | None = None  # the signal that asked for an end
 
     def _accelerator(self) -> Accelerator:
@@ -154,40 +150,27 @@ class Run:
 
     def __call__(self) -> Path:
         config, accelerator, backend = self.config, self.accelerator, self.job.backend
-        objectives = self.job.objectives
-        roles: tuple[Role, ...] = ("student", "fake_score", *combined_needs(objectives).roles)
         if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
-        backend.prepare(accelerator, roles=roles)
+        backend.prepare(accelerator, roles=self.plan.roles)
         for rewards in (self.job.rewards, self.job.eval_rewards):
             if rewards:
                 rewards.prepare(accelerator.device, dtype_of(config.mixed_precision))
-        progress = Progress(0, 0, 0, 0)
-        if self.resume:  # what does not fit is found before anything is written
-            progress = read_progress(self.resume)
-            for role in ("student", "fake_score"):
-                load_parameters(self.resume, role, backend.parameters(role))
-            if progress.stage == 2 and backend.parameters("reference"):
-                load_parameters(self.resume, "reference", backend.parameters("reference"))
-            if config.ema_decay and not (self.resume / "ema.safetensors").is_file():
-                raise ConfigError(f"--ema_decay: {self.resume} holds no average of the student to go on with")
         self._load_initial()
+        progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0)
+        stages = [stage for stage in self.plan.stages if stage.number >= progress.stage]
+        trainer: Trainer | None = self.trainer(stages[0], progress if self.resume else None)  # or refuse what misfits
         if accelerator.is_main_process:
             self._open_folder(progress)
         if config.report_to != "none":
             accelerator.init_trackers("tensorboard" if config.report_to == "tensorboard" else "dmdr")
-
-        plan = stages(config)
-        total = plan[-1].first_step + plan[-1].steps
-        with tqdm(total=total, initial=progress.total, desc="train", disable=not accelerator.is_main_process) as bar:
-            for stage in plan:
-                if stage.number >= progress.stage:
-                    resumed = progress if stage.number == progress.stage else None
-                    self._train(stage, resumed, progress.prompts_consumed, bar)
-                    progress = self.progress
-                    if self.stopped is not None:
-                        bar.close()
-                        self._leave()
+        bar = tqdm(
+            total=self.plan.updates, initial=progress.total, desc="train", disable=not accelerator.is_main_process
+        )
+        with bar:
+            for stage in stages:
+                self._train(stage, trainer or self.trainer(stage), progress, bar)
+                trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
         self._finish()
         return self.output
 
@@ -216,15 +199,15 @@ class Run:
             lines = [line for line in log.read_text().splitlines() if _step_of(line) <= progress.total]
             images.write_atomically(log, "".join(f"{line}\n" for line in lines).encode())
 
-    def _train(self, stage: Stage, resumed: Progress | None, prompts_consumed: int, bar: "tqdm[Any]") -> None:
+    def _train(self, stage: Stage, trainer: Trainer, before: Progress, bar: "tqdm[Any]") -> None:
         config = self.config
-        trainer = self.trainer(stage, resumed)
-        trainer.prompts.skip_to(prompts_consumed)
-        self.progress = resumed or Progress(stage.number, 0, stage.first_step, prompts_consumed)
-        if resumed is None and any("reference" in t.objective.needs.roles for t in trainer.objectives):
-            self.job.backend.snapshot()
-        if resumed is None and stage.first_step == 0:
-            self._draw_grid()
+        trainer.prompts.skip_to(before.prompts_consumed)
+        self.progress = Progress(stage.number, trainer.step, stage.first_step + trainer.step, before.prompts_consumed)
+        if before.stage != stage.number:  # it begins here
+            if "reference" in trainer.objectives.needs.roles:
+                self.job.backend.snapshot()
+            if stage.first_step == 0:
+                self._draw_grid()
         with closing(trainer.prompts), self._signals():
             try:
                 while trainer.step < stage.steps and not self._asked_to_stop():
@@ -251,6 +234,9 @@ class Run:
             self._draw_grid()
             if config.num_eval_samples and self.accelerator.is_main_process:
                 self.observer.evaluate_student(f"stage {stage.number}")
+        else:
+            bar.close()
+            self._leave()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: they all leave after the same step."""
@@ -280,7 +266,7 @@ class Run:
             export(
                 self.output / "student",
                 self.job.backend,
-                self.observer.sampler,
+                self.job.user_sampler,
                 base=self.job.folder,
                 family=self.config.backend,
                 name=self.config.model,
@@ -322,100 +308,99 @@ class Run:
 
     # --- Parts -----------------------------------------------------------------------------------------------------
 
-    def trainer(self, stage: Stage, resumed: Progress | None) -> Trainer:
-        """The trainer of a stage, as new or as a checkpoint left it."""
-        config, job, accelerator = self.config, self.job, self.accelerator
-        first = stage.number == 1
+    def trainer(self, stage: Stage, resumed: Progress | None = None) -> Trainer:
+        """The trainer of a stage, as new or as the checkpoint left it.
+
+        Raises:
+            ConfigError: If the checkpoint does not fit.
+        """
+        job, accelerator, plan = self.job, self.accelerator, self.plan
         step = resumed.step if resumed else 0
-        state = self.resume if resumed else None
-        dyna = min(config.stage1_steps if config.dyna_steps is None else config.dyna_steps, config.stage1_steps)
-        jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
+        student = self.learner("student", stage.learning_rate, step, self.config.weight_decay)
+        fake_score = self.learner("fake_score", stage.fake_learning_rate, step)
+        if self.config.ema_decay:
+            student.ema = EMA(student.parameters, self.config.ema_decay)
+        micro = plan.batch.micro
         trainer = Trainer(
             backend=job.backend,
-            sampler=self.sampler,
+            sampler=job.sampler,
             prompts=self.prompts(),
-            student=self.learner("student", stage.learning_rate, stage, step, state),
-            fake_score=self.learner("fake_score", stage.fake_learning_rate, stage, step, state),
+            learners={learner.name: learner for learner in (student, fake_score)},
             matching=job.matching,
+            objectives=Objectives(stage.objectives, stage.rl_weight, student, [fake_score], micro),
             accelerator=accelerator,
             scaler=self.scaler,
-            seed=config.seed,
-            micro_batch_size=config.per_device_train_batch_size,
-            fake_updates=config.fake_updates,
-            fake_mix=DynaDG(config.dyna_guidance if first else 0.0, dyna),
-            renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], dyna if first else 0),
-            guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
-            dmd_weight=config.dmd_weight,
-            rl_weight=0.0 if first else config.rl_weight,
-            objectives=() if first else job.objectives,
-            rewards=job.rewards,
-            sample_weight=RewardTilt(
-                config.reward_tilt,
-                weight=config.tilt_weight,
-                divergence=config.tilt_divergence,
-                baseline=config.tilt_baseline,
-            )
-            if first and config.reward_tilt and job.rewards
-            else None,
+            seed=self.config.seed,
+            micro_batch_size=micro,
+            matches=plan.matches,
+            rounds=plan.rounds,
+            dmd_weight=stage.dmd_weight,
+            fake_mix=stage.fake_mix,
+            renoise=stage.renoise,
+            guidance=plan.guidance,
+            scorer=RolloutScorer(job.rewards, job.backend, accelerator, micro) if job.rewards else None,
+            sample_weight=stage.sample_weight,
             first_step=stage.first_step,
             step=step,
         )
-        if state:
-            if trainer.student.ema:
-                load_parameters(state, "ema", trainer.student.ema.average)
-            optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
-            extra = load_training(state, optimizers)
+        if self.resume and resumed:
+            tensors, optimizers = self._kept(trainer, with_reference=stage.number == 2)
+            extra = restore(self.resume, tensors, optimizers)
             self.scaler.load_state_dict(extra["scaler"])
-            trainer.objective_states = extra["objectives"]
+            trainer.objectives.states = extra["objectives"]
             for name, part in _stateful_parts(trainer).items():
                 if name in extra:
                     part.load_state_dict(extra[name])
-            if not first and job.backend.parameters("reference"):
-                load_parameters(state, "reference", job.backend.parameters("reference"))
         return trainer
+
+    def _kept(
+        self, trainer: Trainer, *, with_reference: bool = True
+    ) -> tuple[Tensors, dict[str, torch.optim.Optimizer]]:
+        """What a checkpoint holds: tensors by role, and optimizers by role."""
+        learners = trainer.learners
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {
+            name: learner.parameters for name, learner in learners.items()
+        }
+        reference = self.job.backend.parameters("reference")
+        if reference and with_reference:
+            tensors["reference"] = reference
+        if trainer.student.ema:
+            tensors["ema"] = trainer.student.ema.average
+        return tensors, {name: learner.optimizer for name, learner in learners.items()}
 
     def prompts(self) -> PromptStream:
         """The prompts of the run, this process's share, from the start."""
-        config, accelerator = self.config, self.accelerator
-        local = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return PromptStream(
             self.job.prompts,
-            local * accelerator.num_processes,
-            group_size=config.num_generations,
-            seed=config.seed,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
+            self.plan.batch.whole,
+            group_size=self.plan.batch.group,
+            seed=self.config.seed,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
         )
 
     def _upcoming_prompts(self, size: int) -> list[str]:
         """Those that the run will read, of all processes."""
-        config = self.config
-        batches = sum(stage.steps for stage in stages(config)) * (config.fake_updates if config.dmd_weight else 1)
         stream = self.prompts()
-        some = batches * stream.batch_size < size * config.num_generations
-        drawn = stream.first(batches) if some else self.job.prompts.first(size)
+        some = self.plan.rollouts * stream.batch_size < size * stream.group_size
+        drawn = stream.first(self.plan.rollouts) if some else self.job.prompts.first(size)
         return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
 
-    def learner(self, role: Role, rate: float, stage: Stage, step: int, state: Path | None) -> Learner:
+    def learner(self, role: Role, rate: Schedule, step: int, weight_decay: float = 0.0) -> Learner:
         """A role with AdamW and its schedule, `step` updates into the stage."""
         config = self.config
         parameters = self.job.backend.parameters(role)
-        if state:
-            load_parameters(state, role, parameters)
         optimizer = self.optimizer(
             parameters.values(),
-            lr=rate,
+            lr=rate.value,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.weight_decay if role == "student" else 0.0,
+            weight_decay=weight_decay,
         )
         for group in optimizer.param_groups:
-            group["initial_lr"] = rate
-        name, warmup = (config.lr_scheduler_type, config.warmup_steps) if role == "student" else ("constant", 0)
-        factor = partial(_factor, name=name, steps=stage.steps, warmup_steps=warmup)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=step - 1)
-        ema = EMA(parameters, config.ema_decay) if role == "student" and config.ema_decay else None
-        return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm, ema)
+            group["initial_lr"] = rate.value
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, replace(rate, value=1.0), last_epoch=step - 1)
+        return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
         """The AdamW that --optim names."""
@@ -426,18 +411,12 @@ class Run:
             return
         extra = {
             "scaler": self.scaler.state_dict(),
-            "objectives": trainer.states_of_objectives(),
+            "objectives": trainer.objectives.state_dict(),
             **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
         }
-        optimizers = {"student": trainer.student.optimizer, "fake_score": trainer.fake_score.optimizer}
+        tensors, optimizers = self._kept(trainer)
         folder = save_checkpoint(
-            self.output / "checkpoints",
-            self.progress,
-            self.job.backend,
-            optimizers,
-            extra,
-            ema=trainer.student.ema,
-            stage_end=stage_end,
+            self.output / "checkpoints", self.progress, tensors, optimizers, extra, stage_end=stage_end
         )
         logger.debug("saved %s", folder)
         prune(self.output, self.config.save_total_limit)
@@ -447,7 +426,7 @@ class Run:
         evaluated = self.config.num_eval_samples > 0 and self._due(self.config.eval_steps)
         if trainer.step % self.config.logging_steps and trainer.step > 1 and not evaluated:
             return
-        rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.active_objectives else {}
+        rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
         values = {**line, **rewards, "seconds": seconds}
         if evaluated and self.accelerator.is_main_process:
             with self._averaged(trainer):
@@ -486,7 +465,3 @@ def _stateful_parts(trainer: Trainer) -> dict[str, Any]:
     """Matching and weight of samples, where they have a state to be saved."""
     parts = {"matching": trainer.matching, "sample_weight": trainer.sample_weight}
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-
-
-def _factor(step: int, *, name: str, steps: int, warmup_steps: int) -> float:
-    return learning_rate_factor(name, step, steps, warmup_steps)

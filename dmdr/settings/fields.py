@@ -62,6 +62,10 @@ class Config(Flags):
     matching: str = flag("dmd", "how student and teacher are compared")
     dmd_weight: float = flag(1.0, "weight of the matching loss; 0 is RL only")
     rl_weight: float = flag(0.3, "lambda of L = L_DMD + lambda L_RL in stage 2")
+    rl_weight_schedule: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "how rl_weight goes on after its warm-up: as it is, or to 0 at the end of stage 2"
+    )
+    rl_warmup_steps: int = flag(0, "student updates over which rl_weight grows from 0")
     stage1_steps: int = flag(2000, "student updates of stage 1 (RT-DM, DynaDG, DynaRS); 0 skips it")
     stage2_steps: int = flag(1000, "student updates of stage 2 (joint DMD and RL); 0 skips it")
     init_student: str | None = flag(
@@ -188,8 +192,8 @@ class Config(Flags):
             per_device_train_batch_size gradient_accumulation_steps logging_steps teacher_steps"""
         for name in at_least_one.split():
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        not_negative = """stage1_steps stage2_steps warmup_steps save_steps sample_steps eval_steps num_eval_samples
-            dmd_weight rl_weight guidance_scale guidance_jitter reward_tilt weight_decay seed"""
+        not_negative = """stage1_steps stage2_steps warmup_steps rl_warmup_steps save_steps sample_steps eval_steps
+            num_eval_samples dmd_weight rl_weight guidance_scale guidance_jitter reward_tilt weight_decay seed"""
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "at least 0")
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm

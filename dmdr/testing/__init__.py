@@ -10,7 +10,7 @@ from dmdr.testing.backends import BACKEND_CHECKS, check_backend
 from dmdr.testing.objectives import OBJECTIVE_CHECKS, check_objective
 from dmdr.testing.rewards import REWARD_CHECKS, check_reward
 from dmdr.testing.toy import toy_trainer
-from dmdr.training.trainer import WeightedObjective
+from dmdr.training.objectives import WeightedObjective
 
 __all__ = [
     "BACKEND_CHECKS",

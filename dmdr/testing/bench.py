@@ -13,7 +13,9 @@ from dmdr.errors import TrainingError
 from dmdr.protocols import Needs, Reward, RewardObjective
 from dmdr.testing.common import CannotRun
 from dmdr.testing.toy import toy_trainer
-from dmdr.training.trainer import Step, Trainer, WeightedObjective
+from dmdr.training.context import StepContext
+from dmdr.training.objectives import WeightedObjective
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Rollout, Term, checked, terms_of
 
 Build = Callable[[], RewardObjective]
@@ -25,7 +27,7 @@ class Bench:
 
     objective: RewardObjective
     trainer: Trainer
-    ctx: Step
+    ctx: StepContext
     draw: Draw
 
     @property
@@ -90,7 +92,7 @@ def trainer_of(
     term = WeightedObjective("checked", 1.0, objective)
     trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
     if not needs.reward:
-        trainer.rewards = None
+        trainer.scorer = None
     if on_declared:
         trainer.pick = partial(pick_declared, trainer)  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
@@ -112,10 +114,10 @@ def bench_of(build: Build, reward: Reward | None, *, needs: Needs | None = None,
     return bench
 
 
-def drawn(trainer: Trainer, ctx: Step) -> Draw:
+def drawn(trainer: Trainer, ctx: StepContext) -> Draw:
     """What the trainer would hand to the objective."""
-    (term,) = trainer.objectives
-    draw = trainer.pick(trainer.rollout(ctx, trainer.shared_noise(ctx)), ctx)
+    (term,) = trainer.objectives.terms
+    draw = trainer.pick(trainer.rollout(ctx, trainer.objectives.shared_noise(ctx)), ctx)
     if term.objective.needs.matching:
         draw = replace(draw, direction=trainer.direction(draw, ctx))
     return replace(draw, mask=term.declared(draw, trainer.sampler.num_inference_steps - 1))
@@ -128,7 +130,7 @@ class Declaring:
     needs: Needs
     objective: Any
 
-    def __call__(self, draw: Draw, ctx: Step) -> Any:
+    def __call__(self, draw: Draw, ctx: StepContext) -> Any:
         return self.objective(draw, ctx)
 
     def __getattr__(self, optional: str) -> Any:
@@ -152,10 +154,10 @@ def valid_of(term: Term, draw: Draw) -> Tensor:
     return draw.mask if term.valid is None else draw.mask & term.valid
 
 
-def pick_declared(trainer: Trainer, rollout: Rollout, ctx: Step) -> Draw:
+def pick_declared(trainer: Trainer, rollout: Rollout, ctx: StepContext) -> Draw:
     """The steps that the objective acts on in turn, so that it acts on every sample."""
     count = trainer.sampler.num_inference_steps
-    (term,) = trainer.objectives
+    (term,) = trainer.objectives.terms
     every = (rollout.pick(torch.full_like(rollout.sample, index)) for index in range(count))
     steps = [index for index, draw in enumerate(every) if term.declared(draw, count - 1).any()]
     assert steps, f"needs.steps {term.objective.needs.steps} names none of the {count} student steps"
@@ -168,9 +170,9 @@ def train(trainer: Trainer, situation: str, advice: str = "") -> None:
     Raises:
         AssertionError: If its loss or its gradient is not finite.
     """
-    gradient_of = trainer.gradient_of
+    gradient_of = trainer.objectives.gradient_of
 
-    def watched(term: WeightedObjective, draw: Draw, ctx: Step) -> Tensor:
+    def watched(term: WeightedObjective, draw: Draw, ctx: StepContext) -> Tensor:
         grad = gradient_of(term, draw, ctx)
         own = [p.grad for p in trainer.student.parameters.values() if p.grad is not None]
         shares = {
@@ -182,10 +184,10 @@ def train(trainer: Trainer, situation: str, advice: str = "") -> None:
         assert not bad, f"{situation}, this is not finite of the objective: its {' and its '.join(bad)}{advice}"
         return grad
 
-    trainer.gradient_of = watched  # type: ignore[method-assign]
+    trainer.objectives.gradient_of = watched  # type: ignore[method-assign]
     try:
         trainer.train_step()
     except TrainingError as error:
         raise AssertionError(f"{situation}, the training stopped: {error}") from error
     finally:
-        trainer.gradient_of = gradient_of  # type: ignore[method-assign]
+        trainer.objectives.gradient_of = gradient_of  # type: ignore[method-assign]

@@ -144,7 +144,7 @@ def what_it_is_given_is_only_read(build: Build, reward: Reward | None = None) ->
 def _given(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     """All tensors that an objective can lay hands on, by name."""
     yield from _tensors(bench.draw)
-    if bench.trainer.rewards:
+    if bench.ctx.rewards:
         scores, group = bench.ctx.global_scores()
         yield from ((f"ctx.global_scores()[0]['{name}']", score) for name, score in scores.items())
         yield "ctx.global_scores()[1]", group
@@ -179,7 +179,7 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
     )
     reached = any(p.grad is not None for p in backend.parameters("fake_score").values())
     assert not reached, "the loss must not reach the fake score; detach its prediction"
-    for _, part in bench.trainer.rewards.parts.values() if bench.trainer.rewards else ():
+    for _, part in bench.ctx.rewards.parts.values() if bench.ctx.rewards else ():
         for name, network in networks(part):
             trained = any(p.grad is not None for p in network.parameters())
             assert not trained, f"the loss reaches the reward's {name}; a reward is frozen in `prepare`"

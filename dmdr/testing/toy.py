@@ -12,8 +12,10 @@ from dmdr.protocols import BackendOptions, Reward, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
-from dmdr.training.schedules import DynaDG, DynaRS
-from dmdr.training.trainer import Trainer, WeightedObjective
+from dmdr.training.objectives import Objectives, WeightedObjective
+from dmdr.training.schedules import DynaDG, DynaRS, Schedule
+from dmdr.training.scorer import RolloutScorer
+from dmdr.training.trainer import Trainer
 
 
 def toy_trainer(
@@ -48,6 +50,8 @@ def toy_trainer(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         return Learner(role, parameters, optimizer, schedule, accelerator, scaler, max_grad_norm=1e9)
 
+    student, fake_score = learner("student"), learner("fake_score")
+    micro = micro_batch_size or batch_size // accelerator.num_processes
     return Trainer(
         backend=backend,
         sampler=FewStepSampler(backend.path, time_grid(num_inference_steps), 1.0),
@@ -59,19 +63,18 @@ def toy_trainer(
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         ),
-        student=learner("student"),
-        fake_score=learner("fake_score"),
+        learners={"student": student, "fake_score": fake_score},
         matching=DMD(),
+        objectives=Objectives(objectives, Schedule(rl_weight), student, [fake_score], micro),
         accelerator=accelerator,
         scaler=scaler,
         seed=seed,
-        micro_batch_size=micro_batch_size or batch_size // accelerator.num_processes,
-        fake_updates=2,
+        micro_batch_size=micro,
+        matches=dmd_weight > 0,
+        rounds=2 if dmd_weight else 1,
+        dmd_weight=Schedule(dmd_weight),
         fake_mix=DynaDG(0.0, 0),
         renoise=DynaRS(1.0, 1.0, 0),
-        dmd_weight=dmd_weight,
-        rl_weight=rl_weight,
-        objectives=objectives,
-        rewards=Rewards({"toy": (1.0, climbed)}),
+        scorer=RolloutScorer(Rewards({"toy": (1.0, climbed)}), backend, accelerator, micro),
         sample_weight=sample_weight,
     )

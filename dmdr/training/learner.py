@@ -1,6 +1,7 @@
 """A trained role: parameters, optimizer, schedule, and the average that follows them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,28 @@ class Learner:
     ) -> None:
         self.name, self.parameters, self.optimizer, self.scheduler = name, dict(parameters), optimizer, scheduler
         self.accelerator, self.scaler, self.max_grad_norm, self.ema = accelerator, scaler, max_grad_norm, ema
+
+    @contextmanager
+    def apart(self) -> Iterator[Callable[[Tensor], None]]:
+        """Keep the gradients that arrive inside apart from those that were there, and add them up at the end.
+
+        Yields:
+            Multiplies the gradients that have arrived, and only those, by a factor.
+        """
+        parameters = list(self.parameters.values())
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+        def rescale(factor: Tensor) -> None:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+        yield rescale
+        for parameter, other in zip(parameters, before, strict=True):
+            if other is not None:
+                parameter.grad = other if parameter.grad is None else parameter.grad + other
 
     def update(self) -> float:
         """Average, unscale and clip the gradients, then step, and take the new parameters into their average.

@@ -1,7 +1,8 @@
-"""What changes with the step: DynaDG and DynaRS (DMDR, arXiv 2511.13649, section 2.5)."""
+"""What changes with the step: learning rates, loss weights, DynaDG and DynaRS (DMDR, arXiv 2511.13649, section 2.5)."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 def cosine_decay(step: int, steps: int) -> float:
@@ -46,11 +47,34 @@ class DynaRS:
         return 1 + (self.alpha - 1) * c, 1 + (self.beta - 1) * c
 
 
-def learning_rate_factor(name: str, step: int, steps: int, warmup_steps: int) -> float:
-    """Share of the learning rate at a step: linear warm-up, then constant, linear or half-cosine decay to 0."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if name == "constant":
-        return 1.0
-    done = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    return cosine_decay(step - warmup_steps, max(steps - warmup_steps, 1)) if name == "cosine" else max(1 - done, 0.0)
+@dataclass(frozen=True)
+class Schedule:
+    """A number that changes with the step: a linear warm-up, then constant, or a linear or half-cosine decay to 0.
+
+    Attributes:
+        value: After the warm-up.
+        shape: "constant", "linear" or "cosine".
+        steps: Of the stage, at whose end a decay arrives at 0.
+        warmup_steps: Steps of the warm-up; step s of it has the share (s + 1) / (warmup_steps + 1).
+    """
+
+    value: float
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    steps: int = 0
+    warmup_steps: int = 0
+
+    def __call__(self, step: int) -> float:
+        return self.value * self._share(step)
+
+    def __str__(self) -> str:
+        warmup = f", warm-up of {self.warmup_steps}" if self.warmup_steps else ""
+        decay = f", {self.shape} to 0" if self.shape != "constant" else ""
+        return f"{self.value:g}{warmup}{decay}"
+
+    def _share(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.shape == "constant":
+            return 1.0
+        done, whole = step - self.warmup_steps, max(self.steps - self.warmup_steps, 1)
+        return cosine_decay(done, whole) if self.shape == "cosine" else max(1 - done / whole, 0.0)

@@ -13,11 +13,11 @@ from metrics import short
 
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import checkpoints
-from dmdr.run.job import check_columns, check_needs, open_backend, open_prompts
+from dmdr.run.job import open_backend, open_prompts, planned
 from dmdr.settings import registry
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Chosen, Settings, parse
-from dmdr.training.trainer import WeightedObjective
+from dmdr.settings.verify import check_columns
 
 # What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
 STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
@@ -147,8 +147,7 @@ class Runs:
             if self.inputs and inputs not in self.looked_at:
                 check_inputs(settings)
                 self.looked_at.add(inputs)
-            objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
-            check_needs(settings.config, objectives, settings)
+            planned(settings)
             for matching in settings.of("matchings"):
                 matching.build()
         except ConfigError as error:

@@ -37,11 +37,10 @@ from dmdr.errors import ConfigError
 from dmdr.protocols import BackendOptions
 from dmdr.rewards import Rewards
 from dmdr.run.job import assemble, pipeline_class
-from dmdr.run.plan import stages
 from dmdr.run.run import Run
 from dmdr.settings import registry
 from dmdr.settings.parse import parse
-from dmdr.training.trainer import combined_needs
+from dmdr.training.objectives import combined_needs
 from family import FAMILIES
 
 logging.set_verbosity_error()
@@ -187,7 +186,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     backend: Any = job.backend
     run = Run(job, tmp_path / "run", None, None)
     backend.prepare(run.accelerator, roles=("student", "fake_score", *combined_needs(job.objectives).roles))
-    trainer = run.trainer(stages(job.config)[0], None)
+    trainer = run.trainer(job.plan.stages[0])
     for learner in (trainer.student, trainer.fake_score):
         for group in learner.optimizer.param_groups:
             group["foreach"] = True  # as on CUDA

@@ -17,8 +17,11 @@ from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
+from dmdr.training.objectives import Objectives, WeightedObjective
+from dmdr.training.schedules import Schedule
+from dmdr.training.scorer import RolloutScorer
 from dmdr.training.tilt import bounded, density_ratio
-from dmdr.training.trainer import Trainer, WeightedObjective
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 
 Optimize = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -116,6 +119,7 @@ def trainer(
     rewards: Any = None,
     rl_weight: float = 1.0,
     dmd_weight: float = 1.0,
+    fake_updates: int = 1,
     sample_weight: SampleWeight | None = None,
     sde_type: Any = "cps",
     matching: Matching | None = None,
@@ -141,7 +145,12 @@ def trainer(
         return Learner(role, parameters, optimizer, scheduler, accelerator, scaler, max_grad_norm)
 
     weighted = [term if isinstance(term, tuple) else (1.0, term) for term in objectives]
-    settings = {"seed": 0, "fake_updates": 1, "fake_mix": lambda step: 0.0, "renoise": lambda step: (4.0, 1.5)}
+    terms = [WeightedObjective(type(o).__name__.lower(), w, o) for w, o in weighted] if rl_weight else []
+    student, fake_score = learner("student", optimize), learner("fake_score", fake_optimize or optimize)
+    micro = micro_batch or batch
+    if rewards is not None and not isinstance(rewards, Rewards):
+        rewards = Rewards({"toy": (1.0, rewards)})
+    settings = {"seed": 0, "fake_mix": lambda step: 0.0, "renoise": lambda step: (4.0, 1.5)}
     return Trainer(
         backend=backend,
         sampler=FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta, sde_type),
@@ -152,16 +161,16 @@ def trainer(
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         ),
-        student=learner("student", optimize),
-        fake_score=learner("fake_score", fake_optimize or optimize),
+        learners={"student": student, "fake_score": fake_score},
         matching=matching or DMD(),
+        objectives=Objectives(terms, Schedule(rl_weight), student, [fake_score], micro),
         accelerator=accelerator,
         scaler=scaler,
-        micro_batch_size=micro_batch or batch,
-        dmd_weight=dmd_weight,
-        rl_weight=rl_weight,
-        objectives=[WeightedObjective(type(o).__name__.lower(), w, o) for w, o in weighted],
-        rewards=rewards if rewards is None or isinstance(rewards, Rewards) else Rewards({"toy": (1.0, rewards)}),
+        micro_batch_size=micro,
+        matches=dmd_weight > 0,
+        rounds=fake_updates if dmd_weight else 1,
+        dmd_weight=Schedule(dmd_weight),
+        scorer=None if rewards is None else RolloutScorer(rewards, backend, accelerator, micro),
         sample_weight=sample_weight,
         **{**settings, **kwargs},
     )

@@ -17,7 +17,8 @@ from dmdr.errors import ConfigError
 from dmdr.images import to_pil
 from dmdr.paths import Prediction, expand
 from dmdr.testing import check_objective
-from dmdr.training.trainer import Step, Trainer
+from dmdr.training.context import StepContext
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_dpo import DPO
 from dmdr_dpo.pairs import best_and_worst
@@ -35,12 +36,12 @@ def at_start(cls: type[ToyBackend] = DoubleToy) -> Any:
     return backend
 
 
-def first_draw(running: Trainer) -> tuple[Step, Draw]:
+def first_draw(running: Trainer) -> tuple[StepContext, Draw]:
     ctx = running.context(0)
     return ctx, running.pick(running.rollout(ctx), ctx)
 
 
-def ask(objective: DPO, backend: Any, **settings: Any) -> tuple[Term, Draw, Step]:
+def ask(objective: DPO, backend: Any, **settings: Any) -> tuple[Term, Draw, StepContext]:
     """The objective's answer to the first draw of four groups of four."""
     settings = {"batch": 16, "group_size": 4, "rewards": Plain()} | settings
     ctx, draw = first_draw(trainer(backend, objectives=[objective], **settings))

@@ -28,7 +28,7 @@ def running(grpo: GRPO, backend: ToyBackend | None = None, **settings: Any) -> T
 
 def drawn(trainer: Trainer) -> tuple[Draw, Any]:
     ctx = trainer.context(0)
-    return trainer.pick(trainer.rollout(ctx, trainer.shared_noise(ctx)), ctx), ctx
+    return trainer.pick(trainer.rollout(ctx, trainer.objectives.shared_noise(ctx)), ctx), ctx
 
 
 def terms(grpo: GRPO, trainer: Trainer, iteration: int = 0, draw: Draw | None = None, ctx: Any = None) -> list[Term]:
@@ -338,7 +338,7 @@ def test_two_objectives_share_what_both_name() -> None:
         rewards=Plain(),
         objectives=[GRPO(policy_steps="early:1"), GRPO(policy_steps="early:2", init_same_noise=False)],
     )
-    assert toy.shared_noise(toy.context(0)) == [3]
+    assert toy.objectives.shared_noise(toy.context(0)) == [3]
 
 
 def test_one_graph_at_a_time() -> None:
@@ -349,7 +349,7 @@ def test_one_graph_at_a_time() -> None:
         draw, ctx = drawn(toy)
         ctx.global_scores()
         with Meter(toy.backend) as meter:  # type: ignore[arg-type]
-            toy.gradient_of(toy.objectives[0], draw, ctx)
+            toy.objectives.gradient_of(toy.objectives.terms[0], draw, ctx)
         assert meter.alive == 0
         return meter.peak
 
@@ -401,7 +401,7 @@ def test_a_rollout_is_used_again_while_the_fake_score_rests() -> None:
     grpo = GRPO(num_iterations=3, epsilon=100.0)
     toy = running(grpo, dmd_weight=1.0, optimize=lambda p: torch.optim.SGD(p, lr=0.05))
     calls, fakes, iterations = [], [], []
-    rollout, again, ask = toy.rollout, toy.answer_again, toy.gradient_of
+    rollout, again, ask = toy.rollout, toy.answer_again, toy.objectives.gradient_of
 
     def spy(term: Any, draw: Draw, ctx: Any) -> Tensor:
         iterations.append(draw.iteration)
@@ -410,7 +410,7 @@ def test_a_rollout_is_used_again_while_the_fake_score_rests() -> None:
 
     toy.rollout = lambda *args: calls.append("rollout") or rollout(*args)  # type: ignore[method-assign,func-returns-value]
     toy.answer_again = lambda *args: calls.append("again") or again(*args)  # type: ignore[method-assign,func-returns-value]
-    toy.gradient_of = spy  # type: ignore[method-assign]
+    toy.objectives.gradient_of = spy  # type: ignore[method-assign]
     line = toy.train_step()
     assert calls == ["rollout", "again", "again"]
     assert iterations == [0, 1, 2]

@@ -263,7 +263,7 @@ def test_a_checkpoint_brings_the_old_policy_back() -> None:
 def test_without_its_share_of_the_loss_it_saves_nothing() -> None:
     toy = running(DiffusionNFT(), rl_weight=0.0, dmd_weight=1.0)
     toy.train_step()
-    assert toy.states_of_objectives() == {"diffusionnft": {}}
+    assert toy.objectives.state_dict() == {}
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from dmdr.rewards import Rewards
 from dmdr.run.job import check_needs
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.parse import parse
-from dmdr.training.trainer import Trainer, WeightedObjective
+from dmdr.training.objectives import WeightedObjective
+from dmdr.training.trainer import Trainer
 from dmdr.types import Condition, Draw, Rollout, Term, terms_of
 from dmdr_digits import Digits
 from dmdr_refl import ReFL

@@ -90,12 +90,12 @@ def test_a_checkpoint_holds_the_whole_average(tmp_path: Path) -> None:
     toy.train_step()
     ema.update()
     kept = {name: average.clone() for name, average in ema.average.items()}
-    folder = save_checkpoint(tmp_path, Progress(1, 1, 1, 1), toy.backend, {}, {}, ema=ema)
+    folder = save_checkpoint(tmp_path, Progress(1, 1, 1, 1), {"ema": ema.average}, {}, {})
     assert load_file(folder / "ema.safetensors").keys() == kept.keys()
     other = EMA(toy.student.parameters, 0.5)
     load_parameters(folder, "ema", other.average)
     assert all(torch.equal(other.average[name], kept[name]) for name in kept)
     assert not all(torch.equal(kept[name], p) for name, p in state(toy).items())
-    without = save_checkpoint(tmp_path, Progress(1, 2, 2, 2), toy.backend, {}, {})
-    with pytest.raises(ConfigError, match="holds no ema"):
+    without = save_checkpoint(tmp_path, Progress(1, 2, 2, 2), {}, {}, {})
+    with pytest.raises(ConfigError, match="holds no average of the student"):
         load_parameters(without, "ema", other.average)

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,15 @@ from dmdr.run.checkpoint import (
     checkpoints,
     find_initial,
     load_parameters,
-    load_training,
     prune,
     read_progress,
+    restore,
     save_checkpoint,
 )
 
 
 class Roles:
-    """What of a backend is saved: two trained roles and no reference."""
+    """What a run saves: two trained roles and no reference."""
 
     def __init__(self, seed: int = 0, width: int = 3) -> None:
         torch.manual_seed(seed)
@@ -35,8 +34,9 @@ class Roles:
             role: torch.optim.AdamW(network.parameters(), lr=0.1) for role, network in self.networks.items()
         }
 
-    def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        return dict(self.networks[role].named_parameters()) if role in self.networks else {}
+    @property
+    def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {role: dict(network.named_parameters()) for role, network in self.networks.items()}
 
     def train(self) -> None:
         for role, network in self.networks.items():
@@ -52,7 +52,7 @@ def save(folder: Path, total: int, *, stage: int = 1, roles: Any = None, stage_e
     roles = roles or Roles()
     extra = {"objectives": {"mine": {"mean": torch.tensor(2.0)}}}
     place = Progress(stage, total, total, 3 * total)
-    return save_checkpoint(folder / "checkpoints", place, roles, roles.optimizers, extra, stage_end=stage_end)
+    return save_checkpoint(folder / "checkpoints", place, roles.tensors, roles.optimizers, extra, stage_end=stage_end)
 
 
 def names(folder: Path) -> list[str]:
@@ -66,9 +66,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert folder == tmp_path / "checkpoints" / "step-000012"
     assert read_progress(folder) == Progress(stage=1, step=12, total=12, prompts_consumed=36)
     other = Roles(seed=1)
-    for role in ("student", "fake_score"):
-        load_parameters(folder, role, other.parameters(role))  # type: ignore[arg-type]
-    extra = load_training(folder, other.optimizers)
+    extra = restore(folder, other.tensors, other.optimizers)
     assert extra == {"objectives": {"mine": {"mean": torch.tensor(2.0)}}}
     assert all(map(torch.equal, roles.state(), other.state()))
     roles.train()
@@ -80,7 +78,7 @@ def test_settings_of_the_optimizer_are_those_of_the_new_run(tmp_path: Path) -> N
     folder = save(tmp_path, 1)
     other = Roles()
     other.optimizers["student"].param_groups[0]["lr"] = 0.7
-    load_training(folder, other.optimizers)
+    restore(folder, {}, other.optimizers)
     assert other.optimizers["student"].param_groups[0]["lr"] == 0.7
 
 
@@ -118,7 +116,7 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
     extra = {"objectives": {"mine": {"seen": (1, "a", None), "mean": np.float64(2.0)}}}
     said = "state_dict() of objectives, mine, mean: a checkpoint holds tensors, numbers, text, lists and dicts, and no"
     with pytest.raises(TrainingError, match=re.escape(f"{said} numpy.float64")):
-        save_checkpoint(tmp_path, Progress(1, 1, 1, 3), roles, roles.optimizers, extra)  # type: ignore[arg-type]
+        save_checkpoint(tmp_path, Progress(1, 1, 1, 3), roles.tensors, roles.optimizers, extra)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,13 +162,13 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path: Pat
     folder = save(tmp_path, 1)
     wide, untouched = Roles(width=4), Roles(width=4)
     with pytest.raises(ConfigError, match=r"student\.safetensors.*weight.*\(2, 3\)"):
-        load_parameters(folder, "student", wide.parameters("student"))
+        load_parameters(folder, "student", wide.tensors["student"])
     with pytest.raises(ConfigError, match=r"student\.safetensors.*extra"):
-        load_parameters(folder, "student", wide.parameters("student") | {"extra": nn.Parameter(torch.ones(1))})
+        load_parameters(folder, "student", wide.tensors["student"] | {"extra": nn.Parameter(torch.ones(1))})
     with pytest.raises(ConfigError, match=r"student\.safetensors.*bias"):
         load_parameters(folder, "student", {"weight": nn.Parameter(torch.ones(2, 3))})
     with pytest.raises(ConfigError, match="holds no reference"):
-        load_parameters(folder, "reference", wide.parameters("student"))
+        load_parameters(folder, "reference", wide.tensors["student"])
     assert all(map(torch.equal, wide.state(), untouched.state()))
 
 
@@ -180,9 +178,9 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"student\.safetensors"):
-        load_parameters(folder, "student", roles.parameters("student"))
+        load_parameters(folder, "student", roles.tensors["student"])
     with pytest.raises(ConfigError, match=r"training\.pt"):
-        load_training(folder, roles.optimizers)
+        restore(folder, {}, roles.optimizers)
 
 
 # --- Where a student comes from ------------------------------------------------------------------------------------
@@ -207,10 +205,3 @@ def test_initial_student_that_is_nothing_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", Path(checkpoint.__file__)):
         with pytest.raises(ConfigError, match=r"--init_student .* no checkpoint, no export, and no run folder"):
             find_initial(str(path))
-
-
-def test_only_parameters_of_the_backend_are_asked_for(tmp_path: Path) -> None:
-    parameters = {"weight": nn.Parameter(torch.ones(2))}
-    backend = SimpleNamespace(parameters=lambda role: parameters if role == "reference" else {})
-    save_checkpoint(tmp_path, Progress(1, 1, 1, 1), backend, {}, {})  # type: ignore[arg-type]
-    assert (tmp_path / "step-000001" / "reference.safetensors").is_file()

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from dmdr import train
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run.job import assemble
-from dmdr.run.plan import stages
 from dmdr.run.run import Run
 from dmdr.settings.parse import parse
 from dmdr_digits import Digits
@@ -405,18 +404,18 @@ def test_grpo_on_an_sd3_pipeline_finds_a_lora_weight_that_moved(digits: Digits, 
     job.backend.prepare(run.accelerator, roles=("student", "fake_score"))
     assert job.rewards is not None
     job.rewards.prepare(run.accelerator.device, torch.float32)
-    trainer = run.trainer(stages(run.config)[1], None)
+    trainer = run.trainer(run.plan.stages[1])
     with torch.no_grad():
         for name, parameter in trainer.student.parameters.items():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     ctx = trainer.context(0)
-    draw = trainer.pick(trainer.rollout(ctx, trainer.shared_noise(ctx)), ctx)
-    (term,) = trainer.active_objectives
+    draw = trainer.pick(trainer.rollout(ctx, trainer.objectives.shared_noise(ctx)), ctx)
+    (term,) = trainer.objectives.terms
     for part in draw.split(trainer.micro_batch_size):
         for found in term.objective(replace(part, leaf=part.x0), ctx):  # type: ignore[union-attr]
             assert found.loss.requires_grad
     with torch.no_grad():
         next(p for n, p in trainer.student.parameters.items() if "lora_B" in n)[0, 0] += 1e-3
     with pytest.raises(TrainingError, match="before the first update the log-probability of step 0 is off by"):
-        trainer.climb(draw, ctx)
+        trainer.objectives.gradient(draw, ctx)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dmdr.run.run
-import dmdr.training.trainer
+import dmdr.training.scorer
 from dmdr.cli.train import main
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.matching import DMD
@@ -598,7 +598,7 @@ def failing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, Path]]:
     """Run with the reward `moody` from the command line: its last line on stderr, and the run folder."""
-    monkeypatch.setattr(dmdr.training.trainer, "PATIENCE", 1)
+    monkeypatch.setattr(dmdr.training.scorer, "PATIENCE", 1)
 
     def run(**settings: Any) -> tuple[str, Path]:
         flags = [f"--{name}={value}" for name, value in (FAST | {"reward": "toy+moody"} | settings).items()]

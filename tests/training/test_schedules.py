@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dmdr.training.schedules import DynaDG, DynaRS, cosine_decay, learning_rate_factor
+from dmdr.training.schedules import DynaDG, DynaRS, Schedule, cosine_decay
 
 # Step, cosine, alpha, beta, mean of Beta(alpha, beta), share of the fake score; over 2000 steps from (4, 1.5) and 0.5.
 TABLE = [
@@ -39,22 +39,22 @@ def test_no_steps_switch_both_off() -> None:
 
 
 def test_learning_rate_is_constant() -> None:
-    assert [learning_rate_factor("constant", step, 10, 0) for step in (0, 5, 9, 20)] == [1.0] * 4
+    assert [Schedule(1.0, "constant", 10, 0)(step) for step in (0, 5, 9, 20)] == [1.0] * 4
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_learning_rate_warms_up_linearly(name: str) -> None:
-    assert [learning_rate_factor(name, step, 10, 4) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert [Schedule(1.0, name, 10, 4)(step) for step in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
 
 
 def test_learning_rate_decays_to_zero() -> None:
-    linear = [learning_rate_factor("linear", step, 12, 2) for step in range(2, 13)]
+    linear = [Schedule(1.0, "linear", 12, 2)(step) for step in range(2, 13)]
     assert linear == pytest.approx([1 - k / 10 for k in range(11)], abs=1e-15)
-    cosine = [learning_rate_factor("cosine", step, 12, 2) for step in range(2, 13)]
+    cosine = [Schedule(1.0, "cosine", 12, 2)(step) for step in range(2, 13)]
     assert cosine == pytest.approx([(1 + math.cos(math.pi * k / 10)) / 2 for k in range(11)], abs=1e-15)
-    assert learning_rate_factor("linear", 99, 12, 2) == learning_rate_factor("cosine", 99, 12, 2) == 0.0
+    assert Schedule(1.0, "linear", 12, 2)(99) == Schedule(1.0, "cosine", 12, 2)(99) == 0.0
 
 
 def test_warmup_that_fills_the_stage_divides_by_nothing() -> None:
     for name in ("constant", "linear", "cosine"):
-        assert all(0 < learning_rate_factor(name, step, 4, 4) <= 1 for step in range(5))
+        assert all(0 < Schedule(1.0, name, 4, 4)(step) <= 1 for step in range(5))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dmdr.training.trainer
+import dmdr.training.scorer
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
@@ -18,9 +18,12 @@ from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.testing import toy_trainer
+from dmdr.training.context import StepContext
+from dmdr.training.objectives import WeightedObjective, combined_needs
 from dmdr.training.schedules import DynaDG, DynaRS
+from dmdr.training.scorer import PATIENCE
 from dmdr.training.tilt import RewardTilt, standardised
-from dmdr.training.trainer import PATIENCE, Step, Trainer, WeightedObjective, combined_needs
+from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_refl import ReFL
 from toy_trainer import (
@@ -58,11 +61,11 @@ def train(trainer: Trainer, steps: int) -> dict[str, Tensor]:
     return {f"{role}.{n}": p for role in ("student", "fake_score") for n, p in state(trainer, role).items()}
 
 
-def prepare_step(trainer: Trainer) -> tuple[Step, Draw]:
+def prepare_step(trainer: Trainer) -> tuple[StepContext, Draw]:
     """The first half of a step: rollout, draw, fake score, direction."""
     ctx = trainer.context(0)
     draw = trainer.pick(trainer.rollout(ctx), ctx)
-    if trainer.fake_updates_due:
+    if trainer.matches:
         trainer.learn_fake_score(draw, ctx)
     return ctx, replace(draw, direction=trainer.direction(draw, ctx))
 
@@ -253,8 +256,8 @@ def test_rollouts_are_not_scored_for_an_inactive_objective() -> None:
     spy = Spy(Needs(log_prob=True, updates_per_rollout=3))
     running = trainer(objectives=[spy], rewards=Redness(), rl_weight=0.0)
     assert running.rollout(running.context(0)).log_prob is None
-    assert running.updates_per_rollout == 1
-    assert running.active_objectives == ()
+    assert running.objectives.needs.updates_per_rollout == 1
+    assert not running.objectives.terms
 
 
 # --- Reward-tilted matching -------------------------------------------------------------------------------------------
@@ -272,8 +275,8 @@ def test_equal_rewards_train_as_without_any(value: float) -> None:
 def test_tilt_weighs_each_samples_direction(broken: dict[str, float]) -> None:
     settings: dict[str, Any] = {"rewards": Plain(broken), "sample_weight": RewardTilt(1.5)}
     by_hand = trainer(prepared(DoubleToy), rewards=Plain(broken))
-    _, draw = prepare_step(by_hand)
-    scores = by_hand.score(draw.rollout)
+    ctx, draw = prepare_step(by_hand)
+    scores = ctx.scores(draw.rollout)
     total, valid = standardised(scores, {"toy": 1.0})
     weight = tilt_weights(total, 1.5 * total[valid].std(correction=0).item(), valid=valid).double()
     assert weight.unique().numel() > 2
@@ -441,7 +444,7 @@ def test_samples_that_a_reward_cannot_judge_are_left_out_and_counted(value: floa
 
 
 def test_a_reward_that_judges_nothing_stops_the_training_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dmdr.training.trainer, "PATIENCE", 1)
+    monkeypatch.setattr(dmdr.training.scorer, "PATIENCE", 1)
     running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)))
     before = state(running)
     with pytest.raises(RewardError, match="reward 'toy' has judged none of 8 images: no score is finite"):
@@ -697,12 +700,12 @@ def test_refl_balanced_has_the_norm_of_matching_in_each_sample(rl_weight: float)
     running = trainer(objectives=[ReFL(balance="grad_norm")], **settings)
     ctx, draw = prepare_step(running)
     assert draw.direction is not None
-    climbed = running.climb(draw, ctx)
+    climbed = running.objectives.gradient(draw, ctx)
     matched = draw.direction / draw.direction.numel()
     torch.testing.assert_close(climbed.norm(dim=1), rl_weight * matched.norm(dim=1), rtol=1e-5, atol=0)
     fixed = trainer(objectives=[ReFL()], **settings)
     ctx, draw = prepare_step(fixed)
-    cosine = nn.functional.cosine_similarity(climbed, fixed.climb(draw, ctx))
+    cosine = nn.functional.cosine_similarity(climbed, fixed.objectives.gradient(draw, ctx))
     torch.testing.assert_close(cosine, torch.ones(16), rtol=0, atol=1e-6)
 
 
@@ -710,7 +713,7 @@ def test_refl_balanced_leaves_out_what_cannot_be_judged() -> None:
     rewards = Plain({"mode 0": math.nan})
     running = trainer(objectives=[ReFL(balance="grad_norm")], rewards=rewards)
     ctx, draw = prepare_step(running)
-    climbed = running.climb(draw, ctx)
+    climbed = running.objectives.gradient(draw, ctx)
     lost = torch.tensor([prompt == "mode 0" for prompt in draw.cond.prompts])
     assert torch.equal(climbed[lost], torch.zeros_like(climbed[lost]))
     assert (climbed[~lost].norm(dim=1) > 0).all()

@@ -1,0 +1,82 @@
+"""Whether the parts of a run fit together: what objectives need, and which columns rewards read."""
+
+from collections.abc import Sequence
+
+from dmdr.errors import ConfigError
+from dmdr.prompts import Row
+from dmdr.protocols import Needs, RewardObjective
+from dmdr.settings.fields import Config
+from dmdr.settings.parse import Chosen
+
+
+def needs_of(name: str, objective: RewardObjective) -> Needs:
+    """What an objective declares.
+
+    Raises:
+        ConfigError: If it is no `Needs`, or holds what nobody could meet.
+    """
+    try:
+        needs = objective.needs
+    except (TypeError, ValueError) as error:  # of Needs(...)
+        raise ConfigError(f"--rl {name}: {error}") from error
+    if not isinstance(needs, Needs):
+        raise ConfigError(
+            f"--rl {name}: its needs are no dmdr.protocols.Needs; is `needs` a @property that returns them?"
+        )
+    return needs
+
+
+def check_needs(
+    name: str, needs: Needs, config: Config, rewards: Sequence[Chosen], *, num_inference_steps: int, batch: int
+) -> None:
+    """Refuse an objective whose declared needs the run does not meet.
+
+    Args:
+        name: What users call it.
+        num_inference_steps: Steps of the student.
+        batch: Images of an update, of all processes.
+
+    Raises:
+        ConfigError: Names the flag that would meet them.
+    """
+    who, last = f"--rl {name}", num_inference_steps - 1
+    if needs.reward and not rewards:
+        raise ConfigError(f"{who} climbs a reward: name one with --reward")
+    for reward in rewards:
+        if needs.reward_grad and not getattr(reward.cls, "differentiable", False):
+            raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")
+        if needs.text_features and not hasattr(reward.cls, "text_features"):
+            raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
+    if needs.matching and config.dmd_weight == 0:
+        raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
+    if batch < needs.batch_size:
+        raise ConfigError(
+            f"{who} compares the images of a batch: it needs --per_device_train_batch_size of at least "
+            f"{needs.batch_size} in all processes together, not {batch}"
+        )
+    if config.num_generations < needs.group_size:
+        raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}, not {config.num_generations}")
+    noisy = max(needs.stochastic_steps, int(needs.steps == "stochastic" or needs.log_prob))
+    if noisy and (last < noisy or config.eta == 0):
+        raise ConfigError(
+            f"{who} acts on stochastic steps, and the last is deterministic: it needs --num_inference_steps of at "
+            f"least {noisy + 1} and --eta above 0"
+        )
+    if isinstance(needs.steps, tuple) and not all(0 <= step <= last for step in needs.steps):
+        raise ConfigError(f"{who} acts on step {max(needs.steps)}, but the student's last step is {last}")
+
+
+def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
+    """Refuse rewards that need a column which the prompt rows lack.
+
+    Raises:
+        ConfigError: Names the reward, the column and the columns that are there.
+    """
+    there = [name for name in rows[0] if name != "prompt"]
+    for reward in chosen:
+        for name in getattr(reward.cls, "columns", ()):
+            if name not in there:
+                raise ConfigError(
+                    f"reward '{reward.name}' needs the prompts to have a column '{name}'; they have "
+                    f"{', '.join(there) or 'none'}"
+                )

@@ -1,0 +1,97 @@
+"""The running step, as plugins see it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dmdr.errors import TrainingError
+from dmdr.protocols import Backend
+from dmdr.randomness import Random
+from dmdr.rewards import Rewards
+from dmdr.sampling import FewStepSampler
+from dmdr.training.scorer import RolloutScorer, Scores
+from dmdr.types import Rollout
+
+
+@dataclass
+class StepContext:
+    """One rollout of a training step (`protocols.Context`), and what is logged of it."""
+
+    backend: Backend
+    sampler: FewStepSampler
+    scorer: RolloutScorer | None
+    random: Random
+    step: int
+    renoise: tuple[float, float]
+    guidance: tuple[float, float]
+    fake_mix: float
+    accelerator: Accelerator
+    scaler: torch.amp.GradScaler
+    rollout: Rollout | None = None
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    _scores: Scores | None = None
+
+    @property
+    def rewards(self) -> Rewards | None:
+        return self.scorer.rewards if self.scorer else None
+
+    def scores(self, rollout: Rollout) -> dict[str, Tensor]:
+        scores = self._scored().own
+        assert self.rollout is not None
+        rows = rollout.sample - self.rollout.sample[0]
+        return {name: score[rows] for name, score in scores.items()}
+
+    def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
+        scores = self._scored().everyone
+        assert self.rollout is not None
+        return scores, self.gather(self.rollout.group)
+
+    def _scored(self) -> Scores:
+        """The scores of the whole rollout, computed when first asked for."""
+        if self.scorer is None:
+            raise TrainingError("a reward was asked for, but the run has none; pass --reward")
+        if self.rollout is None:
+            raise TrainingError("there is no rollout yet that could be scored")
+        if self._scores is None:
+            self._scores = self.scorer(self.rollout)
+        return self._scores
+
+    def gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward through the loss scaler."""
+        self.scaler.scale(loss).backward()
+
+    def log(self, metrics: Mapping[str, Tensor | float]) -> None:
+        self.metrics.update(metrics)
+
+
+def over_the_batch(
+    parts: Sequence[Mapping[str, Tensor]], valid: Tensor, ctx: StepContext, who: str
+) -> dict[str, Tensor]:
+    """Metrics of the micro-batches over the global batch.
+
+    Args:
+        parts: Of each micro-batch, by name: [B] is averaged over the valid samples and left out where there are none;
+            a scalar is averaged over the micro-batches.
+        valid: Valid samples of the global batch, [N] bool.
+        who: Whose metrics they are.
+
+    Raises:
+        TrainingError: If a metric is not there in all of them.
+    """
+    for name in {name for part in parts for name in part}:
+        if not all(name in part for part in parts):
+            raise TrainingError(f"{who}: the metric '{name}' is missing in a micro-batch: give it in each")
+    means: dict[str, Tensor] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if not values[0].ndim:
+            means[name] = torch.stack(values).mean()
+        elif valid.any():
+            means[name] = ctx.gather(torch.cat(values))[valid].mean()
+    return means
