@@ -1,12 +1,12 @@
 """The contract between the core and its plugins, on one page.
 
 A plugin implements one of these protocols (no base class needed), and registers it under an entry-point group:
-`dmdr.objectives`, `dmdr.rewards`, `dmdr.matchings`, `dmdr.backends` or `dmdr.models`.
-Objectives, rewards and matchings are dataclasses; their fields are their command-line flags.
+`dmdr.objectives`, `dmdr.rewards`, `dmdr.matchings`, `dmdr.sample_weights`, `dmdr.backends` or `dmdr.models`.
+Objectives, rewards, matchings and sample weights are dataclasses; their fields are their command-line flags.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -40,61 +40,59 @@ class GuidedDenoiser(Protocol):
     ) -> Prediction: ...
 
 
-@dataclass(frozen=True)
-class BackendOptions:
-    """How a backend sets up its roles; the fields are the flags of the same names.
+@dataclass(frozen=True, kw_only=True)
+class RoleOptions:
+    """How a family with adapters sets up its roles; its own options inherit from this.
 
     Attributes:
-        lora_rank, lora_alpha: Of the student's adapter.
-        fake_lora_rank, fake_lora_alpha: Of the fake score's adapter.
-        lora_target_modules: Modules that get an adapter; empty for the family's own choice.
-        full_finetune: Train a full copy of the network as the student.
-        gradient_checkpointing: Recompute activations in backward.
-        resolution: Image size in pixels; None for the model's own.
-        shift: Timestep shift of the student's grid; None for the model's own.
-        max_sequence_length: Tokens of the longest text encoder; None for the model's own.
-        drop_text_encoders: Text encoders to do without.
-        zero_empty_prompt: Guidance leads away from zeros (or the empty prompt's embeddings); None for the model's own.
-        guidance_scale: Of the teacher; a guidance-distilled network takes it as an input.
-        student_weights: File of a network's weights that a full student starts from.
-        teacher_lora: LoRA that is merged into the teacher.
-        reward_vae: Small decoder (`AutoencoderTiny`) for the rewards, a folder or hub id; None for the model's own.
-        vae_tiling: Decode by tiles.
-        decode_chunk_size: Images that are decoded at a time; None for all.
-        torch_compile: Compile the network's blocks.
-        revision: Of the model on the hub: branch, tag or commit.
-        variant: Of the model's weights files, such as fp16.
-        attention_backend: Attention kernel by diffusers' name; None for its default.
-        cpu_offload: Keep text encoders and VAE on the CPU while they are idle.
-        prompt_cache: Folder of prompt embeddings on disk, "off" for none; None for the usual one.
-        seed: Seed of the adapters' initial values.
+        lora_rank: Rank of the student's LoRA.
+        lora_alpha: Alpha of the student's LoRA; its strength is alpha / rank.
+        fake_lora_rank: Rank of the fake score's LoRA.
+        fake_lora_alpha: Alpha of the fake score's LoRA.
+        lora_target_modules: Modules that get a LoRA; the family's own choice by default.
+        full_finetune: Train a full copy of the network as the student instead of a LoRA.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        seed: Of the adapters' initial values.
+
+    Raises:
+        ConfigError: For a rank below 1, or an alpha that is not above 0.
     """
 
     lora_rank: int = 64
-    lora_alpha: float = 128
+    lora_alpha: float = 128.0
     fake_lora_rank: int = 32
-    fake_lora_alpha: float = 64
-    lora_target_modules: tuple[str, ...] = ()
+    fake_lora_alpha: float = 64.0
+    lora_target_modules: list[str] | None = None
     full_finetune: bool = False
     gradient_checkpointing: bool = False
-    resolution: int | None = None
-    shift: float | None = None
-    max_sequence_length: int | None = None
-    drop_text_encoders: tuple[str, ...] = ()
-    zero_empty_prompt: bool | None = None
-    guidance_scale: float = 1.0
-    student_weights: str | None = None
-    teacher_lora: str | None = None
-    reward_vae: str | None = None
-    vae_tiling: bool = False
-    decode_chunk_size: int | None = None
-    torch_compile: bool = False
-    revision: str | None = None
-    variant: str | None = None
-    attention_backend: str | None = None
-    cpu_offload: bool = False
-    prompt_cache: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "fake_lora_rank"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lora_alpha", "fake_lora_alpha"):
+            require(self, name, getattr(self, name) > 0, "above 0")
+
+
+def unread() -> Any:
+    """An option of a base class that a family does not read: no flag, and always None."""
+    return field(default=None, init=False)
+
+
+def require(options: Any, name: str, holds: bool, what: str) -> None:
+    """Refuse the value of an option.
+
+    Raises:
+        ConfigError: Unless it holds; names the flag, its value and what it may be.
+    """
+    if not holds:
+        raise ConfigError(f"--{name} must be {what}, not {getattr(options, name)}")
+
+
+def with_options(options: Any, **values: Any) -> Any:
+    """A copy of a family's options with other values; those of options that it does not read are left out."""
+    known = {f.name for f in fields(options) if f.init}
+    return replace(options, **{name: value for name, value in values.items() if name in known})
 
 
 @runtime_checkable
@@ -102,14 +100,18 @@ class Backend(Protocol):
     """One model family: three roles on one network, an encoder of prompts, a decoder of latents.
 
     Constructed as `cls(folder_or_hub_id, options)`, which must be cheap but may refuse what is no such pipeline
-    (`ConfigError`). Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which
-    refuses (`ConfigError`) before weights are loaded; `cache_prompts(accelerator, prompts)`, called once with all
-    prompts of a run, unless they are streamed, before `prepare`: encoders and network need not share the memory;
+    (`ConfigError`). `options` is an instance of the class's own `Options`, a dataclass whose fields are the family's
+    flags (`RoleOptions` is one to inherit from). A field with the name of a setting of the core (`seed`, `revision`,
+    `guidance_scale`, ...) is given that setting's value.
+
+    Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which refuses
+    (`ConfigError`) before weights are loaded; `cache_prompts(accelerator, prompts)`, called once with all prompts of a
+    run, unless they are streamed, before `prepare`: encoders and network need not share the memory;
     `draw_noise(step, count)`, which draws `count` latents as the stock pipeline does: its initial state for step 0, and
     what its scheduler adds before each of the later steps.
     """
 
-    options: BackendOptions
+    options: Any
     path: NoisePath
     latent_shape: tuple[int, ...]
     shift: float  # timestep shift of the student's grid; 1 where the family has none
@@ -329,9 +331,10 @@ class Matching(Protocol):
 
 
 class SampleWeight(Protocol):
-    """A weight of each sample's direction, [B] float32; it may read the direction.
+    """A dataclass whose fields are its flags: a weight of each sample's direction, [B] float32, in stage 1.
 
-    Mean one over the global batch, or over time where the batch is too small to compare.
+    It may read the direction. Mean one over the global batch, or over time where the batch is too small to compare.
+    Optional: `needs`, as of an objective; `idle`, true where all weights would be 1: the run then does without it.
     """
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor: ...
@@ -385,10 +388,12 @@ class NamedModel(Protocol):
     Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`).
 
     Attributes:
-        recipe: Defaults of configuration fields, by name.
+        recipe: Defaults of settings and of the parts' flags, by name.
+        pipeline: Class name of its pipeline, which says the family before the folder is built.
     """
 
     recipe: Mapping[str, Any]
+    pipeline: str
 
     def folder(self) -> Path:
         """The pipeline folder, built on first use with a progress bar and cached."""

@@ -1,23 +1,42 @@
 """Flow-matching families: the straight path, a shifted grid, and the scheduler that takes a student's steps."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dmdr.backends.loading import read_config
-from dmdr.backends.pipeline import PipelineBackend
+from dmdr.backends.pipeline import PipelineBackend, PipelineOptions
 from dmdr.errors import ConfigError
 from dmdr.paths import RectifiedFlow
-from dmdr.protocols import BackendOptions, Sampler
+from dmdr.protocols import Sampler, require
 from dmdr.sampling import time_grid, unshift_times
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions(PipelineOptions):
+    """Options of a flow-matching pipeline.
+
+    Attributes:
+        shift: Timestep shift of the student's grid; that of the model's scheduler by default.
+    """
+
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "shift", self.shift is None or self.shift > 0, "above 0")
 
 
 class FlowBackend(PipelineBackend):
     """A pipeline with a `FlowMatchEulerDiscreteScheduler`."""
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    Options: ClassVar[type[FlowOptions]] = FlowOptions
+    options: FlowOptions
+
+    def __init__(self, folder: str, options: FlowOptions) -> None:
         """As every pipeline's.
 
         Raises:

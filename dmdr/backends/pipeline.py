@@ -6,6 +6,7 @@ network is called, and the scheduler that samples a student.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ from dmdr.backends.lora import LoRARoles, check_targets, joined, parted
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.paths import Kind, NoisePath, Prediction
-from dmdr.protocols import LORA_FILE, BackendOptions, Role, Sampler
+from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
 from dmdr.states import load_strict
 from dmdr.types import Condition, dtype_of
 
@@ -52,6 +53,59 @@ image.save("image.png")"""
 Network = Callable[..., Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions(RoleOptions):
+    """Options of a diffusers pipeline.
+
+    Attributes:
+        resolution: Image size in pixels; the model's own by default.
+        max_sequence_length: Tokens of the longest text encoder; the model's own by default.
+        drop_text_encoders: Text encoders to do without, e.g. text_encoder_3 (T5) of SD3.
+        zero_empty_prompt: Guidance leads away from zeros (true) or the empty prompt (false); as the model says by
+            default.
+        prompt_cache: Folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by
+            default.
+        teacher_lora: LoRA that is merged into the teacher's network: a file, folder or hub id.
+        student_weights: Weights file that a full student (--full_finetune) starts from.
+        reward_vae: Small decoder for the rewards (AutoencoderTiny), a folder or hub id; 'none' for the model's own.
+        vae_tiling: Decode by tiles.
+        decode_chunk_size: Images that are decoded at a time for the rewards; all by default.
+        torch_compile: Compile the network's blocks: minutes at the start, faster steps.
+        attention_backend: Attention kernel by diffusers' name, e.g. flash, of families that choose one.
+        cpu_offload: Keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes
+            back with its next use without one.
+        revision: Branch, tag or commit of the model on the hub.
+        variant: Weights files of the model that are meant, such as fp16.
+
+    Raises:
+        ConfigError: For a value that cannot be meant.
+    """
+
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+    drop_text_encoders: list[str] | None = None
+    zero_empty_prompt: bool | None = None
+    prompt_cache: str | None = None
+    teacher_lora: str | None = None
+    student_weights: str | None = None
+    reward_vae: str | None = None
+    vae_tiling: bool = False
+    decode_chunk_size: int | None = None
+    torch_compile: bool = False
+    attention_backend: str | None = None
+    cpu_offload: bool = False
+    revision: str | None = None
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("resolution", "max_sequence_length", "decode_chunk_size"):
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "above 0")
+        if self.student_weights and not self.full_finetune:
+            raise ConfigError("--student_weights are of a full network: they need --full_finetune")
+
+
 class PipelineBackend:
     """Teacher, fake score and student on the one denoising network of a pipeline (`protocols.Backend`).
 
@@ -59,6 +113,7 @@ class PipelineBackend:
     `call_arguments`. Prepared on the meta device it has shapes and no values, for --dry_run.
 
     Attributes:
+        Options: The family's flags.
         pipeline_class: The stock pipeline that loads the folder and samples the export.
         network_class: Class of the denoising network.
         network_name: The component that it is.
@@ -68,6 +123,7 @@ class PipelineBackend:
         text_length: Tokens of the longest text encoder, where the pipeline's call asks for them; 0 where it does not.
     """
 
+    Options: ClassVar[type[PipelineOptions]] = PipelineOptions
     pipeline_class: ClassVar[Any]
     network_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
@@ -78,7 +134,7 @@ class PipelineBackend:
     path: NoisePath
     shift: float = 1.0
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    def __init__(self, folder: str, options: PipelineOptions) -> None:
         """Read the configuration files of a local folder or hub id; nothing heavy.
 
         Raises:
@@ -99,17 +155,14 @@ class PipelineBackend:
         self.latent_shape: tuple[int, ...] = (self.vae_config["latent_channels"], side, side)
         self.resolution = resolution
         own = min(self.own_call_arguments().get("max_sequence_length", 0), self.text_limit)
-        if not own and options.max_sequence_length:
-            raise ConfigError(f"--max_sequence_length: the text length of a {self.pipeline_class.__name__} is fixed")
         self.text_length: int = options.max_sequence_length or own
         if self.text_length > self.text_limit:
             raise ConfigError(f"--max_sequence_length {self.text_length}: {folder} takes {self.text_limit} at most")
-        if options.student_weights and not options.full_finetune:
-            raise ConfigError("--student_weights are of a full network: they need --full_finetune")
         self.text = PromptEncoder(
             self.source,
-            text_components(self.index, options.drop_text_encoders, self.droppable, folder),
-            options,
+            text_components(self.index, options.drop_text_encoders or (), self.droppable, folder),
+            options.prompt_cache,
+            options.cpu_offload,
             open_pipeline=self._text_pipeline,
             embed=self.embed,
             blank=self.blank_embeddings,
@@ -190,7 +243,7 @@ class PipelineBackend:
         self.connect(accelerator)
         network = self._load(self.network_class, self.source, self.network_name, self.dtype)
         self.vae = self._load_vae(AutoencoderKL, self.source, "vae")
-        small = options.reward_vae
+        small = self.reward_decoder
         self.reward_vae = self._load_vae(AutoencoderTiny, Source(small)) if small else self.vae
         self.pipeline = self._pipeline(network, vae=self.vae)
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
@@ -200,7 +253,7 @@ class PipelineBackend:
         network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend)
-        check_targets(network, options.lora_target_modules)
+        check_targets(network, options.lora_target_modules or ())
         self.roles = LoRARoles(
             network,
             roles=roles,
@@ -233,11 +286,16 @@ class PipelineBackend:
         """
         for name in ("student_weights", "teacher_lora"):
             check_there(f"--{name}", getattr(self.options, name))
-        if self.options.reward_vae:
-            self._check_reward_vae(self.options.reward_vae)
+        if self.reward_decoder:
+            self._check_reward_vae(self.reward_decoder)
         self.accelerator, self.device = accelerator, accelerator.device
         self.dtype = dtype_of(accelerator.mixed_precision)
         self.text.prepare(accelerator, self.dtype)
+
+    @property
+    def reward_decoder(self) -> str | None:
+        """Where the rewards' own decoder is; None where they share the model's."""
+        return None if self.options.reward_vae == "none" else self.options.reward_vae
 
     def _check_reward_vae(self, folder: str) -> None:
         """Refuse a decoder of other latents, or to another size."""

@@ -20,7 +20,6 @@ from dmdr.backends.loading import (
 from dmdr.backends.prompt_cache import PromptCache, Rows
 from dmdr.cache import cache_folder, fingerprint
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
 
 TEXT = ("text_encoder", "tokenizer")  # how text components are called
 FORMAT = 1  # of what is stored; raise it whenever it changes
@@ -63,7 +62,8 @@ class PromptEncoder:
     Args:
         source: Of the pipeline.
         components: Its text encoders and tokenizers.
-        options: The run's.
+        prompt_cache: Folder of embeddings, 'off' for none; None for the usual one.
+        cpu_offload: Keep the encoders on the CPU while they are idle.
         open_pipeline: The stock pipeline around text encoders and tokenizers, by name.
         embed: That pipeline and B prompts -> embeddings by name, each [B, ...].
         blank: Tensors of such shapes for a number of prompts, in place of `embed` on the meta device.
@@ -74,14 +74,16 @@ class PromptEncoder:
         self,
         source: Source,
         components: Components,
-        options: BackendOptions,
+        prompt_cache: str | None,
+        cpu_offload: bool,
         *,
         open_pipeline: Callable[..., Any],
         embed: Callable[[Any, Sequence[str]], Rows],
         blank: Callable[[int], Rows],
         settings: Sequence[object],
     ) -> None:
-        self.source, self.components, self.options = source, components, options
+        self.source, self.components = source, components
+        self.prompt_cache, self.cpu_offload = prompt_cache, cpu_offload
         self._open_pipeline, self._embed, self._blank, self._settings = open_pipeline, embed, blank, settings
         self._pipeline: Any = None
         self._transient = False
@@ -89,7 +91,7 @@ class PromptEncoder:
     def prepare(self, accelerator: Any, dtype: torch.dtype) -> None:
         """Say where the encoders run, and in which precision; loads nothing."""
         self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
-        cached = self.components and self.options.prompt_cache != "off"
+        cached = self.components and self.prompt_cache != "off"
         self.cache = PromptCache(self._folder(), self.encode) if cached else None
 
     def clip_length(self) -> int:
@@ -112,7 +114,7 @@ class PromptEncoder:
     def pipeline(self) -> Any:
         """The stock pipeline with its text encoders, loaded on first use."""
         if self._pipeline is None:
-            place = "cpu" if self.options.cpu_offload else self.device
+            place = "cpu" if self.cpu_offload else self.device
             parts = {name: encoder.to(place) for name, encoder in self.load_encoders().items()}
             for name, (_, cls) in self.components.items():
                 if name not in parts:
@@ -127,7 +129,7 @@ class PromptEncoder:
             return self._blank(len(prompts))
         pipeline = self.pipeline()
         encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-        with on_device(self.device, *encoders, offload=self.options.cpu_offload):
+        with on_device(self.device, *encoders, offload=self.cpu_offload):
             return self._embed(pipeline, prompts)
 
     def __call__(self, prompts: Sequence[str]) -> Rows:
@@ -164,7 +166,7 @@ class PromptEncoder:
 
     def _folder(self) -> Path:
         """Of all that embeddings depend on."""
-        place = Path(self.options.prompt_cache or cache_folder() / "prompts").expanduser()
+        place = Path(self.prompt_cache or cache_folder() / "prompts").expanduser()
         if os.path.exists(place) and not place.is_dir():  # Path.exists raises where it may not look
             raise ConfigError(f"--prompt_cache {place} is no folder; give one, or 'off'")
         return place / fingerprint(

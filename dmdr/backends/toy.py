@@ -20,7 +20,7 @@ from dmdr.backends.images import to_unit_range
 from dmdr.cache import cache_folder
 from dmdr.errors import TrainingError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
-from dmdr.protocols import BackendOptions, Role, Sampler
+from dmdr.protocols import Role, Sampler, require
 from dmdr.sampling import time_grid
 from dmdr.types import Condition
 
@@ -61,13 +61,31 @@ class Residual(nn.Module):
         return self.net(torch.cat([x_t, t, t**2, nn.functional.one_hot(label, len(CENTRES)).to(x_t.dtype)], 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    """Options of the toy.
+
+    Attributes:
+        shift: Timestep shift of the student's grid.
+        seed: Of the initial values.
+    """
+
+    shift: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "shift", self.shift > 0, "above 0")
+
+
 class ToyBackend:
     """The mixture as a model family (`protocols.Backend`)."""
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    Options = ToyOptions
+
+    def __init__(self, folder: str, options: ToyOptions) -> None:
         self.path: NoisePath = RectifiedFlow()
         self.latent_shape: tuple[int, ...] = (2,)
-        self.shift = options.shift or 1.0
+        self.shift = options.shift
         self.options = options
         self.residuals: dict[Role, Residual] = {}
 
@@ -147,6 +165,7 @@ class ToyBackend:
 class Toy:
     """`--model toy` (`protocols.NamedModel`)."""
 
+    pipeline: ClassVar[str] = "ToyPipeline"
     recipe: ClassVar[Mapping[str, Any]] = {
         "stage1_steps": 100,
         "stage2_steps": 50,
@@ -162,7 +181,7 @@ class Toy:
     def folder(self) -> Path:
         folder = cache_folder() / "toy"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": self.pipeline}))
         return folder
 
     def prompts(self) -> list[dict[str, Any]]:

@@ -173,10 +173,11 @@ def _classes(name: str) -> list[tuple[str, Any]]:
 
 def _fields(cls: Any) -> dict[str, Any]:
     """Its flags by name, and their types."""
-    if not dataclasses.is_dataclass(cls):
+    flags = getattr(cls, "Options", cls)
+    if not dataclasses.is_dataclass(flags):
         return {}
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(flags)
+    return {field.name: hints[field.name] for field in dataclasses.fields(flags) if field.init}
 
 
 def _file(cls: Any) -> str:
@@ -278,13 +279,14 @@ def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> d
 
 
 def _backend_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
-    from dmdr.protocols import BackendOptions
+    from dmdr.protocols import with_options
     from dmdr.testing.backends import BACKEND_CHECKS, BackendTrial
 
     folder = config.getoption("--dmdr-model")
     if folder is None:
         raise ConfigError("a backend is checked on a small pipeline of its class: name its folder with --dmdr-model")
-    options = BackendOptions(lora_rank=4, lora_alpha=8, fake_lora_rank=4, fake_lora_alpha=4)
+    small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 4, "fake_lora_alpha": 4.0}
+    options = with_options(cls.Options(), **(small | fields))
     backend = _build(cls, folder, options)
     trial = BackendTrial(backend, config.getoption("--dmdr-prompt") or ["a cat", "a dog"])
     return {check.__name__: partial(check, trial) for check in BACKEND_CHECKS}

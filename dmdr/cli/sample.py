@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +76,26 @@ def draw(
     import torch
 
     from dmdr import images
-    from dmdr.protocols import BackendOptions
+    from dmdr.protocols import with_options
     from dmdr.run.device import avoid_mps, open_accelerator
-    from dmdr.run.job import pipeline_class
     from dmdr.sampling import FewStepSampler
     from dmdr.settings import registry
+    from dmdr.settings.models import pipeline_class
 
     avoid_mps()
     base = model or about["base_model"]
-    options = replace(  # what only training needs may be gone by now
-        BackendOptions(**about["options"]),
-        student_weights=None,
-        reward_vae=None,
-        gradient_checkpointing=False,
-        torch_compile=False,
-        prompt_cache="off",
-        cpu_offload=cpu_offload,
-    )
-    options = replace(options, revision=None) if model else options  # which was of where it lay before
-    backend = registry.load("backends", about["backend"] or pipeline_class(base, options.revision))(base, options)
+    values = about["options"] | {  # what only training needs may be gone by now
+        "student_weights": None,
+        "reward_vae": None,
+        "gradient_checkpointing": False,
+        "torch_compile": False,
+        "prompt_cache": "off",
+        "cpu_offload": cpu_offload,
+    }
+    if model:
+        values["revision"] = None  # which was of where it lay before
+    family = registry.load("backends", about["backend"] or pipeline_class(base, values.get("revision")))
+    backend = family(base, with_options(family.Options(), **values))
     accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
     backend.prepare(accelerator, roles=("student",))
     backend.load_export(folder)

@@ -23,7 +23,7 @@ from dmdr.backends.prompt_cache import SHARD
 from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
 from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Prediction
-from dmdr.protocols import Role
+from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble
@@ -115,7 +115,7 @@ def _weightless(job: Job) -> Job:
     if not isinstance(job.backend, PipelineBackend):
         raise ConfigError(f"--dry_run: {type(job.backend).__name__} builds no model without its weights")
     options, own = job.backend.options, Path(job.folder) / "reward_vae"
-    options = replace(
+    options = with_options(
         options,
         teacher_lora=None,
         student_weights=None,
@@ -139,10 +139,11 @@ def _simulated(job: Job) -> Estimate:
         encoders = [*backend.text.load_encoders().values()]
         held = {ENCODERS: [tensor for encoder in encoders for tensor in _tensors(encoder)]}
         parameters = _count(held)
-        if encoders and config.prompt_cache != "off" and not config.dataset_streaming:
+        asked = job.settings.family.options  # `job.backend` has been given others
+        if encoders and asked.get("prompt_cache") != "off" and not config.dataset_streaming:
             meter.label(ENCODERS, held.pop(ENCODERS))
             phases["prompts"] = _encode(backend, encoders, meter)
-        elif config.cpu_offload:
+        elif asked.get("cpu_offload"):
             held.clear()
         del encoders
         backend.prepare(process, roles=roles)

@@ -1,25 +1,19 @@
 """From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-from huggingface_hub import hf_hub_download
 
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Rows, read_prompts, split_columns, stream_prompts
-from dmdr.protocols import Backend, BackendOptions, Matching, NamedModel, SampleWeight
+from dmdr.protocols import Backend, Matching, NamedModel
 from dmdr.rewards import Rewards
 from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
-from dmdr.settings import registry
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Chosen, Settings
 from dmdr.settings.verify import check_columns, check_needs, needs_of
 from dmdr.training.objectives import WeightedObjective
-from dmdr.training.tilt import RewardTilt
 
 
 @dataclass(frozen=True)
@@ -62,23 +56,20 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     Raises:
         ConfigError: If a part is unknown, unfit for another, or its input is missing.
     """
-    config = settings.config
+    config, named = settings.config, settings.model
     if config.architecture and config.model == config.architecture and not config.dry_run:
         raise ConfigError("--model is missing: this recipe names none")
-    named = registry.registered("models", config.model)
     bare = config.architecture if config.dry_run else None
-    if bare or not named:
-        pipeline_class(bare or config.model, config.revision)  # refuse a wrong folder before anything else
     plan, objectives = planned(settings, processes)
     matching = settings.of("matchings")[0].build()
-    if config.dry_run and named and not bare:
+    if config.dry_run and named.cls and not bare:
         raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
-    model = registry.load("models", config.model)() if named else None
+    model = named.cls() if named.cls else None
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
     prompts = open_prompts(config, model, scorers)
     check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
-    backend = open_backend(folder, config, registry.find("models", named).distribution if model and named else None)
+    backend: Backend = settings.open_backend(folder)
     if hasattr(backend, "check_prompts"):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
@@ -99,31 +90,23 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
         ConfigError: If an objective needs what the run has not.
     """
     objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
-    needs = {term.name: needs_of(term.name, term.objective) for term in objectives}
-    rewards = settings.of("rewards")
-    plan = Plan.of(settings.config, objectives, tilt(settings.config) if rewards else None, processes)
-    for name, declared in needs.items():
+    weights = [(chosen.name, chosen.build()) for chosen in settings.of("sample_weights")]
+    weights = [(name, weight) for name, weight in weights if not getattr(weight, "idle", False)]
+    needs = {f"--rl {term.name}": needs_of(f"--rl {term.name}", term.objective) for term in objectives}
+    for name, weight in weights:
+        if hasattr(weight, "needs"):
+            needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
+    plan = Plan.of(settings.config, objectives, weights[0][1] if weights else None, processes)
+    for who, declared in needs.items():
         check_needs(
-            name,
+            who,
             declared,
             settings.config,
-            rewards,
+            settings.of("rewards"),
             num_inference_steps=plan.num_inference_steps,
             batch=plan.batch.whole,
         )
     return plan, objectives
-
-
-def tilt(config: Config) -> SampleWeight | None:
-    """RT-DM's weight of samples."""
-    if not config.reward_tilt:
-        return None
-    return RewardTilt(
-        config.reward_tilt,
-        weight=config.tilt_weight,
-        divergence=config.tilt_divergence,
-        baseline=config.tilt_baseline,
-    )
 
 
 def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:
@@ -168,54 +151,3 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
             own |= {"checkpoint": str(path)} if path else {}
         parts[plugin.name] = (plugin.weight, plugin.build(**own))
     return Rewards(parts)
-
-
-def pipeline_class(folder: str, revision: str | None = None) -> str:
-    """Class name of the pipeline in a folder, or of a hub id at some revision.
-
-    Raises:
-        ConfigError: If it is no diffusers pipeline.
-    """
-    path = Path(folder)
-    if path.exists() or folder.count("/") != 1:
-        index = path / "model_index.json"
-        if not index.is_file():
-            known = ", ".join(registry.plugins("models"))
-            raise ConfigError(
-                f"--model {folder} is neither a diffusers pipeline folder (no model_index.json), nor a hub id, nor a "
-                f"registered model{registry.suggest(folder, list(registry.plugins('models')))}; registered: {known}"
-            )
-        try:
-            return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
-    try:
-        index = Path(hf_hub_download(folder, "model_index.json", revision=revision))
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except Exception as error:  # every hub and network failure; the first line says which
-        raise ConfigError(
-            f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def open_backend(folder: str, config: Config, own: str | None = None) -> Backend:
-    """The backend that the user names, or else that of the folder's pipeline class.
-
-    Args:
-        own: The distribution of the named model, whose backend is meant where several offer one.
-    """
-    name = pipeline_class(folder, config.revision)
-    if not config.backend and not registry.registered("backends", name):
-        known = ", ".join(registry.plugins("backends"))
-        raise ConfigError(
-            f"--model {folder} is a {name}, which no backend trains; there are backends for {known} "
-            "(name another with --backend; a package adds one under the entry-point group 'dmdr.backends')"
-        )
-    given = {option.name: getattr(config, option.name) for option in fields(BackendOptions)}
-    lists = {name: tuple(given[name] or ()) for name in ("lora_target_modules", "drop_text_encoders")}
-    given["reward_vae"] = None if config.reward_vae == "none" else config.reward_vae
-    options = BackendOptions(**(given | lists))
-    backend: Backend = registry.load("backends", config.backend or name, None if config.backend else own)(
-        folder, options
-    )
-    return backend

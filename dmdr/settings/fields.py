@@ -77,7 +77,6 @@ class Config(Flags):
     timesteps: list[int] | None = flag(
         None, "the same in the network's unit, decreasing within 1000 .. 1, e.g. 999 749 500 250"
     )
-    shift: float | None = flag(None, "timestep shift of the student's grid; by default that of the model's scheduler")
     eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them an SDE")
     sde_type: Literal["cps", "ddim", "flow_sde", "dance_sde"] = flag(
         "cps", "how the noise enters between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO, DanceGRPO"
@@ -93,26 +92,7 @@ class Config(Flags):
     )
     dyna_guidance: float = flag(0.25, "DynaDG: share of the fake score's adapter in the teacher at first; 0 is off")
     dyna_renoise: list[float] = flag([4.0, 1.5], "DynaRS: Beta parameters of the renoise time at first; 1 1 is uniform")
-    reward_tilt: float = flag(1.5, "RT-DM in stage 1: temperature in standard deviations of the reward; 0 is off")
-    tilt_weight: Literal["exp", "linear", "rank"] = flag(
-        "exp",
-        "RT-DM's weight: exp(z / tau), 1 + z / tau, or exp by rank; z is the standardised reward, tau reward_tilt",
-    )
-    tilt_divergence: Literal[
-        "forward_kl", "js", "softened_reverse_kl", "hellinger", "jeffreys", "neyman", "reverse_kl"
-    ] = flag("forward_kl", "f-distill's weight h of the density ratio exp(z / tau); RT-DM itself is forward_kl")
-    tilt_baseline: Literal["batch", "prompt_group", "ema"] | None = flag(
-        None,
-        "what z compares a reward with: by default the other images of its prompt (prompt_group) if num_generations is "
-        "above 1, earlier updates (ema) in a global batch of one, or else the global batch",
-    )
-    # Student and fake score
-    full_finetune: bool = flag(False, "train a full copy of the network as the student instead of a LoRA")
-    lora_rank: int = flag(64, "rank of the student's LoRA")
-    lora_alpha: float = flag(128.0, "alpha of the student's LoRA; its strength is alpha / rank")
-    fake_lora_rank: int = flag(32, "rank of the fake score's LoRA")
-    fake_lora_alpha: float = flag(64.0, "alpha of the fake score's LoRA")
-    lora_target_modules: list[str] | None = flag(None, "modules that get a LoRA; the family's own choice by default")
+    sample_weight: str = flag("rt_dm", "weight of each sample in stage 1, by its reward; 'none' for equal weights")
     # Optimisation
     learning_rate: float = flag(1e-5, "of the student in stage 1")
     stage2_learning_rate: float | None = flag(None, "of the student in stage 2; learning_rate / 2 by default")
@@ -132,41 +112,12 @@ class Config(Flags):
     per_device_train_batch_size: int = flag(4, "images per process and micro-batch; divisible by num_generations")
     gradient_accumulation_steps: int = flag(1, "micro-batches per update")
     num_generations: int = flag(1, "images per prompt")
-    gradient_checkpointing: bool = flag(False, "recompute activations in backward")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
-    torch_compile: bool = flag(False, "compile the network's blocks: minutes at the start, faster steps")
-    attention_backend: str | None = flag(
-        None, "attention kernel by diffusers' name, e.g. flash, of families that choose one"
-    )
-    cpu_offload: bool = flag(
-        False,
-        "keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes back "
-        "with its next use without one",
-    )
-    vae_tiling: bool = flag(False, "decode by tiles")
-    decode_chunk_size: int | None = flag(None, "images that are decoded at a time for the rewards; all by default")
     # The model
     backend: str | None = flag(
         None, "model family, e.g. package:NAME or my_file.py:NAME; by default the one for the pipeline's class"
     )
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
-    variant: str | None = flag(None, "weights files of --model that are meant, such as fp16")
-    resolution: int | None = flag(None, "image size in pixels; the model's own by default")
-    max_sequence_length: int | None = flag(None, "tokens of the longest text encoder; the model's own by default")
-    drop_text_encoders: list[str] | None = flag(None, "text encoders to do without, e.g. text_encoder_3 (T5) of SD3")
-    zero_empty_prompt: bool | None = flag(
-        None, "guidance leads away from zeros (true) or the empty prompt (false); as the model says by default"
-    )
-    teacher_lora: str | None = flag(
-        None, "LoRA that is merged into the teacher's network first: a file, folder or hub id"
-    )
-    student_weights: str | None = flag(None, "weights file that a full student (--full_finetune) starts from")
-    reward_vae: str | None = flag(
-        None, "tiny decoder for the rewards (AutoencoderTiny), a folder or hub id; 'none' for the model's own"
-    )
-    prompt_cache: str | None = flag(
-        None, "folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by default"
-    )
     seed: int = flag(0, "of everything")
     # What is written
     dry_run: bool = flag(False, "check the settings, print the estimated training memory, and write nothing")
@@ -188,16 +139,16 @@ class Config(Flags):
 
     def validate(self) -> None:
         super().validate()
-        at_least_one = """num_inference_steps fake_updates lora_rank fake_lora_rank num_generations sample_images
-            per_device_train_batch_size gradient_accumulation_steps logging_steps teacher_steps"""
+        at_least_one = """num_inference_steps fake_updates num_generations sample_images per_device_train_batch_size
+            gradient_accumulation_steps logging_steps teacher_steps"""
         for name in at_least_one.split():
             self._require(getattr(self, name) >= 1, name, "at least 1")
         not_negative = """stage1_steps stage2_steps warmup_steps rl_warmup_steps save_steps sample_steps eval_steps
-            num_eval_samples dmd_weight rl_weight guidance_scale guidance_jitter reward_tilt weight_decay seed"""
+            num_eval_samples dmd_weight rl_weight guidance_scale guidance_jitter weight_decay seed"""
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "at least 0")
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
-            lora_alpha fake_lora_alpha shift resolution adam_epsilon max_sequence_length decode_chunk_size"""
+            adam_epsilon"""
         for name in positive.split():
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("eta", "dyna_guidance"):
@@ -215,11 +166,6 @@ class Config(Flags):
             f"divisible by num_generations, {self.num_generations}",
         )
         self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
-        if self.tilt_baseline == "prompt_group":
-            self._require(self.num_generations >= 2, "num_generations", "at least 2 for --tilt_baseline prompt_group")
-        if self.tilt_divergence != "forward_kl":
-            what = f"exp, a density ratio, for --tilt_divergence {self.tilt_divergence}"
-            self._require(self.tilt_weight == "exp", "tilt_weight", what)
         if self.sigmas is not None:
             bounds = [*self.sigmas, 0.0]
             falling = len(bounds) > 1 and all(a > b for a, b in pairwise(bounds))
@@ -242,6 +188,30 @@ class Config(Flags):
                 self._require(getattr(self, name) == default, name, "left out where no --prompts are named")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
+
+
+def _topics() -> dict[str, str]:
+    """What each setting is about, by name."""
+    begins = {
+        "model": "what is trained, on what, towards what",
+        "num_inference_steps": "distillation",
+        "learning_rate": "optimisation",
+        "backend": "the model",
+        "dry_run": "what is written",
+    }
+    found, topic = {}, ""
+    for f in dataclasses.fields(Config):
+        topic = begins.get(f.name, topic)
+        found[f.name] = topic
+    return found
+
+
+TOPICS = _topics()
+_COMMON = """model prompts rl reward rl_weight matching stage1_steps stage2_steps init_student num_inference_steps
+    guidance_scale fake_updates learning_rate fake_learning_rate per_device_train_batch_size
+    gradient_accumulation_steps num_generations ema_decay mixed_precision seed dry_run output_dir
+    resume_from_checkpoint save_steps num_eval_samples eval_reward"""
+COMMON = frozenset(_COMMON.split())  # what `--help` shows; `--help all` shows the rest, too
 
 
 @dataclass(kw_only=True)

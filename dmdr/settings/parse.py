@@ -18,11 +18,23 @@ from trl import TrlParser
 from dmdr.errors import ConfigError, Refusing
 from dmdr.settings import registry
 from dmdr.settings.expression import parse_sum
-from dmdr.settings.fields import Config, Flags, check_types
+from dmdr.settings.fields import COMMON, TOPICS, Config, Flags, check_types
+from dmdr.settings.models import Model
 
 logger = logging.getLogger(__name__)
+EPILOG = (
+    "--help all lists every setting; --model NAME --help adds those of NAME's family, --rl, --reward and --matching "
+    "NAME --help those of NAME. A registered model's recipe replaces these defaults."
+)
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
-SUMS = {"objectives": "rl", "rewards": "reward", "eval_rewards": "eval_reward", "matchings": "matching"}
+SUMS = {
+    "objectives": "rl",
+    "rewards": "reward",
+    "eval_rewards": "eval_reward",
+    "matchings": "matching",
+    "sample_weights": "sample_weight",
+}
+ALONE = {"matchings": "--dmd_weight is its weight", "sample_weights": "weights of samples do not add up"}
 F = TypeVar("F", bound=Flags)
 
 
@@ -32,6 +44,7 @@ class Chosen:
 
     Attributes:
         group: That of the registry, or "eval_rewards": rewards that only measure.
+        options: Values by field; of a backend, of its `Options`.
     """
 
     group: str
@@ -40,8 +53,16 @@ class Chosen:
     cls: type
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def flags(self) -> type:
+        """The dataclass whose fields are its flags."""
+        flags: type = registry.flags_of(self.group, self.cls)
+        return flags
+
     def key(self, option: str) -> str:
-        """The full name of one of its flags."""
+        """The full name of one of its flags; a model family's have no other than their own."""
+        if self.group == "backends":
+            return option
         key = f"{re.sub(r'[^0-9a-zA-Z]', '_', self.name)}_{option}"
         if self.group == "eval_rewards":
             return f"eval_{key}"
@@ -64,9 +85,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Settings:
-    """A resolved run: the core's settings and the plugins that it names."""
+    """A resolved run: the core's settings, the model, and the plugins that it names, its family among them."""
 
     config: Config
+    model: Model
     plugins: tuple[Chosen, ...]
 
     def of(self, group: str) -> list[Chosen]:
@@ -80,6 +102,30 @@ class Settings:
         for plugin in self.plugins:
             values |= {plugin.key(name): value for name, value in plugin.options.items()}
         return values
+
+    @property
+    def family(self) -> Chosen:
+        """The model family that trains."""
+        (family,) = self.of("backends")
+        return family
+
+    def family_options(self) -> Any:
+        """The family's `Options`: its own flags, and the settings of the core that it asks for.
+
+        Raises:
+            ConfigError: If it refuses their values.
+        """
+        flags, core = self.family.flags, dataclasses.asdict(self.config)
+        shared = {f.name: core[f.name] for f in dataclasses.fields(flags) if f.init and f.name in core}
+        return flags(**(self.family.options | shared))
+
+    def open_backend(self, folder: str) -> Any:
+        """The model family on a pipeline's folder, or hub id; loads no weights.
+
+        Raises:
+            ConfigError: If it refuses the folder, or the options for it.
+        """
+        return self.family.cls(folder, self.family_options())
 
     def as_yaml(self) -> str:
         """What `--config` reads to repeat the run, wherever it is written to."""
@@ -100,8 +146,9 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         SystemExit: After printing `--help`.
     """
     arguments = _joined(arguments)
-    names = ("model", "rl", "reward", "eval_reward", "matching")
-    first = _first_look(arguments, *names, "architecture", "resume_from_checkpoint", "output_dir")
+    names = ("model", *SUMS.values())
+    place = ("backend", "revision", "architecture")
+    first = _first_look(arguments, *names, *place, "dry_run", "resume_from_checkpoint", "output_dir")
     settings = dict(settings or {})
     resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
     file = first.config or (resume and _config_of(resume, output))
@@ -113,32 +160,49 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     if first.model is None and (bare := first.architecture or given.get("architecture")):
         given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
     look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
-    hints = "A registered model's recipe replaces these defaults. --rl NAME --help adds the flags of NAME."
-    about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{hints} {installed(*registry.GROUPS)}"}
+    about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{EPILOG} {installed(*registry.GROUPS)}"}
     if first.help and all(value is None for value in look.values()):
-        Parser(Config, **about).parse_args(["--help"])
+        Parser(Config, whole=first.help == "all", **about).print_help()
+        raise SystemExit(0)
 
     default = {f.name: f.default for f in dataclasses.fields(Config)}
     if look["model"] is None:  # of several models of the default's name, nobody has typed a stranger's
         meant = registry.find("models", str(default["model"]), own="dmdr")
         default["model"] = registry.typed_names("models")[meant]
-    recipe = {"model": default["model"], **model_recipe(str(_first_given(look["model"], default["model"])))}
+    model = Model.find(str(_first_given(look["model"], default["model"])))
+    recipe = {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
     per_objective = recipe.pop("objectives", {})
-    named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in names}
-    model = registry.registered("models", named["model"])
-    home = registry.find("models", model).distribution if model else ""
+    named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in SUMS.values()}
+    if look["sample_weight"] is None and named["reward"] == "none":
+        recipe["sample_weight"] = named["sample_weight"] = "none"  # there is nothing to weigh samples by
     untyped = {group: key for group, key in SUMS.items() if look[key] is None}
-    chosen = _load(_parts(named), {group: home if key in recipe else "dmdr" for group, key in untyped.items()})
-    if [plugin.weight for plugin in chosen if plugin.group == "matchings"] != [1.0]:
-        raise ConfigError(f"--matching {named['matching']}: write the name of one matching; --dmd_weight is its weight")
+    own = {group: model.distribution if key in recipe else "dmdr" for group, key in untyped.items()}
+    chosen = _load(_parts(named), own)
+    for group, why in ALONE.items():
+        weights = [plugin.weight for plugin in chosen if plugin.group == group]
+        if weights != [1.0] and (weights or group == "matchings"):
+            raise ConfigError(
+                f"--{SUMS[group]} {named[SUMS[group]]}: write the name of one {registry.NOUNS[group]}; {why}"
+            )
+    where = {key: _first_given(getattr(first, key), given.get(key)) for key in place}
+    if str(_first_given(first.dry_run, given.get("dry_run"))).lower() not in ("true", "1", "yes", "y", "t"):
+        where["architecture"] = None  # only --dry_run reads it
+    chosen.append(Chosen("backends", *_family(model, where)))
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
-    there = {(plugin.group, plugin.name) for plugin in chosen}
-    replaced = [Chosen(group, name, weight, object) for group, weight, name in _parts(in_file)]
-    stale = tuple(plugin.key("") for plugin in replaced if (plugin.group, plugin.name) not in there)
-    given = {key: value for key, value in given.items() if not _is_stale(key, stale, chosen)}
-    return Settings(*_parse(Config, chosen, arguments, given, recipe, **about))
+    given = {key: value for key, value in given.items() if key not in in_file or not _is_stale(key, in_file, chosen)}
+    config, plugins = _parse(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)
+    resolved = Settings(config, model, plugins)
+    resolved.family_options()  # refuses values that cannot be meant
+    return resolved
+
+
+def _family(model: Model, where: Mapping[str, Any]) -> tuple[str, float, type]:
+    """Name, weight and class of the model family."""
+    given = {key: None if value is None else str(value) for key, value in where.items()}
+    name, cls = model.family(**given)
+    return name, 1.0, cls
 
 
 def parse_command(
@@ -173,12 +237,14 @@ def _parse(
     arguments: Sequence[str],
     given: Mapping[str, Any],
     recipe: Mapping[str, Any],
+    whole: bool = True,
     **about: str,
 ) -> tuple[Any, tuple[Chosen, ...]]:
     """The values of a command's flags and of those of its plugins: `arguments` over `given` over `recipe`."""
     options, short = _plugin_options(command, chosen)
-    given = {short.get(key, key): value for key, value in given.items()}
-    parser = Parser(command, options, **about)
+    given, recipe = ({short.get(key, key): value for key, value in values.items()} for values in (given, recipe))
+    parser = Parser(command, options, whole=whole, **about)
+    parser.group_by_plugin(chosen)
     known = [f.name for kind in (command, options) for f in dataclasses.fields(kind)] + list(short)
     parser.set_defaults_with_config(**recipe)
     for key in given:
@@ -197,7 +263,11 @@ def _parse(
     plugins = tuple(
         dataclasses.replace(
             plugin,
-            options={f.name: getattr(values, plugin.key(f.name)) for f in dataclasses.fields(plugin.cls) if f.init},
+            options={
+                f.name: getattr(values, plugin.key(f.name))
+                for f in dataclasses.fields(plugin.flags)
+                if f.init and hasattr(values, plugin.key(f.name))
+            },
         )
         for plugin in chosen
     )
@@ -206,8 +276,28 @@ def _parse(
 
 def _hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen]) -> str:
     """The full names of a plugin's flag that has no short one, or else the known flag that is most like it."""
-    full = [plugin.key(f.name) for plugin in chosen for f in dataclasses.fields(plugin.cls) if f.name == flag]
-    return f" (write {' or '.join(f'--{key}' for key in full)})" if full else registry.suggest(flag, list(known))
+    full = [plugin.key(f.name) for plugin in chosen for f in dataclasses.fields(plugin.flags) if f.name == flag]
+    full = [key for key in full if key in known]
+    if full:
+        return f" (write {' or '.join(f'--{key}' for key in full)})"
+    return _owners(flag, chosen) or registry.suggest(flag, list(known))
+
+
+def _owners(flag: str, chosen: Sequence[Chosen]) -> str:
+    """Which other model families, matchings and so on have a flag of this name."""
+    found: dict[str, list[str]] = {}
+    for group in ("backends", "matchings", "sample_weights"):
+        for name, plugin in registry.plugins(group).items():
+            if registry.problem(plugin) is None:
+                flags = registry.flags_of(group, registry.load(group, name))
+                if any(f.init and f.name == flag for f in dataclasses.fields(flags)):
+                    found.setdefault(group, []).append(name)
+    names = {part.group: part.name for part in chosen}
+    said = (
+        f"{registry.NOUNS[group]} with this flag: {', '.join(who)}; this run's is {names.get(group, 'none')}"
+        for group, who in found.items()
+    )
+    return f" ({'; '.join(said)})" if found else ""
 
 
 # --- Which plugins are named ------------------------------------------------------------------------------------------
@@ -235,18 +325,19 @@ def _load(parts: Sequence[tuple[str, float, str]], own: Mapping[str, str]) -> li
     ]
 
 
-def _is_stale(key: str, prefixes: tuple[str, ...], chosen: Sequence[Chosen]) -> bool:
+def _is_stale(key: str, in_file: Mapping[str, Any], chosen: Sequence[Chosen]) -> bool:
     """Whether a file's setting is of a plugin that flags have replaced, and of none that is chosen; says so."""
-    own = tuple(plugin.key("") for plugin in chosen)
-    stale = str(key).startswith(prefixes) and not str(key).startswith(own)
+    there = {(plugin.group, plugin.name) for plugin in chosen}
+    own = [plugin for plugin in chosen if plugin.group != "backends"]
+    replaced = [Chosen(group, name, weight, object) for group, weight, name in _parts(in_file)]
+    gone = tuple(plugin.key("") for plugin in replaced if (plugin.group, plugin.name) not in there)
+    stale = str(key).startswith(gone) and not str(key).startswith(tuple(plugin.key("") for plugin in own))
+    if not any(plugin.group == "sample_weights" for plugin in chosen):  # its flags are known by short names
+        weight = registry.load("sample_weights", str(in_file.get("sample_weight", Config.sample_weight)), "dmdr")
+        stale |= key in {f.name for f in dataclasses.fields(weight)}
     if stale:
         logger.warning("%s is left out: the run does not use what it is a setting of", key)
     return stale
-
-
-def model_recipe(name: str) -> Mapping[str, Any]:
-    """The recipe of a registered model; empty for folders and hub ids."""
-    return registry.load("models", name).recipe if registry.registered("models", name) else {}
 
 
 def installed(*groups: str) -> str:
@@ -264,31 +355,33 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
     Rewards that only measure have no short names, and take none from the others.
     """
     own = {f.name for f in dataclasses.fields(command)} | {"help", "config"}
-    flags = [(plugin, f.name) for plugin in chosen for f in dataclasses.fields(plugin.cls) if f.init]
-    full = Counter(plugin.key(name) for plugin, name in flags)
-    count = Counter(name for plugin, name in flags if plugin.group != "eval_rewards")
+    flags = [
+        (plugin, f)
+        for plugin in chosen
+        for f in dataclasses.fields(plugin.flags)
+        if f.init and not (plugin.group == "backends" and f.name in own)  # which it is given by the core
+    ]
+    full = Counter(plugin.key(f.name) for plugin, f in flags)
+    count = Counter(f.name for plugin, f in flags if plugin.group != "eval_rewards")
     fields: list[tuple[str, Any, Any]] = []
     short: dict[str, str] = {}
-    for plugin in chosen:
-        hints, help_texts = typing.get_type_hints(plugin.cls), _help_of(plugin.cls)
-        for f in dataclasses.fields(plugin.cls):
-            if not f.init:
-                continue
-            key = plugin.key(f.name)
-            if full[key] > 1:
-                raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
-            if key in own:
-                raise ConfigError(
-                    f"{plugin.group[:-1]} '{plugin.name}' has a field '{f.name}', and --{key} is a flag of dmdr"
-                )
-            metadata = {"help": help_texts.get(f.name, "")}
-            if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in own | full.keys():
-                short[f.name] = key
-                metadata["aliases"] = [f"--{f.name}"]  # type: ignore[assignment]
-            copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
-            fields.append((key, hints[f.name], copy))
+    read = {plugin.flags: (typing.get_type_hints(plugin.flags), _help_of(plugin.flags)) for plugin in chosen}
+    for plugin, f in flags:
+        hints, help_texts = read[plugin.flags]
+        key = plugin.key(f.name)
+        if full[key] > 1:
+            raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
+        if key in own:
+            raise ConfigError(
+                f"{plugin.group[:-1]} '{plugin.name}' has a field '{f.name}', and --{key} is a flag of dmdr"
+            )
+        metadata: dict[str, Any] = {"help": help_texts.get(f.name, "")}
+        if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in own | full.keys():
+            short[f.name] = key
+            metadata["aliases"] = [f"--{f.name}"]
+        copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
+        fields.append((key, hints[f.name], copy))
     options = dataclasses.make_dataclass("PluginOptions", fields)
-    options._argument_group_name = "flags of the chosen plugins"  # type: ignore[attr-defined]
     return options, short
 
 
@@ -304,22 +397,65 @@ def _help_of(cls: type) -> dict[str, str]:
 # --- Command lines and files ------------------------------------------------------------------------------------------
 
 
-class Parser(Refusing, TrlParser):
-    """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One line a flag: its name as it is documented (hyphens for _ work, too), and what kind of value it takes."""
 
-    def __init__(self, *types: Any, prog: str, description: str, epilog: str) -> None:
-        super().__init__(types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        kinds: dict[Any, str] = {int: "INT", float: "FLOAT"}
+        kind = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else kinds.get(action.type, "TEXT")
+        if action.nargs in ("?", 0):
+            return ", ".join(names)
+        return f"{', '.join(names)} {kind}{' ...' if action.nargs in ('+', '*') else ''}"
+
+
+class Parser(Refusing, TrlParser):
+    """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations.
+
+    Args:
+        types: The command's dataclass, and that of its plugins' flags.
+        whole: Show every flag in the help, not just the common ones.
+    """
+
+    def __init__(self, *types: Any, whole: bool = True, **about: str) -> None:
+        about["usage"] = f"{about['prog']} [--config YAML] [--NAME VALUE ...]"
+        super().__init__(types, allow_abbrev=False, formatter_class=_Help, **about)
         self.add_argument_group("settings").add_argument(
             "--config", metavar="YAML", help="settings; flags override them"
         )
+        self._own = {f.name for f in dataclasses.fields(types[0])}
+        if types[0] is Config:
+            for action in [action for action in self._actions if action.dest in TOPICS]:
+                self._move(action, "common settings" if action.dest in COMMON else TOPICS[action.dest])
+                if not (whole or action.dest in COMMON):
+                    action.help = argparse.SUPPRESS
+
+    def group_by_plugin(self, chosen: Sequence[Chosen]) -> None:
+        """Show the flags of each plugin under its name."""
+        titles = {
+            plugin.key(f.name): f"{registry.NOUNS[plugin.group]} {plugin.name}"
+            for plugin in chosen
+            for f in dataclasses.fields(plugin.flags)
+        }
+        for action in self._actions:
+            if action.dest in titles and action.dest not in self._own:
+                self._move(action, titles[action.dest])
+
+    def _move(self, action: argparse.Action, title: str) -> None:
+        for group in self._action_groups:
+            if action in group._group_actions:
+                group._group_actions.remove(action)
+        found = next((group for group in self._action_groups if group.title == title), None)
+        (found or self.add_argument_group(title))._group_actions.append(action)
 
 
 def _first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
     """The few flags that decide which others there are."""
-    parser = _FirstLook(add_help=False, allow_abbrev=False)
-    parser.add_argument("--help", "-h", action="store_true")
+    parser = _FirstLook(add_help=False, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("--help", "-h", nargs="?", const="common", choices=("common", "all"))
     for name in ("config", *names):
-        parser.add_argument(f"--{name}")
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "dry_run" else {}
+        parser.add_argument(f"--{name}", **bare)
     return parser.parse_known_args(arguments)[0]
 
 

@@ -24,10 +24,24 @@ GROUPS = {  # group -> the flag that names one of it
     "objectives": "--rl",
     "rewards": "--reward",
     "matchings": "--matching",
+    "sample_weights": "--sample_weight",
     "backends": "--backend",
     "models": "--model",
 }
-READ_OFF_THE_CLASS = {"rewards": ("differentiable",), "models": ("recipe",)}  # before there is an instance
+NOUNS = {  # what people call one of a group
+    "objectives": "objective",
+    "rewards": "reward",
+    "eval_rewards": "held-out reward",
+    "matchings": "matching",
+    "sample_weights": "sample weight",
+    "backends": "model family",
+    "models": "model",
+}
+READ_OFF_THE_CLASS = {  # before there is an instance
+    "rewards": ("differentiable",),
+    "models": ("recipe", "pipeline"),
+    "backends": ("Options",),
+}
 OPTIONAL = {"objectives": ("setup", "after_update", "shared_noise", "load_state_dict")}  # methods of one argument
 
 
@@ -257,14 +271,16 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
         return as_reward(target, name)
     if not inspect.isclass(target):
         raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else ""))
-    if group in ("objectives", "rewards", "matchings"):
-        if not dataclasses.is_dataclass(target):
-            raise PluginError(f"{where} is no dataclass; its fields are its command-line flags")
+    flags = flags_of(group, target)
+    if flags is not None:
+        if not (inspect.isclass(flags) and dataclasses.is_dataclass(flags)):
+            what = "is" if flags is target else "has Options that are"
+            raise PluginError(f"{where} {what} no dataclass; its fields are the command-line flags")
         try:
-            hints = typing.get_type_hints(target)
+            hints = typing.get_type_hints(flags)
         except Exception as error:  # whatever evaluating an annotation may raise
             raise PluginError(f"{where} has a field whose type cannot be read: {error}") from error
-        for f in dataclasses.fields(target):
+        for f in dataclasses.fields(flags):
             if f.name in READ_OFF_THE_CLASS.get(group, ()):
                 raise PluginError(f"{where} has a flag '{f.name}': annotate it as a ClassVar")
             if f.init and not _is_flag(hints[f.name]):
@@ -282,6 +298,13 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
     return target
 
 
+def flags_of(group: str, target: Any) -> Any:
+    """The dataclass whose fields are the plugin's flags: itself, or the `Options` of a backend; None of a model."""
+    if group == "backends":
+        return getattr(target, "Options", None)
+    return None if group == "models" else target
+
+
 def _has(target: type, name: str) -> bool:
     """Whether its instances have it: a class has a `__call__` of its own, which makes them."""
     return any(name in vars(cls) for cls in target.__mro__) if name == "__call__" else hasattr(target, name)
@@ -297,6 +320,8 @@ def _no_value(group: str, target: type) -> str | None:
             return "has a differentiable that is neither True nor False: it is read off the class, not the instance"
     if group == "models" and not isinstance(target.recipe, Mapping):  # type: ignore[attr-defined]
         return "has a recipe that is no mapping: it is read off the class, not the instance"
+    if group == "models" and not isinstance(target.pipeline, str):  # type: ignore[attr-defined]
+        return "has a pipeline that is no class name: it is read off the class, not the instance"
     return None
 
 
@@ -318,6 +343,7 @@ def _protocol(group: str) -> type:
         "objectives": protocols.RewardObjective,
         "rewards": protocols.Reward,
         "matchings": protocols.Matching,
+        "sample_weights": protocols.SampleWeight,
         "backends": protocols.Backend,
         "models": protocols.NamedModel,
     }[group]

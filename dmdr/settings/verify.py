@@ -1,47 +1,46 @@
 """Whether the parts of a run fit together: what objectives need, and which columns rewards read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.prompts import Row
-from dmdr.protocols import Needs, RewardObjective
+from dmdr.protocols import Needs
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Chosen
 
 
-def needs_of(name: str, objective: RewardObjective) -> Needs:
-    """What an objective declares.
+def needs_of(who: str, part: Any) -> Needs:
+    """What an objective or a sample weight declares; `who` is how users named it.
 
     Raises:
         ConfigError: If it is no `Needs`, or holds what nobody could meet.
     """
     try:
-        needs = objective.needs
+        needs = part.needs
     except (TypeError, ValueError) as error:  # of Needs(...)
-        raise ConfigError(f"--rl {name}: {error}") from error
+        raise ConfigError(f"{who}: {error}") from error
     if not isinstance(needs, Needs):
-        raise ConfigError(
-            f"--rl {name}: its needs are no dmdr.protocols.Needs; is `needs` a @property that returns them?"
-        )
+        raise ConfigError(f"{who}: its needs are no dmdr.protocols.Needs; is `needs` a @property that returns them?")
     return needs
 
 
 def check_needs(
-    name: str, needs: Needs, config: Config, rewards: Sequence[Chosen], *, num_inference_steps: int, batch: int
+    who: str, needs: Needs, config: Config, rewards: Sequence[Chosen], *, num_inference_steps: int, batch: int
 ) -> None:
-    """Refuse an objective whose declared needs the run does not meet.
+    """Refuse a part whose declared needs the run does not meet.
 
     Args:
-        name: What users call it.
+        who: How users named it.
         num_inference_steps: Steps of the student.
         batch: Images of an update, of all processes.
 
     Raises:
         ConfigError: Names the flag that would meet them.
     """
-    who, last = f"--rl {name}", num_inference_steps - 1
+    last = num_inference_steps - 1
     if needs.reward and not rewards:
-        raise ConfigError(f"{who} climbs a reward: name one with --reward")
+        raise ConfigError(f"{who} reads a reward: name one with --reward")
     for reward in rewards:
         if needs.reward_grad and not getattr(reward.cls, "differentiable", False):
             raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
+from dmdr.backends.toy import PROMPTS, Redness, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import BackendOptions, Reward, SampleWeight
+from dmdr.protocols import Reward, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
@@ -39,7 +39,7 @@ def toy_trainer(
     """
     climbed: Any = Redness() if reward is None else reward
     accelerator = Accelerator(cpu=True)
-    backend = ToyBackend("", BackendOptions(seed=seed))
+    backend = ToyBackend("", ToyOptions(seed=seed))
     roles = [role for term in objectives for role in term.objective.needs.roles]
     backend.prepare(accelerator, roles=("student", "fake_score", *dict.fromkeys(roles)))
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmdr.groups import comparable, group_deviation, judged, spread_out
-from dmdr.protocols import Context
+from dmdr.protocols import Context, Needs, require
 from dmdr.types import Direction, Draw
 
 logger = logging.getLogger("dmdr")
@@ -176,45 +176,67 @@ class RewardTilt:
     towards high reward only where the student cannot match the teacher everywhere, and saturates there.
 
     Attributes:
-        tau: Temperature in standard deviations of the (standardised, summed) reward; 1 to 2 is usual.
-        clip: Least and greatest density ratio, before the mean is brought back to one.
-        weight: How it rises with z, the reward in standard deviations. "exp" is exp(z / tau). "linear" is 1 + z / tau,
-            its first order, which no outlier dominates. "rank" is exp(z / tau) of the rank, in standard deviations of
-            the ranks: only the order counts.
-        divergence: h of `divergence_weight`, of the ratio that "exp" estimates.
-        baseline: What a reward is compared with, None for the first of these that applies: "prompt_group", the other
-            images of its prompt, where there are any; "ema", those of the last hundred updates or so, for a global
-            batch of one; "batch", the global batch. By group, a sample without another valid one has weight 1.
+        reward_tilt: Temperature in standard deviations of the (standardised, summed) reward; 1 to 2 is usual, 0 is off.
+        tilt_weight: How the weight rises with z, the reward in standard deviations. "exp" is exp(z / reward_tilt).
+            "linear" is 1 + z / reward_tilt, its first order, which no outlier dominates. "rank" is "exp" of the rank,
+            in standard deviations of the ranks: only the order counts.
+        tilt_divergence: Weight h of the density ratio that "exp" estimates, as in f-distill (arXiv 2502.15681); RT-DM
+            itself is forward_kl.
+        tilt_baseline: What a reward is compared with, by default the first of these that applies: "prompt_group", the
+            other images of its prompt, where there are any; "ema", those of the last hundred updates or so, for a
+            global batch of one; "batch", the global batch. By group, a sample without another valid one has weight 1.
             Over time, weights have mean one over time and not over the batch, the first call has weight 1, and the
             rank is the one of a Gaussian reward.
+        tilt_clip: Least and greatest density ratio, before the mean is brought back to one.
+
+    Raises:
+        ConfigError: For a value that cannot be meant.
     """
 
-    tau: float
-    clip: tuple[float, float] = (0.1, 5.0)
-    weight: Literal["exp", "linear", "rank"] = "exp"
-    divergence: Divergence = "forward_kl"
-    baseline: Baseline | None = None
+    reward_tilt: float = 1.5
+    tilt_weight: Literal["exp", "linear", "rank"] = "exp"
+    tilt_divergence: Divergence = "forward_kl"
+    tilt_baseline: Baseline | None = None
+    tilt_clip: list[float] = field(default_factory=lambda: [0.1, 5.0])
     _moments: dict[str, Moments] = field(default_factory=lambda: defaultdict(Moments), init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require(self, "reward_tilt", self.reward_tilt >= 0, "at least 0")
+        clip = self.tilt_clip
+        require(self, "tilt_clip", len(clip) == 2 and 0 < clip[0] <= 1 <= clip[1], "two numbers, around 1")
+        if self.tilt_divergence != "forward_kl":
+            what = f"exp, a density ratio, for --tilt_divergence {self.tilt_divergence}"
+            require(self, "tilt_weight", self.tilt_weight == "exp", what)
+
+    @property
+    def idle(self) -> bool:
+        return self.reward_tilt == 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(group_size=2 if self.tilt_baseline == "prompt_group" else 1)
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor:
         scores, group = ctx.global_scores()
         shares = {name: share for name, (share, _) in ctx.rewards.parts.items()}
-        baseline = self.baseline or automatic_baseline(group)
+        clip = low, high = self.tilt_clip[0], self.tilt_clip[1]
+        baseline = self.tilt_baseline or automatic_baseline(group)
         if baseline == "ema":
             valid = judged(scores)
             ratio = self._ratio_over_time(scores, shares, valid)
-            weights = bounded(ratio, valid, self.clip, self.divergence, lambda h: self._moments["weight"].add(h).mean)
+            weights = bounded(ratio, valid, clip, self.tilt_divergence, lambda h: self._moments["weight"].add(h).mean)
         else:
             rewards, valid = standardised(scores, shares, group if baseline == "prompt_group" else None)
-            if self.weight == "rank":
+            if self.tilt_weight == "rank":
                 rewards[valid] = ranks(rewards[valid])
             std = rewards[valid].std(correction=0).item() if valid.any() else 0.0
-            ratio = density_ratio(rewards, max(self.tau * std, 1e-12), valid, linear=self.weight == "linear")
-            weights = bounded(ratio, valid, self.clip, self.divergence)
+            ratio = density_ratio(
+                rewards, max(self.reward_tilt * std, 1e-12), valid, linear=self.tilt_weight == "linear"
+            )
+            weights = bounded(ratio, valid, clip, self.tilt_divergence)
             if baseline == "batch" and len(group) == 1:
                 self._warn()
-        low, high = self.clip
         ctx.log(
             {
                 "tilt/effective_sample_size": effective_sample_size(weights),
@@ -233,13 +255,13 @@ class RewardTilt:
         total = torch.stack(parts).sum(0)  # of deviations, so that its mean is 0 already
         size = math.sqrt(self._moments["square"].add(total**2).mean)
         z = total / size if size > ROUNDING else torch.zeros_like(total)
-        if self.weight == "rank":
+        if self.tilt_weight == "rank":
             z = math.sqrt(12) * (torch.special.ndtr(z) - 0.5)  # ranks in [0, 1] have a variance of 1 / 12
         ratio = torch.ones_like(valid, dtype=torch.float64)
-        if self.weight == "linear":
-            ratio[valid] = 1 + z / self.tau
+        if self.tilt_weight == "linear":
+            ratio[valid] = 1 + z / self.reward_tilt
         else:
-            w = (z / self.tau).clamp(-LOGIT_LIMIT, LOGIT_LIMIT).exp()
+            w = (z / self.reward_tilt).clamp(-LOGIT_LIMIT, LOGIT_LIMIT).exp()
             ratio[valid] = w / self._moments["ratio"].add(w).mean
         return ratio
 

@@ -13,8 +13,7 @@ from metrics import short
 
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import checkpoints
-from dmdr.run.job import open_backend, open_prompts, planned
-from dmdr.settings import registry
+from dmdr.run.job import open_prompts, planned
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Chosen, Settings, parse
 from dmdr.settings.verify import check_columns
@@ -220,12 +219,9 @@ def check_inputs(settings: Settings) -> None:
     from dmdr.run.run import adamw, check_tracker  # and matplotlib with it, of which run.py has told if it is missing
 
     config = settings.config
-    if config.backend:
-        registry.load("backends", config.backend)
-    named = registry.registered("models", config.model)
-    if not named:
-        open_backend(config.model, config)
-    model = registry.load("models", config.model)() if named else None
+    model = settings.model.cls() if settings.model.cls else None
+    if model is None:
+        settings.open_backend(config.model)
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
     check_columns(scorers, open_prompts(config, model, scorers).first(1))
     adamw(config)

@@ -35,6 +35,7 @@ REWARDS = {
 class Digits:
     """The `NamedModel` of the digits."""
 
+    pipeline = "StableDiffusion3Pipeline"
     recipe: Mapping[str, Any] = {
         "rl": "refl",
         "rl_weight": 0.3,

@@ -1,21 +1,34 @@
 """FLUX.1: flow matching on packed latents, as diffusers' `FluxPipeline`; guidance-distilled (dev) or not (schnell)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from dmdr.backends.flow import FlowBackend
+from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction
-from dmdr.protocols import BackendOptions
+from dmdr.protocols import unread
 from dmdr.types import Condition
 
 # All attention projections: of both streams in the double blocks, and of the single blocks (RTDMD, arXiv 2605.26108).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxOptions(FlowOptions):
+    """Options of FLUX.1.
+
+    Attributes:
+        guidance_scale: What a guidance-distilled network is told.
+    """
+
+    drop_text_encoders: None = unread()
+    guidance_scale: float = 1.0
 
 
 class FluxBackend(FlowBackend):
@@ -31,12 +44,14 @@ class FluxBackend(FlowBackend):
     the empty prompt, as with the pipeline's `true_cfg_scale`.
     """
 
+    Options = FluxOptions
+    options: FluxOptions
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
     lora_targets = LORA_TARGETS
     patch_size = 2  # of the packing, which the network's configuration does not know of
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    def __init__(self, folder: str, options: FluxOptions) -> None:
         super().__init__(folder, options)
         self.distilled = bool(self.network_config.get("guidance_embeds"))
         if self.distilled and options.zero_empty_prompt is not None:

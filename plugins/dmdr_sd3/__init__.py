@@ -7,10 +7,9 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from dmdr.backends.flow import FlowBackend
+from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
 
 # All attention projections of the MMDiT blocks, of the image and of the text stream (DMDR's released scripts).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -24,7 +23,7 @@ class SD3Backend(FlowBackend):
     lora_targets = LORA_TARGETS
     droppable = ("text_encoder_3",)
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    def __init__(self, folder: str, options: FlowOptions) -> None:
         super().__init__(folder, options)
         longest = int(self.network_config["pos_embed_max_size"]) * self.patch_size * self.vae_scale
         if self.resolution > longest:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import diffusers
@@ -17,10 +18,10 @@ from diffusers import (
 from torch import Tensor
 
 from dmdr.backends.loading import quiet, read_config
-from dmdr.backends.pipeline import Network, PipelineBackend
+from dmdr.backends.pipeline import Network, PipelineBackend, PipelineOptions
 from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Kind, VariancePreserving
-from dmdr.protocols import BackendOptions, Role, Sampler
+from dmdr.protocols import Role, Sampler, unread
 from dmdr.sampling import time_grid
 
 # Attention, feed-forward and convolution layers (DMD2's and DMDR's released SDXL scripts).
@@ -37,6 +38,14 @@ SCHEDULE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UNetOptions(PipelineOptions):
+    """Options of a UNet, whose text lengths are fixed, and which needs each of its text encoders."""
+
+    drop_text_encoders: None = unread()
+    max_sequence_length: None = unread()
+
+
 class UNetBackend(PipelineBackend):
     """A `UNet2DConditionModel` that was trained on a table of 1000 noise levels.
 
@@ -44,16 +53,15 @@ class UNetBackend(PipelineBackend):
         needed: Text encoders that the network cannot do without.
     """
 
+    Options = UNetOptions
     network_class = UNet2DConditionModel
     network_name = "unet"
     lora_targets = LORA_TARGETS
     needed: ClassVar[Sequence[str]] = ("text_encoder",)
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    def __init__(self, folder: str, options: UNetOptions) -> None:
         super().__init__(folder, options)
         name = self.pipeline_class.__name__
-        if options.shift is not None:
-            raise ConfigError(f"--shift is of flow matching; the noise levels of a {name} are chosen with --timesteps")
         absent = [part for part in self.needed if part not in self.text.components]
         if absent:
             raise ConfigError(f"{folder} without its {', '.join(absent)}: a {name} cannot be trained without")

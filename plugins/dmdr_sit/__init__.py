@@ -4,6 +4,7 @@ Checkpoints as published by REPA, or by the authors of SiT, are given with their
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +12,11 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dmdr.backends.flow import FlowBackend
+from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.loading import load_network, quiet
 from dmdr.backends.pipeline import Network
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions, Sampler
+from dmdr.protocols import Sampler, unread
 from dmdr.types import Condition
 from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel, class_index
 
@@ -36,23 +37,32 @@ image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).
 image.save("image.png")"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SiTOptions(FlowOptions):
+    """Options of SiT, which reads no text: guidance leads away from a null label of its own."""
+
+    max_sequence_length: None = unread()
+    drop_text_encoders: None = unread()
+    zero_empty_prompt: None = unread()
+    prompt_cache: None = unread()
+
+
 class SiTBackend(FlowBackend):
     """Teacher, fake score and student on one SiT (`protocols.Backend`).
 
     A sample's class is its column `label`; where the prompts have no such column, the prompt "class 207" says it.
     """
 
+    Options = SiTOptions
     pipeline_class = SiTPipeline
     network_class = SiTTransformer2DModel
     lora_targets = LORA_TARGETS
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    def __init__(self, folder: str, options: SiTOptions) -> None:
         super().__init__(folder, options)
         own = self.vae_scale * self.network_config["sample_size"]
         if self.resolution != own:
             raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} are for {own}")
-        if options.zero_empty_prompt is not None:
-            raise ConfigError("--zero_empty_prompt: a SiT has no empty prompt, but a null label of its own")
         self.num_classes = int(self.network_config["num_classes"])
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:
@@ -128,6 +138,7 @@ class SiTModel:
 
     size: ClassVar[str]
     checkpoint: ClassVar[Path]
+    pipeline: ClassVar[str] = "SiTPipeline"
     # The cold start that DMDR published for SiT-XL/2; its global batch of 512 and fp16 are left to the user.
     recipe: ClassVar[Mapping[str, Any]] = {
         "full_finetune": True,

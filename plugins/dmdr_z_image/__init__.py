@@ -1,6 +1,7 @@
 """Z-Image: flow matching on a single-stream transformer, as diffusers' `ZImagePipeline`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,13 +9,20 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dmdr.backends.flow import FlowBackend
+from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
-from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions, Sampler
+from dmdr.protocols import Sampler, unread
 
 # All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZImageOptions(FlowOptions):
+    """Options of Z-Image, which knows no zeros in place of the empty prompt, and has one text encoder."""
+
+    drop_text_encoders: None = unread()
+    zero_empty_prompt: None = unread()
 
 
 class ZImageBackend(FlowBackend):
@@ -23,14 +31,10 @@ class ZImageBackend(FlowBackend):
     Guidance is w in u + w (c - u); the pipeline counts from zero, c + g (c - u), and thus calls the same g = w - 1.
     """
 
+    Options = ZImageOptions
     pipeline_class = ZImagePipeline
     network_class = ZImageTransformer2DModel
     lora_targets = LORA_TARGETS
-
-    def __init__(self, folder: str, options: BackendOptions) -> None:
-        super().__init__(folder, options)
-        if options.zero_empty_prompt:
-            raise ConfigError("--zero_empty_prompt: Z-Image knows no zeros, only the empty prompt's embeddings")
 
     @property
     def patch_size(self) -> int:

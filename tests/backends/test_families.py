@@ -16,18 +16,18 @@ from torch import Tensor
 
 from dmdr.cli.sample import draw
 from dmdr.ema import EMA
-from dmdr.protocols import BackendOptions
-from dmdr.run.job import assemble, pipeline_class
+from dmdr.protocols import with_options
+from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.settings import registry
+from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse
 from dmdr.testing import check_backend
 from family import FAMILIES, Family, Stock
 
 ROLES = ("student", "fake_score")
 CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
-OPTIONS = set(BackendOptions.__dataclass_fields__)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -51,10 +51,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def prepared(folder: Path, family: Family, *, roles: Any = ROLES, **options: Any) -> Any:
     """The family's backend in float32 on the CPU."""
-    own = {key: value for key, value in family.settings.items() if key in OPTIONS}
     small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2, "fake_lora_alpha": 3.0}
-    given = BackendOptions(**(small | own | {"guidance_scale": family.guidance} | options))
-    backend = registry.load("backends", pipeline_class(str(folder)))(str(folder), given)
+    cls = registry.load("backends", pipeline_class(str(folder)))
+    given = small | family.settings | {"guidance_scale": family.guidance} | options
+    backend = cls(str(folder), with_options(cls.Options(), **given))
     backend.prepare(Accelerator(cpu=True), roles=roles)
     return backend
 
@@ -76,9 +76,9 @@ def states(backend: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def test_contract(folders: dict[str, Path], name: str) -> None:
     folder, family = folders[name], FAMILIES[name]
-    own = {key: value for key, value in family.settings.items() if key in OPTIONS}
-    options = BackendOptions(lora_rank=4, fake_lora_rank=4, guidance_scale=family.guidance, **own)
-    check_backend(registry.load("backends", pipeline_class(str(folder)))(str(folder), options), family.prompts[:2])
+    cls = registry.load("backends", pipeline_class(str(folder)))
+    given = {"lora_rank": 4, "fake_lora_rank": 4, "guidance_scale": family.guidance} | family.settings
+    check_backend(cls(str(folder), with_options(cls.Options(), **given)), family.prompts[:2])
 
 
 # --- Against the stock pipeline ---------------------------------------------------------------------------------------

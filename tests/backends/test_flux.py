@@ -10,7 +10,6 @@ from diffusers import FluxPipeline
 
 import flux
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
 from dmdr_flux import FluxBackend
 
 OWN = 3.5  # --guidance_scale
@@ -24,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(folder: Path, **options: Any) -> FluxBackend:
-    return FluxBackend(str(folder), BackendOptions(**{"resolution": 16, "max_sequence_length": 8} | options))
+    return FluxBackend(str(folder), FluxBackend.Options(**{"resolution": 16, "max_sequence_length": 8} | options))
 
 
 @pytest.mark.parametrize("own", [OWN, 1.0])

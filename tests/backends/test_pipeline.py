@@ -33,7 +33,6 @@ import sdxl
 from dmdr.backends.loading import digest, on_device, read_weights
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_sd3 import SD3Backend
 from dmdr_sdxl import SDXLBackend
@@ -66,7 +65,7 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def made(folder: Path, name: str = "sd3", **options: Any) -> Any:
-    return BACKENDS[name](str(folder), BackendOptions(**{"lora_rank": 2, "prompt_cache": "off"} | options))
+    return BACKENDS[name](str(folder), BACKENDS[name].Options(**{"lora_rank": 2, "prompt_cache": "off"} | options))
 
 
 def prepared(folder: Path, name: str = "sd3", precision: str = "no", **options: Any) -> Any:
@@ -216,16 +215,15 @@ def test_a_revision_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None
 import sys
 import torch
 from types import SimpleNamespace
-from dmdr.run.job import open_backend
 from dmdr.settings.parse import parse
 from dmdr.errors import ConfigError
 from dmdr.sampling import FewStepSampler
 given = {{"model": "org/name", "prompt_cache": {str(tmp_path / "cache")!r}, "reward": "none"}}
 try:
-    open_backend("org/name", parse(settings=given).config)
+    parse(settings=given)
 except ConfigError:
     print("no main")
-backend = open_backend("org/name", parse(settings=given | {{"revision": "other"}}).config)
+backend = parse(settings=given | {{"revision": "other"}}).open_backend("org/name")
 accelerator = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"))
 backend.prepare(accelerator, roles=("student",))
 print(tuple(backend.encode(["seven"]).tensors["sequence"].shape))
@@ -323,7 +321,7 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
 def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded(
     folders: dict[str, Path], flag: str, name: str
 ) -> None:
-    options = BackendOptions(full_finetune=flag == "student_weights", **{flag: name})
+    options = SD3Backend.Options(full_finetune=flag == "student_weights", **{flag: name})
     backend = SD3Backend(str(folders["sd3"]), options)
     with pytest.raises(ConfigError, match=f"^--{flag} {name}: no such file or folder$"):
         backend.connect(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"))

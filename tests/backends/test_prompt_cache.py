@@ -29,7 +29,6 @@ import sd3
 from dmdr.backends import prompt_encoder
 from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
 from dmdr.run.run import train
 from dmdr_sd3 import SD3Backend
 
@@ -67,7 +66,7 @@ ALONE = accelerator()
 
 def prepared(folder: Path, cache: Path | str, accelerator: Any = ALONE, **options: Any) -> SD3Backend:
     given = {"lora_rank": 4, "max_sequence_length": 5, "prompt_cache": str(cache)} | options
-    backend = SD3Backend(str(folder), BackendOptions(**given))
+    backend = SD3Backend(str(folder), SD3Backend.Options(**given))
     backend.prepare(accelerator, roles=("student", "fake_score"))
     return backend
 

@@ -19,9 +19,9 @@ import sit
 from dmdr import train
 from dmdr.cli import sample
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
-from dmdr.run.job import assemble, pipeline_class
+from dmdr.run.job import assemble
 from dmdr.settings import registry
+from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse
 from dmdr_digits import Digits
 from dmdr_sit import SiTBackend
@@ -265,7 +265,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backend(folder: Path) -> SiTBackend:
-    backend = SiTBackend(str(folder), BackendOptions())
+    backend = SiTBackend(str(folder), SiTBackend.Options())
     backend.prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
     return backend
 
@@ -303,7 +303,7 @@ def test_guidance_leads_away_from_the_null_label(backend: SiTBackend) -> None:
 def test_a_merged_network_is_the_student(folder: Path) -> None:
     """Adapters of linear layers and of the convolution, at alpha / rank = 2."""
     targets = ("attn.qkv", "fc2", "x_embedder.proj", "final_layer.linear")
-    backend = SiTBackend(str(folder), BackendOptions(lora_rank=4, lora_alpha=8.0, lora_target_modules=targets))
+    backend = SiTBackend(str(folder), SiTBackend.Options(lora_rank=4, lora_alpha=8.0, lora_target_modules=targets))
     backend.prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
     for parameter in backend.parameters("student").values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
@@ -324,14 +324,14 @@ def test_options_that_do_not_fit_are_refused(folder: Path) -> None:
         ({"max_sequence_length": 77}, "text length of a SiTPipeline is fixed"),
     ):
         with pytest.raises(ConfigError, match=message):
-            SiTBackend(str(folder), BackendOptions(**option))
+            SiTBackend(str(folder), SiTBackend.Options(**option))
     for option, message in (
         ({"attention_backend": "flash"}, "--attention_backend flash: diffusers would ignore it"),
         ({"lora_target_modules": ("to_q",)}, "--lora_target_modules: a SiTTransformer2DModel has no to_q"),
         ({"drop_text_encoders": ("text_encoder",)}, "has none"),
     ):
         with pytest.raises(ConfigError, match=message):
-            SiTBackend(str(folder), BackendOptions(**option)).prepare(Accelerator(cpu=True), roles=("student",))
+            SiTBackend(str(folder), SiTBackend.Options(**option)).prepare(Accelerator(cpu=True), roles=("student",))
 
 
 def test_the_stock_pipeline_knows_its_classes(folder: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dmdr.backends.images import to_unit_range
-from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Toy, ToyBackend, mixture_mean, posterior_mean
+from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Toy, ToyBackend, ToyOptions, mixture_mean, posterior_mean
 from dmdr.paths import RectifiedFlow, VariancePreserving, add_noise
-from dmdr.protocols import Backend, BackendOptions, NamedModel, Reward
+from dmdr.protocols import Backend, NamedModel, Reward
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from toy_trainer import cpu, prepared
@@ -63,7 +63,7 @@ def test_guidance_interpolates_between_the_mixture_and_the_mode() -> None:
 
 
 def test_roles_start_as_the_teacher_and_differ_once_trained() -> None:
-    backend = ToyBackend("", BackendOptions(seed=3))
+    backend = ToyBackend("", ToyOptions(seed=3))
     backend.prepare(cpu(), roles=("student", "fake_score", "reference"))
     cond, x_t, t = backend.encode(PROMPTS), normal(4, 2).float(), torch.full((4,), 0.7)
     teacher = backend.teacher(x_t, t, cond).value
@@ -114,7 +114,7 @@ def test_clamp_passes_gradients_straight_through() -> None:
 
 
 def test_export_comes_back(tmp_path: Path) -> None:
-    backend, other = prepared(), ToyBackend("", BackendOptions(seed=9))
+    backend, other = prepared(), ToyBackend("", ToyOptions(seed=9))
     other.prepare(cpu(), roles=("student",))
     sampler = FewStepSampler(backend.path, time_grid(4), 1.0)
     assert backend.export(tmp_path, sampler) == {"sigmas": [1.0, 0.75, 0.5, 0.25]}
@@ -127,7 +127,7 @@ def test_export_comes_back(tmp_path: Path) -> None:
 def test_preparing_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    ToyBackend("", BackendOptions(seed=1)).prepare(cpu(), roles=("student", "fake_score"))
+    ToyBackend("", ToyOptions(seed=1)).prepare(cpu(), roles=("student", "fake_score"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -139,7 +139,7 @@ def test_toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (model.folder() / "model_index.json").is_file()
     assert model.prompts() == [{"prompt": prompt} for prompt in PROMPTS]
     assert model.judge() is model.reward_checkpoint("toy") is None
-    assert isinstance(ToyBackend("", BackendOptions()), Backend)
+    assert isinstance(ToyBackend("", ToyOptions()), Backend)
 
 
 def test_redness_rises_to_the_right() -> None:

@@ -29,7 +29,6 @@ import sdxl
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise
-from dmdr.protocols import BackendOptions
 from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
@@ -77,7 +76,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     ],
 )
 def test_the_path_is_the_schedulers_own(built: Callable[..., Path], scheduler: Any) -> None:
-    backend = SD1Backend(str(built(scheduler=scheduler)), BackendOptions())
+    backend = SD1Backend(str(built(scheduler=scheduler)), SD1Backend.Options())
     # Euler has 2^-24 for a zero at the end.
     torch.testing.assert_close(backend.path.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=0, atol=1e-7)
     assert backend.kind == {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[scheduler.config.prediction_type]
@@ -88,12 +87,12 @@ def test_the_defaults_are_those_of_the_schedulers_class(built: Callable[..., Pat
     folder = tmp_path / "copy"
     sd1.build(folder)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
-    table = SD1Backend(str(folder), BackendOptions()).path.alphas_cumprod
+    table = SD1Backend(str(folder), SD1Backend.Options()).path.alphas_cumprod
     torch.testing.assert_close(table.float(), DDIMScheduler().alphas_cumprod)
 
 
 def test_grids(built: Callable[..., Path]) -> None:
-    backend = SDXLBackend(str(built(sdxl.build)), BackendOptions())
+    backend = SDXLBackend(str(built(sdxl.build)), SDXLBackend.Options())
     told = {k: backend.path.timestep(backend.grid(k)[:-1]).tolist() for k in (1, 2, 4)}
     assert told == {1: [399], 2: [999, 500], 4: [999, 750, 500, 250]}
     assert all(backend.grid(k)[-1] == 0 and len(backend.grid(k)) == k + 1 for k in told)
@@ -106,7 +105,7 @@ def test_the_stock_scheduler_takes_our_steps(
     built: Callable[..., Path], schedule: dict[str, Any], timesteps: list[int], eta: float
 ) -> None:
     """In float32, fed unit noise at any first timestep; errors grow with 1 / alpha."""
-    backend = SD1Backend(str(built(**schedule)), BackendOptions())
+    backend = SD1Backend(str(built(**schedule)), SD1Backend.Options())
     sampler = FewStepSampler(backend.path, torch.tensor([*(t / 1000 for t in timesteps), 0.0]).double(), eta)
 
     def output(x: Tensor) -> Tensor:
@@ -246,7 +245,8 @@ def test_bfloat16(built: Callable[..., Path], name: str) -> None:
     folder, found = built(FAMILIES[name].build), []
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        backend = (SDXLBackend if name == "sdxl" else SD1Backend)(str(folder), BackendOptions(lora_rank=4))
+        cls = SDXLBackend if name == "sdxl" else SD1Backend
+        backend = cls(str(folder), cls.Options(lora_rank=4))
         backend.prepare(Accelerator(cpu=True, mixed_precision=precision), roles=("student", "fake_score"))
         x_t = torch.randn(2, *backend.latent_shape, generator=torch.manual_seed(0))
         t = torch.tensor([0.999, 0.399], dtype=torch.float64)
@@ -292,7 +292,7 @@ def test_loads_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 )
 def test_options_that_do_not_fit(built: Callable[..., Path], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        SDXLBackend(str(built(sdxl.build)), BackendOptions(**options))
+        SDXLBackend(str(built(sdxl.build)), SDXLBackend.Options(**options))
     assert "\n" not in str(caught.value)
 
 
@@ -307,17 +307,17 @@ def test_options_that_do_not_fit(built: Callable[..., Path], options: dict[str, 
 )
 def test_schedulers_of_another_path(built: Callable[..., Path], scheduler: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        SD1Backend(str(built(scheduler=scheduler)), BackendOptions())
+        SD1Backend(str(built(scheduler=scheduler)), SD1Backend.Options())
     assert "\n" not in str(caught.value)
 
 
 def test_models_that_are_no_teacher(built: Callable[..., Path]) -> None:
     refiner = built(sdxl.build, text_encoder=None, tokenizer=None)
     with pytest.raises(ConfigError, match="without its text_encoder: "):
-        SDXLBackend(str(refiner), BackendOptions())
+        SDXLBackend(str(refiner), SDXLBackend.Options())
     distilled = built(sdxl.build, unet=sdxl.unet(time_cond_proj_dim=8))
     with pytest.raises(ConfigError, match="time_cond_proj_dim"):
-        SDXLBackend(str(distilled), BackendOptions())
+        SDXLBackend(str(distilled), SDXLBackend.Options())
 
 
 def test_a_kernel_that_diffusers_would_ignore(built: Callable[..., Path]) -> None:

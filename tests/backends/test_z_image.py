@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 import z_image
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
 from dmdr_z_image import ZImageBackend
 
 
@@ -21,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(folder: Path, **options: Any) -> ZImageBackend:
-    return ZImageBackend(str(folder), BackendOptions(**{"resolution": 16, "max_sequence_length": 60} | options))
+    return ZImageBackend(str(folder), ZImageBackend.Options(**{"resolution": 16, "max_sequence_length": 60} | options))
 
 
 def test_a_prompt_is_answered_alike_beside_a_longer_one(folder: Path) -> None:

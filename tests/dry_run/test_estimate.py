@@ -34,11 +34,12 @@ from dmdr.cli import train
 from dmdr.dry_run.estimate import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
 from dmdr.dry_run.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
 from dmdr.errors import ConfigError
-from dmdr.protocols import BackendOptions
+from dmdr.protocols import with_options
 from dmdr.rewards import Rewards
-from dmdr.run.job import assemble, pipeline_class
+from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.settings import registry
+from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse
 from dmdr.training.objectives import combined_needs
 from family import FAMILIES
@@ -107,11 +108,12 @@ def fresh_accelerate() -> Iterator[None]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shapes_and_dtypes_are_those_of_the_loaded_model(folders: dict[str, Path], name: str) -> None:
     family, folder = FAMILIES[name], str(folders[name])
-    own = {key: value for key, value in family.settings.items() if key in BackendOptions.__dataclass_fields__}
-    options = BackendOptions(prompt_cache="off", lora_rank=4, fake_lora_rank=2, **own)
+    cls = registry.load("backends", pipeline_class(folder))
+    given = {"prompt_cache": "off", "lora_rank": 4, "fake_lora_rank": 2} | family.settings
+    options = with_options(cls.Options(), **given)
     found = []
     for process in (Accelerator(cpu=True, mixed_precision="bf16"), Process(META, "bf16")):
-        backend = registry.load("backends", pipeline_class(folder))(folder, options)
+        backend = cls(folder, options)
         backend.prepare(process, roles=("student", "fake_score"))
         modules = {"network": backend.roles.network, "vae": backend.vae, **backend.text.load_encoders()}
         tensors = {f"{part}.{key}": t for part, module in modules.items() for key, t in module.state_dict().items()}

@@ -16,7 +16,6 @@ from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import nn
 
-from dmdr.run.job import open_backend
 from dmdr.run.run import run
 from dmdr.settings import registry
 from dmdr.settings.parse import Settings, parse
@@ -85,8 +84,9 @@ def test_every_value_says_where_it_comes_from(recipe: Path) -> None:
 
 def test_fits_the_published_model(recipe: Path, tmp_path: Path) -> None:
     """Its settings are accepted, and by the family at its true size, of which no weights are loaded."""
-    config = settings_of(recipe, model=str(recipe.parent / "architecture")).config
-    assert open_backend(config.model, config).latent_shape[1:] == (config.resolution // 8,) * 2  # type: ignore[operator]
+    settings = settings_of(recipe, model=str(recipe.parent / "architecture"))
+    backend = settings.open_backend(settings.config.model)
+    assert backend.latent_shape[1:] == (settings.family.options["resolution"] // 8,) * 2
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

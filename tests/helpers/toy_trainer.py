@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from dmdr.backends.toy import PROMPTS, ToyBackend
+from dmdr.backends.toy import PROMPTS, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.paths import Prediction, VariancePreserving, expand
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import BackendOptions, Matching, Needs, SampleWeight
+from dmdr.protocols import Matching, Needs, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
@@ -68,7 +68,7 @@ class DoubleToy(ToyBackend):
 class EpsToy(ToyBackend):
     """The toy as an epsilon model: the same mixture on the variance-preserving path of SDXL."""
 
-    def __init__(self, folder: str, options: BackendOptions) -> None:
+    def __init__(self, folder: str, options: ToyOptions) -> None:
         super().__init__(folder, options)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.path = VariancePreserving((1 - betas).cumprod(0))
@@ -89,14 +89,14 @@ class EpsToy(ToyBackend):
 
 def at_rest(cls: type[ToyBackend] = ToyBackend) -> ToyBackend:
     """A backend whose student and fake score are the teacher."""
-    backend = cls("", BackendOptions(seed=0))
+    backend = cls("", ToyOptions(seed=0))
     backend.prepare(cpu(), roles=("student", "fake_score"))
     return backend
 
 
 def prepared(cls: type[ToyBackend] = ToyBackend, *, roles: Sequence[Any] = ("student", "fake_score")) -> ToyBackend:
     """A backend whose student and fake score differ from the teacher and from each other."""
-    backend = cls("", BackendOptions(seed=0))
+    backend = cls("", ToyOptions(seed=0))
     backend.prepare(cpu(), roles=roles)
     for number, role in enumerate(("student", "fake_score"), start=1):
         generator = torch.Generator().manual_seed(number)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmdr.backends.toy import CENTRES, PROMPTS, STD, ToyBackend
+from dmdr.backends.toy import CENTRES, PROMPTS, STD, ToyBackend, ToyOptions
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD, T_MIN
 from dmdr.paths import NoisePath, Prediction
-from dmdr.protocols import BackendOptions, Matching
+from dmdr.protocols import Matching
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.settings.parse import parse
 from dmdr.types import Condition, Draw, Rollout
@@ -465,7 +465,7 @@ def trained(cls: type[ToyBackend], matching: Matching, steps: int = 100) -> tupl
     def quickly(lr: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
         return lambda parameters: torch.optim.AdamW(parameters, lr=lr, betas=(0.5, 0.99), weight_decay=0.0)
 
-    backend = cls("", BackendOptions(seed=0))
+    backend = cls("", ToyOptions(seed=0))
     backend.prepare(cpu(), roles=("student", "fake_score"))
     with torch.no_grad():
         backend.residuals["student"].net[-1].bias += torch.tensor([0.8, -0.5])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmdr.backends.toy import CENTRES, PROMPTS, ToyBackend
+from dmdr.backends.toy import CENTRES, PROMPTS, ToyBackend, ToyOptions
 from dmdr.matching import DMD, T_MAX, T_MIN
 from dmdr.paths import NoisePath
-from dmdr.protocols import BackendOptions, Context, Matching
+from dmdr.protocols import Context, Matching
 from dmdr.sampling import time_grid, unshift_times
 from dmdr.settings.parse import parse
 from dmdr.types import Draw, Renoised, Rollout
@@ -190,7 +190,7 @@ def overshoot(matching: Matching, steps: int = 100) -> tuple[float, float]:
     It starts half a unit off. Guidance pushes samples away from the other modes where these can be taken for each
     other, that is at noisy times.
     """
-    backend = ToyBackend("", BackendOptions(seed=0))
+    backend = ToyBackend("", ToyOptions(seed=0))
     backend.prepare(cpu(), roles=("student", "fake_score"))
     with torch.no_grad():
         backend.residuals["student"].net[-1].bias += torch.tensor([0.8, -0.5])

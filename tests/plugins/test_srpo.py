@@ -20,7 +20,7 @@ from dmdr.paths import NoisePath, Prediction, RectifiedFlow, VariancePreserving,
 from dmdr.protocols import FeatureReward, Needs
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
-from dmdr.run.job import check_needs
+from dmdr.run.job import planned
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.parse import parse
 from dmdr.training.objectives import WeightedObjective
@@ -280,11 +280,11 @@ def test_flags_and_a_reward_without_text_features() -> None:
     (chosen,) = settings.of("objectives")
     objective = chosen.build()
     assert objective == SRPO(positive=["Fine", "CG Render"], direct_align=True)
-    terms = (WeightedObjective("srpo", 1.0, objective),)
-    check_needs(settings.config, terms, settings)
+    (WeightedObjective("srpo", 1.0, objective),)
+    planned(settings)
     settings = parse([*flags, "--reward", "hps+dinov2"])
     with pytest.raises(ValueError, match="--rl srpo needs a reward with text features, and 'dinov2' has none"):
-        check_needs(settings.config, terms, settings)
+        planned(settings)
 
 
 # --- Direct-Align -------------------------------------------------------------------------------------------------

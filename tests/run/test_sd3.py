@@ -15,7 +15,6 @@ from PIL import Image
 
 import dmdr
 from dmdr.cli.sample import draw
-from dmdr.protocols import BackendOptions
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_digits import Digits
 from dmdr_sd3 import SD3Backend
@@ -43,7 +42,7 @@ for i, image in enumerate(pipe(prompts, **call).images):
 
 def prepared(folder: Path, **options: object) -> SD3Backend:
     settings = {"lora_rank": 4, "lora_alpha": 8, "fake_lora_rank": 4, "fake_lora_alpha": 4, "max_sequence_length": 1}
-    backend = SD3Backend(str(folder), BackendOptions(**settings | options))  # type: ignore[arg-type]
+    backend = SD3Backend(str(folder), SD3Backend.Options(**settings | options))  # type: ignore[arg-type]
     backend.prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
     return backend
 
@@ -141,7 +140,7 @@ def test_exported_lora_is_the_student(backend: SD3Backend, tmp_path: Path) -> No
 def test_bf16(digits: Digits) -> None:
     """Networks in bf16, adapters, predictions and gradients in float32."""
     AcceleratorState._reset_state()  # of other tests, in float32
-    backend = SD3Backend(str(digits.folder()), BackendOptions(lora_rank=4, fake_lora_rank=4, max_sequence_length=1))
+    backend = SD3Backend(str(digits.folder()), SD3Backend.Options(lora_rank=4, fake_lora_rank=4, max_sequence_length=1))
     backend.prepare(Accelerator(cpu=True, mixed_precision="bf16"), roles=("student", "fake_score"))
     assert backend.pipeline.transformer.proj_out.weight.dtype == torch.bfloat16
     cond = backend.encode(PROMPTS)

@@ -20,9 +20,9 @@ from torch import Tensor
 from dmdr import train
 from dmdr.errors import ConfigError
 from dmdr.protocols import Reward
-from dmdr.run.job import check_columns
 from dmdr.settings.functions import as_reward
 from dmdr.settings.parse import Chosen
+from dmdr.settings.verify import check_columns
 
 PROMPTS = ["a", "bb", "ccc"]
 COLUMNS = {"label": [3, 1, 2], "answer": ["x", None, "y"]}

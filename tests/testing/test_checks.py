@@ -13,11 +13,11 @@ import torch
 import trl.trainer.utils  # noqa: F401  # pytester forgets what is imported in a test, and this cannot be imported twice
 from torch import Tensor, nn
 
-from dmdr.backends.toy import PROMPTS, Redness, ToyBackend
+from dmdr.backends.toy import PROMPTS, Redness, ToyBackend, ToyOptions
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import BackendOptions, Context, Needs, Role, Sampler
+from dmdr.protocols import Context, Needs, Role, Sampler
 from dmdr.testing import check_backend, check_objective, check_reward
 from dmdr.types import Condition, Draw, Term
 from dmdr_nft import DiffusionNFT
@@ -477,7 +477,7 @@ def flawed(method: str, instead: Callable[..., Any]) -> ToyBackend:
     def called(self: ToyBackend, *args: Any, **kwargs: Any) -> Any:
         return instead(self, partial(getattr(ToyBackend, method), self), *args, **kwargs)
 
-    return type("Flawed", (ToyBackend,), {method: called})("", BackendOptions())
+    return type("Flawed", (ToyBackend,), {method: called})("", ToyOptions())
 
 
 def plus(prediction: Prediction, more: Tensor | float) -> Prediction:
@@ -593,7 +593,7 @@ def test_an_export_that_writes_nothing_is_caught() -> None:
             self.residuals["student"].load_state_dict(getattr(self, "exported", self.parameters("student")))
 
     with pytest.raises(AssertionError, match="must bring back the student"):
-        check_backend(Minded("", BackendOptions()), PROMPTS)
+        check_backend(Minded("", ToyOptions()), PROMPTS)
 
 
 def test_a_family_without_stochastic_steps_is_sound() -> None:
@@ -603,8 +603,8 @@ def test_a_family_without_stochastic_steps_is_sound() -> None:
                 raise ConfigError("the scheduler of this family has no noise: pass --sample_eta 0")
             return super().export(directory, sampler)
 
-    check_backend(Deterministic("", BackendOptions()), PROMPTS)
-    check_backend(ToyBackend("", BackendOptions()), PROMPTS)
+    check_backend(Deterministic("", ToyOptions()), PROMPTS)
+    check_backend(ToyBackend("", ToyOptions()), PROMPTS)
 
 
 # --- pytest --dmdr-plugin ------------------------------------------------------------------------------------------

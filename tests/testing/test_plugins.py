@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmdr.protocols import BackendOptions, NamedModel
+from dmdr.protocols import NamedModel, with_options
 from dmdr.settings import registry
 from dmdr.testing import check_backend, check_objective, check_reward
 from dmdr_digits import Digits
@@ -35,8 +35,10 @@ def test_model_and_its_backend(name: str, digits: Digits) -> None:
     assert isinstance(model, NamedModel)
     folder = model.folder()
     pipeline = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
-    options = BackendOptions(lora_rank=4, lora_alpha=8, fake_lora_rank=4, fake_lora_alpha=4)
-    backend = registry.load("backends", pipeline)(str(folder), options)
+    assert pipeline == model.pipeline
+    cls = registry.load("backends", pipeline)
+    small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 4, "fake_lora_alpha": 4.0}
+    backend = cls(str(folder), with_options(cls.Options(), **small))
     check_backend(backend, [row["prompt"] for row in model.prompts()[:3]])
 
 
@@ -46,9 +48,11 @@ def test_recipe_names_settings(name: str) -> None:
 
     settings = parse(settings={"model": name})
     recipe = registry.load("models", name).recipe
+    values = settings.values()
+    short = {key: value for plugin in settings.plugins for key, value in plugin.options.items()}
     for key, value in recipe.items():
         if key != "objectives":
-            assert getattr(settings.config, key) == value
+            assert (values | short)[key] == value
 
 
 def test_core_names_no_plugin() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError
+from dmdr.run.job import planned
 from dmdr.settings.parse import parse
 from dmdr.training.tilt import (
     DECAY,
@@ -328,7 +329,7 @@ def test_share_of_clipped_weights() -> None:
     scores = {"a": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0, NAN, NAN])}
     _, logged = call(RewardTilt(0.5), scores, {"a": 1.0})
     assert logged["tilt/clipped"] == pytest.approx(0.8)  # the ratios are e^-6 and nearly 8
-    _, logged = call(RewardTilt(0.5, clip=(0.1, 9.0)), scores, {"a": 1.0})
+    _, logged = call(RewardTilt(0.5, tilt_clip=[0.1, 9.0]), scores, {"a": 1.0})
     assert logged["tilt/clipped"] == pytest.approx(0.7)
     _, logged = call(RewardTilt(50.0), scores, {"a": 1.0})
     assert logged["tilt/clipped"] == 0
@@ -336,14 +337,14 @@ def test_share_of_clipped_weights() -> None:
 
 def test_linear_and_rank_by_hand() -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 2.0, 4.0, 6.0])}  # mean 3, variance 3.2
-    found, _ = call(RewardTilt(2.0, weight="linear"), scores, {"a": 0.7})
+    found, _ = call(RewardTilt(2.0, tilt_weight="linear"), scores, {"a": 0.7})
     torch.testing.assert_close(found.double(), 1 + (scores["a"].double() - 3) / 3.2**0.5 / 2, rtol=1e-6, atol=0)
-    found, _ = call(RewardTilt(2.0, weight="rank"), scores, {"a": 0.7})
+    found, _ = call(RewardTilt(2.0, tilt_weight="rank"), scores, {"a": 0.7})
     z = torch.tensor([-0.5, -0.125, -0.125, 0.25, 0.5], dtype=torch.float64)
     z = z / z.std(correction=0)
     expected = (z / 2).exp() / (z / 2).exp().mean()
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
-    far, _ = call(RewardTilt(2.0, weight="rank"), {"a": torch.tensor([-1e4, 2.0, 2.0, 2.1, 1e4])}, {"a": 0.7})
+    far, _ = call(RewardTilt(2.0, tilt_weight="rank"), {"a": torch.tensor([-1e4, 2.0, 2.0, 2.1, 1e4])}, {"a": 0.7})
     assert torch.equal(far, found)
 
 
@@ -351,12 +352,12 @@ def test_linear_and_rank_by_hand() -> None:
 
 SETTINGS = [
     *(
-        {"weight": weight, "baseline": b}
+        {"tilt_weight": weight, "tilt_baseline": b}
         for weight in ("exp", "linear", "rank")
         for b in ("batch", "prompt_group", "ema")
     ),
     *(
-        {"divergence": divergence, "baseline": b}
+        {"tilt_divergence": divergence, "tilt_baseline": b}
         for divergence in get_args(Divergence)[1:]
         for b in ("batch", "prompt_group", "ema")
     ),
@@ -483,7 +484,7 @@ def test_the_first_sample_of_all_has_weight_one(settings: dict[str, Any]) -> Non
 def test_automatic_baseline(group: list[int], baseline: Any) -> None:
     assert automatic_baseline(torch.tensor(group)) == baseline
     score = {"a": torch.linspace(0, 1, len(group))}
-    found, expected = RewardTilt(1.5), RewardTilt(1.5, baseline=baseline)
+    found, expected = RewardTilt(1.5), RewardTilt(1.5, tilt_baseline=baseline)
     for _ in range(2):
         score = {"a": score["a"] ** 2 + 0.1}
         weights, _ = call(found, score, {"a": 1.0}, group=torch.tensor(group))
@@ -494,7 +495,7 @@ def test_automatic_baseline(group: list[int], baseline: Any) -> None:
 def test_by_group_the_level_of_a_prompt_does_not_matter(weight: Any) -> None:
     score = torch.tensor([1.0, 3, 4, 2, 1, 1, 5, 2], dtype=torch.float64) / 16
     group = torch.tensor([7, 2, 7, 2, 7, 2, 7, 2])
-    tilt = RewardTilt(1.5, weight=weight, baseline="prompt_group")
+    tilt = RewardTilt(1.5, tilt_weight=weight, tilt_baseline="prompt_group")
     found, _ = call(tilt, {"a": score}, {"a": 1.0}, group=group)
     assert len(found.unique()) > 4
     for constant in (-3.0, 1000.0):
@@ -503,7 +504,9 @@ def test_by_group_the_level_of_a_prompt_does_not_matter(weight: Any) -> None:
         total, valid = standardised({"a": score + constant * (group == 2)}, {"a": 1.0}, group)
         torch.testing.assert_close(total, standardised({"a": score}, {"a": 1.0}, group)[0], rtol=0, atol=1e-12)
         assert valid.all()
-    others, _ = call(RewardTilt(1.5, weight=weight, baseline="batch"), {"a": score + 1000.0 * (group == 2)}, {"a": 1.0})
+    others, _ = call(
+        RewardTilt(1.5, tilt_weight=weight, tilt_baseline="batch"), {"a": score + 1000.0 * (group == 2)}, {"a": 1.0}
+    )
     assert others[group == 2].min() > others[group == 7].max()  # which the batch prefers
 
 
@@ -518,18 +521,18 @@ def test_by_group_by_hand() -> None:
 def test_by_group_a_sample_alone_is_neutral() -> None:
     scores = {"a": torch.tensor([0.1, 0.5, 9.0, 0.3, NAN, 0.2, 0.4]), "b": torch.tensor([1.0, 2, 0, 3, 1, 5, 2])}
     group, weights = torch.tensor([0, 0, 1, 2, 2, 3, 3]), {"a": 1.0, "b": 1.0}
-    found, _ = call(RewardTilt(1.5, baseline="prompt_group"), scores, weights, group=group)
+    found, _ = call(RewardTilt(1.5, tilt_baseline="prompt_group"), scores, weights, group=group)
     assert found[[2, 3, 4]].tolist() == [1, 1, 1]
     kept = torch.tensor([0, 1, 5, 6])
     alone, _ = call(RewardTilt(1.5), {n: score[kept] for n, score in scores.items()}, weights, group=group[kept])
     assert torch.equal(found[kept], alone)
     assert found.mean().item() == pytest.approx(1, abs=1e-6)
-    singles, _ = call(RewardTilt(1.5, baseline="prompt_group"), SCORES, weights)
+    singles, _ = call(RewardTilt(1.5, tilt_baseline="prompt_group"), SCORES, weights)
     assert torch.equal(singles, torch.ones(8))
 
 
 def test_a_batch_of_one_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    tilt = RewardTilt(1.5, baseline="batch")
+    tilt = RewardTilt(1.5, tilt_baseline="batch")
     with caplog.at_level(logging.WARNING, logger="dmdr"):
         for value in (0.1, 0.7, 0.3):
             assert call(tilt, {"a": torch.tensor([value])}, {"a": 1.0})[0].tolist() == [1]
@@ -564,7 +567,7 @@ def test_moments_are_corrected_moving_averages() -> None:
 
 def test_over_time_by_hand() -> None:
     """As in a batch: standardised, summed, in units of the spread of the sum; exp over its mean, twice."""
-    tilt = RewardTilt(2.0, baseline="ema")
+    tilt = RewardTilt(2.0, tilt_baseline="ema")
     raw, total, w, ratio = (torch.zeros(0, dtype=torch.float64) for _ in range(4))
     for count, value in enumerate([3.0, 5.0, 4.5, 1.0], start=1):
         found, _ = call(tilt, {"a": torch.tensor([value])}, {"a": 0.3})
@@ -581,9 +584,11 @@ def test_over_time_by_hand() -> None:
         assert (expected > 1).item() == (count == 2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight": "linear"}, {"weight": "rank"}, {"divergence": "js"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"tilt_weight": "linear"}, {"tilt_weight": "rank"}, {"tilt_divergence": "js"}], ids=str
+)
 def test_over_time_the_first_call_only_learns(settings: dict[str, Any]) -> None:
-    tilt = RewardTilt(1.5, baseline="ema", **settings)
+    tilt = RewardTilt(1.5, tilt_baseline="ema", **settings)
     assert torch.equal(call(tilt, SCORES, {"a": 1.0, "b": 1.0})[0], torch.ones(8))
     assert len(call(tilt, SCORES, {"a": 1.0, "b": 1.0})[0].unique()) > 6
 
@@ -591,12 +596,18 @@ def test_over_time_the_first_call_only_learns(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"weight": "linear"}, {"weight": "rank"}, {"divergence": "jeffreys"}, {"divergence": "neyman"}],
+    [
+        {},
+        {"tilt_weight": "linear"},
+        {"tilt_weight": "rank"},
+        {"tilt_divergence": "jeffreys"},
+        {"tilt_divergence": "neyman"},
+    ],
     ids=str,
 )
 def test_over_time_weights_have_mean_one(settings: dict[str, Any], count: int) -> None:
     """For a reward whose level and scale drift slowly."""
-    tilt, generator = RewardTilt(1.5, baseline="ema", **settings), torch.Generator().manual_seed(0)
+    tilt, generator = RewardTilt(1.5, tilt_baseline="ema", **settings), torch.Generator().manual_seed(0)
     found, z = [], []
     for step in range(1500):
         z.append(torch.randn(count, generator=generator))
@@ -606,7 +617,7 @@ def test_over_time_weights_have_mean_one(settings: dict[str, Any], count: int) -
     assert weights.mean().item() == pytest.approx(1, abs=0.02)
     assert 0.2 < weights.std() < 1.5
     assert torch.corrcoef(torch.stack([weights, z]))[0, 1].abs() > 0.8
-    if settings in ({}, {"weight": "rank"}):
+    if settings in ({}, {"tilt_weight": "rank"}):
         uniform = math.sqrt(12) * (torch.special.ndtr(z) - 0.5)
         exact = ((uniform if settings else z) / 1.5).exp()
         exact = (exact / exact.mean()).clamp(0.1, 5)
@@ -614,7 +625,7 @@ def test_over_time_weights_have_mean_one(settings: dict[str, Any], count: int) -
 
 
 def test_over_time_a_jump_is_bounded_after_a_constant() -> None:
-    tilt = RewardTilt(1.5, baseline="ema")
+    tilt = RewardTilt(1.5, tilt_baseline="ema")
     for _ in range(50):
         assert call(tilt, {"a": torch.tensor([0.3])}, {"a": 1.0})[0].tolist() == [1]
     for value in (1e4, -1e4, 0.3):
@@ -623,10 +634,12 @@ def test_over_time_a_jump_is_bounded_after_a_constant() -> None:
         assert 0 < found.item() <= 5
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight": "linear"}, {"weight": "rank"}, {"divergence": "js"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"tilt_weight": "linear"}, {"tilt_weight": "rank"}, {"tilt_divergence": "js"}], ids=str
+)
 def test_over_time_the_state_is_all_there_is(settings: dict[str, Any]) -> None:
     def tilts() -> RewardTilt:
-        return RewardTilt(1.5, baseline="ema", **settings)
+        return RewardTilt(1.5, tilt_baseline="ema", **settings)
 
     whole, generator = tilts(), torch.Generator().manual_seed(0)
     scores = [{n: torch.randn(2, generator=generator) for n in "ab"} for _ in range(12)]
@@ -645,18 +658,23 @@ def test_over_time_the_state_is_all_there_is(settings: dict[str, Any]) -> None:
 
 def test_without_time_there_is_no_state() -> None:
     for baseline in ("batch", "prompt_group"):
-        assert experienced({"baseline": baseline}).state_dict() == {}
+        assert experienced({"tilt_baseline": baseline}).state_dict() == {}
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
 
 def test_flags() -> None:
-    assert parse(["--model", "toy"]).config.tilt_baseline is None
-    given = ["--model", "toy", "--tilt_weight", "rank", "--tilt_baseline", "prompt_group", "--num_generations", "2"]
-    config = parse(given).config
-    assert (config.tilt_weight, config.tilt_divergence, config.tilt_baseline) == ("rank", "forward_kl", "prompt_group")
-    assert parse(["--model", "toy", "--tilt_divergence", "js"]).config.tilt_divergence == "js"
+    def built(*flags: str) -> Any:
+        (chosen,) = parse(["--model", "toy", *flags]).of("sample_weights")
+        return chosen.build()
+
+    assert built() == RewardTilt(1.5)
+    given = ["--tilt_weight", "rank", "--tilt_baseline", "prompt_group", "--num_generations", "2"]
+    assert built(*given) == RewardTilt(1.5, tilt_weight="rank", tilt_baseline="prompt_group")
+    assert built("--tilt_divergence", "js").tilt_divergence == "js"
+    assert RewardTilt(0.0).idle and not RewardTilt(0.1).idle
+    assert parse(["--model", "toy", "--reward", "none"]).of("sample_weights") == []
 
 
 @pytest.mark.parametrize(
@@ -664,19 +682,22 @@ def test_flags() -> None:
     [
         (
             {"tilt_baseline": "prompt_group"},
-            "--num_generations must be at least 2 for --tilt_baseline prompt_group, not 1",
+            "--sample_weight rt_dm needs --num_generations of at least 2, not 1",
         ),
         (
             {"tilt_weight": "linear", "tilt_divergence": "js"},
             "--tilt_weight must be exp, a density ratio, for --tilt_divergence js, not linear",
         ),
-        ({"tilt_divergence": "kl"}, "--tilt_divergence must be one of forward_kl, js,"),
-        ({"tilt_baseline": "none"}, "--tilt_baseline must be one of batch, prompt_group, ema or null, not 'none'"),
+        ({"tilt_divergence": "kl"}, "--rt_dm_tilt_divergence must be one of forward_kl, js,"),
+        (
+            {"tilt_baseline": "none"},
+            "--rt_dm_tilt_baseline must be one of batch, prompt_group, ema or null, not 'none'",
+        ),
     ],
 )
 def test_flags_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        parse(settings={"model": "toy", **settings})
+        planned(parse(settings={"model": "toy", **settings}))
     assert said in str(error.value)
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import dmdr.training.scorer
-from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend
+from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, Residual, ToyBackend, ToyOptions
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
-from dmdr.protocols import BackendOptions, Needs
+from dmdr.protocols import Needs
 from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
@@ -797,7 +797,7 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
     def quick(rate: float) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
         return lambda parameters: torch.optim.AdamW(parameters, lr=rate, betas=(0.5, 0.99), weight_decay=0.0)
 
-    backend = ToyBackend("", BackendOptions(seed=0))
+    backend = ToyBackend("", ToyOptions(seed=0))
     backend.prepare(cpu(), roles=("student", "fake_score"))
     running = trainer(
         backend,

@@ -106,12 +106,11 @@ def test_teacher_does_not_memorise(full_digits: Digits) -> None:
     import torch
     from accelerate import Accelerator
 
-    from dmdr.protocols import BackendOptions
     from dmdr.randomness import Random
     from dmdr.sampling import FewStepSampler, time_grid
     from dmdr_sd3 import SD3Backend
 
-    backend = SD3Backend(str(full_digits.folder()), BackendOptions(max_sequence_length=1))
+    backend = SD3Backend(str(full_digits.folder()), SD3Backend.Options(max_sequence_length=1))
     backend.prepare(Accelerator(cpu=True), roles=("student",))
     prompts = [row["prompt"] for row in full_digits.prompts()] * 200
     noise = Random(0, 0, "memorisation").normal("noise", torch.arange(len(prompts)), backend.latent_shape)

@@ -1,0 +1,92 @@
+"""Which model is meant by `--model`, and which family trains it: known before anything is built or loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmdr.errors import ConfigError
+from dmdr.settings import registry
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that has been found.
+
+    Attributes:
+        typed: What `--model` says.
+        cls: The class of a registered model; None for a folder or hub id.
+        distribution: Where that comes from, whose other plugins its defaults mean; "" for a folder or hub id.
+    """
+
+    typed: str
+    cls: type | None = None
+    distribution: str = ""
+
+    @classmethod
+    def find(cls, typed: str) -> "Model":
+        """The registered model of this name, or a folder or hub id, at which nobody has looked yet.
+
+        Raises:
+            ConfigError: If a registered model cannot be used.
+        """
+        head = registry.registered("models", typed)
+        if head is None:
+            return cls(typed)
+        return cls(typed, registry.load("models", typed), registry.find("models", head).distribution)
+
+    def family(self, backend: str | None, revision: str | None, architecture: str | None) -> tuple[str, type]:
+        """Name and class of the backend that trains it.
+
+        Args:
+            backend: The one that the user names.
+            revision: Of a hub id.
+            architecture: Folder of configuration files that stands in for the model.
+
+        Raises:
+            ConfigError: If there is no such pipeline, or nobody trains it.
+        """
+        if revision and (self.cls or Path(self.typed).exists()):
+            raise ConfigError(f"--revision {revision}: --model {self.typed} is not on the hub, where revisions are")
+        if backend:
+            if not self.cls:
+                pipeline_class(architecture or self.typed, revision)  # refuses what is no pipeline
+            return backend, registry.load("backends", backend)
+        known = self.cls and not architecture
+        name = self.cls.pipeline if known else pipeline_class(architecture or self.typed, revision)  # type: ignore[union-attr]
+        if not registry.registered("backends", name):
+            raise ConfigError(
+                f"--model {self.typed} is a {name}, which no backend trains; there are backends for "
+                f"{', '.join(registry.plugins('backends'))} (name another with --backend; a package adds one under the "
+                "entry-point group 'dmdr.backends')"
+            )
+        return name, registry.load("backends", name, self.distribution or None)
+
+
+def pipeline_class(folder: str, revision: str | None = None) -> str:
+    """Class name of the pipeline in a folder, or of a hub id at some revision.
+
+    Raises:
+        ConfigError: If it is no diffusers pipeline.
+    """
+    path = Path(folder)
+    if path.exists() or folder.count("/") != 1:
+        index = path / "model_index.json"
+        if not index.is_file():
+            known = ", ".join(registry.plugins("models"))
+            raise ConfigError(
+                f"--model {folder} is neither a diffusers pipeline folder (no model_index.json), nor a hub id, nor a "
+                f"registered model{registry.suggest(folder, list(registry.plugins('models')))}; registered: {known}"
+            )
+        try:
+            return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
+    from huggingface_hub import hf_hub_download
+
+    try:
+        index = Path(hf_hub_download(folder, "model_index.json", revision=revision))
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except Exception as error:  # every hub and network failure; the first line says which
+        raise ConfigError(
+            f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}"
+        ) from error
