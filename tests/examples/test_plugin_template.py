@@ -139,7 +139,7 @@ def test_the_guide_is_true(shell: Shell, tmp_path: Path) -> None:
             assert name.endswith(".py")
             (tmp_path / name).write_text(content)
         elif language == "sh":
-            commands += [(line, shell(line)) for line in content.splitlines()]
+            commands += [(line, shell(line)) for line in content.replace("\\\n", " ").splitlines()]
     outputs = dict(commands)
     assert [line.split()[0] for line in outputs] == [
         *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"),
