@@ -141,6 +141,23 @@ def test_what_an_excepted_command_names_is_there(command: Command) -> None:
         assert (ROOT / words[0]).is_file()
 
 
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Every name in the code."""
+    files = (file for folder in ("dmdr", "plugins", "examples") for file in (ROOT / folder).rglob("*.py"))
+    return {name for file in files for name in re.findall(r"\w+", file.read_text())}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *COVERED])
+def test_flags_in_the_text_exist(document: str, known: set[str]) -> None:
+    """A flag is the name of a field, perhaps after that of its plugin."""
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+    others = {"dmdr_plugin", "dmdr_model", "dmdr_option", "no_deps", "num_processes"}  # of pytest, pip and accelerate
+    for flag in {flag.replace("-", "_") for flag in re.findall(r"--(\w[\w-]*\w)", prose)} - others:
+        parts = flag.split("_")
+        assert any("_".join(parts[start:]) in known for start in range(len(parts))), flag
+
+
 def anchors(file: Path) -> set[str]:
     """Anchors of its headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.M | re.S), re.MULTILINE)
