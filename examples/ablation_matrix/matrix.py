@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from metrics import measured, short
-from runs import STAGE2, Run, Runs
 
 from dmdr.errors import ConfigError
 from dmdr.settings import registry
 from dmdr.settings.parse import read_yaml
+
+from .metrics import measured, short
+from .runs import STAGE2, Run, Runs
 
 RUNNER = ("output_dir", "init_student", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config")
 # Settings that are not a cell's, and why.

@@ -13,13 +13,14 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matrix import Block, Matrix
-from metrics import METRICS, Metric, metric
-from results import Result, Verdict, read, shown, verdict
-from runs import AXES, Run, last_line
 
 from dmdr.evaluation.report import TEXT, inline_svg, template
 from dmdr.images import embed, write_atomically
+
+from .matrix import Block, Matrix
+from .metrics import METRICS, Metric, metric
+from .results import Result, Verdict, read, shown, verdict
+from .runs import AXES, Run, last_line
 
 COLOURS = ("#3b82d0", "#d9822b", "#2f9e63", "#b654c4", "#c94a4a")  # readable on light and on dark
 Results = Mapping[str, Sequence[Result | None]]

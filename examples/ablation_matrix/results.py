@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matrix import Claim
-from metrics import metric
-from runs import Run
 from scipy import stats
 
 from dmdr.evaluation.report import read_log
+
+from .matrix import Claim
+from .metrics import metric
+from .runs import Run
 
 LEVEL = 0.05  # how often pure noise may be called a finding in one direction
 

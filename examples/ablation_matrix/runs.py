@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from metrics import short
 
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import checkpoints
@@ -17,6 +16,8 @@ from dmdr.run.job import open_prompts, planned
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Chosen, Settings, parse
 from dmdr.settings.verify import check_columns
+
+from .metrics import short
 
 # What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
 STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
@@ -216,7 +217,10 @@ def check_inputs(settings: Settings) -> None:
     Raises:
         ConfigError: As a run would.
     """
-    from dmdr.run.run import adamw, check_tracker  # and matplotlib with it, of which run.py has told if it is missing
+    from dmdr.run.run import (  # and matplotlib with it, of which the command has told if it is missing
+        adamw,
+        check_tracker,
+    )
 
     config = settings.config
     model = settings.model.cls() if settings.model.cls else None

@@ -1,5 +1,10 @@
-"""One process of the matrix: `worker.py train FLAGS` is `dmdr-train`; `worker.py build MODEL PART` makes what a named
-model has to make first. It ends when whoever holds the other end of its standard input does, in the way of SIGTERM."""
+"""One process of the matrix.
+
+    python -m examples.ablation_matrix.worker train FLAGS         # dmdr-train
+    python -m examples.ablation_matrix.worker build MODEL PART    # build what a named model needs before a run
+
+It ends, as by SIGTERM, when the process that holds the other end of its standard input ends.
+"""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The README's table of objectives: each jointly with DMD and alone, from one stage 1, in about the same time.
+"""The digits' table of objectives: each jointly with DMD and alone, from one stage 1, in about the same time.
 
     python examples/digits/objectives.py             # seeds 0-2; about an hour and a half on one core, after table.py
     python examples/digits/objectives.py --seeds 0   # one seed

@@ -1,4 +1,4 @@
-"""The README's table and picture: distil the digits, then go on with DMD only, jointly, and with RL only.
+"""The main table and the picture of the digits: distil the digits, then go on with DMD only, jointly, and with RL only.
 
     python examples/digits/table.py                  # seeds 0-2; about half an hour on two cores
     python examples/digits/table.py --seeds 0        # one seed

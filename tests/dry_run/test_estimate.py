@@ -486,10 +486,11 @@ def test_further_backbones_are_frozen_copies() -> None:
     assert [found.total(n) for n in (None, 1, 2, 3)] == [18, 18, 25, 35]
 
 
-def test_the_numbers_of_the_readme() -> None:
+def test_the_numbers_of_the_guide() -> None:
     """Of its recipe that takes least time to estimate."""
     root = Path(dmdr.__file__).parents[1]
     recipe = parse(["--config", str(root / "examples/sit/stage2.yaml"), "--dry_run"])
     found = estimate(recipe)
-    row = next(line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `sit/stage2`"))
+    guide = (root / "examples" / "guides" / "memory.md").read_text()
+    row = next(line for line in guide.splitlines() if line.startswith("| `sit/stage2`"))
     assert [f"{found.total(n) / 2**30:.1f}" for n in (2, 3)] == [cell.strip() for cell in row.split("|")[5:7]]

@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from examples.ablation_matrix import __main__ as command
+from examples.ablation_matrix import metrics, report, results, runs
+from examples.ablation_matrix.matrix import Claim, Matrix, load
+from examples.ablation_matrix.results import Result, verdict
 from scipy import stats
 
 from dmdr import images
@@ -24,17 +28,8 @@ from dmdr.settings.fields import Config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "ablation_matrix"
+COMMAND = (sys.executable, "-m", "examples.ablation_matrix")  # in the root of the repository
 TOY = Path(__file__).with_name("ablation_toy.yaml")
-sys.path.insert(0, str(EXAMPLE))
-
-import metrics  # noqa: E402
-import report  # noqa: E402
-import results  # noqa: E402
-import run as command  # noqa: E402
-import runs  # noqa: E402
-from matrix import Claim, Matrix, load  # noqa: E402
-from results import Result, verdict  # noqa: E402
-
 Write = Callable[..., Path]
 
 
@@ -452,8 +447,8 @@ def test_a_long_name_ends_with_a_whole_setting(tmp_path: Path, write: Write) -> 
 
 def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write) -> None:
     file = write(blocks={"a": {"cells": {"x": {"rl_wieght": 1}}}})
-    call = [sys.executable, str(EXAMPLE / "run.py"), "--config", str(file), "--output_dir", str(tmp_path / "out")]
-    found = subprocess.run(call, capture_output=True, text=True)
+    call = [*COMMAND, "--config", str(file), "--output_dir", str(tmp_path / "out")]
+    found = subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.count("\n") == 1
     assert "cell 'x': unknown setting 'rl_wieght' (did you mean 'rl_weight'?)" in found.stderr
@@ -483,7 +478,7 @@ def test_a_bad_flag_is_one_line(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(TOY), *flags])
+    monkeypatch.setattr(sys, "argv", ["examples.ablation_matrix", "--config", str(TOY), *flags])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     Path("file").touch()
     assert command.main() == 2
@@ -496,8 +491,8 @@ def test_what_the_report_needs_is_said_first(tmp_path: Path, package: str) -> No
     """Not after hours of training."""
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('gone', name='{package}')")
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    call = [sys.executable, str(EXAMPLE / "run.py"), "--config", str(TOY), "--output_dir", str(tmp_path / "out")]
-    found = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    call = [*COMMAND, "--config", str(TOY), "--output_dir", str(tmp_path / "out")]
+    found = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
     said = f"ablation_matrix: the report needs the package '{package}': pip install {package}\n"
     assert (found.returncode, found.stdout, found.stderr) == (2, "", said)
     assert not (tmp_path / "out").exists()
@@ -621,7 +616,7 @@ pathlib.Path(name + "-done").touch()
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
     """Runs tasks whose worker is a stub."""
     (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(command, "WORKER", (sys.executable, str(tmp_path / "worker.py")))
     monkeypatch.chdir(tmp_path)
 
     def work(*tasks: command.Task, jobs: int = 2) -> dict[str, str]:
@@ -708,8 +703,11 @@ def test_one_matrix_at_a_time(
 
 
 def test_a_worker_ends_with_its_parent() -> None:
-    wait = "import worker, time, threading; threading.Thread(target=worker.end_with_parent).start(); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", wait], stdin=subprocess.PIPE, cwd=EXAMPLE)
+    wait = (
+        "from examples.ablation_matrix import worker; import time, threading; "
+        "threading.Thread(target=worker.end_with_parent).start(); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", wait], stdin=subprocess.PIPE, cwd=ROOT)
     time.sleep(0.5)
     assert process.poll() is None
     assert process.stdin

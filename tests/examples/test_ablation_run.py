@@ -17,9 +17,11 @@ WAIT = 300  # seconds, on a machine that does much else
 
 
 def command(file: Path, root: Path, *flags: str) -> "subprocess.Popen[str]":
-    program = str(ROOT / "examples" / "ablation_matrix" / "run.py")
-    call = [sys.executable, program, "--config", str(file), "--output_dir", str(root / "out"), *flags]
-    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    """The command, in a folder where a plugin's file lies; the root of the repository is on the path instead."""
+    program = [sys.executable, "-m", "examples.ablation_matrix"]
+    call = [*program, "--config", str(file), "--output_dir", str(root / "out"), *flags]
+    around = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, env=around)
 
 
 def written(root: Path) -> dict[str, int]:

@@ -139,12 +139,15 @@ def test_the_guide_is_true(shell: Shell, tmp_path: Path) -> None:
             assert name.endswith(".py")
             (tmp_path / name).write_text(content)
         elif language == "sh":
-            commands += [(line, shell(line)) for line in content.splitlines()]
+            commands += [(line, shell(line)) for line in content.replace("\\\n", " ").splitlines()]
     outputs = dict(commands)
     assert [line.split()[0] for line in outputs] == [
-        *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins", "pytest")
+        *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"),
+        *("dmdr-train", "pytest", "pytest"),
     ]
     assert "11 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
+    assert "11 passed" in outputs["pytest --dmdr-plugin near_teacher.py:NearTeacher"]
+    assert '"near_teacher.py:NearTeacher/distance"' in (tmp_path / "runs" / "near" / "metrics.jsonl").read_text()
     assert "8 passed" in outputs["pytest --dmdr-plugin ink.py:Ink"]
     log = (tmp_path / "runs" / "best" / "metrics.jsonl").read_text()
     assert '"loss/best.py:Best"' in log and '"best.py:Best/best"' in log

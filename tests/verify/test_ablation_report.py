@@ -19,13 +19,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a small matrix on the toy, trained by the command."""
     root = tmp_path_factory.mktemp("matrix")
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "ablation_matrix" / "run.py"),
-        "--config",
-        str(TOY),
-    ]
-    subprocess.run([*command, "--output_dir", str(root / "out")], check=True)
+    command = [sys.executable, "-m", "examples.ablation_matrix", "--config", str(TOY)]
+    subprocess.run([*command, "--output_dir", str(root / "out")], check=True, cwd=ROOT)
     return root / "out" / "report.html"
 
 

@@ -1,11 +1,11 @@
 """The ablation matrix: every cell of a YAML is an ordinary run; then a report of them all.
 
-    python examples/ablation_matrix/run.py --jobs 2 --output_dir runs/ablation           # 3 seeds, on 2 cores
-    python examples/ablation_matrix/run.py --jobs 2 --output_dir runs/ablation --quick   # a first look
-    python examples/ablation_matrix/run.py --config my.yaml --dry_run                    # which cells there are
+    python -m examples.ablation_matrix --jobs 2 --output_dir runs/ablation           # 3 seeds, on 2 cores
+    python -m examples.ablation_matrix --jobs 2 --output_dir runs/ablation --quick   # a first look
+    python -m examples.ablation_matrix --config my.yaml --dry_run                    # which cells there are
 
-Start it again to go on: finished cells are kept, half-finished ones go on from their last checkpoint. Exits with 1 if a
-cell failed, 2 for bad input.
+Run it in the root of the repository. Start it again to go on: finished cells are kept, half-finished ones go on from
+their last checkpoint. Exits with 1 if a cell failed, 2 for bad input.
 """
 
 import argparse
@@ -23,15 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from matrix import Block, Matrix, load
-from runs import Run, last_line
-
 from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import can_hold_files
 from dmdr.settings import registry
 
-HERE = Path(__file__).parent
+from .matrix import Block, Matrix, load
+from .runs import Run, last_line
+
+DEFAULT = Path(__file__).with_name("matrix.yaml")
+WORKER = (sys.executable, "-m", f"{__package__}.worker")
 PATIENCE = 60  # seconds that all processes together get to save their checkpoints
 
 
@@ -40,7 +41,7 @@ class Task:
     """A process, after those that it needs.
 
     Attributes:
-        arguments: Of `worker.py`.
+        arguments: Of the worker (`worker.py`).
         run: What it trains, if it does.
     """
 
@@ -141,7 +142,7 @@ def begin(task: Task, logs: Path, lock: IO[str]) -> "subprocess.Popen[bytes]":
     """Start a task in a session of its own: Ctrl-C reaches this process, which ends its tasks in order."""
     with (logs / f"{task.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), *task.arguments],
+            [*WORKER, *task.arguments],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -222,7 +223,7 @@ def reporter() -> Callable[[Matrix, Path, Mapping[str, str]], list[str]]:
         ConfigError: If a package that it needs is not installed.
     """
     try:
-        from report import write_report
+        from .report import write_report
     except ModuleNotFoundError as error:
         raise ConfigError(f"the report needs the package '{error.name}': pip install {error.name}") from error
     return write_report
@@ -261,8 +262,9 @@ def ablate(arguments: list[str]) -> None:
 
 
 def flags(arguments: list[str]) -> argparse.Namespace:
-    parser = CommandParser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "matrix.yaml")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog=f"python -m {__package__}", description=__doc__, formatter_class=layout)
+    parser.add_argument("--config", type=Path, default=DEFAULT)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time; each takes one core")
     parser.add_argument("--quick", action="store_true", help="what the YAML has under `quick`")

@@ -1,0 +1,1 @@
+"""Examples; `examples.ablation_matrix` is run as a module."""

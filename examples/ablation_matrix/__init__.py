@@ -1,0 +1,1 @@
+"""The paper's ablations in small: cells of a YAML, their runs, and a report with verdicts."""
