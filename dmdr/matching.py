@@ -14,14 +14,9 @@ from dmdr.types import Direction, Draw, Renoised, Term
 T_MIN, T_MAX = 0.02, 0.98
 
 
-def keyed(purpose: str, draw: Draw) -> str:
-    """Key of a random number that is drawn anew where a rollout is used again."""
-    return f"{purpose}/{draw.iteration}" if draw.iteration else purpose
-
-
 def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
     """The student's answers at times t [B], with noise named after its purpose."""
-    eps = ctx.random.normal(keyed(f"{purpose}/eps", draw), draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
+    eps = ctx.random.normal(f"{purpose}/eps", draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
     x_t = add_noise(ctx.backend.path, draw.x0, eps, t)
     return Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device))
 
@@ -36,8 +31,8 @@ def renoised_to_grid(x: Tensor, purpose: str, draw: Draw, ctx: Context, rows: Te
         rows: The rows of `draw` whose sample index keys the time and the noise, [B]; those of x by default.
     """
     key = draw.sample if rows is None else draw.sample[rows]
-    i = ctx.random.integers(keyed(f"{purpose}/index", draw), key, ctx.sampler.num_inference_steps)
-    noise = ctx.random.normal(keyed(f"{purpose}/eps", draw), key, tuple(x.shape[1:])).to(x.dtype)
+    i = ctx.random.integers(f"{purpose}/index", key, ctx.sampler.num_inference_steps)
+    noise = ctx.random.normal(f"{purpose}/eps", key, tuple(x.shape[1:])).to(x.dtype)
     t = ctx.sampler.t.to(x.device)[i]
     start = (i == 0).view(-1, *[1] * (x.ndim - 1))
     x_t = torch.where(start, noise, add_noise(ctx.backend.path, x, noise, t))
@@ -95,7 +90,7 @@ class DMD:
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
         """The student's answers at times t ~ Beta(ctx.renoise); the fake score learns exactly where it is asked."""
-        t = ctx.random.beta(keyed("renoise/t", draw), draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
+        t = ctx.random.beta("renoise/t", draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
         return (renoised_at(t, "renoise", draw, ctx),)
 
     def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term:

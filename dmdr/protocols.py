@@ -6,6 +6,7 @@ Objectives, rewards, matchings and sample weights are dataclasses; their fields 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -104,11 +105,7 @@ class Backend(Protocol):
     flags (`RoleOptions` is one to inherit from). A field with the name of a setting of the core (`seed`, `revision`,
     `guidance_scale`, ...) is given that setting's value.
 
-    Optional: `check_prompts(prompts, **columns)`, of a family that cannot encode just any text, which refuses
-    (`ConfigError`) before weights are loaded; `cache_prompts(accelerator, prompts)`, called once with all prompts of a
-    run, unless they are streamed, before `prepare`: encoders and network need not share the memory;
-    `draw_noise(step, count)`, which draws `count` latents as the stock pipeline does: its initial state for step 0, and
-    what its scheduler adds before each of the later steps.
+    It may also be any of `ChecksPrompts`, `CachesPrompts` and `DrawsNoise`.
     """
 
     options: Any
@@ -192,9 +189,8 @@ class Sampler(Protocol):
 class Reward(Protocol):
     """A score of images; higher is better. Construction is cheap; `prepare` loads the weights, frozen.
 
-    Optional: `columns: ClassVar[tuple[str, ...]]`, the columns of the prompt rows that it cannot do without;
-    `reads_prompts = False`, of one that looks at images only; and, of a reward that waits for something else,
-    `submit(images, prompts, **columns) -> concurrent.futures.Future[Tensor]`.
+    Optional: `columns: ClassVar[tuple[str, ...]]`, the columns of the prompt rows that it cannot do without, and
+    `reads_prompts = False`, of one that looks at images only. It may also be `Submits` or a `FeatureReward`.
     """
 
     differentiable: bool
@@ -280,7 +276,8 @@ class Context(Protocol):
         """`dmdr.rewards.Rewards`, or None where the run has none."""
 
     @property
-    def random(self) -> Random: ...
+    def random(self) -> Random:
+        """Numbers keyed by sample, new in each use of a rollout; `random.of_rollout` stay the same in all of them."""
 
     @property
     def step(self) -> int:
@@ -307,9 +304,6 @@ class Context(Protocol):
     def gather(self, values: Tensor) -> Tensor:
         """The same tensor of all processes, concatenated in the order of the global batch."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward through the loss scaler."""
-
     def log(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Add values to this step's log line."""
 
@@ -317,7 +311,7 @@ class Context(Protocol):
 class Matching(Protocol):
     """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default.
 
-    Optional methods: `state_dict()` for checkpoints, and `load_state_dict(state)`. A `SampleWeight` may have them too.
+    It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
@@ -334,7 +328,8 @@ class SampleWeight(Protocol):
     """A dataclass whose fields are its flags: a weight of each sample's direction, [B] float32, in stage 1.
 
     It may read the direction. Mean one over the global batch, or over time where the batch is too small to compare.
-    Optional: `needs`, as of an objective; `idle`, true where all weights would be 1: the run then does without it.
+    Optional: `needs`, as of an objective; `idle`, true where all weights would be 1: the run then does without it. It
+    may also be `Stateful`.
     """
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor: ...
@@ -344,11 +339,7 @@ class SampleWeight(Protocol):
 class RewardObjective(Protocol):
     """The one thing an RL plugin writes: a dataclass whose fields are its flags.
 
-    Optional methods: `prompts()`, those that it encodes beside the run's own, known from the start; `setup(ctx)` before
-    the first call; `shared_noise(ctx)` before a rollout; `after_update(ctx)` after the updates of a step;
-    `state_dict()` for checkpoints, and `load_state_dict(state)`, which comes after `setup` where a run is resumed.
-    `shared_noise` names the noises that all images of a group shall share: 0 is the initial state, i + 1 the fresh
-    noise of step i. Several objectives share what all of them name.
+    It may also be any of `SetsUp`, `SharesNoise`, `FollowsUpdates`, `Stateful`, `BringsPrompts` and `BringsLearners`.
     """
 
     @property
@@ -360,6 +351,132 @@ class RewardObjective(Protocol):
         A generator of terms, whose sum is the loss, holds one graph at a time: each term's backward runs, and its graph
         is freed, before the next is asked for. A sample counts if it is valid in any of them.
         """
+
+
+# --- What a plugin may do beside: each of these is optional ----------------------------------------------------------
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A part that remembers something from step to step."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """For a checkpoint: tensors, numbers, text, and lists and dicts of them."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """What `state_dict` returned; of an objective, after `setup`."""
+
+
+@runtime_checkable
+class SetsUp(Protocol):
+    """An objective that prepares itself."""
+
+    def setup(self, ctx: Context) -> None:
+        """Called once, before the first call."""
+
+
+@runtime_checkable
+class FollowsUpdates(Protocol):
+    """An objective that does something after the updates of each step."""
+
+    def after_update(self, ctx: Context) -> None: ...
+
+
+@runtime_checkable
+class SharesNoise(Protocol):
+    """An objective whose images of a group share some of their noises."""
+
+    def shared_noise(self, ctx: Context) -> Iterable[int]:
+        """Called before a rollout: 0 is the initial state, i + 1 the fresh noise of step i.
+
+        Several objectives share what all of them name.
+        """
+
+
+@runtime_checkable
+class BringsPrompts(Protocol):
+    """An objective that encodes prompts of its own beside the run's."""
+
+    def prompts(self) -> Sequence[str]:
+        """All of them, known from the start."""
+
+
+@dataclass(frozen=True)
+class OwnLearner:
+    """Parameters that a matching or an objective trains itself, such as the heads of a discriminator.
+
+    The run gives them an AdamW, clips and averages their gradients, steps, saves and resumes them as it does the two
+    roles of its own.
+
+    Attributes:
+        name: Of the file in checkpoints; no other learner of the run may have it.
+        parameters: By name, float32, on the device; they require gradients.
+        learning_rate: Constant, above 0.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+
+
+@runtime_checkable
+class BringsLearners(Protocol):
+    """A matching or an objective that trains parameters of its own.
+
+    A matching's are updated with the fake score, from the gradients of `fake_loss`. An objective's are updated after
+    the student, from terms that name them in `Term.trains`; other terms do not reach them.
+    """
+
+    def learners(self, backend: Backend, device: torch.device) -> Sequence[OwnLearner]:
+        """Called once, when the backend is prepared; the parameters are then what they are at the start."""
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A family that cannot encode just any text."""
+
+    def check_prompts(self, prompts: Sequence[str], **columns: Sequence[Any]) -> None:
+        """Called before weights are loaded.
+
+        Raises:
+            ConfigError: If a prompt cannot be encoded.
+        """
+
+
+@runtime_checkable
+class CachesPrompts(Protocol):
+    """A family that stores embeddings, so that its text encoders need not share the memory with its network."""
+
+    def cache_prompts(self, accelerator: Any, prompts: Sequence[str]) -> None:
+        """Called once before `prepare`, with all prompts of a run, unless they are streamed."""
+
+
+@runtime_checkable
+class DrawsNoise(Protocol):
+    """A family whose stock pipeline draws noise in its own way."""
+
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """Latents [count, *latent] as the stock pipeline draws them: its initial state for step 0, and what its
+        scheduler adds before each of the later steps.
+        """
+
+
+@runtime_checkable
+class Submits(Protocol):
+    """A reward that waits for something else, such as a server."""
+
+    def submit(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Future[Tensor]:
+        """Like a call of the reward, without waiting for the scores."""
+
+
+OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
+    "objectives": (SetsUp, FollowsUpdates, SharesNoise, Stateful, BringsPrompts, BringsLearners),
+    "rewards": (Submits, FeatureReward),
+    "matchings": (Stateful, BringsLearners),
+    "sample_weights": (Stateful,),
+    "backends": (ChecksPrompts, CachesPrompts, DrawsNoise),
+    "models": (),
+}
 
 
 class Judge(Protocol):

@@ -4,7 +4,7 @@ One process with 2B samples therefore draws what two with B draw, and a resumed 
 on any device. Nothing here reads or moves a global generator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -20,14 +20,26 @@ class Random:
         seed: The run's seed.
         step: Student update of the whole run.
         phase: What goes on, e.g. "rollout/2".
+        iteration: How often the rollout has been used before; each use has numbers of its own.
     """
 
     seed: int
     step: int
     phase: str
+    iteration: int = 0
+
+    @property
+    def of_rollout(self) -> "Random":
+        """Numbers that are the same in every use of the rollout, for what is decided once for all of them."""
+        return replace(self, iteration=0)
+
+    def name(self, purpose: str, key: int) -> str:
+        """What the numbers of a sample are a function of."""
+        phase = f"{self.phase}/again/{self.iteration}" if self.iteration else self.phase
+        return f"{self.seed}/{self.step}/{phase}/{purpose}/{key}"
 
     def _generator(self, purpose: str, key: int) -> np.random.Generator:
-        digest = blake2b(f"{self.seed}/{self.step}/{self.phase}/{purpose}/{key}".encode(), digest_size=16).digest()
+        digest = blake2b(self.name(purpose, key).encode(), digest_size=16).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
     def normal(self, purpose: str, samples: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.groups import judged
-from dmdr.protocols import Reward
+from dmdr.protocols import Reward, Submits
 
 
 class RewardError(TrainingError):
@@ -127,7 +127,7 @@ class Rewards:
         scores: dict[str, Tensor] = {}
         try:
             for name, (_, reward) in self.parts.items():
-                if hasattr(reward, "submit"):
+                if isinstance(reward, Submits):
                     with _named(name):
                         waiting[name] = reward.submit(images, prompts, **columns)
             for name in [*(name for name in self.parts if name not in waiting), *waiting]:

@@ -205,12 +205,15 @@ class Term:
             reaches the student's parameters has to mask them itself, before 0 * NaN can arise in its backward.
         grad: d loss_b / d leaf_b where the objective has taken it itself, [B, *latent]; `loss` is then a monitor.
         metrics: Values to log, each a number, a scalar or [B] (averaged over the valid samples).
+        trains: Name of the objective's own learner (`protocols.OwnLearner`) whose loss this is, with a graph into its
+            parameters alone; it has no weight, and is a mean over the valid samples as the others are.
     """
 
     loss: Tensor
     valid: Tensor | None = None
     grad: Tensor | None = None
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+    trains: str | None = None
 
 
 def terms_of(answer: Term | Iterable[Term]) -> Iterator[Term]:

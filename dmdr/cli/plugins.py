@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
 
 
 def list_plugins() -> None:
-    """A line a plugin; one that cannot be used says why."""
+    """A line a plugin, with the optional protocols that it has; one that cannot be used, or looks odd, says why."""
     names = {plugin: name for group in registry.GROUPS for plugin, name in registry.typed_names(group).items()}
     cells = {p: (p.group[:-1], name, f"{p.distribution} {p.version}", p.target) for p, name in names.items()}
     widths = [max(len(cell) for cell in column) for column in zip(*cells.values(), strict=True)]
@@ -36,7 +36,12 @@ def list_plugins() -> None:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         with redirect_stdout(sys.stderr):  # what a module prints when it is imported
             broken = registry.problem(plugin)
-        print(line + (f"  broken: {' '.join(broken.split())}" if broken else ""), flush=True)
+            optional = [] if broken else registry.optional_protocols(plugin)
+            doubts = [] if broken else registry.doubts(plugin)
+        said = f"  broken: {' '.join(broken.split())}" if broken else ""
+        print(line + (f"  ({', '.join(optional)})" if optional else "") + said, flush=True)
+        for doubt in doubts:
+            print(f"  warning: {plugin.group[:-1]} '{row[1]}' {doubt}", flush=True)
 
 
 def template() -> Path:

@@ -76,7 +76,7 @@ def draw(
     import torch
 
     from dmdr import images
-    from dmdr.protocols import with_options
+    from dmdr.protocols import DrawsNoise, with_options
     from dmdr.run.device import avoid_mps, open_accelerator
     from dmdr.sampling import FewStepSampler
     from dmdr.settings import registry
@@ -103,7 +103,7 @@ def draw(
     torch.manual_seed(seed)
     shape = (len(prompts), *backend.latent_shape)
     plainly = lambda step, count: torch.randn(shape, device=accelerator.device)  # noqa: E731
-    draw_noise = getattr(backend, "draw_noise", plainly)
+    draw_noise = backend.draw_noise if isinstance(backend, DrawsNoise) else plainly
     with torch.no_grad():
         cond = backend.encode(prompts, **(columns or {}))
         noise = [draw_noise(step, len(prompts)) for step in range(sampler.num_inference_steps)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Rows, read_prompts, split_columns, stream_prompts
-from dmdr.protocols import Backend, Matching, NamedModel
+from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel
 from dmdr.rewards import Rewards
 from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
@@ -70,7 +70,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
     backend: Backend = settings.open_backend(folder)
-    if hasattr(backend, "check_prompts"):
+    if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
         backend.check_prompts(own_prompts(objectives))
@@ -112,7 +112,7 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
 def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:
     """Prompts that objectives bring beside the run's."""
     parts = (term.objective for term in objectives)
-    return [prompt for part in parts if hasattr(part, "prompts") for prompt in part.prompts()]
+    return [prompt for part in parts if isinstance(part, BringsPrompts) for prompt in part.prompts()]
 
 
 def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Chosen]) -> Rows:

@@ -7,10 +7,11 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +28,7 @@ from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.evaluation.report import write_report
 from dmdr.prompts import PromptStream
-from dmdr.protocols import Role
+from dmdr.protocols import CachesPrompts, OwnLearner, Stateful
 from dmdr.run.checkpoint import (
     Progress,
     Tensors,
@@ -43,6 +44,7 @@ from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
 from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble, own_prompts
+from dmdr.run.learners import adamw, described, own_learners
 from dmdr.run.observer import Observer
 from dmdr.run.plan import Stage
 from dmdr.settings.fields import Config
@@ -111,22 +113,6 @@ def check_tracker(config: Config) -> None:
         raise ConfigError(f"--report_to {config.report_to} is unknown to accelerate, or its package is not installed")
 
 
-def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer's class.
-
-    Raises:
-        ConfigError: If its package is not installed.
-    """
-    if config.optim == "adamw_torch":
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install bitsandbytes") from error
-    eight_bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
-    return eight_bit
-
-
 class Run:
     """One job in one folder."""
 
@@ -150,7 +136,7 @@ class Run:
 
     def __call__(self) -> Path:
         config, accelerator, backend = self.config, self.accelerator, self.job.backend
-        if hasattr(backend, "cache_prompts") and self.job.prompts.size is not None:
+        if isinstance(backend, CachesPrompts) and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
         backend.prepare(accelerator, roles=self.plan.roles)
         for rewards in (self.job.rewards, self.job.eval_rewards):
@@ -316,18 +302,29 @@ class Run:
         """
         job, accelerator, plan = self.job, self.accelerator, self.plan
         step = resumed.step if resumed else 0
-        student = self.learner("student", stage.learning_rate, step, self.config.weight_decay)
-        fake_score = self.learner("fake_score", stage.fake_learning_rate, step)
+        roles = {role: job.backend.parameters(role) for role in plan.roles}
+        student = self.learner("student", roles["student"], stage.learning_rate, step, decay=self.config.weight_decay)
+        fake_score = self.learner("fake_score", roles["fake_score"], stage.fake_learning_rate, step)
         if self.config.ema_decay:
             student.ema = EMA(student.parameters, self.config.ema_decay)
+        own = {
+            owner: [
+                self.learner(each.name, each.parameters, Schedule(each.learning_rate), step, owner=described(owner))
+                for each in learners
+            ]
+            for owner, learners in self.own_learners.items()
+        }
+        fake_learners, active = [fake_score, *own.pop("", ())], {term.name for term in stage.objectives}
+        own = {owner: learners for owner, learners in own.items() if owner in active}
         micro = plan.batch.micro
         trainer = Trainer(
             backend=job.backend,
             sampler=job.sampler,
             prompts=self.prompts(),
-            learners={learner.name: learner for learner in (student, fake_score)},
+            student=student,
+            fake_learners=fake_learners,
             matching=job.matching,
-            objectives=Objectives(stage.objectives, stage.rl_weight, student, [fake_score], micro),
+            objectives=Objectives(stage.objectives, stage.rl_weight, student, fake_learners, micro, own),
             accelerator=accelerator,
             scaler=self.scaler,
             seed=self.config.seed,
@@ -386,21 +383,35 @@ class Run:
         drawn = stream.first(self.plan.rollouts) if some else self.job.prompts.first(size)
         return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
 
-    def learner(self, role: Role, rate: Schedule, step: int, weight_decay: float = 0.0) -> Learner:
-        """A role with AdamW and its schedule, `step` updates into the stage."""
-        config = self.config
-        parameters = self.job.backend.parameters(role)
+    @cached_property
+    def own_learners(self) -> dict[str, list[OwnLearner]]:
+        """What matching and objectives train themselves; asked for once, when the backend is prepared."""
+        return own_learners(self.job, self.job.backend, self.accelerator.device)
+
+    def learner(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        rate: Schedule,
+        step: int,
+        *,
+        decay: float = 0.0,
+        owner: str = "",
+    ) -> Learner:
+        """Parameters with AdamW and a schedule, `step` updates into the stage."""
+        config, accelerator = self.config, self.accelerator
         optimizer = self.optimizer(
             parameters.values(),
             lr=rate.value,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=weight_decay,
+            weight_decay=decay,
         )
         for group in optimizer.param_groups:
             group["initial_lr"] = rate.value
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, replace(rate, value=1.0), last_epoch=step - 1)
-        return Learner(role, parameters, optimizer, scheduler, self.accelerator, self.scaler, config.max_grad_norm)
+        clip = config.max_grad_norm
+        return Learner(name, parameters, optimizer, scheduler, accelerator, self.scaler, clip, owner=owner)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
         """The AdamW that --optim names."""
@@ -464,4 +475,4 @@ def _step_of(line: str) -> float:
 def _stateful_parts(trainer: Trainer) -> dict[str, Any]:
     """Matching and weight of samples, where they have a state to be saved."""
     parts = {"matching": trainer.matching, "sample_weight": trainer.sample_weight}
-    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+    return {name: part for name, part in parts.items() if isinstance(part, Stateful)}

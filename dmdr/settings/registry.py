@@ -42,7 +42,6 @@ READ_OFF_THE_CLASS = {  # before there is an instance
     "models": ("recipe", "pipeline"),
     "backends": ("Options",),
 }
-OPTIONAL = {"objectives": ("setup", "after_update", "shared_noise", "load_state_dict")}  # methods of one argument
 
 
 class PluginError(ConfigError):
@@ -291,8 +290,8 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
     protocol = _protocol(group)
     missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not _has(target, name)]
     problem = f"has no {' and no '.join(missing)}" if missing else _no_value(group, target) or misfit(target, protocol)
-    for method in OPTIONAL.get(group, ()):
-        problem = problem or (_refusal(target, method, ["ctx"], []) if hasattr(target, method) else None)
+    for optional in _optional(group):
+        problem = problem or misfit(target, optional, only_present=True)
     if problem:
         raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
     return target
@@ -354,11 +353,47 @@ def _promised(protocol: type) -> dict[str, Any]:
     return {name: value for name, value in vars(protocol).items() if name == "__call__" or not name.startswith("_")}
 
 
-def misfit(target: type, protocol: type) -> str | None:
-    """What keeps a class from being called as a protocol's methods are, or None."""
+def _optional(group: str) -> tuple[type, ...]:
+    """Protocols that a plugin of this group may have beside its own."""
+    from dmdr.protocols import OPTIONAL  # which imports torch
+
+    return OPTIONAL.get(group, ())
+
+
+def optional_protocols(plugin: Plugin) -> list[str]:
+    """Names of the optional protocols that a plugin has; imports it."""
+    target = _imported(plugin)
+    return [p.__name__ for p in _optional(plugin.group) if all(hasattr(target, name) for name in _promised(p))]
+
+
+def doubts(plugin: Plugin) -> list[str]:
+    """What looks like a mistake in a plugin that can be used; imports it."""
+    target, found = _imported(plugin), []
+    known = {name: p for p in _optional(plugin.group) for name in _promised(p)}
+    own = _promised(_protocol(plugin.group))
+    written = [
+        name for cls in target.__mro__ if cls is not object for name, value in vars(cls).items() if callable(value)
+    ]
+    for name in dict.fromkeys(written):
+        close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+        if close and not name.startswith("_") and name not in known | own:
+            found.append(f"has a method {name}: is {close[0]} of dmdr.protocols.{known[close[0]].__name__} meant?")
+    for protocol in _optional(plugin.group):
+        missing = [name for name in _promised(protocol) if not hasattr(target, name)]
+        if missing and len(missing) < len(_promised(protocol)):
+            found.append(f"is no dmdr.protocols.{protocol.__name__}: it has no {' and no '.join(missing)}")
+    return found
+
+
+def misfit(target: type, protocol: type, *, only_present: bool = False) -> str | None:
+    """What keeps a class from being called as a protocol's methods are, or None.
+
+    Args:
+        only_present: Of the methods that it has.
+    """
     for name, promised in _promised(protocol).items():
-        if not inspect.isfunction(promised):
-            continue  # a property
+        if not inspect.isfunction(promised) or (only_present and not hasattr(target, name)):
+            continue  # a property, or what it need not have
         _, *parameters = inspect.signature(promised).parameters.values()
         by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import TrainingError
-from dmdr.protocols import Needs, Reward, RewardObjective
+from dmdr.protocols import Needs, Reward, RewardObjective, SetsUp
 from dmdr.testing.common import CannotRun
 from dmdr.testing.toy import toy_trainer
 from dmdr.training.context import StepContext
@@ -97,7 +97,7 @@ def trainer_of(
         trainer.pick = partial(pick_declared, trainer)  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # as after some training: student and fake score have left reference and teacher
-        for role in (trainer.student, trainer.fake_score):
+        for role in (trainer.student, *trainer.fake_learners):
             for parameter in role.parameters.values():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return trainer
@@ -109,7 +109,7 @@ def bench_of(build: Build, reward: Reward | None, *, needs: Needs | None = None,
     trainer = trainer_of(objective, reward, **settings)
     ctx = trainer.context(0)
     bench = Bench(objective, trainer, ctx, drawn(trainer, ctx))
-    if hasattr(objective, "setup"):
+    if isinstance(objective, SetsUp):
         objective.setup(ctx)
     return bench
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import Needs, Reward, Role
+from dmdr.protocols import Needs, Reward, Role, SetsUp
 from dmdr.states import check_storable
 from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of, valid_of
 from dmdr.testing.common import CannotRun, networks, untouched_global_rng
@@ -111,7 +111,8 @@ def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = Non
         for step in (*range(8), LATE):
             for iteration in range(needs.updates_per_rollout):
                 bench = bench_of(build, reward, needs=needs, least=True, on_declared=True)
-                bench.ctx.step, bench.draw = step, replace(bench.draw, iteration=iteration)
+                bench.ctx.step, bench.ctx.iteration = step, iteration
+                bench.draw = replace(bench.draw, iteration=iteration)
                 yield bench.ask_and_learn()[0]
 
     for what, less in without.items():
@@ -312,7 +313,7 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     ctx = trainer.context(0)
     draw = drawn(trainer, ctx)
     other: Any = build()
-    if hasattr(other, "setup"):
+    if isinstance(other, SetsUp):
         other.setup(ctx)
     if has[0]:
         state = _stored(objective.state_dict())

@@ -1,7 +1,7 @@
 """The running step, as plugins see it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +18,17 @@ from dmdr.types import Rollout
 
 @dataclass
 class StepContext:
-    """One rollout of a training step (`protocols.Context`), and what is logged of it."""
+    """One rollout of a training step (`protocols.Context`), and what is logged of it.
+
+    Attributes:
+        first_random: The numbers of its first use.
+        iteration: How often it has been used before.
+    """
 
     backend: Backend
     sampler: FewStepSampler
     scorer: RolloutScorer | None
-    random: Random
+    first_random: Random
     step: int
     renoise: tuple[float, float]
     guidance: tuple[float, float]
@@ -31,8 +36,13 @@ class StepContext:
     accelerator: Accelerator
     scaler: torch.amp.GradScaler
     rollout: Rollout | None = None
+    iteration: int = 0
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
     _scores: Scores | None = None
+
+    @property
+    def random(self) -> Random:
+        return replace(self.first_random, iteration=self.iteration)
 
     @property
     def rewards(self) -> Rewards | None:

@@ -33,9 +33,11 @@ class Learner:
         scaler: torch.amp.GradScaler,
         max_grad_norm: float,
         ema: EMA | None = None,
+        owner: str = "",
     ) -> None:
         self.name, self.parameters, self.optimizer, self.scheduler = name, dict(parameters), optimizer, scheduler
         self.accelerator, self.scaler, self.max_grad_norm, self.ema = accelerator, scaler, max_grad_norm, ema
+        self.owner = owner  # the plugin that brought it, for messages; "" for student and fake score
 
     @contextmanager
     def apart(self) -> Iterator[Callable[[Tensor], None]]:
@@ -59,6 +61,21 @@ class Learner:
             if other is not None:
                 parameter.grad = other if parameter.grad is None else parameter.grad + other
 
+    @contextmanager
+    def spared(self) -> Iterator[None]:
+        """Drop the gradients that arrive inside."""
+        before = [parameter.grad for parameter in self.parameters.values()]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        yield
+        for parameter, grad in zip(self.parameters.values(), before, strict=True):
+            parameter.grad = grad
+
+    @property
+    def reached(self) -> bool:
+        """Whether a parameter has got a gradient since the last update."""
+        return any(parameter.grad is not None for parameter in self.parameters.values())
+
     def update(self) -> float:
         """Average, unscale and clip the gradients, then step, and take the new parameters into their average.
 
@@ -67,8 +84,11 @@ class Learner:
 
         Raises:
             TrainingError: If it is not finite; the parameters have not moved. Under a loss scaler such a step is
-                skipped instead, as usual.
+                skipped instead, as usual. Or if it is a plugin's own learner and has no gradient at all.
         """
+        if self.owner and not self.reached:
+            what = f"{self.owner}: its learner '{self.name}' has got no gradient"
+            raise TrainingError(f"{what}; is there a detach, or is its loss missing?")
         parameters = list(self.parameters.values())
         for parameter in parameters:
             if parameter.grad is None:

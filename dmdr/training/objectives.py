@@ -1,7 +1,7 @@
 """The RL half of the loss: objectives, added up by weight, each a mean over the samples that it acts on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import TrainingError
-from dmdr.protocols import Needs, RewardObjective
+from dmdr.protocols import FollowsUpdates, Needs, RewardObjective, SetsUp, SharesNoise, Stateful
 from dmdr.rewards import RewardError
 from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner
@@ -92,6 +92,7 @@ class Objectives:
         student: The learner that they train.
         others: The learners that they must not reach.
         micro_batch_size: Samples per forward and backward pass.
+        own: Learners that objectives have brought, by objective.
         states: Of a checkpoint, by name, given back after `setup`.
     """
 
@@ -100,6 +101,7 @@ class Objectives:
     student: Learner
     others: Sequence[Learner]
     micro_batch_size: int
+    own: Mapping[str, Sequence[Learner]] = field(default_factory=dict)
     states: Mapping[str, Any] = field(default_factory=dict)
     _set_up: bool = field(default=False, init=False)
 
@@ -110,7 +112,8 @@ class Objectives:
 
     def shared_noise(self, ctx: StepContext) -> Sequence[int]:
         """The noises that every objective with an opinion wants the images of a group to share."""
-        wanted = [set(t.objective.shared_noise(ctx)) for t in self.terms if hasattr(t.objective, "shared_noise")]
+        parts = (term.objective for term in self.terms)
+        wanted = [set(part.shared_noise(ctx)) for part in parts if isinstance(part, SharesNoise)]
         return sorted(set.intersection(*wanted)) if wanted else ()
 
     def gradient(self, draw: Draw, ctx: StepContext) -> Tensor:
@@ -131,11 +134,14 @@ class Objectives:
         weight = self.weight(ctx.step) * term.weight
         asked = ctx.gather(draw.mask).sum()
         scale = ctx.accelerator.num_processes * weight / asked.clamp_min(1)
-        with self._others_untouched(term.name), self.student.apart() as rescale:
+        with ExitStack() as stack:
+            stack.enter_context(self._others_untouched(term.name))
+            rescalers = [stack.enter_context(each.apart()) for each in (self.student, *self._own_of(term))]
             answers = [self.ask(term, part, scale, ctx) for part in draw.split(self.micro_batch_size)]
             valid = ctx.gather(torch.cat([answer.valid for answer in answers]))
             counted = valid.sum()
-            rescale(asked / counted.clamp_min(1))  # the denominator is known only now
+            for rescale in rescalers:
+                rescale(asked / counted.clamp_min(1))  # the denominator is known only now
         if asked and not counted:
             ctx.scores(draw.rollout)  # raises for a reward that goes on judging nothing, and names it
         losses = ctx.gather(torch.cat([answer.losses for answer in answers]))
@@ -160,14 +166,23 @@ class Objectives:
         grad, counted = torch.zeros_like(leaf), torch.zeros_like(part.mask)
         losses, reached = torch.zeros(len(part), device=leaf.device), False
         metrics: dict[str, list[Tensor]] = {}
+        unweighted = scale / (self.weight(ctx.step) * term.weight)
         for found in term.terms(replace(part, leaf=leaf), ctx):
             valid = part.mask if found.valid is None else part.mask & found.valid
             loss = torch.where(valid, found.loss, 0.0)
+            if found.trains is not None:
+                self._train_own(term, found.trains, unweighted * loss.sum(), leaf, ctx)
+                counted = counted | valid
+                metrics.setdefault(f"loss/{found.trains}", []).append(loss.detach().float())
+                continue
             taken = None
             if found.grad is not None:
                 taken = scale * found.grad
             elif loss.requires_grad:
-                ctx.backward(scale * loss.sum())
+                with ExitStack() as stack:
+                    for learner in self._own_of(term):
+                        stack.enter_context(learner.spared())
+                    ctx.backward(scale * loss.sum())
                 taken = None if leaf.grad is None else leaf.grad / ctx.scaler.get_scale()
             leaf.grad = None
             reached |= taken is not None or loss.requires_grad
@@ -178,11 +193,34 @@ class Objectives:
                 metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
         return Answer(grad, losses, counted, {n: torch.stack(values).mean(0) for n, values in metrics.items()}, reached)
 
+    def _own_of(self, term: WeightedObjective) -> Sequence[Learner]:
+        return self.own.get(term.name, ())
+
+    def _train_own(self, term: WeightedObjective, name: str, loss: Tensor, leaf: Tensor, ctx: StepContext) -> None:
+        """Backward of a loss that trains one of the objective's own learners, and nothing else.
+
+        Raises:
+            TrainingError: If there is no learner of this name, or the loss reaches the student.
+        """
+        names = [learner.name for learner in self._own_of(term)]
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise TrainingError(f"objective '{term.name}': Term.trains names '{name}', but its learners are {known}")
+        if not loss.requires_grad:
+            return  # which its update will find
+        with self.student.apart():
+            ctx.backward(loss)
+            reached = leaf.grad is not None or self.student.reached
+        leaf.grad = None
+        if reached:
+            what = f"objective '{term.name}': the loss of its learner '{name}' reaches the student"
+            raise TrainingError(f"{what}: detach what it is given")
+
     @contextmanager
     def _others_untouched(self, name: str) -> Iterator[None]:
         yield
         for learner in self.others:
-            if any(parameter.grad is not None for parameter in learner.parameters.values()):
+            if learner.reached:
                 what = learner.name.replace("_", " ")
                 raise TrainingError(f"objective '{name}' reaches the {what}'s parameters: detach what it answers")
 
@@ -192,23 +230,28 @@ class Objectives:
         """Before the first call: set up, and take the checkpoint's states."""
         if self._set_up:
             return
-        self._tell("setup", ctx)
         for term in self.terms:
-            if term.name in self.states:
-                term.objective.load_state_dict(self.states[term.name])  # type: ignore[attr-defined]
+            if isinstance(term.objective, SetsUp):
+                term.objective.setup(ctx)
+        for term in self.terms:
+            if isinstance(term.objective, Stateful) and term.name in self.states:
+                term.objective.load_state_dict(self.states[term.name])
         self._set_up = True
+
+    def update_own(self, ctx: StepContext) -> None:
+        """Update the objectives' own learners."""
+        for learners in self.own.values():
+            for learner in learners:
+                ctx.log({f"grad_norm/{learner.name}": learner.update()})
 
     def after_update(self, ctx: StepContext) -> None:
         """The updates of a step are done."""
-        self._tell("after_update", ctx)
-
-    def _tell(self, event: str, ctx: StepContext) -> None:
         for term in self.terms:
-            if hasattr(term.objective, event):
-                getattr(term.objective, event)(ctx)
+            if isinstance(term.objective, FollowsUpdates):
+                term.objective.after_update(ctx)
 
     def state_dict(self) -> Mapping[str, Any]:
         """For a checkpoint; what the last one held as long as no objective has been set up since."""
         if not self._set_up:
             return self.states
-        return {t.name: t.objective.state_dict() for t in self.terms if hasattr(t.objective, "state_dict")}
+        return {term.name: term.objective.state_dict() for term in self.terms if isinstance(term.objective, Stateful)}

@@ -27,7 +27,8 @@ class Trainer:
         backend: Prepared model family.
         sampler: The student's sampler in training.
         prompts: Stream of prompt rows, this process's share.
-        learners: The trained roles by name: student, fake_score.
+        student: The learner that all of this is about.
+        fake_learners: The fake score, and what the matching trains beside it.
         matching: How the distributions are compared.
         objectives: The RL half of the loss.
         micro_batch_size: Samples per forward and backward pass.
@@ -45,7 +46,8 @@ class Trainer:
     backend: Backend
     sampler: FewStepSampler
     prompts: PromptStream
-    learners: Mapping[str, Learner]
+    student: Learner
+    fake_learners: Sequence[Learner]
     matching: Matching
     objectives: Objectives
     accelerator: Accelerator
@@ -65,12 +67,10 @@ class Trainer:
     last_context: StepContext | None = None
 
     @property
-    def student(self) -> Learner:
-        return self.learners["student"]
-
-    @property
-    def fake_score(self) -> Learner:
-        return self.learners["fake_score"]
+    def learners(self) -> Mapping[str, Learner]:
+        """All that is trained, by name."""
+        own = (learner for learners in self.objectives.own.values() for learner in learners)
+        return {learner.name: learner for learner in (self.student, *self.fake_learners, *own)}
 
     def train_step(self) -> dict[str, float]:
         """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3)."""
@@ -86,7 +86,7 @@ class Trainer:
 
         for iteration in range(objectives.needs.updates_per_rollout):  # 2. where should the student's answer move?
             if iteration:
-                draw = self.answer_again(draw, iteration)
+                draw = self.answer_again(draw, ctx)
             draw = replace(draw, direction=self.direction(draw, ctx))  #    match the distribution ...
             reward_grad = objectives.gradient(draw, ctx)  #    ... and climb the reward; its graphs are freed here
 
@@ -97,11 +97,13 @@ class Trainer:
                 matched = (matching.anchor(prediction, part, ctx) * part.direction).sum() / reward_grad.numel()
                 ctx.backward(self.dmd_weight(self.step) * matched + (prediction.x0 * r).sum())
             ctx.log({"grad_norm/student": self.student.update()})
+            objectives.update_own(ctx)
 
         objectives.after_update(ctx)
         self.step += 1
-        for learner in (self.student, self.fake_score) if self.matches else (self.student,):
-            learner.scheduler.step()
+        for learner in self.learners.values():
+            if self.matches or learner not in self.fake_learners:
+                learner.scheduler.step()
         return self.logged(ctx)
 
     # --- The verbs of the step -------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ class Trainer:
         return rollout.pick(ctx.random.integers("index", rollout.sample, self.sampler.num_inference_steps))
 
     def learn_fake_score(self, draw: Draw, ctx: StepContext) -> None:
-        """One update of the fake score on the student's answers."""
+        """One update of the fake score, and of what the matching trains beside it, on the student's answers."""
         total, metrics = 0.0, []
         for part in draw.split(self.micro_batch_size):
             term = self.matching.fake_loss(part, self.backend.fake_score, ctx)
@@ -177,13 +179,16 @@ class Trainer:
         everyone = ctx.gather(torch.ones_like(draw.mask))
         means = over_the_batch(metrics, everyone, ctx, "the matching's fake_loss")
         ctx.log({f"fake/{name}": value for name, value in means.items()})
-        ctx.log({"loss/fake": total, "grad_norm/fake_score": self.fake_score.update()})
+        ctx.log({"loss/fake": total})
+        for learner in self.fake_learners:
+            ctx.log({f"grad_norm/{learner.name}": learner.update()})
 
     @torch.no_grad()
-    def answer_again(self, draw: Draw, iteration: int) -> Draw:
-        """The same states, answered by the student as it is now."""
+    def answer_again(self, draw: Draw, ctx: StepContext) -> Draw:
+        """The same states, answered by the student as it is now: the next use of the rollout."""
+        ctx.iteration += 1
         answers = [self.backend.student(p.x_t, p.t, p.cond).x0 for p in draw.split(self.micro_batch_size)]
-        return replace(draw, x0=torch.cat(answers), iteration=iteration)
+        return replace(draw, x0=torch.cat(answers), iteration=ctx.iteration)
 
     @torch.no_grad()
     def direction(self, draw: Draw, ctx: StepContext) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmdr.matching import DMD, T_MAX, T_MIN, denoising_error, keyed, normalised, teach
+from dmdr.matching import DMD, T_MAX, T_MIN, denoising_error, normalised, teach
 from dmdr.paths import Prediction, expand
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
 from dmdr.types import Direction, Draw, Renoised, Term
@@ -74,9 +74,9 @@ class ACDMD(DMD):
         towards s, where the weight min(1 / sigma_ts^2, 10) sigma_ts^2 fades the sample out.
         """
         path, s, x_s = ctx.backend.path, level(draw), state_after(draw, ctx)
-        t = s + (1 - s) * ctx.random.beta(keyed("renoise/t", draw), draw.sample, *ctx.renoise)
+        t = s + (1 - s) * ctx.random.beta("renoise/t", draw.sample, *ctx.renoise)
         t = torch.maximum(t.clamp(T_MIN, T_MAX), (s + MIN_GAP).clamp(max=1))  # above s even where s exceeds T_MAX
-        eps = ctx.random.normal(keyed("renoise/eps", draw), draw.sample, tuple(x_s.shape[1:])).to(x_s.dtype)
+        eps = ctx.random.normal("renoise/eps", draw.sample, tuple(x_s.shape[1:])).to(x_s.dtype)
         alpha_s, sigma_s, alpha_t, sigma_t = path.alpha(s), path.sigma(s), path.alpha(t), path.sigma(t)
         a = alpha_t / alpha_s
         variance = (sigma_t**2 - (a * sigma_s) ** 2).clamp_min(1e-12)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from dmdr.matching import DMD, T_MAX, T_MIN, keyed, normalised, renoised_at, teach
+from dmdr.matching import DMD, T_MAX, T_MIN, normalised, renoised_at, teach
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
 from dmdr.sampling import shift_times, unshift_times
 from dmdr.types import Direction, Draw, Renoised
@@ -40,7 +40,7 @@ class Decoupled(DMD):
         (The authors in Tongyi-MAI/Z-Image, issue 78.) DynaRS moves tau_dm only, as vvvvvjdy/dmdr, issue 4, has it.
         """
         shift = ctx.backend.shift
-        share = ctx.random.uniform(keyed("renoise/ca/t", draw), draw.sample)
+        share = ctx.random.uniform("renoise/ca/t", draw.sample)
         t = shift_times(share * unshift_times(draw.t, shift), shift).clamp(T_MIN, T_MAX)
         return renoised_at(t, "renoise/ca", draw, ctx)
 

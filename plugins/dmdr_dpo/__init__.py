@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dmdr.errors import ConfigError
-from dmdr.matching import keyed, renoised_to_grid
+from dmdr.matching import renoised_to_grid
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs
 from dmdr.types import Condition, Draw, Rollout, Term
@@ -150,7 +150,7 @@ class DPO:
 
     def stored_pairs(self, draw: Draw, rows: Tensor, ctx: Context) -> tuple[Tensor, Condition]:
         """Latents [2 P, *latent] and condition of one drawn pair for each of P rows: the chosen, then the rejected."""
-        index = ctx.random.integers(keyed("dpo/pair", draw), draw.sample[rows], len(self._pairs))
+        index = ctx.random.integers("dpo/pair", draw.sample[rows], len(self._pairs))
         drawn = [self._pairs[i] for i in index.tolist()]
         files = [pair.chosen for pair in drawn] + [pair.rejected for pair in drawn]
         return latents_of(files, ctx.backend).to(draw.x_t), ctx.backend.encode([pair.prompt for pair in drawn] * 2)

@@ -94,7 +94,7 @@ class GRPO:
         if self.policy_steps == "all":
             return stochastic.tolist()
         window, count = self.policy_steps.split(":")
-        order = stochastic if window == "early" else ctx.random.uniform("grpo/steps", stochastic).argsort()
+        order = stochastic if window == "early" else ctx.random.of_rollout.uniform("grpo/steps", stochastic).argsort()
         return sorted(order[: int(count)].tolist())
 
     def __call__(self, draw: Draw, ctx: Context) -> Iterator[Term]:

@@ -72,11 +72,10 @@ class SRPO:
         return Needs(reward_grad=True, text_features=True, steps=steps)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term | Iterator[Term]:
-        again = f"/{draw.iteration}" if draw.iteration else ""
-        positive = self._texts(self.positive, f"srpo/positive{again}", draw, ctx)
-        negative = self._texts(self.negative, f"srpo/negative{again}", draw, ctx)
+        positive = self._texts(self.positive, "srpo/positive", draw, ctx)
+        negative = self._texts(self.negative, "srpo/negative", draw, ctx)
         if self.direct_align:
-            eps = ctx.random.normal(f"srpo/eps{again}", draw.sample, tuple(draw.x0.shape[1:]))
+            eps = ctx.random.normal("srpo/eps", draw.sample, tuple(draw.x0.shape[1:]))
             return self._aligned(draw, ctx, eps, (positive, negative))
         assert draw.leaf is not None
         return self._judged(draw.leaf, ctx, (positive, negative))
