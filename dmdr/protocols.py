@@ -193,9 +193,16 @@ class Reward(Protocol):
     `reads_prompts = False`, of one that looks at images only. It may also be `Submits` or a `FeatureReward`.
     """
 
-    differentiable: bool
+    @property
+    def differentiable(self) -> bool:
+        """Whether its score has a gradient in the images; a class attribute, which is read off the class."""
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None: ...
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the weights, frozen, in eval mode.
+
+        Raises:
+            ConfigError: If a setting or a checkpoint is no good. An OSError or a ValueError is turned into one.
+        """
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         """[B, 3, H, W] float32 in [0, 1] -> [B] float32; differentiable in `images` where `differentiable` says so."""
@@ -208,6 +215,24 @@ class FeatureReward(Reward, Protocol):
     def image_features(self, images: Tensor) -> Tensor: ...
 
     def text_features(self, prompts: Sequence[str]) -> Tensor: ...
+
+
+class RewardSum(Reward, Protocol):
+    """The run's rewards and their weighted sum, itself a `Reward` (`dmdr.rewards.Rewards`)."""
+
+    @property
+    def parts(self) -> Mapping[str, tuple[float, Reward]]:
+        """Weight and reward by name, in the order of the sum."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each part in the sum, by name."""
+
+    def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
+        """Images [B, 3, H, W] float32 in [0, 1] -> raw scores by name, each [B] float32, before their weights."""
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of what `each` returned, [B] float32; NaN where any part is."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +297,12 @@ class Context(Protocol):
     def sampler(self) -> Sampler: ...
 
     @property
-    def rewards(self) -> Any:
-        """`dmdr.rewards.Rewards`, or None where the run has none."""
+    def rewards(self) -> RewardSum:
+        """The run's rewards.
+
+        Raises:
+            TrainingError: If the run has none; it has one for every part that declares `needs.reward`.
+        """
 
     @property
     def random(self) -> Random:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 
+ABSENT: Any = None  # a tensor that only those have who may read it
+
 
 def dtype_of(precision: str) -> torch.dtype:
     """What `--mixed_precision` and `--dtype` mean: bf16 and fp16; float32 by any other name."""
@@ -103,7 +105,8 @@ class Draw:
         cond, sample, group: As in Rollout.
         mask: Samples whose step the objective declared, [B] bool.
         rollout: The whole trajectories (of these samples) that the states came from.
-        leaf: x0 as a leaf that takes the objective's gradient; None outside of the objective's call.
+        leaf: x0 as a leaf that takes the objective's gradient, [B, *latent]. Only an objective's call has one, and only
+            objectives read it, so that its type is a Tensor; elsewhere it is None.
         direction: Gradient of the distribution-matching loss at the matching's anchor, x0 for DMD, times numel,
             [B, *latent]; None before it is known.
         iteration: How often this rollout has been used before, 0 at first.
@@ -118,7 +121,7 @@ class Draw:
     group: Tensor
     mask: Tensor
     rollout: Rollout
-    leaf: Tensor | None = None
+    leaf: Tensor = ABSENT
     direction: Tensor | None = None
     iteration: int = 0
 
@@ -143,7 +146,7 @@ class Draw:
             sample=self.sample[part],
             group=self.group[part],
             mask=self.mask[part],
-            leaf=None if self.leaf is None else self.leaf[part],
+            leaf=ABSENT if self.leaf is None else self.leaf[part],
             direction=None if self.direction is None else self.direction[part],
             rollout=Rollout(
                 whole.cond[part],

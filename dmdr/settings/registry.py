@@ -226,6 +226,15 @@ def problem(plugin: Plugin) -> str | None:
     return None
 
 
+def examine(group: str, target: type) -> None:
+    """Refuse a class that no run would take as a plugin of this group.
+
+    Raises:
+        PluginError: Says what is wrong with it.
+    """
+    _checked(group, target, f"{group[:-1]} {target.__name__}", target.__name__)
+
+
 def _imported(plugin: Plugin) -> Any:
     """The class of a registered plugin."""
     module, colon, attribute = plugin.target.partition(":")
@@ -288,7 +297,8 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
                     "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
                 )
     protocol = _protocol(group)
-    missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not _has(target, name)]
+    promised = dict.fromkeys((*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)))
+    missing = [name for name in promised if not _has(target, name)]
     problem = f"has no {' and no '.join(missing)}" if missing else _no_value(group, target) or misfit(target, protocol)
     for optional in _optional(group):
         problem = problem or misfit(target, optional, only_present=True)

@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError
 from dmdr.paths import add_noise
 from dmdr.protocols import Backend, Role
 from dmdr.sampling import FewStepSampler
-from dmdr.testing.common import untouched_global_rng
+from dmdr.testing.common import taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition
 
 ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
@@ -34,6 +34,7 @@ def check_backend(backend: Backend, prompts: Sequence[str]) -> None:
     Raises:
         AssertionError: With the broken promise.
     """
+    taken_by_a_run("backends", backend)
     trial = BackendTrial(backend, prompts)
     for check in BACKEND_CHECKS:
         check(trial)

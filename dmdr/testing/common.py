@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dmdr.errors import ConfigError
+from dmdr.settings.registry import examine
+
 
 class CannotRun(AssertionError):
     """A broken promise without which the plugin cannot be used at all: further checks would say the same."""
@@ -36,6 +39,18 @@ def _global_states() -> dict[str, object]:
         "numpy": (bytes(numpy["state"]["key"]), numpy["state"]["pos"], numpy["has_gauss"]),
         "Python": random.getstate(),
     }
+
+
+def taken_by_a_run(group: str, plugin: object) -> None:
+    """A run reads flags and signatures off the class before it builds one, and refuses what does not fit.
+
+    Raises:
+        CannotRun: If a run would refuse it.
+    """
+    try:
+        examine(group, type(plugin))
+    except ConfigError as error:
+        raise CannotRun(f"no run takes it: {error}") from error
 
 
 def networks(plugin: object) -> Iterator[tuple[str, nn.Module]]:

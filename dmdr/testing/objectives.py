@@ -2,9 +2,12 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, get_args
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,9 +15,10 @@ from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
 from dmdr.paths import Prediction
 from dmdr.protocols import Needs, Reward, Role, SetsUp
+from dmdr.randomness import Random
 from dmdr.states import check_storable
 from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of, valid_of
-from dmdr.testing.common import CannotRun, networks, untouched_global_rng
+from dmdr.testing.common import CannotRun, networks, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition, Draw, Rollout, Term
 
 LATE = 1000  # a step by which whatever is annealed, or sets in with time, has done so
@@ -30,6 +34,7 @@ def check_objective(build: Build, reward: Reward | None = None) -> None:
     Raises:
         AssertionError: With the broken promise. What the objective itself raises is passed on.
     """
+    taken_by_a_run("objectives", build())
     for check in OBJECTIVE_CHECKS:
         check(build, reward)
 
@@ -145,7 +150,7 @@ def what_it_is_given_is_only_read(build: Build, reward: Reward | None = None) ->
 def _given(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     """All tensors that an objective can lay hands on, by name."""
     yield from _tensors(bench.draw)
-    if bench.ctx.rewards:
+    if bench.ctx.scorer:
         scores, group = bench.ctx.global_scores()
         yield from ((f"ctx.global_scores()[0]['{name}']", score) for name, score in scores.items())
         yield "ctx.global_scores()[1]", group
@@ -180,7 +185,7 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
     )
     reached = any(p.grad is not None for p in backend.parameters("fake_score").values())
     assert not reached, "the loss must not reach the fake score; detach its prediction"
-    for _, part in bench.ctx.rewards.parts.values() if bench.ctx.rewards else ():
+    for _, part in bench.ctx.rewards.parts.values() if bench.ctx.scorer else ():
         for name, network in networks(part):
             trained = any(p.grad is not None for p in network.parameters())
             assert not trained, f"the loss reaches the reward's {name}; a reward is frozen in `prepare`"
@@ -228,6 +233,47 @@ def random_numbers_are_keyed(build: Build, reward: Reward | None = None) -> None
         with untouched_global_rng("objective", instead):
             found.append(bench.ask_and_learn()[0])
     assert _same_terms(*found), f"two calls on the same draw gave different answers; {instead}"
+
+
+def numbers_are_new_in_each_use_of_a_rollout(build: Build, reward: Reward | None = None) -> None:
+    """Noise that repeats makes one sample of two; what is decided once for a rollout says so with `of_rollout`."""
+    if build().needs.updates_per_rollout < 2:
+        return
+    for step in (0, LATE):
+        bench = bench_of(build, reward)
+        bench.ctx.step = step
+        drawn_in: list[set[str]] = []
+        for iteration in range(2):
+            bench.ctx.iteration, bench.draw = iteration, replace(bench.draw, iteration=iteration)
+            with _names_drawn() as names:
+                bench.ask_and_learn()
+            drawn_in.append(names)
+        again = sorted(drawn_in[0] & drawn_in[1])
+        assert not again, (
+            f"the second use of a rollout draws {len(again)} random numbers of the first again, such as those of "
+            f"'{again[0]}': draw from ctx.random, which is new in each use; what is decided once for all uses comes "
+            "from ctx.random.of_rollout"
+        )
+
+
+class _OfRollout(Random):
+    """Numbers that are meant to be the same in every use of a rollout."""
+
+
+@contextmanager
+def _names_drawn() -> Iterator[set[str]]:
+    """Names (`Random.name`) of the numbers that are drawn inside, but for those of `Random.of_rollout`."""
+    names: set[str] = set()
+    generator = Random._generator
+
+    def watched(self: Random, purpose: str, key: int) -> np.random.Generator:
+        if not isinstance(self, _OfRollout):
+            names.add(self.name(purpose, key))
+        return generator(self, purpose, key)
+
+    lasting = property(lambda self: _OfRollout(self.seed, self.step, self.phase))
+    with patch.object(Random, "_generator", watched), patch.object(Random, "of_rollout", lasting):
+        yield names
 
 
 def bfloat16_predictions_are_enough(build: Build, reward: Reward | None = None) -> None:
@@ -358,6 +404,7 @@ OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     what_it_is_given_is_only_read,
     gradient_reaches_the_student_only,
     random_numbers_are_keyed,
+    numbers_are_new_in_each_use_of_a_rollout,
     a_sample_does_not_depend_on_its_micro_batch,
     bfloat16_predictions_are_enough,
     unjudged_samples_are_left_out,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmdr.protocols import Reward
-from dmdr.testing.common import CannotRun, networks, untouched_global_rng
+from dmdr.testing.common import CannotRun, networks, taken_by_a_run, untouched_global_rng
 
 PROMPTS = ["a red square", "a handwritten seven", "", "a very long prompt " * 40]
 ALL = (0, 1, 2, 3)
@@ -27,6 +27,7 @@ def check_reward(reward: Reward, *, size: int = 32, columns: Mapping[str, Sequen
     Raises:
         AssertionError: With the broken promise.
     """
+    taken_by_a_run("rewards", reward)
     trial = RewardTrial(reward, size, dict(columns or {}))
     for check in REWARD_CHECKS:
         check(trial)

@@ -45,8 +45,8 @@ class StepContext:
         return replace(self.first_random, iteration=self.iteration)
 
     @property
-    def rewards(self) -> Rewards | None:
-        return self.scorer.rewards if self.scorer else None
+    def rewards(self) -> Rewards:
+        return self._scorer().rewards
 
     def scores(self, rollout: Rollout) -> dict[str, Tensor]:
         scores = self._scored().own
@@ -61,13 +61,17 @@ class StepContext:
 
     def _scored(self) -> Scores:
         """The scores of the whole rollout, computed when first asked for."""
-        if self.scorer is None:
-            raise TrainingError("a reward was asked for, but the run has none; pass --reward")
+        scorer = self._scorer()
         if self.rollout is None:
             raise TrainingError("there is no rollout yet that could be scored")
         if self._scores is None:
-            self._scores = self.scorer(self.rollout)
+            self._scores = scorer(self.rollout)
         return self._scores
+
+    def _scorer(self) -> RolloutScorer:
+        if self.scorer is None:
+            raise TrainingError("a reward was asked for, but the run has none; pass --reward")
+        return self.scorer
 
     def gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values)

@@ -41,10 +41,10 @@ class ReFL:
         return Needs(reward_grad=True, matching=self.balance == "grad_norm", steps=steps)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
-        assert draw.leaf is not None
         images = ctx.backend.decode(draw.leaf)
         scores = ctx.rewards.each(images, draw.cond.prompts, **draw.cond.columns)
-        loss = sum(weight * self._loss(scores[name]) for name, (weight, _) in ctx.rewards.parts.items())
+        parts = (weight * self._loss(scores[name]) for name, (weight, _) in ctx.rewards.parts.items())
+        loss = sum(parts, torch.zeros(()))
         total = ctx.rewards.total(scores)
         valid = total.isfinite()
         metrics = {"score": total.detach()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise, expand
-from dmdr.protocols import Context, Needs
+from dmdr.protocols import Context, FeatureReward, Needs
 from dmdr.rewards import sharing
 from dmdr.types import Draw, Term
 
@@ -77,7 +77,6 @@ class SRPO:
         if self.direct_align:
             eps = ctx.random.normal("srpo/eps", draw.sample, tuple(draw.x0.shape[1:]))
             return self._aligned(draw, ctx, eps, (positive, negative))
-        assert draw.leaf is not None
         return self._judged(draw.leaf, ctx, (positive, negative))
 
     def _texts(self, words: Sequence[str], purpose: str, draw: Draw, ctx: Context) -> list[str]:
@@ -92,6 +91,7 @@ class SRPO:
         images = ctx.backend.decode(x0)
         losses, scores, preferences = [], [], []
         for weight, reward in ctx.rewards.parts.values():
+            assert isinstance(reward, FeatureReward)  # needs.text_features
             image, positive, negative = reward.image_features(images), *map(reward.text_features, texts)
             score = (image * ((1 + self.k) * positive - negative)).sum(-1)
             losses.append(weight * (-score if self.hinge is None else (self.hinge - score).relu()))

@@ -69,7 +69,7 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
     assert "target_score/distance" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
     assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
-    assert "19 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+    assert "20 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
 
 
 def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_the_guide_is_true(shell: Shell, tmp_path: Path) -> None:
         *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"),
         *("dmdr-train", "pytest", "pytest"),
     ]
-    assert "11 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
-    assert "11 passed" in outputs["pytest --dmdr-plugin near_teacher.py:NearTeacher"]
+    assert "12 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
+    assert "12 passed" in outputs["pytest --dmdr-plugin near_teacher.py:NearTeacher"]
     assert '"near_teacher.py:NearTeacher/distance"' in (tmp_path / "runs" / "near" / "metrics.jsonl").read_text()
     assert "8 passed" in outputs["pytest --dmdr-plugin ink.py:Ink"]
     log = (tmp_path / "runs" / "best" / "metrics.jsonl").read_text()

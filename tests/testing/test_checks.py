@@ -18,6 +18,7 @@ from dmdr.ema import EMA
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs, Role, Sampler
+from dmdr.randomness import Random
 from dmdr.testing import check_backend, check_objective, check_reward
 from dmdr.types import Condition, Draw, Term
 from dmdr_nft import DiffusionNFT
@@ -200,6 +201,51 @@ def test_a_broken_objective_is_taught(answer: Answer, needs: dict[str, Any], mes
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=message):
         check_objective(objective(answer, **({"reward_grad": True} | needs)))
+
+
+def noised(numbers: Callable[[Context], Random]) -> Answer:
+    """Pulls the student's answers at random places, with noise of these numbers."""
+
+    def answer(draw: Draw, ctx: Context) -> Term:
+        noise = numbers(ctx).normal("mine", draw.sample, tuple(draw.x0.shape[1:]))
+        return Term((draw.leaf - noise).square().mean(1))
+
+    return answer
+
+
+def test_numbers_that_repeat_are_caught() -> None:
+    own = noised(lambda ctx: Random(7, ctx.step, "mine"))
+    with pytest.raises(AssertionError, match="16 random numbers of the first again, such as those of '7/0/mine/mine/0"):
+        check_objective(objective(own, reward=False, updates_per_rollout=2))
+    check_objective(objective(own, reward=False))  # which uses each rollout once
+    check_objective(objective(noised(lambda ctx: ctx.random), reward=False, updates_per_rollout=2))
+    check_objective(objective(noised(lambda ctx: ctx.random.of_rollout), reward=False, updates_per_rollout=2))
+
+
+def test_what_no_run_takes_is_caught() -> None:
+    """A run reads flags and signatures off the class."""
+
+    @dataclass
+    class Written(Redness):
+        differentiable: bool = True  # type: ignore[misc]
+
+    @dataclass
+    class Strange:
+        needs: ClassVar[Needs] = Needs(reward=False)
+        table: dict[str, float] = field(default_factory=dict)
+
+        def __call__(self, draw: Draw, ctx: Context) -> Term:
+            return Term(pulling(draw))
+
+    class Family(ToyBackend):
+        Options: ClassVar[Any] = dict
+
+    with pytest.raises(AssertionError, match="no run takes it: reward Written has a flag 'differentiable': annotate"):
+        check_reward(Written())
+    with pytest.raises(AssertionError, match="no run takes it: objective Strange has a field 'table' of a type that"):
+        check_objective(Strange)
+    with pytest.raises(AssertionError, match="no run takes it: backend Family has Options that are no dataclass"):
+        check_backend(Family("", ToyOptions()), PROMPTS)
 
 
 def test_a_pure_regulariser_is_an_objective() -> None:
@@ -649,7 +695,7 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--dmdr-option=scale=3.5")
     assert code == 0, out
     assert "gradient_reaches_the_student_only PASSED" in out
-    assert "11 passed" in out
+    assert "12 passed" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Score", "--dmdr-option=checkpoint=here")
     assert code == 1
     assert "a reward returns [4] float32; this one torch.float64 [4]" in out
@@ -770,7 +816,7 @@ def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> Non
     assert "TypeError: object of type 'int' has no len()" in out and "1 failed, 7 skipped" in out
     arguments = ["--dmdr-plugin=odd.py:Captioned", "--dmdr-column=caption=[a, bb, c, dd]", "--dmdr-plugin=mine.py:Mine"]
     code, out = check(pytester, *arguments, "--dmdr-option=mine.py:Mine.scale=2", "--dmdr-option=scale=3")
-    assert code == 0 and "19 passed" in out, out
+    assert code == 0 and "20 passed" in out, out
 
 
 TYPED = """

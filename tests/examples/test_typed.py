@@ -1,0 +1,45 @@
+"""DMDR is a typed package: a stranger's code type-checks against it under `mypy --strict`."""
+
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFORM = """
+from best import Best
+from dmdr.protocols import Reward, RewardObjective
+from dmdr_template import Brightness, TargetScore
+from ink import Ink
+from near_teacher import NearTeacher
+
+objectives: list[RewardObjective] = [TargetScore(), Best(), NearTeacher()]
+rewards: list[Reward] = [Brightness(), Ink()]
+"""
+
+
+def test_a_strangers_package_is_checked_against_our_types(tmp_path: Path) -> None:
+    """The plugin template, and the files of the plugins' guide, against an installed DMDR."""
+    environment, code = tmp_path / "environment", tmp_path / "code"
+    venv.create(environment, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    (site / "dmdr").symlink_to(ROOT / "dmdr")  # as a wheel would install it; by MYPYPATH it would not need py.typed
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    code.mkdir()
+    (code / "dmdr_template").symlink_to(ROOT / "examples" / "plugin_template" / "dmdr_template")
+    (code / "conform.py").write_text(CONFORM)
+    for content in re.findall(r"^```python\n(.*?)^```$", (ROOT / "plugins" / "README.md").read_text(), re.M | re.S):
+        (code / content.splitlines()[0].removeprefix("# ")).write_text(content)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--cache-dir", str(tmp_path / "cache")]
+    mypy += ["--python-executable", str(environment / "bin" / "python"), "--no-error-summary", "-p", "dmdr_template"]
+    files = sorted(file.stem for file in code.glob("*.py"))
+    mypy += [word for name in files for word in ("-m", name)]
+    done = subprocess.run(mypy, capture_output=True, text=True, cwd=code)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_the_wheel_says_that_it_is_typed() -> None:
+    """Hatchling packs every file of dmdr/ that git does not ignore."""
+    assert (ROOT / "dmdr" / "py.typed").read_text() == ""
