@@ -105,7 +105,7 @@ def trainer_of(
 
 def bench_of(build: Build, reward: Reward | None, *, needs: Needs | None = None, **settings: Any) -> Bench:
     """A bench; `needs` stand in for those that the objective declares."""
-    objective: Any = build() if needs is None else Declaring(needs, build())
+    objective: Any = build() if needs is None else declaring(needs, build())
     trainer = trainer_of(objective, reward, **settings)
     ctx = trainer.context(0)
     bench = Bench(objective, trainer, ctx, drawn(trainer, ctx))
@@ -123,18 +123,15 @@ def drawn(trainer: Trainer, ctx: StepContext) -> Draw:
     return replace(draw, mask=term.declared(draw, trainer.sampler.num_inference_steps - 1))
 
 
-@dataclass
-class Declaring:
-    """An objective with other needs than its own."""
+def declaring(needs: Needs, objective: RewardObjective) -> RewardObjective:
+    """The objective with other needs than its own.
 
-    needs: Needs
-    objective: Any
-
-    def __call__(self, draw: Draw, ctx: StepContext) -> Any:
-        return self.objective(draw, ctx)
-
-    def __getattr__(self, optional: str) -> Any:
-        return getattr(self.objective, optional)
+    Of a subclass, and not wrapped: from Python 3.12 on, isinstance of a protocol looks past `__getattr__`.
+    """
+    cls = type(objective)
+    declares = {"needs": property(lambda self: needs), "__slots__": ()}
+    object.__setattr__(objective, "__class__", type(cls.__name__, (cls,), declares))  # it may be frozen
+    return objective
 
 
 def sound(term: Term, draw: Draw) -> Term:

@@ -14,9 +14,9 @@ from torch import Tensor
 from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
 from dmdr.paths import Prediction
-from dmdr.protocols import Needs, Reward, Role, SetsUp
+from dmdr.protocols import BringsLearners, Needs, Reward, Role, SetsUp
 from dmdr.randomness import Random
-from dmdr.states import check_storable
+from dmdr.states import check_storable, load_strict
 from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of, valid_of
 from dmdr.testing.common import CannotRun, networks, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition, Draw, Rollout, Term
@@ -359,6 +359,11 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     ctx = trainer.context(0)
     draw = drawn(trainer, ctx)
     other: Any = build()
+    if isinstance(other, BringsLearners):  # the run saves and loads their parameters
+        for own, learner in zip(
+            other.learners(ctx.backend, torch.device("cpu")), trainer.objectives.own["checked"], strict=True
+        ):
+            load_strict(own.parameters, learner.parameters, own.name)
     if isinstance(other, SetsUp):
         other.setup(ctx)
     if has[0]:

@@ -1,14 +1,16 @@
 """A complete trainer on the toy Gaussian mixture, in which plugins are tried."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import Reward, SampleWeight
+from dmdr.protocols import BringsLearners, Reward, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
@@ -44,13 +46,21 @@ def toy_trainer(
     backend.prepare(accelerator, roles=("student", "fake_score", *dict.fromkeys(roles)))
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
-    def learner(role: Any) -> Learner:
-        parameters = backend.parameters(role)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+    def learner(name: str, parameters: Mapping[str, nn.Parameter], rate: float) -> Learner:
+        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        return Learner(role, parameters, optimizer, schedule, accelerator, scaler, max_grad_norm=1e9)
+        return Learner(name, dict(parameters), optimizer, schedule, accelerator, scaler, max_grad_norm=1e9)
 
-    student, fake_score = learner("student"), learner("fake_score")
+    student = learner("student", backend.parameters("student"), learning_rate)
+    fake_score = learner("fake_score", backend.parameters("fake_score"), learning_rate)
+    own = {
+        term.name: [
+            learner(each.name, each.parameters, each.learning_rate)
+            for each in term.objective.learners(backend, accelerator.device)
+        ]
+        for term in objectives
+        if isinstance(term.objective, BringsLearners)
+    }
     micro = micro_batch_size or batch_size // accelerator.num_processes
     return Trainer(
         backend=backend,
@@ -66,7 +76,7 @@ def toy_trainer(
         student=student,
         fake_learners=[fake_score],
         matching=DMD(),
-        objectives=Objectives(objectives, Schedule(rl_weight), student, [fake_score], micro),
+        objectives=Objectives(objectives, Schedule(rl_weight), student, [fake_score], micro, own),
         accelerator=accelerator,
         scaler=scaler,
         seed=seed,

@@ -143,8 +143,11 @@ def test_the_guide_is_true(shell: Shell, tmp_path: Path) -> None:
     outputs = dict(commands)
     assert [line.split()[0] for line in outputs] == [
         *("dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"),
-        *("dmdr-train", "pytest", "pytest"),
+        *("dmdr-train", "pytest", "pytest", "dmdr-train", "dmdr-train", "pytest"),
     ]
+    assert "better_py_Better_edge: 3.0" in (tmp_path / "runs" / "better" / "config.yaml").read_text()
+    assert "12 passed" in outputs["pytest --dmdr-plugin surrogate.py:Surrogate"]
+    assert '"grad_norm/surrogate"' in (tmp_path / "runs" / "surrogate" / "metrics.jsonl").read_text()
     assert "12 passed" in outputs["pytest --dmdr-plugin best.py:Best"]
     assert "12 passed" in outputs["pytest --dmdr-plugin near_teacher.py:NearTeacher"]
     assert '"near_teacher.py:NearTeacher/distance"' in (tmp_path / "runs" / "near" / "metrics.jsonl").read_text()

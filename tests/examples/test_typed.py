@@ -10,12 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFORM = """
 from best import Best
-from dmdr.protocols import Reward, RewardObjective
+from better import Better
+from dmdr.protocols import BringsLearners, Reward, RewardObjective, SampleWeight
 from dmdr_template import Brightness, TargetScore
 from ink import Ink
 from near_teacher import NearTeacher
+from surrogate import Surrogate
 
-objectives: list[RewardObjective] = [TargetScore(), Best(), NearTeacher()]
+objectives: list[RewardObjective] = [TargetScore(), Best(), NearTeacher(), Surrogate()]
+learns: BringsLearners = Surrogate()
+weight: SampleWeight = Better()
 rewards: list[Reward] = [Brightness(), Ink()]
 """
 
@@ -34,9 +38,7 @@ def test_a_strangers_package_is_checked_against_our_types(tmp_path: Path) -> Non
         (code / content.splitlines()[0].removeprefix("# ")).write_text(content)
     mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--cache-dir", str(tmp_path / "cache")]
     mypy += ["--python-executable", str(environment / "bin" / "python"), "--no-error-summary", "-p", "dmdr_template"]
-    files = sorted(file.stem for file in code.glob("*.py"))
-    mypy += [word for name in files for word in ("-m", name)]
-    done = subprocess.run(mypy, capture_output=True, text=True, cwd=code)
+    done = subprocess.run([*mypy, "-m", "conform"], capture_output=True, text=True, cwd=code)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
