@@ -1,4 +1,4 @@
-"""Where things are kept that are built or computed once."""
+"""The folder for files that are built or computed once and used again."""
 
 import os
 from hashlib import blake2b
@@ -11,5 +11,5 @@ def cache_folder() -> Path:
 
 
 def fingerprint(*settings: object) -> str:
-    """A folder's name for what its content depends on."""
+    """A folder's name, 32 hexadecimal digits, for the settings that its content depends on."""
     return blake2b(repr(settings).encode(), digest_size=16).hexdigest()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """average <- decay average + (1 - decay) parameter, once per optimizer step.
+    """average <- decay average + (1 - decay) parameter, once per optimizer step; each of the parameter's own shape.
 
     Every process holds the whole average, and a checkpoint all of it.
 
@@ -23,13 +23,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are now."""
+        """Move the average towards the parameters as they are now."""
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter, 1 - self.decay)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Parameters and average change places."""
+        """Swap parameters and average."""
         for name, parameter in self.parameters.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.average[name])
@@ -37,7 +37,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The student is its average inside."""
+        """Inside, the student is its average; afterwards it is itself again."""
         self.exchange()
         try:
             yield
@@ -46,6 +46,6 @@ class EMA:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """The student becomes its average for good."""
+        """Make the student its average, for good."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.average[name])

@@ -8,7 +8,7 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A failure in a running training: saved what could be saved. Exit code 1."""
+    """A running training failed; what could be saved is saved. Exit code 1."""
 
 
 def one_line(error: BaseException) -> str:
@@ -21,4 +21,9 @@ class Refusing:
     """Mixin of an argparse parser: what is wrong with the arguments is a ConfigError."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the arguments, as argparse asks for.
+
+        Raises:
+            ConfigError: Always, with what argparse says.
+        """
         raise ConfigError(message.removeprefix("argument "))

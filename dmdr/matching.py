@@ -15,7 +15,7 @@ T_MIN, T_MAX = 0.02, 0.98
 
 
 def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
-    """The student's answers at times t [B], with noise named after its purpose."""
+    """The student's answers `draw.x0` [B, *latent] at times t [B], with noise that is keyed by `purpose` and sample."""
     eps = ctx.random.normal(f"{purpose}/eps", draw.sample, tuple(draw.x0.shape[1:])).to(draw.x0.dtype)
     x_t = add_noise(ctx.backend.path, draw.x0, eps, t)
     return Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device))
@@ -24,10 +24,12 @@ def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
 def renoised_to_grid(x: Tensor, purpose: str, draw: Draw, ctx: Context, rows: Tensor | None = None) -> Renoised:
     """Clean latents x [B, *latent] at the student's own times, one drawn for each; the first of them is pure noise.
 
-    The student starts from noise, whatever time it is told there: `eps` is then the noise that x_t is made of if x is
-    its image.
+    At the first time x_t is pure noise, even if the path still has signal there, because the student starts from noise.
+    `eps` of the result is the noise that makes this x_t of x at the time t.
 
     Args:
+        x: Clean latents, [B, *latent].
+        purpose: Begins the names of the random numbers; two calls with the same one draw the same.
         rows: The rows of `draw` whose sample index keys the time and the noise, [B]; those of x by default.
     """
     key = draw.sample if rows is None else draw.sample[rows]
@@ -47,7 +49,11 @@ def denoising_error(prediction: Prediction, renoised: Renoised) -> Tensor:
 
 
 def teach(teacher: GuidedDenoiser, renoised: Renoised, draw: Draw, ctx: Context) -> tuple[Tensor, Tensor]:
-    """What the teacher answers at x_t, each [B, *latent]: c, and ca = -(w - 1) (c - u). Guided it answers c - ca."""
+    """What the teacher answers at `renoised.x_t`, two tensors [B, *latent]: c, and ca = -(w - 1) (c - u).
+
+    c is its conditional answer, u the unconditional one, and w the guidance, drawn per sample from `ctx.guidance`. The
+    guided answer is c - ca.
+    """
     x_t, t, cond = renoised.x_t, renoised.t, draw.cond
     c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
     if ctx.guidance == (1.0, 1.0):

@@ -1,4 +1,4 @@
-"""Noise paths x_t = alpha(t) x0 + sigma(t) eps, and network outputs that speak every parameterisation."""
+"""Noise paths x_t = alpha(t) x0 + sigma(t) eps, and network outputs in every parameterisation."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,18 +16,20 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 class NoisePath(Protocol):
-    """x_t = alpha(t) x0 + sigma(t) eps; t in [0, 1], 1 = noise."""
+    """x_t = alpha(t) x0 + sigma(t) eps, for times t in [0, 1]: 1 is noise, 0 is data."""
 
-    def alpha(self, t: Tensor) -> Tensor: ...
+    def alpha(self, t: Tensor) -> Tensor:
+        """Share of the clean sample at times of any shape, of the same shape, in [0, 1]."""
 
-    def sigma(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise at times of any shape, of the same shape, in [0, 1]."""
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told, in its own unit (0..1000)."""
+        """What the network is conditioned on at times of any shape, of the same shape, in its own unit (0 to 1000)."""
 
 
 def add_noise(path: NoisePath, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t of samples x0 with noise eps, each [B, *latent], at times t [B]."""
+    """x_t on a path, of samples x0 with noise eps, each [B, *latent], at times t [B]."""
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * eps
 
 
@@ -73,7 +75,7 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network output that answers in any parameterisation, in float32 or better.
+    """A network output, and what it means in every other parameterisation, in float32 or better.
 
     Every kind is linear, value = a x0 + b eps: x0 (1, 0), eps (0, 1), velocity (-1, 1) of rectified flow, and
     v (-sigma, alpha) of progressive distillation (Salimans & Ho 2022, arXiv 2202.00512, appendix D). Together
@@ -113,6 +115,6 @@ class Prediction:
         return (alpha * self.value - a * self.x_t) / (alpha * b - sigma * a)
 
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """What `value` should have been for x_t made of this x0 and eps: the native regression target."""
+        """The regression target of `value`, [B, *latent], if x_t was made of x0 and eps, each [B, *latent]."""
         _, _, a, b = self._coefficients()
         return a * x0 + b * eps

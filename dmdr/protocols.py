@@ -25,15 +25,16 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that lo
 
 
 class Denoiser(Protocol):
-    """`backend.student`, `backend.fake_score`, `backend.reference`: noisy latents, times and condition in."""
+    """`backend.student`, `backend.fake_score`, `backend.reference`: of x_t [B, *latent] at times t [B] in [0, 1]."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
 
 
 class GuidedDenoiser(Protocol):
-    """`backend.teacher`. `guidance` 1 is the conditional prediction, 0 the unconditional, w is u + w (c - u).
+    """`backend.teacher`, of x_t [B, *latent] at times t [B] in [0, 1].
 
-    `fake_mix` is the share of the fake score's adapter that is mixed in (DynaDG): 0 pure teacher, 1 the fake score.
+    `guidance` 1 is the conditional prediction c, 0 the unconditional u, and w is u + w (c - u). `fake_mix` is the share
+    of the fake score's adapter that is mixed in (DynaDG): 0 is the pure teacher, 1 the fake score.
     """
 
     def __call__(
@@ -83,8 +84,14 @@ def unread() -> Any:
 def require(options: Any, name: str, holds: bool, what: str) -> None:
     """Refuse the value of an option.
 
+    Args:
+        options: The dataclass with the value.
+        name: Its field, which is also the flag.
+        holds: Whether the value is allowed.
+        what: What it may be, in words that go on from "must be".
+
     Raises:
-        ConfigError: Unless it holds; names the flag, its value and what it may be.
+        ConfigError: Unless `holds`; names the flag, what it must be, and its value.
     """
     if not holds:
         raise ConfigError(f"--{name} must be {what}, not {getattr(options, name)}")
@@ -119,7 +126,8 @@ class Backend(Protocol):
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
         """Load weights onto the device and create the trainable roles; the only expensive call."""
 
-    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition: ...
+    def encode(self, prompts: Sequence[str], **columns: Sequence[Any]) -> Condition:
+        """The condition of B prompts: the prompts, their encodings, each [B, ...], and the columns as they are."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> latents [B, *latent]."""
@@ -130,15 +138,22 @@ class Backend(Protocol):
         `exact` asks for what users see, where rewards are content with a cheaper decoder.
         """
 
-    def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+    def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """The student's prediction (`Denoiser`) for x_t [B, *latent] at times t [B], float32, with a graph."""
 
-    def fake_score(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+    def fake_score(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """The fake score's prediction (`Denoiser`) for x_t [B, *latent] at times t [B], float32, with a graph."""
 
-    def reference(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+    def reference(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """The last `snapshot`'s prediction (`Denoiser`) for x_t [B, *latent] at times t [B], float32; no graph."""
 
     def teacher(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
-    ) -> Prediction: ...
+    ) -> Prediction:
+        """The teacher's prediction (`GuidedDenoiser`) for x_t [B, *latent] at times t [B], float32, without a graph.
+
+        `guidance` and `fake_mix` are as in `GuidedDenoiser`.
+        """
 
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:
         """Named parameters of a role, stable in name and order; empty for a role that was not prepared."""
@@ -153,14 +168,19 @@ class Backend(Protocol):
         """Python that samples the export with the stock pipeline, for the model card."""
 
     def load_export(self, directory: Path) -> None:
-        """Load what `export` wrote into the student."""
+        """Load what `export` wrote into the student.
+
+        Raises:
+            ConfigError: If the directory holds no export of this family, or one of another kind or shape.
+        """
 
 
 class Sampler(Protocol):
     """The few-step sampler (`dmdr.sampling.FewStepSampler`)."""
 
     @property
-    def path(self) -> NoisePath: ...
+    def path(self) -> NoisePath:
+        """Noise path of the model."""
 
     @property
     def t(self) -> Tensor:
@@ -175,14 +195,20 @@ class Sampler(Protocol):
         """K."""
 
     def moments(self, i: int | Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the state after step i."""
+        """Mean [B, *latent] and standard deviation [1 or B, 1, ...] of the state after step i, one or [B] of them."""
 
     def transition(self, prediction: Prediction, t_next: Tensor) -> tuple[Tensor, Tensor]:
-        """The same at any time t_next, a scalar or [B]."""
+        """Mean [B, *latent] and standard deviation [1 or B, 1, ...] of the state at a time t_next, a scalar or [B]."""
 
-    def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor: ...
+    def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor:
+        """State after step i, [B, *latent]; `noise` is unit Gaussian of this shape, None for the mean."""
 
-    def log_prob(self, i: int | Tensor, prediction: Prediction, x_next: Tensor) -> Tensor: ...
+    def log_prob(self, i: int | Tensor, prediction: Prediction, x_next: Tensor) -> Tensor:
+        """Gaussian log-probability of x_next [B, *latent] after step i, [B] float64, as the mean over the elements.
+
+        Raises:
+            ValueError: If the step is deterministic.
+        """
 
 
 @runtime_checkable
@@ -212,9 +238,11 @@ class Reward(Protocol):
 class FeatureReward(Reward, Protocol):
     """A reward whose score is linear in a separable text feature."""
 
-    def image_features(self, images: Tensor) -> Tensor: ...
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] float32 in [0, 1] -> features [B, F] with a graph."""
 
-    def text_features(self, prompts: Sequence[str]) -> Tensor: ...
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> features [B, F]; the score is the sum of both features' products, times a constant."""
 
 
 class RewardSum(Reward, Protocol):
@@ -291,10 +319,12 @@ class Context(Protocol):
     """What a matching, a weight or an objective may ask of the running step."""
 
     @property
-    def backend(self) -> Backend: ...
+    def backend(self) -> Backend:
+        """The networks, and the way to latents and images and back."""
 
     @property
-    def sampler(self) -> Sampler: ...
+    def sampler(self) -> Sampler:
+        """The student's sampler."""
 
     @property
     def rewards(self) -> RewardSum:
@@ -331,10 +361,10 @@ class Context(Protocol):
         """`scores` of the global batch, each [N], and the groups [N]; row i is the sample of index i."""
 
     def gather(self, values: Tensor) -> Tensor:
-        """The same tensor of all processes, concatenated in the order of the global batch."""
+        """The same tensor of all processes, [B, ...] each, as [N, ...] in the order of the global batch."""
 
     def log(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add values to this step's log line."""
+        """Add values to this step's log line, each a number or a scalar tensor."""
 
 
 class Matching(Protocol):
@@ -346,15 +376,18 @@ class Matching(Protocol):
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
         """What the direction acts on, [B, *latent], with the graph of `prediction`: x0 for DMD."""
 
-    def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]: ...
+    def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
+        """Noisy versions of the student's answers, at which teacher and fake score are compared."""
 
-    def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term: ...
+    def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term:
+        """The loss of the fake score, and of learners of its own, on the student's answers; [B], with a graph."""
 
-    def direction(self, draw: Draw, teacher: GuidedDenoiser, fake: Denoiser, ctx: Context) -> Direction: ...
+    def direction(self, draw: Draw, teacher: GuidedDenoiser, fake: Denoiser, ctx: Context) -> Direction:
+        """Where the anchor shall move from, as `teacher` and `fake` tell: [B, *latent], without a graph."""
 
 
 class SampleWeight(Protocol):
-    """A dataclass whose fields are its flags: a weight of each sample's direction, [B] float32, in stage 1.
+    """A dataclass whose fields are its flags: a weight of each sample's direction in stage 1, [B] float32.
 
     It may read the direction. Mean one over the global batch, or over time where the batch is too small to compare.
     Optional: `needs`, as of an objective; `idle`, true where all weights would be 1: the run then does without it. It
@@ -372,7 +405,8 @@ class RewardObjective(Protocol):
     """
 
     @property
-    def needs(self) -> Needs: ...
+    def needs(self) -> Needs:
+        """What it requires of the run; a function of its fields alone."""
 
     def __call__(self, draw: Draw, ctx: Context) -> Term | Iterable[Term]:
         """The loss of a micro-batch of whole groups.
@@ -408,7 +442,8 @@ class SetsUp(Protocol):
 class FollowsUpdates(Protocol):
     """An objective that does something after the updates of each step."""
 
-    def after_update(self, ctx: Context) -> None: ...
+    def after_update(self, ctx: Context) -> None:
+        """Called once a step, after the last update of the student."""
 
 
 @runtime_checkable
@@ -485,8 +520,9 @@ class DrawsNoise(Protocol):
     """A family whose stock pipeline draws noise in its own way."""
 
     def draw_noise(self, step: int, count: int) -> Tensor:
-        """Latents [count, *latent] as the stock pipeline draws them: its initial state for step 0, and what its
-        scheduler adds before each of the later steps.
+        """Latents, [count, *latent] float32, as the stock pipeline draws them from torch's generator.
+
+        Those of step 0 are its initial state; those of a later step are what its scheduler adds before it.
         """
 
 
@@ -495,7 +531,7 @@ class Submits(Protocol):
     """A reward that waits for something else, such as a server."""
 
     def submit(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Future[Tensor]:
-        """Like a call of the reward, without waiting for the scores."""
+        """Like a call of the reward, without waiting: images [B, 3, H, W] in [0, 1] -> future scores [B] float32."""
 
 
 OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
@@ -509,7 +545,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
 
 
 class Judge(Protocol):
-    """An independent eye for evaluation, never a reward: trained on real images only.
+    """A classifier for evaluation, trained on real images only; it is never a reward.
 
     Optional: `probabilities(images) -> [B, C]` of its classes, each row summing to 1, for the inception score.
     """
@@ -529,7 +565,7 @@ class Judge(Protocol):
 
 @runtime_checkable
 class NamedModel(Protocol):
-    """A model with a name of its own (`--model digits`): builds or finds a pipeline folder, and brings what it needs.
+    """A model with a name of its own (`--model digits`): it builds or finds a pipeline folder, and has a recipe.
 
     Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`).
 
@@ -553,4 +589,5 @@ class NamedModel(Protocol):
         `held_out` asks for one that was trained on other data, for --eval_reward.
         """
 
-    def judge(self) -> Judge | None: ...
+    def judge(self) -> Judge | None:
+        """Who evaluates its images; None where there is nobody."""

@@ -16,6 +16,9 @@ from torch import Tensor
 class Random:
     """The random numbers of one phase of one step.
 
+    In each method `purpose` says what the numbers are for, and `samples` [B] holds the key of each sample, its index in
+    the global batch. Two draws of one kind with the same purpose and key are the same.
+
     Attributes:
         seed: The run's seed.
         step: Student update of the whole run.
@@ -34,7 +37,7 @@ class Random:
         return replace(self, iteration=0)
 
     def name(self, purpose: str, key: int) -> str:
-        """What the numbers of a sample are a function of."""
+        """What the numbers of a sample are a function of: seed, step, phase, use of the rollout, purpose and key."""
         phase = f"{self.phase}/again/{self.iteration}" if self.iteration else self.phase
         return f"{self.seed}/{self.step}/{phase}/{purpose}/{key}"
 
@@ -43,21 +46,21 @@ class Random:
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
     def normal(self, purpose: str, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Unit Gaussian, [B, *shape] float32, one independent draw per key in `samples` [B]."""
+        """Unit Gaussian, [B, *shape] float32, one independent draw of this purpose per key in `samples` [B]."""
         draws = [self._generator(purpose, key).standard_normal(shape, np.float32) for key in samples.tolist()]
         return torch.from_numpy(np.stack(draws)).to(samples.device)
 
     def uniform(self, purpose: str, samples: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform in [low, high), [B] float64."""
+        """Uniform in [low, high), [B] float64, one draw of this purpose per key in `samples` [B]."""
         draws = [self._generator(purpose, key).uniform(low, high) for key in samples.tolist()]
         return torch.tensor(draws, dtype=torch.float64, device=samples.device)
 
     def integers(self, purpose: str, samples: Tensor, high: int) -> Tensor:
-        """Uniform integers in [0, high), [B] int64."""
+        """Uniform integers in [0, high), [B] int64, one of this purpose per key in `samples` [B]."""
         draws = [int(self._generator(purpose, key).integers(high)) for key in samples.tolist()]
         return torch.tensor(draws, dtype=torch.int64, device=samples.device)
 
     def beta(self, purpose: str, samples: Tensor, a: float, b: float) -> Tensor:
-        """Beta(a, b), [B] float64 in [0, 1]."""
+        """Beta(a, b), [B] float64 in [0, 1], one draw of this purpose per key in `samples` [B]."""
         draws = [self._generator(purpose, key).beta(a, b) for key in samples.tolist()]
         return torch.tensor(draws, dtype=torch.float64, device=samples.device)

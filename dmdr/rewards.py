@@ -24,7 +24,7 @@ _known: ContextVar[dict[Hashable, tuple[Tensor, Tensor]] | None] = ContextVar("_
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """A scope in which `once` remembers; one within another is the same scope. Nothing outlives it."""
+    """Inside, `once` remembers its results. Nested scopes are one scope, at the end of which all is forgotten."""
     if _known.get() is not None:
         yield
         return
@@ -38,11 +38,11 @@ def sharing() -> Iterator[None]:
 
 
 def once(images: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-    """What several rewards need of the same images, such as the features of one network.
+    """What several rewards need of the same images, such as the features [B, F] of one network.
 
     Args:
-        images: The very tensor that the rewards are given. After a change in place it is another one; of an inference
-            tensor, such a change goes unnoticed.
+        images: [B, 3, H, W], the very tensor that the rewards are given. After a change in place it is another one; of
+            an inference tensor, such a change goes unnoticed.
         key: What is computed: the network, the size, and whatever else the result depends on.
         compute: Computes it.
 
@@ -156,7 +156,7 @@ class Rewards:
         """Stop on rewards that have judged nothing.
 
         Args:
-            scores: name -> scores of the global batch: one process alone may well hold no finite one.
+            scores: name -> scores [N] of the global batch: one process alone may well hold no finite one.
 
         Raises:
             RewardError: If a reward has no finite score, which it names, or no sample has one of every reward.

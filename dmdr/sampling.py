@@ -17,12 +17,12 @@ SdeType = Literal["cps", "ddim", "flow_sde", "dance_sde"]
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Timestep shift of SD3 (Esser et al. 2024, arXiv 2403.03206, eq. 23): s t / (1 + (s - 1) t)."""
+    """Timestep shift s t / (1 + (s - 1) t), t of any shape (SD3, Esser et al. 2024, arXiv 2403.03206, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def unshift_times(t: Tensor, shift: float) -> Tensor:
-    """Inverse of `shift_times`."""
+    """Inverse of `shift_times`, for t of any shape."""
     return t / (shift - (shift - 1) * t)
 
 
@@ -70,7 +70,10 @@ class FewStepSampler:
         return self.transition(prediction, self.t.to(prediction.x_t.device)[i + 1])
 
     def transition(self, prediction: Prediction, t_next: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the state at any time t_next, a scalar or [B]; at 0 it is x0_hat."""
+        """Mean [B, *latent] and standard deviation [1 or B, 1, ...] of the state at a time t_next, a scalar or [B].
+
+        At 0 the state is x0_hat.
+        """
         if self.sde_type in ("flow_sde", "dance_sde"):
             return self._euler_maruyama(prediction, t_next)
         x_t, sigma_next = prediction.x_t, self.path.sigma(t_next)

@@ -34,6 +34,12 @@ def refuse_misfits(
 ) -> None:
     """Refuse a state that is not the model's.
 
+    Args:
+        what: Where the state comes from, for the message.
+        missing: Names that the model has and the state has not.
+        unexpected: Names that the state has and the model has not.
+        misshapen: Names of both whose shapes differ, perhaps with the two shapes.
+
     Raises:
         ConfigError: If any name is given; names the first three of each kind.
     """
@@ -47,8 +53,8 @@ def load_strict(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: st
     """Copy tensors of the same names and shapes, whatever their dtype and device.
 
     Args:
-        own: Parameters and buffers to fill.
-        given: What was read.
+        own: Parameters and buffers to fill, by name, of any shape.
+        given: What was read, by name.
         what: Where from, for messages.
 
     Raises:

@@ -23,7 +23,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the images shall show: prompts, their other columns, and the backend's encoding of them.
+    """What B images shall show: prompts, their other columns, and the backend's encoding of them.
 
     Attributes:
         prompts: B strings.
@@ -52,8 +52,8 @@ class Rollout:
 
     Attributes:
         cond: Condition of the B samples.
-        t: The student's grid, [K + 1] float64; t[K] = 0. t[0] is what the student is *told* at the first step.
-        x_t: The states, [K + 1, B, *latent] float32. x_t[0] is unit Gaussian whatever t[0] says; x_t[K] = x0[K - 1].
+        t: The student's grid, [K + 1] float64; t[K] = 0. At the first step the student is conditioned on t[0].
+        x_t: The states, [K + 1, B, *latent] float32. x_t[0] is unit Gaussian, even if t[0] is below 1; x_t[K] = x0[K - 1].
         x0: The student's prediction at each step, [K, B, *latent] float32.
         sample: Index of each sample in the global batch, [B] int64; the key of its random numbers.
         group: Index of each sample's group (same prompt) in the global batch, [B] int64.

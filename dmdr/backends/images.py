@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def to_unit_range(decoded: Tensor) -> Tensor:
-    """VAE output in [-1, 1] -> float32 image in [0, 1]; the clamp passes gradients straight through.
+    """VAE output [B, 3, H, W] in [-1, 1] -> float32 images in [0, 1]; the clamp passes gradients straight through.
 
     torch's own clamp has no gradient at and beyond its bounds, which would silence every saturated pixel.
     """

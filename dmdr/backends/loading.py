@@ -99,6 +99,10 @@ def load_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *
     """A network of diffusers with its weights, in eval mode.
 
     Args:
+        cls: Class of the network.
+        source: Where the pipeline's files are.
+        subfolder: The component's folder there, "" for the source itself.
+        dtype: Of the weights.
         meta: Of its configuration alone, on the meta device.
 
     Raises:
@@ -121,6 +125,10 @@ def load_text_encoder(cls: Any, source: Source, subfolder: str, dtype: torch.dty
     """A text encoder of transformers, frozen and in eval mode.
 
     Args:
+        cls: Class of the encoder.
+        source: Where the pipeline's files are.
+        subfolder: The component's folder there.
+        dtype: Of the weights.
         meta: Of its configuration alone, on the meta device.
 
     Raises:
@@ -209,7 +217,7 @@ def check_there(flag: str, path: str | None) -> None:
 
 
 def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a weights file: safetensors, or what `torch.save` wrote of a state dict.
+    """The tensors of a weights file by name, of any shape: safetensors, or what `torch.save` wrote of a state dict.
 
     Args:
         path: The file.
@@ -243,7 +251,8 @@ def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]
     """Merge a LoRA file into the pipeline's network, as its user would with `load_lora_weights` and `fuse_lora`.
 
     Returns:
-        The merged layers at full strength, float32: `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+        The merged layers at full strength, float32: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight`
+        [out, r, ...].
 
     Raises:
         ConfigError: If it cannot be read, has no layer of the network, or more than LoRA layers of the network.

@@ -143,7 +143,10 @@ class LoRARoles:
         }
 
     def folded(self, role: Role) -> dict[str, Tensor]:
-        """The adapter with its strength folded into lora_B: it acts in full wherever alpha = rank is assumed."""
+        """The adapter with its strength folded into lora_B, so that it acts in full for loaders that ignore alpha.
+
+        By name: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...], float32.
+        """
         strength = self._strength[role]
         return {
             name: (parameter.detach() * (strength if ".lora_B." in name else 1.0)).contiguous()
@@ -151,7 +154,10 @@ class LoRARoles:
         }
 
     def merged(self, role: Role) -> dict[str, Tensor]:
-        """The whole network as a role, float32, by the network's own names: its adapter merged, or its full copy."""
+        """The whole network as a role: its adapter merged, or its full copy.
+
+        By the network's own names, float32, each of the same shape as there.
+        """
         if role in self.copies:
             return {name: tensor.float() for name, tensor in self.copies[role].state_dict().items()}
         adapter = self.folded(role)
@@ -169,7 +175,7 @@ class LoRARoles:
         return state
 
     def unfold(self, role: Role, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Load what `folded` gave; `what` names its origin in errors.
+        """Load what `folded` gave, `<module>.lora_A.weight` [r, ...] and so on; `what` names its origin in errors.
 
         Raises:
             ConfigError: If the names or shapes are not this role's, as with another rank or other target modules.
@@ -227,7 +233,13 @@ def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[st
 
 
 def parted(both: Mapping[str, Tensor], second: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first of two adapters that were `joined`: of the modules and ranks of `own`."""
+    """The first of two adapters that were `joined`.
+
+    Args:
+        both: What `joined` returned.
+        second: The second of the two.
+        own: The first as it is to be: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...].
+    """
     if not second:
         return dict(both)
     result = {}

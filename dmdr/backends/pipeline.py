@@ -190,11 +190,11 @@ class PipelineBackend:
         raise NotImplementedError
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        """Tensors as `embed` returns them for `count` prompts, made with `blank`: for --dry_run, without encoders."""
+        """Tensors as `embed` returns them, each [count, ...], made with `blank`: for --dry_run, without encoders."""
         raise NotImplementedError
 
     def blank(self, *shape: int) -> Tensor:
-        """Of a shape, and of no values in particular."""
+        """A tensor of this shape with no values in particular, on the device and in the dtype of the network."""
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -405,7 +405,7 @@ class PipelineBackend:
         return Prediction(u.value + guidance * (c.value - u.value), self.kind, x_t, t, self.path)
 
     def unconditional(self, cond: Condition) -> Mapping[str, Tensor]:
-        """What guidance leads away from: the empty prompt's embeddings, or zeros."""
+        """What guidance leads away from, by name, each [B, ...]: the empty prompt's embeddings, or zeros."""
         if self._empty is None:
             self._empty = self.text([""])
             if self.zero_empty_prompt:

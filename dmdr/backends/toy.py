@@ -30,14 +30,26 @@ PROMPTS = tuple(f"mode {k}" for k in range(len(CENTRES)))
 
 
 def posterior_mean(x_t: Tensor, t: Tensor, path: NoisePath, mean: Tensor, std: float) -> Tensor:
-    """E[x0 | x_t] for x0 ~ N(mean, std^2 I), [B, D]."""
+    """E[x0 | x_t] for x0 ~ N(mean, std^2 I), [B, D], for states x_t [B, D] of a noise path at times t [B].
+
+    Source: the conditional mean of jointly Gaussian x0 and x_t = alpha x0 + sigma eps.
+    """
     alpha, sigma = expand(path.alpha(t), x_t).to(x_t.dtype), expand(path.sigma(t), x_t).to(x_t.dtype)
     gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
     return mean + gain * (x_t - alpha * mean)
 
 
 def mixture_mean(x_t: Tensor, t: Tensor, path: NoisePath, centres: Tensor, std: float) -> Tensor:
-    """E[x0 | x_t] for the even mixture of N(centre_k, std^2 I), [B, D]."""
+    """E[x0 | x_t] for the even mixture of N(centre_k, std^2 I), [B, D].
+
+    Args:
+        x_t, t: States [B, D] of the noise path and their times [B].
+        path: The noise path.
+        centres: [M, D].
+        std: Standard deviation of each component.
+
+    Source: the means of the components, weighted by their posterior probabilities given x_t.
+    """
     alpha, sigma = expand(path.alpha(t), x_t).to(x_t.dtype), expand(path.sigma(t), x_t).to(x_t.dtype)
     distance = ((x_t[:, None] - alpha[:, None] * centres) ** 2).sum(-1)
     share = (-distance / (2 * (alpha**2 * std**2 + sigma**2))).softmax(-1)
@@ -57,6 +69,7 @@ class Residual(nn.Module):
         self.net = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Velocity [B, 2] for states x_t [B, 2], times t [B] and labels [B] int64."""
         t = t.to(x_t.dtype)[:, None]
         return self.net(torch.cat([x_t, t, t**2, nn.functional.one_hot(label, len(CENTRES)).to(x_t.dtype)], 1))
 
@@ -199,6 +212,9 @@ class Redness:
     """`--reward toy`: how red the image is, that is, how far to the right the point lies; in [0, 1].
 
     A `FeatureReward`: the mean colour along the text's, which is red unless the text begins with "Green".
+
+    Attributes:
+        calls: How often it has scored.
     """
 
     differentiable: ClassVar[bool] = True
@@ -216,5 +232,6 @@ class Redness:
         return nn.functional.one_hot(green.long(), 3).float()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B] float32."""
         self.calls += 1
         return (self.image_features(images) * self.text_features(prompts)).sum(-1)

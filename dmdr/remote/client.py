@@ -51,6 +51,9 @@ class RemoteReward:
     Attributes:
         reward_timeout: Seconds to go on trying a server that does not answer, before the run saves and stops.
         request_timeout: Seconds that one try may take.
+
+    Raises:
+        ConfigError: For a time that is not above 0.
     """
 
     differentiable: ClassVar[bool] = False
@@ -125,7 +128,12 @@ class RemoteReward:
         return self.submit(images, prompts, **columns).result()
 
     def submit(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Future[Tensor]:
-        """The same, without waiting for it."""
+        """The same, without waiting for it.
+
+        Raises:
+            RuntimeError: If `prepare` was not called.
+            ValueError: If the columns do not fit the images.
+        """
         if self._limit is None:
             raise RuntimeError("RemoteReward has no server yet; call prepare(device, dtype) first")
         asked = Request(eight_bits(images).cpu(), prompts, dict(columns))

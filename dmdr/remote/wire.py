@@ -93,7 +93,7 @@ def merge(requests: Sequence[Request]) -> Request:
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8, as a user would save them (`dmdr.images.to_pil`); NaN is black."""
+    """Images [B, 3, H, W] in [0, 1] as uint8, as a user would save them (`dmdr.images.to_pil`); NaN is black."""
     return (images.detach().float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
 
 

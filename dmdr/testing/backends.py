@@ -42,13 +42,19 @@ def check_backend(backend: Backend, prompts: Sequence[str]) -> None:
 
 @dataclass
 class BackendTrial:
-    """A backend that is not prepared yet, and a few prompts that it understands."""
+    """A backend and what it is tried on.
+
+    Attributes:
+        backend: Not prepared yet.
+        prompts: A few that it understands.
+    """
 
     backend: Backend
     prompts: Sequence[str]
 
     @cached_property
     def prepared(self) -> Backend:
+        """A copy, prepared with all roles."""
         return self.copy()
 
     def copy(self) -> Backend:
@@ -59,16 +65,18 @@ class BackendTrial:
 
     @cached_property
     def cond(self) -> Condition:
+        """The condition of the prompts."""
         return self.prepared.encode(list(self.prompts))
 
     @cached_property
     def x0(self) -> Tensor:
+        """Unit Gaussian latents, [B, *latent] float32."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(len(self.cond), *self.prepared.latent_shape, generator=generator)
 
     @cached_property
     def state(self) -> tuple[Tensor, Tensor, Condition]:
-        """Noisy latents, their times, and the condition."""
+        """Noisy latents [B, *latent] float32, their times [B] float64, and the condition."""
         eps = torch.randn(self.x0.shape, generator=torch.Generator().manual_seed(1))
         t = torch.full((len(self.cond),), 0.6, dtype=torch.float64)
         return add_noise(self.prepared.path, self.x0, eps, t).float(), t, self.cond
@@ -102,6 +110,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def the_grid_falls_from_noise_to_zero(trial: BackendTrial) -> None:
+    """`grid(K)` is [K + 1] float64 and decreases from at most 1 to exactly 0."""
     for steps in (1, 4):
         t = trial.prepared.grid(steps)
         assert t.shape == (steps + 1,) and t.dtype == torch.float64, f"grid({steps}) is [{steps + 1}] float64"
@@ -109,6 +118,7 @@ def the_grid_falls_from_noise_to_zero(trial: BackendTrial) -> None:
 
 
 def a_condition_has_a_row_per_prompt(trial: BackendTrial) -> None:
+    """`encode` keeps prompts and columns, and its tensors are [B, ...]."""
     prompts, numbers = list(trial.prompts), list(range(len(trial.prompts)))
     found = trial.prepared.encode(prompts, number=numbers)
     assert list(found.prompts) == prompts, "encode returns a Condition with the prompts that it was given"
@@ -121,6 +131,7 @@ def a_condition_has_a_row_per_prompt(trial: BackendTrial) -> None:
 
 
 def parameters_have_one_owner(trial: BackendTrial) -> None:
+    """Each role has parameters of its own, in the same order every time, that require gradients as the role does."""
     backend = trial.prepared
     owner: dict[int, Role] = {}
     for role in ROLES:
@@ -138,6 +149,7 @@ def parameters_have_one_owner(trial: BackendTrial) -> None:
 
 
 def predictions_are_float32_of_the_latents_shape(trial: BackendTrial) -> None:
+    """Predictions are [B, *latent] float32 and finite; those of student and fake score have a graph."""
     for role in ("teacher", *ROLES):
         prediction = getattr(trial.prepared, role)(*trial.state)
         assert prediction.value.requires_grad == (role in ("student", "fake_score")), (
@@ -151,6 +163,7 @@ def predictions_are_float32_of_the_latents_shape(trial: BackendTrial) -> None:
 
 
 def every_role_starts_as_the_teacher(trial: BackendTrial) -> None:
+    """Before training all roles answer as the teacher does at guidance 1, to the bit."""
     teacher = trial.answer("teacher")
     for role in ROLES:
         same = torch.equal(trial.answer(role), teacher)
@@ -178,6 +191,7 @@ def training_a_role_moves_it_alone(trial: BackendTrial) -> None:
 
 
 def fake_mix_leads_from_teacher_to_fake_score(trial: BackendTrial) -> None:
+    """At `fake_mix` 0 the teacher is pure, at 1 it is the fake score, and between the two it is neither."""
     teacher = trial.answer("teacher")
     with trial.trained("fake_score"):
         ends = trial.answer("teacher", fake_mix=0.0), trial.answer("teacher", fake_mix=1.0)
@@ -190,12 +204,14 @@ def fake_mix_leads_from_teacher_to_fake_score(trial: BackendTrial) -> None:
 
 @torch.no_grad()
 def guidance_is_linear(trial: BackendTrial) -> None:
+    """Guidance w is u + w (c - u)."""
     u, c, guided = (trial.prepared.teacher(*trial.state, guidance=w).value for w in (0.0, 1.0, 3.0))
     assert torch.allclose(guided, u + 3 * (c - u), atol=1e-4), "guidance w is u + w (c - u); 1 is conditional"
 
 
 @torch.no_grad()
 def rows_do_not_depend_on_the_batch(trial: BackendTrial) -> None:
+    """A sample's prediction is the same alone and in a batch, up to 1e-4."""
     x_t, t, cond = trial.state
     whole = trial.prepared.teacher(x_t, t, cond).value
     last = slice(len(cond) - 1, len(cond))
@@ -206,6 +222,7 @@ def rows_do_not_depend_on_the_batch(trial: BackendTrial) -> None:
 
 
 def gradients_reach_their_own_role(trial: BackendTrial) -> None:
+    """The gradient of a role's prediction reaches its own parameters and no other's."""
     backend = trial.prepared
     for name in ("student", "fake_score"):
         getattr(backend, name)(*trial.state).value.square().mean().backward()
@@ -219,6 +236,7 @@ def gradients_reach_their_own_role(trial: BackendTrial) -> None:
 
 
 def decoded_images_are_differentiable(trial: BackendTrial) -> None:
+    """`decode` makes [B, 3, H, W] float32 in [0, 1], with a finite gradient in the latents."""
     latents = trial.x0.clone().requires_grad_()
     images = trial.prepared.decode(latents)
     assert images.ndim == 4 and images.shape[:2] == (len(trial.cond), 3), "images are [B, 3, H, W]"
@@ -229,6 +247,7 @@ def decoded_images_are_differentiable(trial: BackendTrial) -> None:
 
 
 def images_are_encoded_to_latents(trial: BackendTrial) -> None:
+    """`encode_images` makes finite [B, *latent] of what `decode` makes."""
     with torch.no_grad():
         images = trial.prepared.decode(trial.x0)
         latents = trial.prepared.encode_images(images)
@@ -269,6 +288,7 @@ def _exported(backend: Backend, folder: Path) -> tuple[FewStepSampler, Mapping[s
 
 
 def no_random_numbers(trial: BackendTrial) -> None:
+    """Nothing is drawn from a global generator."""
     backend: Any = trial.prepared
     with untouched_global_rng("backend", "noise is handed to it"), torch.no_grad():
         backend.encode(list(trial.prompts))

@@ -23,7 +23,14 @@ Build = Callable[[], RewardObjective]
 
 @dataclass
 class Bench:
-    """A fresh objective before its first call, in a run that gives it what it declares, and no more."""
+    """A fresh objective before its first call, in a run that gives it what it declares, and no more.
+
+    Attributes:
+        objective: Set up, if it sets itself up.
+        trainer: The toy run.
+        ctx: The running step.
+        draw: What the trainer would hand to the objective, of the whole batch.
+    """
 
     objective: RewardObjective
     trainer: Trainer
@@ -32,6 +39,7 @@ class Bench:
 
     @property
     def needs(self) -> Needs:
+        """What the objective declares."""
         return self.objective.needs
 
     def terms(self, draw: Draw) -> Iterator[Term]:

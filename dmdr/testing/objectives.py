@@ -133,6 +133,7 @@ def _same_terms(a: Sequence[Term], b: Sequence[Term]) -> bool:
 
 
 def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> None:
+    """`Term.loss` is [B], and finite for each valid sample."""
     _losses_are_finite(bench_of(build, reward), "Term.loss must be finite for every valid sample")
 
 
@@ -172,6 +173,7 @@ def _tensors(part: Draw | Rollout | Condition, name: str = "draw") -> Iterator[t
 
 
 def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None) -> None:
+    """The loss has a gradient in `draw.leaf` or the student, and in nothing else."""
     bench = bench_of(build, reward)
     backend = bench.trainer.backend
     _, climbed = bench.ask_and_learn()
@@ -226,6 +228,7 @@ def a_sample_does_not_depend_on_its_micro_batch(build: Build, reward: Reward | N
 
 
 def random_numbers_are_keyed(build: Build, reward: Reward | None = None) -> None:
+    """Two calls on the same draw answer the same, and nothing is drawn from a global generator."""
     instead = "draw from ctx.random, keyed by draw.sample"
     found = []
     for _ in range(2):

@@ -90,6 +90,7 @@ def one_float32_score_per_image(trial: RewardTrial) -> None:
 
 
 def a_score_does_not_depend_on_the_batch(trial: RewardTrial) -> None:
+    """An image has the same score alone, in a batch and in another order, up to 1e-4 of the largest."""
     order = [2, 0, 3, 1]
     with torch.no_grad():
         scores, shuffled = trial.score(trial.images), trial.score(trial.images[order], order)
@@ -101,6 +102,7 @@ def a_score_does_not_depend_on_the_batch(trial: RewardTrial) -> None:
 
 
 def images_are_only_read(trial: RewardTrial) -> None:
+    """The images that it is given stay as they are."""
     images = trial.images
     with torch.no_grad():
         trial.score(images)
@@ -110,6 +112,7 @@ def images_are_only_read(trial: RewardTrial) -> None:
 
 
 def the_gradient_is_as_declared(trial: RewardTrial) -> None:
+    """The score has a finite gradient in the images if `differentiable` says so, and otherwise no graph."""
     leaf = trial.images.requires_grad_()
     answer = trial.score(leaf)
     if not trial.prepared.differentiable:
@@ -127,6 +130,7 @@ def the_gradient_is_as_declared(trial: RewardTrial) -> None:
 
 
 def its_networks_are_frozen(trial: RewardTrial) -> None:
+    """Its networks take no gradients and are in eval mode."""
     for name, network in networks(trial.prepared):
         trained = any(p.requires_grad for p in network.parameters())
         assert not trained, f"its {name} would take gradients: call requires_grad_(False) in `prepare`"
@@ -140,6 +144,7 @@ def further_columns_are_welcome(trial: RewardTrial) -> None:
 
 
 def no_random_numbers(trial: RewardTrial) -> None:
+    """The same images have the same scores, and nothing is drawn from a global generator."""
     with (
         untouched_global_rng("reward", "score the same image alike, or use a generator of your own"),
         torch.no_grad(),

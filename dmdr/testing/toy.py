@@ -37,7 +37,15 @@ def toy_trainer(
 
     Args:
         objectives: The RL half, e.g. `WeightedObjective("mine", 1.0, Mine())`.
+        reward: Scores the images [B, 3, 4, 4].
         batch_size: Images of the global batch; `micro_batch_size` of one pass, the whole local batch by default.
+        num_inference_steps: Steps of the student.
+        dmd_weight: Weight of distribution matching; 0 leaves it out, and updates the fake score once a step.
+        rl_weight: Weight of the sum of the objectives.
+        sample_weight: Weight of each sample's direction; none by default.
+        learning_rate: Of student and fake score, constant.
+        scaler: Of the loss, as for float16; none by default.
+        seed: Of the initial values, the prompts' order and all random numbers.
     """
     climbed: Any = Redness() if reward is None else reward
     accelerator = Accelerator(cpu=True)
