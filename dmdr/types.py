@@ -53,7 +53,7 @@ class Rollout:
     Attributes:
         cond: Condition of the B samples.
         t: The student's grid, [K + 1] float64; t[K] = 0. At the first step the student is conditioned on t[0].
-        x_t: The states, [K + 1, B, *latent] float32. x_t[0] is unit Gaussian, even if t[0] is below 1; x_t[K] = x0[K - 1].
+        x_t: The states, [K + 1, B, *latent] float32. x_t[0] is unit Gaussian even at t[0] below 1; x_t[K] = x0[K - 1].
         x0: The student's prediction at each step, [K, B, *latent] float32.
         sample: Index of each sample in the global batch, [B] int64; the key of its random numbers.
         group: Index of each sample's group (same prompt) in the global batch, [B] int64.
