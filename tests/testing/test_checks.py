@@ -857,7 +857,7 @@ def test_options_are_read_as_flags_are(pytester: pytest.Pytester) -> None:
 def test_checks_are_collected(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(mine=MINE)
     _, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--collect-only", "-q")
-    assert "collected 11 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
+    assert "collected 12 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "-k", "whole or only_read")
     assert code == 0 and "2 passed, 9 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
 
