@@ -27,6 +27,7 @@ from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble
+from dmdr.run.overview import overview
 from dmdr.run.plan import Stage
 from dmdr.run.run import Run, check_tracker
 from dmdr.settings.parse import Settings
@@ -45,6 +46,7 @@ class Estimate:
     """Training memory of one process, in bytes that are allocated at the same time; `str` is a table of it.
 
     Attributes:
+        overview: What the run would do, by title.
         what: The run in a line.
         parameters: Number of parameters of each part that has any.
         phases: Bytes by part when each phase of the run needs most, by phase. Gradients and activations are those that
@@ -53,6 +55,7 @@ class Estimate:
         backbone: Bytes of one frozen network in the run's precision.
     """
 
+    overview: Mapping[str, str]
     what: str
     parameters: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
@@ -86,7 +89,8 @@ class Estimate:
         left, middle, right = (max(len(row[i]) for row in rows) for i in range(3))
         table = [f"{a:<{left}}  {b:>{middle}}  {c:>{right}}".rstrip() for a, b, c in rows]
         peaks = (f"{name} {sum(parts.values()) / GIB:.2f}" for name, parts in self.phases.items())
-        return "\n".join([self.what, *table, f"peak in {self.highest}, of: {', '.join(peaks)} GiB"])
+        plan = [f"{title}: {text}" for title, text in self.overview.items()]
+        return "\n".join([*plan, "", self.what, *table, f"peak in {self.highest}, of: {', '.join(peaks)} GiB"])
 
 
 def estimate(settings: Settings) -> Estimate:
@@ -162,6 +166,7 @@ def _simulated(job: Job) -> Estimate:
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
+        overview(job, precision=config.mixed_precision, device="none: nothing is loaded"),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},

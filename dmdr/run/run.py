@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dmdr import images
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError
+from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
 from dmdr.prompts import PromptStream
 from dmdr.protocols import CachesPrompts, OwnLearner, Stateful
@@ -46,6 +47,7 @@ from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble, own_prompts
 from dmdr.run.learners import adamw, described, own_learners
 from dmdr.run.observer import Observer
+from dmdr.run.overview import overview
 from dmdr.run.plan import Stage
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
@@ -148,6 +150,7 @@ class Run:
         trainer: Trainer | None = self.trainer(stages[0], progress if self.resume else None)  # or refuse what misfits
         if accelerator.is_main_process:
             self._open_folder(progress)
+            self._say_plan()
         if config.report_to != "none":
             accelerator.init_trackers("tensorboard" if config.report_to == "tensorboard" else "dmdr")
         bar = tqdm(
@@ -159,6 +162,14 @@ class Run:
                 trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
         self._finish()
         return self.output
+
+    def _say_plan(self) -> None:
+        """What the run is about to do, into its log and its folder."""
+        own = [each for learners in self.own_learners.values() for each in learners]
+        lines = overview(self.job, own, precision=self.config.mixed_precision, device=str(self.accelerator.device))
+        for title, text in lines.items():
+            logger.info("%s: %s", title, text)
+        images.write_atomically(self.output / "overview.json", (json.dumps(lines, indent=2) + "\n").encode())
 
     def _load_initial(self) -> None:
         if self.initial is None or self.resume:
@@ -442,10 +453,7 @@ class Run:
         if evaluated and self.accelerator.is_main_process:
             with self._averaged(trainer):
                 found = self.observer.measure_student(f"step {self.progress.total}")
-            values |= {
-                name if name.startswith("eval_reward/") else f"eval/{name.removeprefix('reward/')}": value
-                for name, value in found.items()
-            }
+            values |= {logged(name): value for name, value in found.items()}
         short = {"stage": self.progress.stage} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
             for key, value in values.items()
