@@ -188,7 +188,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     backend: Any = job.backend
     run = Run(job, tmp_path / "run", None, None)
     backend.prepare(run.accelerator, roles=("student", "fake_score", *combined_needs(job.objectives).roles))
-    trainer = run.trainer(job.plan.stages[0])
+    trainer = run.trainers.of(job.plan.stages[0])
     for learner in (trainer.student, trainer.fake_score):
         for group in learner.optimizer.param_groups:
             group["foreach"] = True  # as on CUDA
