@@ -162,7 +162,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
     about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{EPILOG} {installed(*registry.GROUPS)}"}
     where = {key: _first_given(getattr(first, key), given.get(key)) for key in place}
-    if first.help and all(value is None for value in look.values()):
+    if first.help and all(value is None for value in (*look.values(), where["backend"])):
         Parser(Config, whole=first.help == "all", **about).print_help()
         raise SystemExit(0)
 
