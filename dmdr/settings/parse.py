@@ -75,8 +75,16 @@ class Chosen:
             ConfigError: If it refuses their values (a ValueError).
         """
         unset = {key: value for key, value in defaults.items() if self.options.get(key) is None}
+        return self.called(self.cls, self.options | unset)
+
+    def called(self, cls: type, values: Mapping[str, Any]) -> Any:
+        """An instance of one of the plugin's classes.
+
+        Raises:
+            ConfigError: If it refuses its values (a ValueError).
+        """
         try:
-            return self.cls(**(self.options | unset))
+            return cls(**values)
         except ConfigError:
             raise
         except ValueError as error:
@@ -117,7 +125,7 @@ class Settings:
         """
         flags, core = self.family.flags, dataclasses.asdict(self.config)
         shared = {f.name: core[f.name] for f in dataclasses.fields(flags) if f.init and f.name in core}
-        return flags(**(self.family.options | shared))
+        return self.family.called(flags, self.family.options | shared)
 
     def open_backend(self, folder: str) -> Any:
         """The model family on a pipeline's folder, or hub id; loads no weights.
@@ -379,12 +387,13 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
 
     Rewards that only measure have no short names, and take none from the others.
     """
-    own = {f.name for f in dataclasses.fields(command)} | {"help", "config"}
+    core = {f.name for f in dataclasses.fields(command)}
+    own = core | {"help", "config"}
     flags = [
         (plugin, f)
         for plugin in chosen
         for f in dataclasses.fields(plugin.flags)
-        if f.init and not (plugin.group == "backends" and f.name in own)  # which it is given by the core
+        if f.init and not (plugin.group == "backends" and f.name in core)  # which it is given by the core
     ]
     full = Counter(plugin.key(f.name) for plugin, f in flags)
     count = Counter(f.name for plugin, f in flags if plugin.group != "eval_rewards")
