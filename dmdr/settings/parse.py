@@ -200,8 +200,8 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
-    meant = {"model": model.typed, "backend": where["backend"]}
-    moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in meant.items())
+    asked = {"model": model.typed, "backend": where["backend"]}
+    moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in asked.items())
     dropped = {key for key in given if key in in_file and _is_stale(key, in_file, chosen, moved)}
     given = {key: value for key, value in given.items() if key not in dropped}
     config, plugins = _parse(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)

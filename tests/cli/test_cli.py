@@ -168,7 +168,10 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("dmdr-train", "--help"), ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl RL"]),
+        (
+            ("dmdr-train", "--help"),
+            ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl TEXT"],
+        ),
         (("dmdr-sample", "--help"), ["--prompt", "--num_images"]),
         (("dmdr-plugins", "--help"), ["usage: dmdr-plugins"]),
     ],
@@ -192,7 +195,7 @@ def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
     assert code == 0
     assert ["objective", "refl", "dmdr", rows[0][3], "dmdr_refl:ReFL"] in rows
     assert ["reward", "opaque", "stranger", "1.0", "stranger_cli:Opaque"] in rows
-    assert {row[0] for row in rows} == {"objective", "reward", "matching", "backend", "model"}
+    assert {row[0] for row in rows} == {"objective", "reward", "matching", "sample_weight", "backend", "model"}
     broken = [line for line in out.splitlines() if "broken: " in line]
     assert [line.split()[:4] for line in broken] == [["reward", "absent", "stranger", "1.0"]]
     assert broken[0].endswith("broken: has no module 'stranger_gone': reinstall stranger")
@@ -243,7 +246,7 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"reward": "picky", "rl": "none"}, "reward 'picky': no such checkpoint"),
         ({"reward": "opaque"}, "--rl refl needs the gradient of the reward, and 'opaque' is not differentiable"),
         ({"reward": "toy+opaque"}, "'opaque' is not differentiable"),
-        ({"reward": "none"}, "--rl refl climbs a reward"),
+        ({"reward": "none"}, "--rl refl reads a reward: name one with --reward"),
         ({"rl_wieght": 1}, "unknown argument --rl_wieght=1 (did you mean '"),
         ({"rl_weight": -1}, "--rl_weight must be at least 0"),
         ({"rl_weight": "nan"}, "--rl_weight must be"),
