@@ -446,7 +446,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
     [
         ({"model": "toy"}, "--dry_run builds nothing, and --model toy is built: it needs --architecture"),
         ({"architecture": "/no/where"}, "no model_index.json"),
-        ({"rl": "refl", "reward": "none"}, "climbs a reward"),
+        ({"rl": "refl", "reward": "none"}, "--rl refl reads a reward: name one with --reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules: .* has no nothing"),
         ({"resolution": 64}, "--resolution|pos_embed_max_size"),
     ],
