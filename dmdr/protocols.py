@@ -99,8 +99,13 @@ def require(options: Any, name: str, holds: bool, what: str) -> None:
 
 def with_options(options: Any, **values: Any) -> Any:
     """A copy of a family's options with other values; those of options that it does not read are left out."""
+    return replace(options, **known_options(options, values))
+
+
+def known_options(options: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of values by name, those of options that a family reads: its `Options`, or an instance."""
     known = {f.name for f in fields(options) if f.init}
-    return replace(options, **{name: value for name, value in values.items() if name in known})
+    return {name: value for name, value in values.items() if name in known}
 
 
 @runtime_checkable

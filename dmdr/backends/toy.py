@@ -79,15 +79,15 @@ class ToyOptions:
     """Options of the toy.
 
     Attributes:
-        shift: Timestep shift of the student's grid.
+        shift: Timestep shift of the student's grid; 1, which is none, by default.
         seed: Of the initial values.
     """
 
-    shift: float = 1.0
+    shift: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self, "shift", self.shift > 0, "above 0")
+        require(self, "shift", self.shift is None or self.shift > 0, "above 0")
 
 
 class ToyBackend:
@@ -98,7 +98,7 @@ class ToyBackend:
     def __init__(self, folder: str, options: ToyOptions) -> None:
         self.path: NoisePath = RectifiedFlow()
         self.latent_shape: tuple[int, ...] = (2,)
-        self.shift = options.shift
+        self.shift = options.shift or 1.0
         self.options = options
         self.residuals: dict[Role, Residual] = {}
 

@@ -279,14 +279,14 @@ def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> d
 
 
 def _backend_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
-    from dmdr.protocols import with_options
+    from dmdr.protocols import known_options
     from dmdr.testing.backends import BACKEND_CHECKS, BackendTrial
 
     folder = config.getoption("--dmdr-model")
     if folder is None:
         raise ConfigError("a backend is checked on a small pipeline of its class: name its folder with --dmdr-model")
     small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 4, "fake_lora_alpha": 4.0}
-    options = with_options(cls.Options(), **(small | fields))
+    options = _build(cls.Options, **known_options(cls.Options, small | fields))
     backend = _build(cls, folder, options)
     trial = BackendTrial(backend, config.getoption("--dmdr-prompt") or ["a cat", "a dog"])
     return {check.__name__: partial(check, trial) for check in BACKEND_CHECKS}

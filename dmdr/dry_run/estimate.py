@@ -27,8 +27,10 @@ from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble
-from dmdr.run.plan import Stage
-from dmdr.run.run import Run, check_tracker
+from dmdr.run.observer import Observer
+from dmdr.run.overview import overview
+from dmdr.run.run import check_tracker
+from dmdr.run.trainers import Trainers
 from dmdr.settings.parse import Settings
 from dmdr.training.trainer import Trainer
 from dmdr.types import Condition, dtype_of
@@ -45,6 +47,7 @@ class Estimate:
     """Training memory of one process, in bytes that are allocated at the same time; `str` is a table of it.
 
     Attributes:
+        overview: What the run would do, by title.
         what: The run in a line.
         parameters: Number of parameters of each part that has any.
         phases: Bytes by part when each phase of the run needs most, by phase. Gradients and activations are those that
@@ -53,6 +56,7 @@ class Estimate:
         backbone: Bytes of one frozen network in the run's precision.
     """
 
+    overview: Mapping[str, str]
     what: str
     parameters: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
@@ -86,7 +90,8 @@ class Estimate:
         left, middle, right = (max(len(row[i]) for row in rows) for i in range(3))
         table = [f"{a:<{left}}  {b:>{middle}}  {c:>{right}}".rstrip() for a, b, c in rows]
         peaks = (f"{name} {sum(parts.values()) / GIB:.2f}" for name, parts in self.phases.items())
-        return "\n".join([self.what, *table, f"peak in {self.highest}, of: {', '.join(peaks)} GiB"])
+        plan = [f"{title}: {text}" for title, text in self.overview.items()]
+        return "\n".join([*plan, "", self.what, *table, f"peak in {self.highest}, of: {', '.join(peaks)} GiB"])
 
 
 def estimate(settings: Settings) -> Estimate:
@@ -155,13 +160,21 @@ def _simulated(job: Job) -> Estimate:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter))
-        run = DryRun(job, backend)
+        # Further updates of the fake score find the same tensors alive.
+        dry = replace(job, plan=replace(job.plan, rounds=1), backend=Bridge(backend))
+        trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False))
+        trainer: Trainer | None = None
         for stage in job.plan.stages:
-            phases[f"stage {stage.number}"] = _train(run, stage, meter)
-        phases["sample grid"] = _draw(run, meter)
+            trainer = None
+            gc.collect()  # an optimizer and its schedule hold each other
+            trainer = trainers.of(stage)
+            phases[f"stage {stage.number}"] = _train(trainer, meter)
+        phases["sample grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
+        del trainer
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
+        overview(job, precision=config.mixed_precision, device="none: nothing is loaded"),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
@@ -181,12 +194,11 @@ def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> 
     return meter.peak
 
 
-def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
+def _train(trainer: Trainer, meter: Meter) -> Counter[str]:
     """The peak of a step."""
-    run.current = None
-    gc.collect()  # an optimizer and its schedule hold each other
-    run.current = trainer = run.trainer(stage)
     for learner in trainer.learners.values():
+        for parameter in learner.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
         learner.update()  # of nothing, after which all states are there
         held = (value for state in learner.optimizer.state.values() for value in state.values())
         meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta])
@@ -197,12 +209,11 @@ def _train(run: "DryRun", stage: Stage, meter: Meter) -> Counter[str]:
     return meter.peak
 
 
-def _draw(run: "DryRun", meter: Meter) -> Counter[str]:
-    """The peak of a batch of a sample grid, drawn while the last stage goes on."""
+def _draw(observer: Observer, meter: Meter) -> Counter[str]:
+    """The peak of a batch of a sample grid."""
     meter.restart()
-    observer = run.observer
-    rows = observer.rows[: run.config.per_device_train_batch_size]
-    observer.generate(run.job.backend.student, run.job.user_sampler, rows, "grid")
+    rows = observer.rows[: observer.config.per_device_train_batch_size]
+    observer.generate(observer.job.backend.student, observer.sampler, rows, "grid")
     return meter.peak
 
 
@@ -252,20 +263,11 @@ class Process:
         return tensor
 
 
-class DryRun(Run):
-    """A run on the CPU around a backend on the meta device; its optimizers keep what they would on a GPU."""
-
-    current: Trainer | None = None
-
-    def __init__(self, job: Job, backend: PipelineBackend) -> None:
-        # Further updates of the fake score find the same tensors alive.
-        plan = replace(job.plan, rounds=1)
-        config = replace(job.config, mixed_precision="no")
-        job = replace(job, plan=plan, settings=replace(job.settings, config=config), backend=Bridge(backend))
-        super().__init__(job, Path(), None, None, Process(CPU))
+class DryTrainers(Trainers):
+    """Trainers on the CPU around a backend on the meta device, whose optimizers keep what they would on a GPU."""
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        if self.config.optim == "adamw_bnb_8bit":
+        if self.job.config.optim == "adamw_bnb_8bit":
             return AdamW8bit(parameters, **options)
         return torch.optim.AdamW(parameters, foreach=True, **options)  # as is the default on CUDA
 

@@ -25,15 +25,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from dmdr.evaluation.names import CURVES, METRICS, meanings, metric
 from dmdr.images import embed, write_atomically
 
-GROUPS = {
-    "loss": "Losses",
-    "reward": "Rewards",
-    "eval_reward": "Rewards that only measure",
-    "grad_norm": "Gradient norms",
-}  # shown open, in this order
-BETTER = dict.fromkeys(("accuracy", "inception_score", "precision", "recall"), "higher") | {"frechet_distance": "lower"}
 PACKAGES = ("dmdr", "torch", "diffusers", "transformers", "accelerate", "peft", "trl", "numpy")
 SIZE = (4.0, 2.0)  # inches of 72 units
 POINTS = 400  # more than the width of a plot can show
@@ -65,8 +59,8 @@ class Curve:
 def write_report(run_folder: Path) -> Path:
     """Build `report.html` from what lies in a run folder, atomically.
 
-    Reads `config.yaml`, `metrics.jsonl`, `evaluation.json`, `samples/teacher.png` and `samples/step-*.png`. Each of
-    them may be missing; unreadable lines and images are left out.
+    Reads `config.yaml`, `overview.json`, `metrics.jsonl`, `evaluation.json`, `samples/teacher.png` and
+    `samples/step-*.png`. Each of them may be missing; unreadable lines and images are left out.
 
     Returns: The path of the report.
 
@@ -82,15 +76,20 @@ def write_report(run_folder: Path) -> Path:
     columns = evaluation.pop("columns", {})
     rows = read_log(run_folder / "metrics.jsonl")
     groups = _curves(rows, _boundary(rows, config.get("stage1_steps")))
+    table = _table(columns)
+    curves = [(METRICS[group].title, groups.pop(group)) for group in CURVES if group in groups]
+    logged = [name for row in rows for name in row]
     html = template(TEMPLATES / "report.html.jinja").render(
         folder=run_folder.resolve().name,
         config=config,
         step=rows[-1]["step"] if rows else 0,
         pictures=_pictures(run_folder / "samples", rows),
         columns=list(columns),
-        table=_table(columns),
+        table=table,
+        terms=meanings([*(name for name, _, _ in table), *logged]),
+        overview=_mapping(json.loads, _text(run_folder / "overview.json")),
         notes={name: value for name, value in evaluation.items() if isinstance(value, str | int | float)},
-        curves=[(title, groups.pop(group)) for group, title in GROUPS.items() if group in groups],
+        curves=curves,
         others=[curve for curves in groups.values() for curve in curves],
         staged=len({row["stage"] for row in rows}) > 1,
         settings=settings.strip(),
@@ -170,7 +169,8 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, lis
         largest = max((abs(cell) for cell in cells if cell is not None and math.isfinite(cell)), default=0)
         # Rewards of neighbouring runs differ late: 0.2811 and 0.2843 are far apart for HPS.
         digits = max(1, (4 if "reward/" in name else 3) - int(math.log10(max(largest, 1))))
-        better = "higher" if "reward/" in name else BETTER.get(name, "")
+        known = metric(name)
+        better = known.better if known else ""
         table.append((name, better, ["\N{EN DASH}" if cell is None else f"{cell:.{digits}f}" for cell in cells]))
     return table
 

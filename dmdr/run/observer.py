@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ class Observer:
         rows: The prompt rows that grids and evaluations begin with.
     """
 
-    def __init__(self, job: Job, accelerator: Accelerator, output: Path) -> None:
+    def __init__(self, job: Job, accelerator: Any, output: Path) -> None:
         self.job, self.accelerator, self.sampler, self.output = job, accelerator, job.user_sampler, output
         self.config = job.config
         self.rows = job.prompts.first(max(job.config.sample_images, job.config.num_eval_samples))

@@ -80,8 +80,6 @@ class Stage:
         if self.objectives:
             terms = " + ".join(f"{term.weight:g} {term.name}" for term in self.objectives)
             parts.append(f"RL ({terms}) x {self.rl_weight}")
-        if self.sample_weight:
-            parts.append("samples weighted by reward (RT-DM)")
         if self.fake_mix.steps and self.fake_mix.start:
             parts.append(f"DynaDG for {self.fake_mix.steps}")
         if self.renoise.steps:

@@ -2,33 +2,25 @@
 
 import json
 import logging
-import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env, set_seed
-from torch import nn
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.ema import EMA
 from dmdr.errors import ConfigError
+from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
-from dmdr.prompts import PromptStream
-from dmdr.protocols import CachesPrompts, OwnLearner, Stateful
+from dmdr.protocols import CachesPrompts, Stateful
 from dmdr.run.checkpoint import (
     Progress,
     Tensors,
@@ -44,15 +36,15 @@ from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
 from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble, own_prompts
-from dmdr.run.learners import adamw, described, own_learners
+from dmdr.run.learners import adamw
+from dmdr.run.log import RunLog
 from dmdr.run.observer import Observer
+from dmdr.run.overview import overview
 from dmdr.run.plan import Stage
+from dmdr.run.signals import Interrupts
+from dmdr.run.trainers import Trainers
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
-from dmdr.training.learner import Learner
-from dmdr.training.objectives import Objectives
-from dmdr.training.schedules import Schedule
-from dmdr.training.scorer import RolloutScorer
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
 
@@ -116,21 +108,18 @@ def check_tracker(config: Config) -> None:
 class Run:
     """One job in one folder."""
 
-    def __init__(
-        self, job: Job, output: Path, resume: Path | None, initial: Path | None, accelerator: Any = None
-    ) -> None:
+    def __init__(self, job: Job, output: Path, resume: Path | None, initial: Path | None) -> None:
         self.job, self.output, self.resume, self.initial = job, output, resume, initial
         self.config = config = job.config
         set_seed(config.seed)
-        self.accelerator = accelerator or self._accelerator()
+        trackers = None if config.report_to == "none" else config.report_to
+        self.accelerator = open_accelerator(config.mixed_precision, log_with=trackers, project_dir=str(output))
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.plan = job.plan
+        self.trainers = Trainers(job, self.accelerator, self.scaler)
         self.observer = Observer(job, self.accelerator, output)
-        self.stopped: int | None = None  # the signal that asked for an end
-
-    def _accelerator(self) -> Accelerator:
-        trackers = None if self.config.report_to == "none" else self.config.report_to
-        return open_accelerator(self.config.mixed_precision, log_with=trackers, project_dir=str(self.output))
+        self.log = RunLog(output, self.accelerator, config.report_to)
+        self.interrupts = Interrupts(self.accelerator)
 
     # --- The course of a run ---------------------------------------------------------------------------------------
 
@@ -148,8 +137,8 @@ class Run:
         trainer: Trainer | None = self.trainer(stages[0], progress if self.resume else None)  # or refuse what misfits
         if accelerator.is_main_process:
             self._open_folder(progress)
-        if config.report_to != "none":
-            accelerator.init_trackers("tensorboard" if config.report_to == "tensorboard" else "dmdr")
+            self._say_plan()
+        self.log.begin()
         bar = tqdm(
             total=self.plan.updates, initial=progress.total, desc="train", disable=not accelerator.is_main_process
         )
@@ -159,6 +148,21 @@ class Run:
                 trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
         self._finish()
         return self.output
+
+    def _say_plan(self) -> None:
+        """What the run is about to do, into its log and its folder."""
+        own = [each for learners in self.trainers.own_learners.values() for each in learners]
+        lines = overview(self.job, own, precision=self.config.mixed_precision, device=str(self.accelerator.device))
+        for title, text in lines.items():
+            logger.info("%s: %s", title, text)
+        images.write_atomically(self.output / "overview.json", (json.dumps(lines, indent=2) + "\n").encode())
+
+    def _upcoming_prompts(self, size: int) -> list[str]:
+        """Those that the run will read, of all processes."""
+        stream = self.trainers.prompts()
+        some = self.plan.rollouts * stream.batch_size < size * stream.group_size
+        drawn = stream.first(self.plan.rollouts) if some else self.job.prompts.first(size)
+        return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
 
     def _load_initial(self) -> None:
         if self.initial is None or self.resume:
@@ -180,10 +184,7 @@ class Run:
         for later in checkpoints(self.output):  # of a branch that this run leaves
             if read_progress(later).total > progress.total:
                 shutil.rmtree(later)
-        log = self.output / "metrics.jsonl"
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= progress.total]
-            images.write_atomically(log, "".join(f"{line}\n" for line in lines).encode())
+        self.log.forget_after(progress.total)
 
     def _train(self, stage: Stage, trainer: Trainer, before: Progress, bar: "tqdm[Any]") -> None:
         config = self.config
@@ -194,15 +195,15 @@ class Run:
                 self.job.backend.snapshot()
             if stage.first_step == 0:
                 self._draw_grid()
-        with closing(trainer.prompts), self._signals():
+        with closing(trainer.prompts), self.interrupts:
             try:
-                while trainer.step < stage.steps and not self._asked_to_stop():
+                while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
                     line = trainer.train_step()
                     self.progress = Progress(
                         stage.number, trainer.step, stage.first_step + trainer.step, trainer.prompts.consumed
                     )
-                    self._log(trainer, line, time.perf_counter() - started, bar)
+                    self._note(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
                         with self._averaged(trainer):
                             self._draw_grid()
@@ -216,20 +217,34 @@ class Run:
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if trainer.student.ema and trainer.step == stage.steps:
             trainer.student.ema.settle()
-        if self.stopped is None:
+        if self.interrupts.signal is None:
             self._draw_grid()
             if config.num_eval_samples and self.accelerator.is_main_process:
                 self.observer.evaluate_student(f"stage {stage.number}")
         else:
             bar.close()
-            self._leave()
+            self.accelerator.end_training()
+            logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+            self.interrupts.leave()
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process got a signal: they all leave after the same step."""
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(self.stopped or 0, device=self.accelerator.device)
-            self.stopped = int(self.accelerator.gather(flag[None]).max()) or None
-        return self.stopped is not None
+    def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
+        bar.update()
+        evaluated = self.config.num_eval_samples > 0 and self._due(self.config.eval_steps)
+        if trainer.step % self.config.logging_steps and trainer.step > 1 and not evaluated:
+            return
+        rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
+        values = {**line, **rewards, "seconds": seconds}
+        if evaluated and self.accelerator.is_main_process:
+            with self._averaged(trainer):
+                found = self.observer.measure_student(f"step {self.progress.total}")
+            values |= {logged(name): value for name, value in found.items()}
+        short = {"stage": self.progress.stage} | {
+            key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
+            for key, value in values.items()
+            if key.startswith("loss/") or key == "reward/total"
+        }
+        bar.set_postfix(short)
+        self.log.write(self.progress, values)
 
     @staticmethod
     def _averaged(trainer: Trainer) -> AbstractContextManager[None]:
@@ -265,34 +280,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def _leave(self) -> None:
-        """End early, after the checkpoint: Ctrl-C exits with 130, SIGTERM with 143."""
-        self.accelerator.end_training()
-        logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
-        if self.stopped == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run after the current step; a second one at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.stopped = number
-            # Not the handler before ours: background jobs of a shell start with SIGINT ignored.
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets only the main thread handle signals
-            return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    # --- Parts -----------------------------------------------------------------------------------------------------
+    # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def trainer(self, stage: Stage, resumed: Progress | None = None) -> Trainer:
         """The trainer of a stage, as new or as the checkpoint left it.
@@ -300,46 +288,7 @@ class Run:
         Raises:
             ConfigError: If the checkpoint does not fit.
         """
-        job, accelerator, plan = self.job, self.accelerator, self.plan
-        step = resumed.step if resumed else 0
-        roles = {role: job.backend.parameters(role) for role in plan.roles}
-        student = self.learner("student", roles["student"], stage.learning_rate, step, decay=self.config.weight_decay)
-        fake_score = self.learner("fake_score", roles["fake_score"], stage.fake_learning_rate, step)
-        if self.config.ema_decay:
-            student.ema = EMA(student.parameters, self.config.ema_decay)
-        own = {
-            owner: [
-                self.learner(each.name, each.parameters, Schedule(each.learning_rate), step, owner=described(owner))
-                for each in learners
-            ]
-            for owner, learners in self.own_learners.items()
-        }
-        fake_learners, active = [fake_score, *own.pop("", ())], {term.name for term in stage.objectives}
-        own = {owner: learners for owner, learners in own.items() if owner in active}
-        micro = plan.batch.micro
-        trainer = Trainer(
-            backend=job.backend,
-            sampler=job.sampler,
-            prompts=self.prompts(),
-            student=student,
-            fake_learners=fake_learners,
-            matching=job.matching,
-            objectives=Objectives(stage.objectives, stage.rl_weight, student, fake_learners, micro, own),
-            accelerator=accelerator,
-            scaler=self.scaler,
-            seed=self.config.seed,
-            micro_batch_size=micro,
-            matches=plan.matches,
-            rounds=plan.rounds,
-            dmd_weight=stage.dmd_weight,
-            fake_mix=stage.fake_mix,
-            renoise=stage.renoise,
-            guidance=plan.guidance,
-            scorer=RolloutScorer(job.rewards, job.backend, accelerator, micro) if job.rewards else None,
-            sample_weight=stage.sample_weight,
-            first_step=stage.first_step,
-            step=step,
-        )
+        trainer = self.trainers.of(stage, resumed.step if resumed else 0)
         if self.resume and resumed:
             tensors, optimizers = self._kept(trainer, with_reference=stage.number == 2)
             extra = restore(self.resume, tensors, optimizers)
@@ -365,58 +314,6 @@ class Run:
             tensors["ema"] = trainer.student.ema.average
         return tensors, {name: learner.optimizer for name, learner in learners.items()}
 
-    def prompts(self) -> PromptStream:
-        """The prompts of the run, this process's share, from the start."""
-        return PromptStream(
-            self.job.prompts,
-            self.plan.batch.whole,
-            group_size=self.plan.batch.group,
-            seed=self.config.seed,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-
-    def _upcoming_prompts(self, size: int) -> list[str]:
-        """Those that the run will read, of all processes."""
-        stream = self.prompts()
-        some = self.plan.rollouts * stream.batch_size < size * stream.group_size
-        drawn = stream.first(self.plan.rollouts) if some else self.job.prompts.first(size)
-        return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
-
-    @cached_property
-    def own_learners(self) -> dict[str, list[OwnLearner]]:
-        """What matching and objectives train themselves; asked for once, when the backend is prepared."""
-        return own_learners(self.job, self.job.backend, self.accelerator.device)
-
-    def learner(
-        self,
-        name: str,
-        parameters: Mapping[str, nn.Parameter],
-        rate: Schedule,
-        step: int,
-        *,
-        decay: float = 0.0,
-        owner: str = "",
-    ) -> Learner:
-        """Parameters with AdamW and a schedule, `step` updates into the stage."""
-        config, accelerator = self.config, self.accelerator
-        optimizer = self.optimizer(
-            parameters.values(),
-            lr=rate.value,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=decay,
-        )
-        for group in optimizer.param_groups:
-            group["initial_lr"] = rate.value
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, replace(rate, value=1.0), last_epoch=step - 1)
-        clip = config.max_grad_norm
-        return Learner(name, parameters, optimizer, scheduler, accelerator, self.scaler, clip, owner=owner)
-
-    def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        """The AdamW that --optim names."""
-        return adamw(self.config)(parameters, **options)
-
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -431,45 +328,6 @@ class Run:
         )
         logger.debug("saved %s", folder)
         prune(self.output, self.config.save_total_limit)
-
-    def _log(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
-        bar.update()
-        evaluated = self.config.num_eval_samples > 0 and self._due(self.config.eval_steps)
-        if trainer.step % self.config.logging_steps and trainer.step > 1 and not evaluated:
-            return
-        rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
-        values = {**line, **rewards, "seconds": seconds}
-        if evaluated and self.accelerator.is_main_process:
-            with self._averaged(trainer):
-                found = self.observer.measure_student(f"step {self.progress.total}")
-            values |= {
-                name if name.startswith("eval_reward/") else f"eval/{name.removeprefix('reward/')}": value
-                for name, value in found.items()
-            }
-        short = {"stage": self.progress.stage} | {
-            key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
-            for key, value in values.items()
-            if key.startswith("loss/") or key == "reward/total"
-        }
-        bar.set_postfix(short)
-        self._write(values)
-
-    def _write(self, values: Mapping[str, float]) -> None:
-        """One line of `metrics.jsonl`, and the same to the tracker."""
-        if self.config.report_to != "none":
-            self.accelerator.log(dict(values), step=self.progress.total)
-        if self.accelerator.is_main_process:
-            with (self.output / "metrics.jsonl").open("a") as log:
-                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-                log.write(json.dumps({"step": self.progress.total, "stage": self.progress.stage, **finite}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; infinity for one that a crash has torn."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _stateful_parts(trainer: Trainer) -> dict[str, Any]:

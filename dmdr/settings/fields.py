@@ -1,4 +1,4 @@
-"""Every setting of a run, one dataclass with Hugging Face's names, and what each may be."""
+"""The settings of a run in one dataclass, with Hugging Face's names, and which values are allowed."""
 
 import dataclasses
 import math
@@ -40,102 +40,125 @@ class Config(Flags):
     """Every setting of a run; each field is the flag `--<name>` and the YAML key `<name>`."""
 
     # What is trained, on what, towards what
-    model: str = flag("digits", "registered name (some with a file: sit-xl-2:PATH), local pipeline folder, or hub id")
+    model: str = flag(
+        "digits", "the teacher: a registered name (some with a file, sit-xl-2:PATH), a pipeline folder, or a hub id"
+    )
     prompts: str | None = flag(
         None,
-        "file (text with one a line, .jsonl, .csv, .parquet), or folder or hub id of a dataset; the columns beside the "
-        "prompt are given to rewards by name; a named model brings its own",
+        "file of prompts (text with one a line, .jsonl, .csv, .parquet), or folder or hub id of a dataset; rewards get "
+        "the other columns by name; a registered model has prompts of its own",
     )
-    prompt_column: str = flag("prompt", "column of --prompts that holds them")
+    prompt_column: str = flag("prompt", "column of --prompts that holds the prompts")
     dataset_config: str | None = flag(None, "configuration of the dataset that --prompts names")
     dataset_train_split: str = flag("train", "split of the dataset that --prompts names")
     dataset_streaming: bool = flag(
         False,
-        "read --prompts as the run goes, for sets that do not fit: shuffled among 10,000, with duplicates; embeddings "
-        "are made and cached on the way, so that the text encoders stay in memory",
+        "read --prompts while the run goes on, for sets that do not fit into memory: rows are shuffled among 10,000, "
+        "duplicates stay, and the text encoders stay in memory",
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
     eval_reward: str = flag(
-        "none", "sum of rewards that every evaluation measures and none trains on; their flags begin with eval_"
+        "none", "sum of rewards that evaluations measure and that nothing is trained on; their flags begin with eval_"
     )
-    matching: str = flag("dmd", "how student and teacher are compared")
-    dmd_weight: float = flag(1.0, "weight of the matching loss; 0 is RL only")
-    rl_weight: float = flag(0.3, "lambda of L = L_DMD + lambda L_RL in stage 2")
+    matching: str = flag("dmd", "method that compares the student's distribution with the teacher's")
+    dmd_weight: float = flag(1.0, "weight of the matching loss; 0 trains by RL only")
+    rl_weight: float = flag(0.3, "weight of the RL loss in stage 2")
     rl_weight_schedule: Literal["constant", "linear", "cosine"] = flag(
-        "constant", "how rl_weight goes on after its warm-up: as it is, or to 0 at the end of stage 2"
+        "constant", "after its warm-up rl_weight stays constant, or falls to 0 until the end of stage 2"
     )
-    rl_warmup_steps: int = flag(0, "student updates over which rl_weight grows from 0")
+    rl_warmup_steps: int = flag(0, "student updates in which rl_weight grows from 0 to its value")
     stage1_steps: int = flag(2000, "student updates of stage 1 (RT-DM, DynaDG, DynaRS); 0 skips it")
     stage2_steps: int = flag(1000, "student updates of stage 2 (joint DMD and RL); 0 skips it")
     init_student: str | None = flag(
-        None, "start from this student: a run folder (its stage 1), a checkpoint or an export; implies no stage 1"
+        None, "start from this student and skip stage 1: a run folder (its stage 1), a checkpoint or an export"
     )
     # Distillation
-    num_inference_steps: int = flag(4, "steps of the student")
-    sigmas: list[float] | None = flag(None, "the student's grid itself, decreasing from 1; overrides steps and shift")
-    timesteps: list[int] | None = flag(
-        None, "the same in the network's unit, decreasing within 1000 .. 1, e.g. 999 749 500 250"
+    num_inference_steps: int = flag(4, "sampling steps of the student")
+    sigmas: list[float] | None = flag(
+        None, "times of the student's steps, decreasing from 1; they replace num_inference_steps and shift"
     )
-    eta: float = flag(1.0, "training sampler: 0 ODE, 1 renoise, between them an SDE")
+    timesteps: list[int] | None = flag(
+        None, "the same as timesteps of the network, decreasing, from 1000 to 1, e.g. 999 749 500 250"
+    )
+    eta: float = flag(
+        1.0,
+        "share of fresh noise in the training sampler: 0 is an ODE step, 1 a renoise step, between them an SDE step",
+    )
     sde_type: Literal["cps", "ddim", "flow_sde", "dance_sde"] = flag(
-        "cps", "how the noise enters between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO, DanceGRPO"
+        "cps", "SDE step between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO's or DanceGRPO's"
     )
     sample_eta: float | None = flag(
-        None, "sampler of grids, evaluation, export: 0 or 1; by default 1 for cps with eta of at least 0.5"
+        None, "eta in sample grids, evaluation and export, 0 or 1; by default 1 if sde_type is cps and eta at least 0.5"
     )
-    guidance_scale: float = flag(7.0, "the teacher's guidance; 1 is none")
-    guidance_jitter: float = flag(0.5, "guidance is drawn per sample from guidance_scale +- this (if above 1)")
-    fake_updates: int = flag(5, "fake-score updates per student update")
+    guidance_scale: float = flag(7.0, "scale of the teacher's classifier-free guidance; 1 is no guidance")
+    guidance_jitter: float = flag(
+        0.5, "each sample gets a guidance scale within guidance_scale +- this value, if guidance_scale is above 1"
+    )
+    fake_updates: int = flag(5, "updates of the fake score for each update of the student")
     dyna_steps: int | None = flag(
-        None, "student updates that anneal DynaDG and DynaRS; all of stage 1 by default and at most"
+        None, "student updates until DynaDG and DynaRS have faded out; all of stage 1 by default and at most"
     )
-    dyna_guidance: float = flag(0.25, "DynaDG: share of the fake score's adapter in the teacher at first; 0 is off")
-    dyna_renoise: list[float] = flag([4.0, 1.5], "DynaRS: Beta parameters of the renoise time at first; 1 1 is uniform")
-    sample_weight: str = flag("rt_dm", "weight of each sample in stage 1, by its reward; 'none' for equal weights")
+    dyna_guidance: float = flag(0.25, "DynaDG: share of the fake score's adapter in the teacher at the start; 0 is off")
+    dyna_renoise: list[float] = flag(
+        [4.0, 1.5], "DynaRS: the two parameters of the renoise time's Beta distribution at the start; 1 1 is uniform"
+    )
+    sample_weight: str = flag(
+        "rt_dm", "method that weighs samples by their reward in stage 1; 'none' weighs all equally"
+    )
     # Optimisation
-    learning_rate: float = flag(1e-5, "of the student in stage 1")
-    stage2_learning_rate: float | None = flag(None, "of the student in stage 2; learning_rate / 2 by default")
-    fake_learning_rate: float = flag(2e-5, "of the fake score")
-    stage2_fake_learning_rate: float | None = flag(None, "of the fake score in stage 2; fake_learning_rate by default")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag("constant", "schedule of the student, per stage")
-    warmup_steps: int = flag(0, "of the student, per stage")
-    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = flag(
-        "adamw_torch", "of both roles; adamw_bnb_8bit keeps moments in 8 bits (bitsandbytes)"
+    learning_rate: float = flag(1e-5, "learning rate of the student in stage 1")
+    stage2_learning_rate: float | None = flag(
+        None, "learning rate of the student in stage 2; learning_rate / 2 by default"
     )
-    adam_beta1: float = flag(0.9, "of both optimizers")
-    adam_beta2: float = flag(0.999, "of both optimizers")
-    adam_epsilon: float = flag(1e-8, "of both optimizers")
-    weight_decay: float = flag(0.01, "of the student; the fake score has none")
-    ema_decay: float = flag(0.0, "of the student's average, which is then sampled, evaluated and exported; 0 is none")
+    fake_learning_rate: float = flag(2e-5, "learning rate of the fake score")
+    stage2_fake_learning_rate: float | None = flag(
+        None, "learning rate of the fake score in stage 2; fake_learning_rate by default"
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "schedule of the student's learning rate in each stage"
+    )
+    warmup_steps: int = flag(0, "updates at the start of each stage in which the student's learning rate grows from 0")
+    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = flag(
+        "adamw_torch", "optimizer; adamw_bnb_8bit keeps its states in 8 bits (needs bitsandbytes)"
+    )
+    adam_beta1: float = flag(0.9, "beta1 of AdamW")
+    adam_beta2: float = flag(0.999, "beta2 of AdamW")
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
+    weight_decay: float = flag(0.01, "weight decay of the student; the fake score has none")
+    ema_decay: float = flag(
+        0.0, "decay of an average of the student, which is then sampled, evaluated and exported; 0 keeps none"
+    )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    per_device_train_batch_size: int = flag(4, "images per process and micro-batch; divisible by num_generations")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per update")
+    per_device_train_batch_size: int = flag(4, "images of a process in one pass; divisible by num_generations")
+    gradient_accumulation_steps: int = flag(1, "passes of a process before an update")
     num_generations: int = flag(1, "images per prompt")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
     # The model
     backend: str | None = flag(
-        None, "model family, e.g. package:NAME or my_file.py:NAME; by default the one for the pipeline's class"
+        None, "model family, e.g. package:NAME or my_file.py:NAME; by default that of the pipeline's class"
     )
     revision: str | None = flag(None, "branch, tag or commit of --model on the hub")
-    seed: int = flag(0, "of everything")
+    seed: int = flag(0, "seed of all random numbers")
     # What is written
-    dry_run: bool = flag(False, "check the settings, print the estimated training memory, and write nothing")
+    dry_run: bool = flag(False, "check the settings, print the plan and the estimated memory, and write nothing")
     architecture: str | None = flag(
-        None, "folder of the model's configuration files, no weights, that --dry_run reads in place of the model's own"
+        None, "folder of configuration files without weights that --dry_run reads instead of the model"
     )
-    output_dir: str | None = flag(None, "run folder; runs/<model>-<rl>, numbered, by default")
-    overwrite_output_dir: bool = flag(False, "delete the run that the folder holds")
-    resume_from_checkpoint: str | None = flag(None, "'latest' or a checkpoint folder; with the run's own settings")
-    save_steps: int = flag(500, "a checkpoint every so many updates; stages always end with one; 0 is only then")
-    save_total_limit: int | None = flag(2, "checkpoints kept beside those that end a stage")
-    logging_steps: int = flag(10, "a log line every so many updates")
-    report_to: str = flag("tensorboard", "accelerate's tracker, or 'none'")
-    sample_steps: int = flag(100, "a sample grid every so many updates; 0 is only at the end of a stage")
+    output_dir: str | None = flag(None, "run folder; by default runs/<model>-<rl>, with a number if that exists")
+    overwrite_output_dir: bool = flag(False, "delete the run in the folder first")
+    resume_from_checkpoint: str | None = flag(
+        None, "go on from 'latest' or from a checkpoint folder, with the run's own settings"
+    )
+    save_steps: int = flag(500, "updates between checkpoints; 0 saves only at the end of a stage")
+    save_total_limit: int | None = flag(2, "how many checkpoints are kept beside those at the end of a stage")
+    logging_steps: int = flag(10, "updates between log lines")
+    report_to: str = flag("tensorboard", "tracker of accelerate, or 'none'")
+    sample_steps: int = flag(100, "updates between sample grids; 0 draws only at the end of a stage")
     sample_images: int = flag(8, "images of a sample grid")
-    num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 is none")
-    eval_steps: int = flag(0, "also evaluate the student every so many updates; 0 is not")
-    teacher_steps: int = flag(28, "steps of the teacher in grids and evaluation")
+    num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 evaluates nothing")
+    eval_steps: int = flag(0, "updates between further evaluations of the student; 0 makes none")
+    teacher_steps: int = flag(28, "sampling steps of the teacher in grids and evaluation")
 
     def validate(self) -> None:
         super().validate()

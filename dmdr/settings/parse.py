@@ -75,8 +75,16 @@ class Chosen:
             ConfigError: If it refuses their values (a ValueError).
         """
         unset = {key: value for key, value in defaults.items() if self.options.get(key) is None}
+        return self.called(self.cls, self.options | unset)
+
+    def called(self, cls: type, values: Mapping[str, Any]) -> Any:
+        """An instance of one of the plugin's classes.
+
+        Raises:
+            ConfigError: If it refuses its values (a ValueError).
+        """
         try:
-            return self.cls(**(self.options | unset))
+            return cls(**values)
         except ConfigError:
             raise
         except ValueError as error:
@@ -117,7 +125,7 @@ class Settings:
         """
         flags, core = self.family.flags, dataclasses.asdict(self.config)
         shared = {f.name: core[f.name] for f in dataclasses.fields(flags) if f.init and f.name in core}
-        return flags(**(self.family.options | shared))
+        return self.family.called(flags, self.family.options | shared)
 
     def open_backend(self, folder: str) -> Any:
         """The model family on a pipeline's folder, or hub id; loads no weights.
@@ -161,7 +169,8 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
     look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
     about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{EPILOG} {installed(*registry.GROUPS)}"}
-    if first.help and all(value is None for value in look.values()):
+    where = {key: _first_given(getattr(first, key), given.get(key)) for key in place}
+    if first.help and all(value is None for value in (*look.values(), where["backend"])):
         Parser(Config, whole=first.help == "all", **about).print_help()
         raise SystemExit(0)
 
@@ -173,8 +182,9 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     recipe = {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
     per_objective = recipe.pop("objectives", {})
     named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in SUMS.values()}
-    if look["sample_weight"] is None and named["reward"] == "none":
+    if named["reward"] == "none" and _first_given(first.sample_weight, settings.get("sample_weight")) is None:
         recipe["sample_weight"] = named["sample_weight"] = "none"  # there is nothing to weigh samples by
+        given.pop("sample_weight", None)
     untyped = {group: key for group, key in SUMS.items() if look[key] is None}
     own = {group: model.distribution if key in recipe else "dmdr" for group, key in untyped.items()}
     chosen = _load(_parts(named), own)
@@ -184,14 +194,16 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
             raise ConfigError(
                 f"--{SUMS[group]} {named[SUMS[group]]}: write the name of one {registry.NOUNS[group]}; {why}"
             )
-    where = {key: _first_given(getattr(first, key), given.get(key)) for key in place}
     if str(_first_given(first.dry_run, given.get("dry_run"))).lower() not in ("true", "1", "yes", "y", "t"):
         where["architecture"] = None  # only --dry_run reads it
     chosen.append(Chosen("backends", *_family(model, where)))
     for plugin in reversed(chosen):  # of several objectives, the first named has the last word
         if plugin.group == "objectives":
             recipe |= per_objective.get(plugin.name, {})
-    given = {key: value for key, value in given.items() if key not in in_file or not _is_stale(key, in_file, chosen)}
+    asked = {"model": model.typed, "backend": where["backend"]}
+    moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in asked.items())
+    dropped = {key for key in given if key in in_file and _is_stale(key, in_file, chosen, moved)}
+    given = {key: value for key, value in given.items() if key not in dropped}
     config, plugins = _parse(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)
     resolved = Settings(config, model, plugins)
     resolved.family_options()  # refuses values that cannot be meant
@@ -285,19 +297,21 @@ def _hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen]) -> str:
 
 def _owners(flag: str, chosen: Sequence[Chosen]) -> str:
     """Which other model families, matchings and so on have a flag of this name."""
-    found: dict[str, list[str]] = {}
+    names, said = {part.group: part.name for part in chosen}, []
     for group in ("backends", "matchings", "sample_weights"):
-        for name, plugin in registry.plugins(group).items():
-            if registry.problem(plugin) is None:
-                flags = registry.flags_of(group, registry.load(group, name))
-                if any(f.init and f.name == flag for f in dataclasses.fields(flags)):
-                    found.setdefault(group, []).append(name)
-    names = {part.group: part.name for part in chosen}
-    said = (
-        f"{registry.NOUNS[group]} with this flag: {', '.join(who)}; this run's is {names.get(group, 'none')}"
-        for group, who in found.items()
-    )
-    return f" ({'; '.join(said)})" if found else ""
+        who = [name for name, flags in _flags(group).items() if any(f.name == flag for f in flags)]
+        if who:
+            cure = ", so leave it out" if group == "backends" else ""
+            noun, here = registry.NOUNS[group], names.get(group, "none")
+            said.append(f"{noun} with this flag: {', '.join(who)}; this run's is {here}{cure}")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def _flags(group: str) -> dict[str, list[Any]]:
+    """The flags of each plugin of a group that works, as dataclass fields; imports them all."""
+    usable = [name for name, plugin in registry.plugins(group).items() if registry.problem(plugin) is None]
+    found = {name: registry.flags_of(group, registry.load(group, name)) for name in usable}
+    return {name: [f for f in dataclasses.fields(flags) if f.init] for name, flags in found.items()}
 
 
 # --- Which plugins are named ------------------------------------------------------------------------------------------
@@ -325,19 +339,38 @@ def _load(parts: Sequence[tuple[str, float, str]], own: Mapping[str, str]) -> li
     ]
 
 
-def _is_stale(key: str, in_file: Mapping[str, Any], chosen: Sequence[Chosen]) -> bool:
-    """Whether a file's setting is of a plugin that flags have replaced, and of none that is chosen; says so."""
+def _is_stale(key: str, in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) -> bool:
+    """Whether a file's setting is to be left out; says so, unless it has its default.
+
+    It is of a plugin that flags have replaced. Or it is of the default weight of samples or of another model family,
+    which older versions wrote into every file: where the run has no weights, where flags name another model than the
+    file (`moved`), or where it has its default.
+    """
     there = {(plugin.group, plugin.name) for plugin in chosen}
     own = [plugin for plugin in chosen if plugin.group != "backends"]
     replaced = [Chosen(group, name, weight, object) for group, weight, name in _parts(in_file)]
     gone = tuple(plugin.key("") for plugin in replaced if (plugin.group, plugin.name) not in there)
     stale = str(key).startswith(gone) and not str(key).startswith(tuple(plugin.key("") for plugin in own))
-    if not any(plugin.group == "sample_weights" for plugin in chosen):  # its flags are known by short names
-        weight = registry.load("sample_weights", str(in_file.get("sample_weight", Config.sample_weight)), "dmdr")
-        stale |= key in {f.name for f in dataclasses.fields(weight)}
-    if stale:
+    fields = [(plugin, f.name) for plugin in chosen for f in dataclasses.fields(plugin.flags) if f.init]
+    known = {name for plugin, field in fields for name in (field, plugin.key(field))} | TOPICS.keys()
+    others: list[Any] = []  # fields of this name
+    if not stale and key not in known:
+        weighs = "sample_weight" in in_file or any(plugin.group == "sample_weights" for plugin in chosen)
+        weight = [] if weighs else dataclasses.fields(registry.load("sample_weights", Config.sample_weight, "dmdr"))
+        others = [f for f in weight if f.init and f.name == key]
+        stale = bool(others)
+    if not stale and key not in known:
+        others = [f for flags in _flags("backends").values() for f in flags if f.name == key]
+        stale = moved and bool(others)
+    idle = in_file[key] in [_default(f) for f in others]
+    if stale and not idle:
         logger.warning("%s is left out: the run does not use what it is a setting of", key)
-    return stale
+    return stale or idle
+
+
+def _default(f: Any) -> Any:
+    """The default of a dataclass field."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def installed(*groups: str) -> str:
@@ -354,12 +387,13 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
 
     Rewards that only measure have no short names, and take none from the others.
     """
-    own = {f.name for f in dataclasses.fields(command)} | {"help", "config"}
+    core = {f.name for f in dataclasses.fields(command)}
+    own = core | {"help", "config"}
     flags = [
         (plugin, f)
         for plugin in chosen
         for f in dataclasses.fields(plugin.flags)
-        if f.init and not (plugin.group == "backends" and f.name in own)  # which it is given by the core
+        if f.init and not (plugin.group == "backends" and f.name in core)  # which it is given by the core
     ]
     full = Counter(plugin.key(f.name) for plugin, f in flags)
     count = Counter(f.name for plugin, f in flags if plugin.group != "eval_rewards")

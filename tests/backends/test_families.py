@@ -17,6 +17,7 @@ from torch import Tensor
 from dmdr.cli.sample import draw
 from dmdr.ema import EMA
 from dmdr.protocols import with_options
+from dmdr.run.export import export
 from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
@@ -25,6 +26,7 @@ from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse
 from dmdr.testing import check_backend
 from family import FAMILIES, Family, Stock
+from old_files import SAMPLING_OPTIONS
 
 ROLES = ("student", "fake_score")
 CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
@@ -135,6 +137,23 @@ def test_the_model_card_reproduces_dmdr_sample(
             a, b = (np.asarray(Image.open(folder / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock"))
             assert np.abs(a - b).max() < 2, variant
             assert a.std() > 2  # a picture, not a flat field
+
+
+def test_an_older_versions_export_is_drawn_from_as_before(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Its sampling.json holds the options of all families."""
+    family = FAMILIES[name]
+    backend = shaken(prepared(folders[name], family))
+    sampler = FewStepSampler(backend.path, backend.grid(2), 1.0)
+    about = {"base": str(folders[name]), "family": None, "name": name, "prompt": "", "mixed_precision": "no"}
+    student = export(tmp_path / "student", backend, sampler, **about, objectives="", rewards="")
+    told = json.loads((student / "sampling.json").read_text())
+    own = {option: value for option, value in told["options"].items() if value is not None}
+    old = told | {"options": SAMPLING_OPTIONS | {n: value for n, value in own.items() if n in SAMPLING_OPTIONS}}
+    assert len(old["options"]) == 25
+    places = {"a": told, "b": old}.items()
+    drawn = [draw(student, each, list(family.prompts), 0, None, tmp_path / place) for place, each in places]
+    for a, b in zip(*drawn, strict=True):
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_stock_diffusers_loads_the_lora_in_full(folders: dict[str, Path], tmp_path: Path, name: str) -> None:

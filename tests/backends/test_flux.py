@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 import flux
 from dmdr.errors import ConfigError
 from dmdr_flux import FluxBackend
+from family import refuses_unread
 
 OWN = 3.5  # --guidance_scale
 
@@ -61,7 +62,6 @@ def test_the_grid_is_the_pipelines_own_at_each_resolution(folder: Path, resoluti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop_text_encoders": ("text_encoder_2",)}, "text_encoder_2: a FluxPipeline needs it"),
         ({"zero_empty_prompt": True}, "--zero_empty_prompt: guidance of .* is an input"),
         ({"max_sequence_length": 513}, "--max_sequence_length 513: .* takes 512 at most"),
         ({"resolution": 18}, "--resolution 18 is no multiple of 4"),
@@ -71,3 +71,18 @@ def test_refuses_in_one_line(folder: Path, options: dict[str, Any], message: str
     with pytest.raises(ConfigError, match=message) as error:
         built(folder, **options).prepare(Accelerator(cpu=True), roles=())
     assert "\n" not in str(error.value)
+
+
+def test_needs_its_text_encoders(folder: Path) -> None:
+    refuses_unread(folder, "drop_text_encoders", ["text_encoder_2"])
+
+
+def test_the_guidance_of_the_network_does_not_change_the_texts(folder: Path, tmp_path: Path) -> None:
+    def missing(scale: float) -> list[str]:
+        backend = built(folder, guidance_scale=scale, prompt_cache=str(tmp_path))
+        backend.connect(Accelerator(cpu=True))
+        backend.cache_prompts(backend.accelerator, ["a handwritten seven"] if scale == OWN else [])
+        assert backend.text.cache is not None
+        return backend.text.cache.missing(["a handwritten seven", "a handwritten two"])
+
+    assert missing(OWN) == missing(7.0) == ["a handwritten two"]

@@ -246,7 +246,7 @@ def test_embeddings_of_other_text_are_not_reused(folder: Path, tmp_path: Path) -
     def missing(folder: Path = folder, accelerator: Any = ALONE, **options: Any) -> list[str]:
         return prepared(folder, cache, accelerator, **options).text.cache.missing(PROMPTS)
 
-    assert missing() == missing(seed=3, lora_rank=2, guidance_scale=7.0) == []
+    assert missing() == missing(seed=3, lora_rank=2, shift=7.0) == []
     assert missing(max_sequence_length=6) == PROMPTS
     assert missing(drop_text_encoders=("text_encoder_3",)) == PROMPTS
     assert missing(accelerator=accelerator("bf16")) == PROMPTS

@@ -27,6 +27,7 @@ from dmdr_digits import Digits
 from dmdr_sit import SiTBackend
 from dmdr_sit.checkpoint import SIZES, convert, pipeline_folder, published_layout
 from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel, class_index, sincos_2d
+from family import refuses_unread
 
 # Parameters of the authors' release as it counts them: with its eight output channels and the position embeddings.
 PARAMETERS = {"sit-s-2": 32_963_360, "sit-b-2": 130_512_416, "sit-l-2": 458_102_816, "sit-xl-2": 675_129_632}
@@ -207,7 +208,7 @@ def test_a_named_model_needs_its_file(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="needs a checkpoint: --model sit-xl-2:PATH"):
         parse(settings={"model": "sit-xl-2"})
     settings = parse(settings={"model": f"sit-xl-2:{tmp_path / 'none.pt'}", "rl": "refl", "reward": "toy"})
-    assert settings.config.full_finetune and settings.config.rl_weight == 0.05
+    assert settings.family.options["full_finetune"] and settings.config.rl_weight == 0.05
     with pytest.raises(ConfigError, match=r"none\.pt is no file"):
         assemble(settings)
     monkeypatch.setenv("DMDR_CACHE", str(tmp_path / "cache"))
@@ -320,15 +321,17 @@ def test_a_merged_network_is_the_student(folder: Path) -> None:
 def test_options_that_do_not_fit_are_refused(folder: Path) -> None:
     for option, message in (
         ({"resolution": 32}, "--resolution 32: the position embeddings .* are for 16"),
-        ({"zero_empty_prompt": True}, "--zero_empty_prompt: a SiT has no empty prompt"),
-        ({"max_sequence_length": 77}, "text length of a SiTPipeline is fixed"),
+        ({"resolution": 8}, "--resolution 8: the position embeddings .* are for 16"),
     ):
         with pytest.raises(ConfigError, match=message):
             SiTBackend(str(folder), SiTBackend.Options(**option))
+    refuses_unread(folder, "zero_empty_prompt", True)
+    refuses_unread(folder, "max_sequence_length", 77)
+    refuses_unread(folder, "drop_text_encoders", ["text_encoder"])
+    refuses_unread(folder, "prompt_cache", "off")
     for option, message in (
         ({"attention_backend": "flash"}, "--attention_backend flash: diffusers would ignore it"),
         ({"lora_target_modules": ("to_q",)}, "--lora_target_modules: a SiTTransformer2DModel has no to_q"),
-        ({"drop_text_encoders": ("text_encoder",)}, "has none"),
     ):
         with pytest.raises(ConfigError, match=message):
             SiTBackend(str(folder), SiTBackend.Options(**option)).prepare(Accelerator(cpu=True), roles=("student",))

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 import z_image
 from dmdr.errors import ConfigError
 from dmdr_z_image import ZImageBackend
+from family import refuses_unread
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +41,19 @@ def test_a_prompt_is_answered_alike_beside_a_longer_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drop_text_encoders": ("text_encoder",)}, "text_encoder: a ZImagePipeline needs it"),
-        ({"zero_empty_prompt": True}, "--zero_empty_prompt: Z-Image knows no zeros"),
         ({"max_sequence_length": 65}, "--max_sequence_length 65: .* takes 64 at most"),
+        ({"resolution": 18}, "--resolution 18 is no multiple of 4"),
     ],
 )
 def test_refuses_in_one_line(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         built(folder, **options).prepare(Accelerator(cpu=True), roles=())
     assert "\n" not in str(error.value)
+
+
+def test_knows_no_zeros_and_needs_its_text_encoder(folder: Path) -> None:
+    refuses_unread(folder, "drop_text_encoders", ["text_encoder"])
+    refuses_unread(folder, "zero_empty_prompt", True)
 
 
 def test_the_longest_text_and_the_image_behind_it_have_places(folder: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import dmdr.run.run
 from dmdr.cli import plugins, sample, train
 from dmdr.run.checkpoint import checkpoints
+from old_files import SAMPLING_OPTIONS
 
 BIN = Path(sys.executable).parent
 FAST = {
@@ -71,6 +72,10 @@ class Picky(Opaque):
 """
 
 
+ADAPTERS = (
+    "model family with this flag: FluxPipeline, SiTPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, "
+    "StableDiffusionXLPipeline, ZImagePipeline; this run's is ToyPipeline, so leave it out"
+)
 GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4}
 
 
@@ -168,7 +173,10 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("dmdr-train", "--help"), ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl RL"]),
+        (
+            ("dmdr-train", "--help"),
+            ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl TEXT"],
+        ),
         (("dmdr-sample", "--help"), ["--prompt", "--num_images"]),
         (("dmdr-plugins", "--help"), ["usage: dmdr-plugins"]),
     ],
@@ -192,7 +200,7 @@ def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
     assert code == 0
     assert ["objective", "refl", "dmdr", rows[0][3], "dmdr_refl:ReFL"] in rows
     assert ["reward", "opaque", "stranger", "1.0", "stranger_cli:Opaque"] in rows
-    assert {row[0] for row in rows} == {"objective", "reward", "matching", "backend", "model"}
+    assert {row[0] for row in rows} == {"objective", "reward", "matching", "sample_weight", "backend", "model"}
     broken = [line for line in out.splitlines() if "broken: " in line]
     assert [line.split()[:4] for line in broken] == [["reward", "absent", "stranger", "1.0"]]
     assert broken[0].endswith("broken: has no module 'stranger_gone': reinstall stranger")
@@ -243,7 +251,9 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"reward": "picky", "rl": "none"}, "reward 'picky': no such checkpoint"),
         ({"reward": "opaque"}, "--rl refl needs the gradient of the reward, and 'opaque' is not differentiable"),
         ({"reward": "toy+opaque"}, "'opaque' is not differentiable"),
-        ({"reward": "none"}, "--rl refl climbs a reward"),
+        ({"reward": "none"}, "--rl refl reads a reward: name one with --reward"),
+        ({"teacher_lora": "x"}, f"unknown argument --teacher_lora=x ({ADAPTERS})"),
+        ({"attention_backend": "flash"}, f"unknown argument --attention_backend=flash ({ADAPTERS})"),
         ({"rl_wieght": 1}, "unknown argument --rl_wieght=1 (did you mean '"),
         ({"rl_weight": -1}, "--rl_weight must be at least 0"),
         ({"rl_weight": "nan"}, "--rl_weight must be"),
@@ -471,6 +481,16 @@ def test_sample_where_the_teacher_has_moved(call: Call, finished: Path, room: Pa
     assert code == 2
     assert str(room / "gone") in err
     assert call(sample, "student", "--prompt", "mode 1", "--model", str(teacher))[0] == 0
+
+
+def test_sample_of_an_older_versions_export(call: Call, finished: Path, room: Path) -> None:
+    """Its options are those of all families."""
+    old = Path(shutil.copytree(finished / "student", room / "student"))
+    about = json.loads((old / "sampling.json").read_text())
+    (old / "sampling.json").write_text(json.dumps(about | {"options": SAMPLING_OPTIONS}))
+    for name, student in (("one", finished), ("two", old)):
+        assert call(sample, str(student), "--prompt", "mode 1", "--num_images", "3", "--output_dir", name)[0] == 0
+    assert all(map(np.array_equal, pixels(room / "one"), pixels(room / "two")))
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_bad_flags_of_the_server(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("dmdr-eval", ["--images IMAGES", "--batch_size"]), ("dmdr-reward-server", ["--port", "DMDR_REWARD_TOKEN"])],
+    [("dmdr-eval", ["--images TEXT", "--batch_size INT"]), ("dmdr-reward-server", ["--port", "DMDR_REWARD_TOKEN"])],
 )
 def test_help_comes_at_once(name: str, said: list[str]) -> None:
     before = os.times()
@@ -188,7 +188,7 @@ def test_help_comes_at_once(name: str, said: list[str]) -> None:
     after = os.times()  # of the processor, which a busy machine does not stretch as it does the clock
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
     assert done.returncode == 0
-    for text in (f"usage: {name}", "--reward REWARD", "dinov2", "digits", *said):
+    for text in (f"usage: {name}", "--reward TEXT", "dinov2", "digits", *said):
         assert text in done.stdout
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "dmdr" in imported

@@ -188,7 +188,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     backend: Any = job.backend
     run = Run(job, tmp_path / "run", None, None)
     backend.prepare(run.accelerator, roles=("student", "fake_score", *combined_needs(job.objectives).roles))
-    trainer = run.trainer(job.plan.stages[0])
+    trainer = run.trainers.of(job.plan.stages[0])
     for learner in (trainer.student, trainer.fake_score):
         for group in learner.optimizer.param_groups:
             group["foreach"] = True  # as on CUDA
@@ -446,7 +446,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
     [
         ({"model": "toy"}, "--dry_run builds nothing, and --model toy is built: it needs --architecture"),
         ({"architecture": "/no/where"}, "no model_index.json"),
-        ({"rl": "refl", "reward": "none"}, "climbs a reward"),
+        ({"rl": "refl", "reward": "none"}, "--rl refl reads a reward: name one with --reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules: .* has no nothing"),
         ({"resolution": 64}, "--resolution|pos_embed_max_size"),
     ],

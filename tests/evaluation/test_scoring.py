@@ -153,8 +153,9 @@ def test_help_adds_the_flags_of_the_reward_and_of_its_bases(capsys: pytest.Captu
         assert "--dtype {fp32,bf16,fp16}" in text
         assert "bright" in text.partition("Installed rewards: ")[2].split(", ")
     assert "--gain" not in texts[0]
-    for name in ("--bright_gain ", "--gain ", "--bright_checkpoint ", "--dark_chunk "):
+    for name in ("--bright_gain, --gain FLOAT ", "--bright_checkpoint TEXT ", "--dark_chunk INT "):
         assert name in texts[1]
+    assert "reward bright: " in texts[1] and "reward dark: " in texts[1]
     assert "Images at a time, as bright ones take more; 5 % more." in texts[1]  # a subclass's own words
     assert "Images at a time. (default: 8)" in texts[1]
     assert texts[1].count(HELPFUL) == 2

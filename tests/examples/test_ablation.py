@@ -294,7 +294,7 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
         ),
         (  # of which only one of the two has this reward
             {
-                "cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}},
+                "cells": {"x": {}, "y": {"rl": "none", "reward": "none"}},
                 "claims": [CLAIM],
             },
             "block a, claims, cell 'y': unknown metric 'reward/total'",
@@ -437,7 +437,7 @@ def test_labels_and_metrics_call_a_plugin_by_its_stem(tmp_path: Path, write: Wri
 
 
 def test_a_long_name_ends_with_a_whole_setting(tmp_path: Path, write: Write) -> None:
-    settings = {"dmd_weight": 0.123456789, "rl_weight": 0.123456789, "reward_tilt": 2.123456789}
+    settings = {"dmd_weight": 0.123456789, "rl_weight": 0.123456789, "rt_dm_reward_tilt": 2.123456789}
     cell = settings | {"dyna_guidance": 0.123456789, "num_inference_steps": 3, "guidance_scale": 1.23456789}
     run = load(write(blocks={"a": {"cells": {"x": cell}}}), tmp_path).runs[-1]
     words = run.name.split("-")[1:-2]

@@ -1,6 +1,7 @@
 """The README and the guides: each command is run in short, or at least its flags are read; links lead somewhere."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from dmdr.cli import eval as eval_command
 from dmdr.cli import plugins as plugins_command
 from dmdr.cli import reward_server, sample
 from dmdr.cli import train as train_command
+from dmdr.settings import models
 from dmdr.settings.parse import parse, parse_command
 from dmdr_digits import Digits
 
@@ -66,6 +68,11 @@ SHORT: dict[str, Any] = {
     "teacher_steps": 2,
     "num_eval_samples": 0,
     "report_to": "none",
+}
+HUB = {  # the pipeline of each model of the hub, which cannot be asked here; others are StableDiffusion3Pipelines
+    "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+    "Tongyi-MAI/Z-Image": "ZImagePipeline",
 }
 # Runs that later commands sample, and rewards that are networks, need images of digits.
 DIGITS = re.compile(r"--output_dir runs/(demo|lora)$|hps|clip")
@@ -196,7 +203,15 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> Pa
     for index in range(2):
         Image.new("RGB", (8, 8), (90 * index, 0, 0)).save(tmp_path / "samples" / f"{index:04d}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "pipeline_class", pipeline_class)
     return tmp_path
+
+
+def pipeline_class(folder: str, revision: str | None = None) -> str:
+    """That of a folder, or of a model of the hub."""
+    if Path(folder).exists():
+        return str(json.loads((Path(folder) / "model_index.json").read_text())["_class_name"])
+    return HUB.get(folder, "StableDiffusion3Pipeline")
 
 
 def flags(**settings: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """What the tests of all families are run on; a family is one entry of `FAMILIES`."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 from diffusers import FluxPipeline
 from torch import Tensor
 
@@ -16,6 +18,8 @@ import sd3
 import sdxl
 import sit
 import z_image
+from dmdr.errors import ConfigError
+from dmdr.settings.parse import parse
 
 Stock = Callable[[Path, Sequence[str], Path], None]  # draws an export's images for prompts, as its card says
 
@@ -74,6 +78,26 @@ UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
     {"timesteps": [999, 749, 500, 250], "sample_eta": 0.0},
     {"full_finetune": True},
 )
+
+# Who reads the flags that some families do not.
+READERS = {
+    "drop_text_encoders": "StableDiffusion3Pipeline",
+    "max_sequence_length": "FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline",
+    "prompt_cache": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, "
+    "ZImagePipeline",
+    "shift": "FluxPipeline, SiTPipeline, StableDiffusion3Pipeline, ToyPipeline, ZImagePipeline",
+    "zero_empty_prompt": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+}
+
+
+def refuses_unread(folder: Path, option: str, value: Any) -> None:
+    """The settings refuse a flag for a pipeline's folder, whose family does not read it, and say whose do."""
+    family = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    who = f"model family with this flag: {READERS[option]}; this run's is {family}, so leave it out"
+    with pytest.raises(ConfigError) as error:
+        parse(settings={"model": str(folder), option: value})
+    assert str(error.value) == f"unknown setting '{option}' ({who})"
+
 
 FAMILIES: dict[str, Family] = {
     "sd3": Family(

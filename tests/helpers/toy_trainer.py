@@ -1,6 +1,6 @@
 """A `Trainer` of small parts on the analytic mixture, and what tests do with one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from dmdr.backends.toy import PROMPTS, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.paths import Prediction, VariancePreserving, expand
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import Matching, Needs, SampleWeight
+from dmdr.protocols import BringsLearners, Matching, Needs, OwnLearner, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
@@ -138,15 +138,23 @@ def trainer(
     backend = backend or prepared()
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
-    def learner(role: Any, optimize: Optimize) -> Learner:
-        parameters = backend.parameters(role)
+    def learner(name: str, parameters: Any, optimize: Optimize, owner: str = "") -> Learner:
         optimizer = optimize(list(parameters.values()))
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        return Learner(role, parameters, optimizer, scheduler, accelerator, scaler, max_grad_norm)
+        return Learner(name, parameters, optimizer, scheduler, accelerator, scaler, max_grad_norm, owner=owner)
 
     weighted = [term if isinstance(term, tuple) else (1.0, term) for term in objectives]
     terms = [WeightedObjective(type(o).__name__.lower(), w, o) for w, o in weighted] if rl_weight else []
-    student, fake_score = learner("student", optimize), learner("fake_score", fake_optimize or optimize)
+    student = learner("student", backend.parameters("student"), optimize)
+    fake_score = learner("fake_score", backend.parameters("fake_score"), fake_optimize or optimize)
+    own = {
+        term.name: [
+            learner(each.name, each.parameters, optimize, f"objective '{term.name}'")
+            for each in term.objective.learners(backend, accelerator.device)
+        ]
+        for term in terms
+        if isinstance(term.objective, BringsLearners)
+    }
     micro = micro_batch or batch
     if rewards is not None and not isinstance(rewards, Rewards):
         rewards = Rewards({"toy": (1.0, rewards)})
@@ -164,7 +172,7 @@ def trainer(
         student=student,
         fake_learners=[fake_score],
         matching=matching or DMD(),
-        objectives=Objectives(terms, Schedule(rl_weight), student, [fake_score], micro),
+        objectives=Objectives(terms, Schedule(rl_weight), student, [fake_score], micro, own),
         accelerator=accelerator,
         scaler=scaler,
         micro_batch_size=micro,
@@ -246,6 +254,38 @@ class Policy:
     def __call__(self, draw: Draw, ctx: Any) -> Term:
         value = ctx.backend.student(draw.x_t, draw.t, draw.cond).value
         return Term(value.square().flatten(1).sum(1), None if self.all_valid else draw.sample % 2 == 1)
+
+
+@dataclass
+class Critic:
+    """An objective with a learner of its own: a linear guess of the reward from the finished latents, which is climbed.
+
+    Attributes:
+        flaw: What is wrong with it: "idle" never trains the critic, "attached" lets the critic's loss reach the
+            student, "stranger" names a learner that is not there.
+    """
+
+    flaw: str = ""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def learners(self, backend: Any, device: torch.device) -> list[OwnLearner]:
+        self.head = nn.Linear(2, 1).to(device)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[0.1, -0.2]]))
+            self.head.bias.zero_()
+        return [OwnLearner("critic", dict(self.head.named_parameters()), 0.05)]
+
+    def __call__(self, draw: Draw, ctx: Any) -> Iterator[Term]:
+        scores = ctx.rewards.total(ctx.scores(draw.rollout))
+        valid = scores.isfinite()
+        yield Term(-self.head(draw.leaf)[:, 0], valid)
+        if self.flaw != "idle":
+            latents = draw.leaf if self.flaw == "attached" else draw.rollout.final
+            error = (self.head(latents)[:, 0] - torch.where(valid, scores, 0.0)) ** 2
+            yield Term(error, valid, trains="nobody" if self.flaw == "stranger" else "critic")
 
 
 class Meter:

@@ -482,7 +482,7 @@ def trained(cls: type[ToyBackend], matching: Matching, steps: int = 100) -> tupl
     )
     for step in range(steps):
         running.student.optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
-        running.fake_score.optimizer.param_groups[0]["lr"] = 2e-2 * math.sqrt(1 - step / steps)
+        running.fake_learners[0].optimizer.param_groups[0]["lr"] = 2e-2 * math.sqrt(1 - step / steps)
         running.train_step()
     noise = torch.randn((2, 2000, 2), generator=torch.Generator().manual_seed(1))
     final = running.sampler.rollout(backend.student, noise, backend.encode(PROMPTS * 500)).final

@@ -404,7 +404,7 @@ def test_grpo_on_an_sd3_pipeline_finds_a_lora_weight_that_moved(digits: Digits, 
     job.backend.prepare(run.accelerator, roles=("student", "fake_score"))
     assert job.rewards is not None
     job.rewards.prepare(run.accelerator.device, torch.float32)
-    trainer = run.trainer(run.plan.stages[1])
+    trainer = run.trainers.of(run.plan.stages[1])
     with torch.no_grad():
         for name, parameter in trainer.student.parameters.items():
             if "lora_B" in name:

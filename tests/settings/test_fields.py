@@ -1,6 +1,8 @@
 """Settings: where each value comes from, and what is refused, in which words."""
 
 import dataclasses
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +54,7 @@ class Save:
     def __call__(self, draw, ctx): ...
 
 class Hill:
+    pipeline = "ToyPipeline"
     folder = prompts = judge = lambda self: None
     reward_checkpoint = lambda self, reward, *, held_out=False: None
     recipe = {"stage1_steps": 7, "rl": "climb", "reward": "toy", "rl_weight": 0.1,
@@ -79,6 +82,19 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
+
+
+@pytest.fixture
+def sd3(tmp_path: Path) -> str:
+    """A folder of a family with many flags: all that is looked at before a run is which family it is."""
+    return pipeline(tmp_path / "sd3", "StableDiffusion3Pipeline")
+
+
+def pipeline(folder: Path, name: str) -> str:
+    """A folder that says of itself that it is a pipeline of this class."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    return str(folder)
 
 
 def toy(*arguments: str, **settings: Any) -> Settings:
@@ -117,7 +133,7 @@ def test_settings_of_a_plugin_that_flags_replace_are_left_out(file: Path, caplog
         "model: toy\nrl: grpo\nreward: hps+clip\ngrpo_epsilon: 0.1\nhps_prompt_prefix: a\nclip_checkpoint: c\n"
     )
     settings = parse(["--config", str(file), "--reward", "clip", "--rl", "refl"])
-    assert [plugin.name for plugin in settings.plugins] == ["refl", "clip", "dmd"]
+    assert [plugin.name for plugin in settings.plugins] == ["refl", "clip", "dmd", "rt_dm", "ToyPipeline"]
     assert settings.of("rewards")[0].options["checkpoint"] == "c"
     assert {record.args[0] for record in caplog.records} == {"grpo_epsilon", "hps_prompt_prefix"}
     file.write_text("model: toy\nreward: clip\nhps_prompt_prefix: a\n")  # which it never named
@@ -133,6 +149,8 @@ def test_model_and_plugins_may_be_named_in_yaml(file: Path) -> None:
         ("objectives", "refl", 0.1),
         ("rewards", "toy", 2.0),
         ("matchings", "dmd", 1.0),
+        ("sample_weights", "rt_dm", 1.0),
+        ("backends", "ToyPipeline", 1.0),
     ]
     assert settings.of("objectives")[0].options == {"steps": "any", "hinge": 0.7, "balance": "fixed"}
 
@@ -164,10 +182,17 @@ def test_whole_numbers_do_for_floats() -> None:
     assert config.sigmas == [1, 0.5]
 
 
-def test_booleans_need_no_value() -> None:
-    assert toy("--full_finetune").config.full_finetune
-    assert not toy("--full_finetune", "false").config.full_finetune
-    assert toy(full_finetune="yes").config.full_finetune
+def test_booleans_need_no_value(sd3: str) -> None:
+    assert toy("--overwrite_output_dir").config.overwrite_output_dir
+    assert not toy("--overwrite_output_dir", "false").config.overwrite_output_dir
+    assert toy(overwrite_output_dir="yes").config.overwrite_output_dir
+
+    def full(*arguments: str, **settings: Any) -> Any:
+        return parse(["--model", sd3, *arguments], settings).family.options["full_finetune"]
+
+    assert full("--full_finetune")
+    assert not full("--full_finetune", "false")
+    assert full(full_finetune="yes")
 
 
 def test_flags_may_be_written_with_an_equals_sign_and_with_dashes() -> None:
@@ -228,23 +253,26 @@ def test_help_of_a_chosen_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for flag in ("--refl_steps", "--steps", "--hinge", "--climb_temperature", "--temperature", "--climb_floor"):
-        assert f"{flag} " in text
-    assert "How warm it is, in degrees; 5 % is cool. (default: 0.5)" in text
+        assert re.search(f" {flag}[ ,]", text)
+    assert "--climb_temperature, --temperature FLOAT How warm it is, in degrees; 5 % is cool. (default: 0.5)" in text
     assert " --floor" not in text  # climb has one, and dmd
 
 
 # --- The written configuration -------------------------------------------------------------------------------------
 
 
-def test_the_resolved_yaml_repeats_the_settings(file: Path) -> None:
-    settings = toy(
+def test_the_resolved_yaml_repeats_the_settings(file: Path, sd3: str) -> None:
+    flags = (
         *("--rl", "0.1*refl+climb", "--reward", "0.3*toy", "--refl_steps", "2", "--hinge", "0.7", "--temperature", "4"),
         *("--sigmas", "1", "0.7", "0.3", "--learning_rate", "3e-7", "--lora_target_modules", "to_q", "to_k"),
         *("--dyna_renoise", "2", "1", "--mixed_precision", "no", "--output_dir", "somewhere"),
+        *("--reward_tilt", "2", "--tilt_clip", "0.5", "2", "--lora_rank", "8", "--shift", "3", "--full_finetune"),
     )
+    settings = parse(["--model", sd3, *flags])
     file.write_text(settings.as_yaml())
     again = parse(["--config", str(file)])
     assert again.plugins == settings.plugins
+    assert again.model == settings.model
     assert again.config == dataclasses.replace(settings.config, output_dir=None)
 
 
@@ -254,7 +282,9 @@ def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
     assert names - written.keys() == {
         "dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
     }  # fmt: skip
-    assert written.keys() - names == {"refl_steps", "refl_hinge", "refl_balance", "dmd_floor"}
+    tilt = {"reward_tilt", "tilt_weight", "tilt_divergence", "tilt_baseline", "tilt_clip"}
+    own = {"refl_steps", "refl_hinge", "refl_balance", "dmd_floor", "shift", *(f"rt_dm_{name}" for name in tilt)}
+    assert written.keys() - names == own
 
 
 def test_rewards_that_only_measure_have_flags_of_their_own(file: Path) -> None:
@@ -290,12 +320,32 @@ def test_rewards_that_only_measure_have_flags_of_their_own(file: Path) -> None:
         (("--learning_rate", "fast"), "'fast'"),
         (("--stage1_steps", "2.5"), "'2.5'"),
         (("--lr_scheduler_type", "cosinus"), "'constant', 'linear', 'cosine'"),
-        (("--full_finetune", "maybe"), "maybe"),
+        (("--overwrite_output_dir", "maybe"), "maybe"),
         (("--seed",), "--seed: expected one argument"),
     ],
 )
 def test_bad_flags(arguments: tuple[str, ...], said: str) -> None:
     assert said in refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--full_finetune", "maybe"), "maybe"),
+        (("--lora_rank", "0"), "--lora_rank must be at least 1, not 0"),
+        (("--fake_lora_rank", "-1"), "--fake_lora_rank must be at least 1, not -1"),
+        (("--lora_alpha", "0"), "--lora_alpha must be above 0, not 0.0"),
+        (("--resolution", "0"), "--resolution must be above 0, not 0"),
+        (("--max_sequence_length", "0"), "--max_sequence_length must be above 0, not 0"),
+        (("--decode_chunk_size", "-2"), "--decode_chunk_size must be above 0, not -2"),
+        (("--shift", "0"), "--shift must be above 0, not 0.0"),
+        (("--student_weights", "x"), "--student_weights are of a full network: they need --full_finetune"),
+    ],
+)
+def test_bad_flags_of_a_family(sd3: str, arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(["--model", sd3, *arguments])
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("flag", ["--config", "--model", "--rl", "--reward", "--matching"])
@@ -376,14 +426,14 @@ def test_yaml_that_is_not_there(tmp_path: Path) -> None:
         ("sigmas", 1.0),
         ("sigmas", ["1.0"]),
         ("sigmas", [1.0, float("nan")]),
-        ("full_finetune", 1),
-        ("full_finetune", "maybe"),
+        ("overwrite_output_dir", 1),
+        ("overwrite_output_dir", "maybe"),
         ("output_dir", True),
         ("output_dir", [3]),
         ("model", ["toy"]),
-        ("lora_target_modules", "to_q,to_k"),
-        ("lora_target_modules", [1]),
         ("save_total_limit", "all"),
+        ("rt_dm_tilt_clip", 0.1),
+        ("rt_dm_tilt_clip", [None, 5.0]),
     ],
 )
 def test_wrong_types(file: Path, name: str, value: Any) -> None:
@@ -392,6 +442,24 @@ def test_wrong_types(file: Path, name: str, value: Any) -> None:
         parse(["--config", str(file)] if name == "model" else ["--config", str(file), "--model", "toy"])
     with pytest.raises(ConfigError, match=f"--{name}"):
         parse(settings={"model": "toy", name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("full_finetune", 1),
+        ("full_finetune", "maybe"),
+        ("lora_target_modules", "to_q,to_k"),
+        ("lora_target_modules", [1]),
+        ("lora_rank", None),
+    ],
+)
+def test_wrong_types_of_a_family(file: Path, sd3: str, name: str, value: Any) -> None:
+    file.write_text(yaml.safe_dump({name: value}))
+    with pytest.raises(ConfigError, match=f"--{name}"):
+        parse(["--config", str(file), "--model", sd3])
+    with pytest.raises(ConfigError, match=f"--{name}"):
+        parse(settings={"model": sd3, name: value})
 
 
 @pytest.mark.parametrize("value", ["half", False])  # unquoted, YAML 1.1 takes `no` for false

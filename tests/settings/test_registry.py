@@ -135,7 +135,7 @@ UNFIT = "; dmdr.protocols says what it needs"
         ("def broken(:\n", "cannot be imported: SyntaxError: "),
         ("Other = 1\n", "has no 'Egg' in spam_mod"),
         ("def Egg(): ...\n", "is no class"),
-        ("class Egg: ...\n", "is no dataclass; its fields are its command-line flags"),
+        ("class Egg: ...\n", "is no dataclass; its fields are the command-line flags"),
         (dataclass_of("x: 'Nowhere' = 1"), "has a field whose type cannot be read: name 'Nowhere' is not defined"),
         (dataclass_of("x: dict = None"), "has a field 'x' of a type that no flag can have: <class 'dict'>"),
         (dataclass_of("x: int | str = 1"), "has a field 'x' of a type that no flag can have: int | str"),
@@ -212,7 +212,8 @@ def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:
         "matchings": {"dmd": "spam_mod:Egg"},
         "rewards": {"toy": "spam_mod:Egg"},
         "models": {"digits": "spam_mod:Egg"},
-        "backends": {"ToyPipeline": "spam_mod:Egg"},
+        "backends": {"ToyPipeline": "spam_mod:Egg", "StableDiffusion3Pipeline": "spam_mod:Egg"},
+        "sample_weights": {"rt_dm": "spam_mod:Egg"},
     }
     install("spam", points, spam_mod="raise RuntimeError\n")
     assert parse(settings={}).config.model == "dmdr:digits"
@@ -220,7 +221,9 @@ def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:
         parse(settings={"model": "digits"})
     settings = parse(settings={"model": "toy"})
     assert type(assemble(settings).backend).__module__ == "dmdr.backends.toy"
-    assert [plugin.cls.__module__ for plugin in settings.plugins] == ["dmdr.backends.toy", "dmdr.matching"]
+    assert [plugin.cls.__module__ for plugin in settings.plugins] == [
+        "dmdr.backends.toy", "dmdr.matching", "dmdr.training.tilt", "dmdr.backends.toy"
+    ]  # fmt: skip
     with pytest.raises(ConfigError, match="write --matching dmdr:dmd or --matching spam:dmd"):
         parse(settings={"model": "toy", "matching": "dmd"})
 
@@ -246,7 +249,7 @@ def test_its_own_module_is_not_for_pip(install: Install) -> None:
 
 
 def test_backends_and_models_need_no_dataclass(install: Install) -> None:
-    model = "class Egg:\n recipe = {}\n folder = prompts = judge = lambda self: None\n"
+    model = "class Egg:\n recipe = {}\n pipeline = 'EggPipeline'\n folder = prompts = judge = lambda self: None\n"
     install(
         "spam",
         {"models": {"egg": "spam_mod:Egg"}},
@@ -283,7 +286,8 @@ def test_a_pipeline_with_two_backends_says_which_flag_chooses(install: Install) 
 def test_an_address_may_have_its_distribution_before_it(install: Install) -> None:
     source = "class Egg:\n @classmethod\n def at(cls, address):\n  return type('At', (), {'address': address})\n"
     source += (
-        " recipe = {}\n folder = prompts = judge = lambda self: None\n reward_checkpoint = lambda self, r, **_: 1\n"
+        " recipe = {}\n pipeline = 'EggPipeline'\n folder = prompts = judge = lambda self: None\n"
+        " reward_checkpoint = lambda self, r, **_: 1\n"
     )
     install("spam", {"models": {"egg": "spam_mod:Egg"}}, spam_mod=source)
     for name in ("egg:some/file.pt", "spam:egg:some/file.pt"):
@@ -350,8 +354,14 @@ REWARD = ("prepare = lambda self, device, dtype: None", "__call__ = lambda self,
         (
             "models",
             "class Egg:\n recipe = property(lambda self: {})\n folder = prompts = judge = lambda self: 1\n"
-            " reward_checkpoint = lambda self, reward, **_: 1\n",
+            " pipeline = 'EggPipeline'\n reward_checkpoint = lambda self, reward, **_: 1\n",
             "has a recipe that is no mapping",
+        ),
+        (
+            "models",
+            "class Egg:\n recipe = {}\n folder = prompts = judge = lambda self: 1\n"
+            " pipeline = property(lambda self: 'EggPipeline')\n reward_checkpoint = lambda self, reward, **_: 1\n",
+            "has a pipeline that is no class name",
         ),
         ("models", "def __getattr__(name): raise RuntimeError('boo')\n", "cannot be looked at: RuntimeError: boo"),
     ],
@@ -385,4 +395,7 @@ def test_a_mistyped_distribution_is_suggested(install: Install) -> None:
 
 
 def test_groups_read_as_nouns() -> None:
-    assert [group[:-1] for group in registry.GROUPS] == ["objective", "reward", "matching", "backend", "model"]
+    kinds = ["objective", "reward", "matching", "sample_weight", "backend", "model"]
+    assert [group[:-1] for group in registry.GROUPS] == kinds
+    nouns = ["objective", "reward", "matching", "sample weight", "model family", "model"]
+    assert [registry.NOUNS[group] for group in registry.GROUPS] == nouns

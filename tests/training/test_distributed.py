@@ -26,7 +26,7 @@ from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
 from dmdr_rwr import RWR
 from dmdr_srpo import SRPO
-from toy_trainer import Plain, Policy, prepared, state, trainer
+from toy_trainer import Critic, Plain, Policy, prepared, state, trainer
 
 BATCH, STEPS = 8, 2
 WORDS: dict[str, Any] = {"positive": ["Red", ""], "negative": ["Green"]}
@@ -76,6 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
     "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
     "policy": {"rewards": Plain(), "objectives": [Policy(Needs(steps="stochastic"))], "rl_weight": 0.1},
+    "critic": {"rewards": Plain(BROKEN), "objectives": [Critic()], "rl_weight": 2.0},
     "refl_balanced": {"rewards": Plain(), "objectives": [ReFL(balance="grad_norm")], "rl_weight": 2.0},
 }
 
@@ -94,8 +95,14 @@ def train(case: str, processes: int) -> dict[str, Any]:
     rewards = running.reward_metrics()
     assert running.last_context is not None
     assert running.last_context.rollout is not None
+    own = {
+        name: {key: p.detach().clone() for key, p in learner.parameters.items()}
+        for name, learner in running.learners.items()
+        if learner.owner
+    }
     return {
         "parameters": {role: state(running, role) for role in ("student", "fake_score")} | {"ema": average.average},
+        "own": own,
         "lines": lines,
         "rewards": rewards,
         "states": running.last_context.rollout.x_t,
@@ -139,6 +146,10 @@ def test_two_processes_train_as_one(both: list[dict[str, Any]], case: str) -> No
         torch.testing.assert_close(flat(first, role), flat(alone, role), rtol=0, atol=1e-6)
         moved = (flat(alone, role) - flat(start, role)).abs().max()
         assert moved > 1e-3 or (role == "fake_score" and CASES[case].get("dmd_weight") == 0.0)
+    for name, parameters in alone["own"].items():
+        for key, value in parameters.items():
+            assert torch.equal(first["own"][name][key], second["own"][name][key])
+            torch.testing.assert_close(first["own"][name][key], value, rtol=0, atol=1e-6)
     assert torch.equal(torch.cat([first["sample"], second["sample"]]), alone["sample"])
     assert torch.equal(torch.cat([first["group"], second["group"]]), alone["group"])
     torch.testing.assert_close(torch.cat([first["states"], second["states"]], 1), alone["states"], rtol=0, atol=1e-5)

@@ -400,8 +400,8 @@ def test_what_cannot_be_judged_is_neutral_in_all(settings: dict[str, Any], missi
         alone, _ = call(other, {name: score[kept] for name, score in scores.items()}, weights, group=PAIRS[kept])
         assert found[5:].tolist() == [1, 1, 1]
         assert torch.equal(found[kept], alone)
-        assert len(found[:4].unique()) > 1 or settings.get("divergence") == "reverse_kl"
-        assert found[4] == 1 or settings["baseline"] != "prompt_group"
+        assert len(found[:4].unique()) > 1 or settings.get("tilt_divergence") == "reverse_kl"
+        assert found[4] == 1 or settings["tilt_baseline"] != "prompt_group"
 
 
 @every
@@ -422,7 +422,7 @@ def test_weights_are_finite_and_have_mean_one_in_all(settings: dict[str, Any], t
         found, _ = call(tilt, {"a": scale * SCORES["a"]}, {"a": 1.0}, group=PAIRS)
         assert found.isfinite().all()
         assert found.max() / found.min() <= 50 * (1 + 1e-6)
-        if settings["baseline"] != "ema":
+        if settings["tilt_baseline"] != "ema":
             assert found.mean().item() == pytest.approx(1, abs=1e-6)
         if tau == 1e9:
             torch.testing.assert_close(found, torch.ones(8), rtol=0, atol=1e-6)
@@ -433,7 +433,7 @@ def test_weights_follow_the_reward_in_all(settings: dict[str, Any]) -> None:
     score = torch.tensor([0.1, 0.4, 0.1, 0.4, 0.2, 0.3, 0.4, 0.1])  # of each pair, the mean is the same
     found, _ = call(experienced(settings), {"a": score}, {"a": 1.0}, group=PAIRS)
     steps = found[[0, 4, 5, 1]].diff()
-    divergence = settings.get("divergence", "forward_kl")
+    divergence = settings.get("tilt_divergence", "forward_kl")
     assert (steps > 0).all() if divergence in RISING else (steps <= 0).all()
     for equal in ([0, 2, 7], [1, 3, 6]):
         torch.testing.assert_close(found[equal], found[equal[:1]].expand(3), rtol=1e-6, atol=0)

@@ -120,7 +120,7 @@ def test_fake_score_takes_the_gradient_of_its_denoising_loss() -> None:
     ctx = by_hand.context(0)
     draw = by_hand.pick(by_hand.rollout(ctx), ctx)
     loss = DMD().fake_loss(draw, by_hand.backend.fake_score, ctx).loss.mean()
-    grads = torch.autograd.grad(loss, list(by_hand.fake_score.parameters.values()))
+    grads = torch.autograd.grad(loss, list(by_hand.fake_learners[0].parameters.values()))
     found = -step_of(trainer(prepared(DoubleToy)), "fake_score")
     assert_same(found, torch.cat([grad.flatten() for grad in grads]), 1e-6)  # its error is taken in float32
 

@@ -1,0 +1,83 @@
+"""Names of metrics: what each means, which way is better, and how it is called in the log."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, or a group of them that begin alike.
+
+    Attributes:
+        title: For people.
+        meaning: In a sentence or two.
+        better: "higher", "lower", or "" where neither is.
+    """
+
+    title: str
+    meaning: str
+    better: str = ""
+
+
+# By name, or by what comes before the slash.
+METRICS = {
+    "accuracy": Metric(
+        "Accuracy", "Share of images in which an independent judge sees what the prompt asks for.", "higher"
+    ),
+    "frechet_distance": Metric(
+        "Frechet distance",
+        "Distance between Gaussians fitted to the judge's features of real images and of samples. Its noise depends on "
+        "the number of samples; compare columns of the same number only.",
+        "lower",
+    ),
+    "precision": Metric(
+        "Precision",
+        "Share of samples that lie among real images, by balls that reach to the third nearest neighbour.",
+        "higher",
+    ),
+    "recall": Metric(
+        "Recall",
+        "Share of real images that lie among samples, by balls that reach to the third nearest neighbour.",
+        "higher",
+    ),
+    "inception_score": Metric(
+        "Inception score",
+        "Of the judge, from 1 to the number of classes. It is high if the judge is sure of each image and sees all "
+        "classes equally often.",
+        "higher",
+    ),
+    "reward": Metric(
+        "Rewards",
+        "Mean of each reward as its model returns it; total is the weighted sum that was trained on.",
+        "higher",
+    ),
+    "eval_reward": Metric(
+        "Held-out rewards", "Rewards that only measure: the student was not trained on them.", "higher"
+    ),
+    "loss": Metric(
+        "Losses", "Of the fake score, of distribution matching (a monitor), and of each objective.", "lower"
+    ),
+    "grad_norm": Metric("Gradient norms", "Of each trained role, before clipping."),
+    "reward_weighted": Metric("Weighted rewards", "Each reward times its weight in the sum."),
+    "tilt": Metric("RT-DM", "Effective sample size, greatest weight and clipped share of the samples' weights."),
+    "dyna": Metric("DynaDG", "Share of the fake score's adapter in the teacher."),
+    "learning_rate": Metric("Learning rate", "Of the student."),
+    "seconds": Metric("Seconds", "Of a training step."),
+}
+CURVES = ("loss", "reward", "eval_reward", "grad_norm")  # groups that a report shows open, in this order
+
+
+def metric(name: str) -> Metric | None:
+    """The metric of this name, or the group that it belongs to."""
+    return METRICS.get(name) or METRICS.get(name.partition("/")[0])
+
+
+def meanings(names: Iterable[str]) -> list[Metric]:
+    """Each metric that the names speak of, once, in the order of the table."""
+    there = {id(found) for name in names if (found := metric(name))}
+    return [each for each in METRICS.values() if id(each) in there]
+
+
+def logged(name: str) -> str:
+    """How an evaluation's metric is called in the log, where `reward/...` is of the training batch."""
+    return name if name.startswith("eval_reward/") else f"eval/{name.removeprefix('reward/')}"

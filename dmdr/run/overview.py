@@ -1,0 +1,62 @@
+"""What a run is about to do, in a few lines: for its log, its report and --dry_run."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from dmdr.protocols import OwnLearner
+from dmdr.run.job import Job
+from dmdr.run.plan import Stage
+
+
+def overview(job: Job, own: Sequence[OwnLearner] = (), *, precision: str, device: str) -> dict[str, str]:
+    """Title -> text.
+
+    Args:
+        job: Its backend is prepared.
+        own: What matching and objectives train beside student and fake score.
+        precision: Of the networks.
+        device: Where the main process runs.
+    """
+    config, plan, family, backend = job.config, job.plan, job.settings.family, job.backend
+    trained = {"student": backend.parameters("student"), "fake score": backend.parameters("fake_score")}
+    trained |= {each.name: dict(each.parameters) for each in own}
+    low, high = plan.guidance
+    guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
+    lines = {
+        "model": config.model,
+        "family": family.name,
+        "trained parameters": ", ".join(f"{name} {_count(parameters):,}" for name, parameters in trained.items()),
+        "update": str(plan.batch),
+        "student": f"{plan.num_inference_steps} steps, trained at eta {job.sampler.eta:g}, used at eta "
+        f"{job.user_sampler.eta:g}",
+        "matching": f"{config.matching}, {plan.rounds} updates of the fake score for each of the student"
+        if plan.matches
+        else "none: RL only",
+        "teacher's guidance": guidance,
+        "precision": precision,
+        "device": device if plan.batch.processes == 1 else f"{plan.batch.processes} processes, the first on {device}",
+    }
+    lines |= {f"stage {stage.number}": _stage(job, stage) for stage in plan.stages}
+    return lines | {"evaluation": _evaluation(job)}
+
+
+def _count(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def _stage(job: Job, stage: Stage) -> str:
+    weight = job.config.sample_weight if stage.sample_weight else ""
+    return f"{stage}" + (f", samples weighted by {weight}" if weight else "")
+
+
+def _evaluation(job: Job) -> str:
+    config = job.config
+    if not config.num_eval_samples:
+        return "none; --num_eval_samples asks for it"
+    what = [*(f"reward {name}" for name in (job.rewards.parts if job.rewards else ()))]
+    what += [f"held-out reward {name}" for name in (job.eval_rewards.parts if job.eval_rewards else ())]
+    if job.model and job.model.judge is not None:
+        what.insert(0, "the model's judge")
+    often = f", and every {config.eval_steps} updates" if config.eval_steps else ""
+    return f"{config.num_eval_samples} samples after each stage{often}: {', '.join(what) or 'nothing to measure with'}"

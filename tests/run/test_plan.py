@@ -1,0 +1,164 @@
+"""The plan of a run: its batch, lengths and schedules, from settings alone; and what of them a run logs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmdr.errors import ConfigError
+from dmdr.run.job import planned
+from dmdr.run.plan import Plan
+from dmdr.run.run import train
+from dmdr.settings.parse import parse
+
+FEW: dict[str, Any] = {
+    "model": "toy",
+    "rl": "0.5*refl",
+    "reward": "toy",
+    "stage1_steps": 1,
+    "stage2_steps": 6,
+    "rl_weight": 0.6,
+    "per_device_train_batch_size": 4,
+    "fake_updates": 1,
+    "logging_steps": 1,
+    "sample_steps": 0,
+    "sample_images": 1,
+    "teacher_steps": 1,
+    "report_to": "none",
+}
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def plan(processes: int = 1, **settings: Any) -> Plan:
+    return planned(parse(settings=FEW | settings), processes)[0]
+
+
+# --- Batch and lengths ----------------------------------------------------------------------------------------------
+
+
+def test_the_batch_is_of_all_processes() -> None:
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 2}
+    batch = plan(2, **settings).batch
+    assert (batch.micro, batch.accumulated, batch.processes, batch.group, batch.whole) == (4, 3, 2, 2, 24)
+    assert str(batch) == "24 images (4 a pass x 3 passes x 2 processes), 2 of each prompt"
+    assert str(plan().batch) == "4 images (4 a pass), 1 of each prompt"
+
+
+def test_an_objective_that_compares_a_batch_counts_all_processes() -> None:
+    alone = {"rl": "rwr", "per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match="--per_device_train_batch_size of at least 2 in all processes together, not"):
+        plan(1, **alone)
+    assert plan(2, **alone).batch.whole == 2
+
+
+def test_rounds_updates_and_rollouts() -> None:
+    both = plan(fake_updates=5, stage1_steps=7, stage2_steps=6)
+    assert (both.matches, both.rounds, both.updates, both.rollouts) == (True, 5, 13, 65)
+    given = plan(fake_updates=5, stage1_steps=7, init_student="x")  # which needs no stage 1
+    assert (given.matches, given.rounds, given.updates, given.rollouts) == (True, 5, 6, 30)
+    alone = plan(fake_updates=5, dmd_weight=0.0, init_student="x")  # there is no fake score to catch up
+    assert (alone.matches, alone.rounds, alone.updates, alone.rollouts) == (False, 1, 6, 6)
+
+
+def test_steps_of_the_student_and_the_teachers_guidance() -> None:
+    assert (plan().num_inference_steps, plan().times) == (4, None)
+    assert (plan(sigmas=[1.0, 0.5]).num_inference_steps, plan(sigmas=[1.0, 0.5]).times) == (2, (1.0, 0.5))
+    told = plan(timesteps=[999, 500, 250])
+    assert (told.num_inference_steps, told.times) == (3, (0.999, 0.5, 0.25))
+    assert plan(guidance_scale=4.0, guidance_jitter=0.5).guidance == (3.5, 4.5)
+    assert plan(guidance_scale=1.0, guidance_jitter=0.5).guidance == (1.0, 1.0)
+
+
+def test_roles_are_those_that_objectives_need() -> None:
+    assert plan().roles == ("student", "fake_score")
+    groups = {"num_generations": 2, "rl": "grpo+0.1*dpo"}
+    assert plan(**groups, grpo_beta=0.1).roles == ("student", "fake_score", "reference")
+
+
+# --- Stages ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_has_what_is_its_own() -> None:
+    settings = {"stage1_steps": 4, "learning_rate": 1e-3, "fake_learning_rate": 2e-3, "stage2_learning_rate": None}
+    decay = {"lr_scheduler_type": "linear", "warmup_steps": 1}
+    first, second = plan(**settings, **decay, dyna_steps=2, dyna_guidance=0.5, dyna_renoise=[3.0, 2.0]).stages
+    assert [(stage.number, stage.steps, stage.first_step) for stage in (first, second)] == [(1, 4, 0), (2, 6, 4)]
+
+    assert [first.learning_rate(step) for step in range(4)] == pytest.approx([5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    half = [2.5e-4, *(5e-4 * (1 - step / 5) for step in range(5))]  # half the rate, over the six steps of its own
+    assert [second.learning_rate(step) for step in range(6)] == pytest.approx(half)
+    for stage in (first, second):
+        assert [stage.fake_learning_rate(step) for step in (0, 3)] == [2e-3, 2e-3]
+        assert stage.dmd_weight(0) == 1
+
+    assert first.objectives == () and [first.rl_weight(step) for step in range(4)] == [0] * 4
+    assert [(term.name, term.weight) for term in second.objectives] == [("refl", 0.5)]
+    assert second.rl_weight(5) == 0.6
+    assert type(first.sample_weight).__name__ == "RewardTilt" and second.sample_weight is None
+
+    assert [first.fake_mix(step) for step in range(3)] == pytest.approx([0.5, 0.25, 0])
+    assert [first.renoise(step) for step in (0, 2)] == [(3, 2), (1, 1)]
+    assert second.fake_mix(0) == 0 and second.renoise(0) == (1, 1)
+
+
+def test_rates_of_stage_2_may_be_its_own() -> None:
+    _, second = plan(stage2_learning_rate=3e-4, stage2_fake_learning_rate=4e-4).stages
+    assert (second.learning_rate(0), second.fake_learning_rate(0)) == (3e-4, 4e-4)
+
+
+def test_stages_without_updates_are_left_out() -> None:
+    assert [stage.number for stage in plan().stages] == [1, 2]
+    assert [stage.number for stage in plan(stage2_steps=0).stages] == [1]
+    for settings in ({"stage1_steps": 0}, {"init_student": "x"}):
+        (stage,) = plan(**settings).stages
+        assert (stage.number, stage.steps, stage.first_step) == (2, 6, 0)
+
+
+def test_what_is_switched_off_is_not_there() -> None:
+    assert plan(rl_weight=0.0).stages[1].objectives == ()
+    for settings in ({"reward_tilt": 0.0}, {"sample_weight": "none"}):
+        assert plan(**settings).stages[0].sample_weight is None
+    assert plan(rl="none", reward="none").stages[0].sample_weight is None
+
+
+def test_a_stage_says_what_it_does() -> None:
+    first, second = plan(rl_weight_schedule="cosine", rl_warmup_steps=2, stage2_learning_rate=1e-4).stages
+    assert str(first) == (
+        "1 updates, learning rate 0.001, DMD x 1, samples weighted by reward (RT-DM), DynaDG for 1, DynaRS for 1"
+    )
+    assert str(second) == "6 updates, learning rate 0.0001, DMD x 1, RL (0.5 refl) x 0.6, warm-up of 2, cosine to 0"
+
+
+# --- The weight of the objectives over a run ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"rl_warmup_steps": 2}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ({"rl_weight_schedule": "linear"}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ({"rl_weight_schedule": "linear", "rl_warmup_steps": 2}, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+        (
+            {"rl_weight_schedule": "cosine", "rl_warmup_steps": 2},
+            [1 / 3, 2 / 3, *((1 + math.cos(math.pi * step / 4)) / 2 for step in range(4))],
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_the_weight_of_an_objective_follows_its_schedule(
+    tmp_path: Path, settings: dict[str, Any], share: list[float]
+) -> None:
+    folder = train(**FEW | settings, output_dir=str(tmp_path / "run"), save_steps=4, save_total_limit=None)
+
+    def weights() -> list[float | None]:
+        lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+        return [line.get("refl/weight") for line in lines]
+
+    logged = weights()
+    assert logged[0] is None  # stage 1 has no objective
+    assert logged[1:] == pytest.approx([0.6 * 0.5 * part for part in share])
+    train(**FEW | settings, resume_from_checkpoint=str(folder / "checkpoints" / "step-000004"))
+    assert weights() == logged
