@@ -17,6 +17,7 @@ from dmdr.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "examples" / "plugin_template"
 Shell = Callable[..., str]
+pytestmark = pytest.mark.timeout(580)  # a test here starts up to ten programs, each of which imports torch
 
 
 @pytest.fixture(scope="module")
