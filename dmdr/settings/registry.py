@@ -289,7 +289,8 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
                     "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
                 )
     protocol = _protocol(group)
-    missing = [name for name in (*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)) if not _has(target, name)]
+    missing = [name for name in READ_OFF_THE_CLASS.get(group, ()) if getattr(target, name, None) is None]
+    missing += [name for name in _promised(protocol) if not _has(target, name)]
     problem = f"has no {' and no '.join(missing)}" if missing else _no_value(group, target) or misfit(target, protocol)
     for method in OPTIONAL.get(group, ()):
         problem = problem or (_refusal(target, method, ["ctx"], []) if hasattr(target, method) else None)
