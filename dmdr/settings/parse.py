@@ -202,7 +202,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
             recipe |= per_objective.get(plugin.name, {})
     asked = {"model": model.typed, "backend": where["backend"]}
     moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in asked.items())
-    dropped = {key for key in given if key in in_file and _is_stale(key, in_file, chosen, moved)}
+    dropped = {key for key in in_file if key not in settings and _is_stale(key, in_file, chosen, moved)}
     given = {key: value for key, value in given.items() if key not in dropped}
     config, plugins = _parse(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)
     resolved = Settings(config, model, plugins)
