@@ -436,8 +436,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if "-" not in name[2:]]
-        kinds: dict[Any, str] = {int: "INT", float: "FLOAT"}
-        kind = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else kinds.get(action.type, "TEXT")
+        kinds = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
+        # of a value that may be none, the type is a function with the type's name
+        kind = kinds.get(getattr(action.type, "__name__", ""), "TEXT")
+        if action.choices:
+            kind = "{" + ",".join(map(str, action.choices)) + "}"
         if action.nargs in ("?", 0):
             return ", ".join(names)
         return f"{', '.join(names)} {kind}{' ...' if action.nargs in ('+', '*') else ''}"
