@@ -202,7 +202,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
             recipe |= per_objective.get(plugin.name, {})
     asked = {"model": model.typed, "backend": where["backend"]}
     moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in asked.items())
-    dropped = {key for key in given if key in in_file and _is_stale(key, in_file, chosen, moved)}
+    dropped = {key for key in in_file if key not in settings and _is_stale(key, in_file, chosen, moved)}
     given = {key: value for key, value in given.items() if key not in dropped}
     config, plugins = _parse(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)
     resolved = Settings(config, model, plugins)
@@ -436,8 +436,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if "-" not in name[2:]]
-        kinds: dict[Any, str] = {int: "INT", float: "FLOAT"}
-        kind = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else kinds.get(action.type, "TEXT")
+        kinds = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
+        # of a value that may be none, the type is a function with the type's name
+        kind = kinds.get(getattr(action.type, "__name__", ""), "TEXT")
+        if action.choices:
+            kind = "{" + ",".join(map(str, action.choices)) + "}"
         if action.nargs in ("?", 0):
             return ", ".join(names)
         return f"{', '.join(names)} {kind}{' ...' if action.nargs in ('+', '*') else ''}"
