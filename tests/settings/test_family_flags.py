@@ -220,7 +220,7 @@ def test_help_shows_a_familys_flags_where_a_model_is_named(
     for flag in (*flags, "--shift FLOAT", "--resolution INT", "--zero_empty_prompt BOOL"):
         assert flag in own
     assert "Rank of the student's LoRA. (default: 64)" in own  # of a base of its options
-    assert "--eta" not in text and "--seed INT of everything" in text
+    assert "--eta" not in text and "--seed INT seed of all random numbers" in text
     toy = shown(capsys, "--model", "toy", "-h", "all")
     assert "model family ToyPipeline: --shift FLOAT" in toy and "--lora_rank" not in toy and "--eta FLOAT" in toy
 
