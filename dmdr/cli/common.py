@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from dmdr.rewards import Rewards
+    from dmdr.settings.chosen import Chosen
     from dmdr.settings.fields import RewardFlags
-    from dmdr.settings.parse import Chosen
 
 
 class CommandParser(Refusing, argparse.ArgumentParser):

@@ -10,8 +10,9 @@ from typing import Any
 
 from dmdr.cli.common import command, open_rewards
 from dmdr.errors import ConfigError
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import REQUIRED, RewardFlags, flag
-from dmdr.settings.parse import Chosen, parse_command
+from dmdr.settings.parse import parse_command
 
 DESCRIPTION = "Score a folder of images: a CSV, and a table of means. Rewards resize as their published evaluations do."
 

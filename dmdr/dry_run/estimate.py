@@ -7,6 +7,7 @@ beside a network's, lie on the CPU and have values, so that whatever looks at th
 """
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -106,7 +107,8 @@ def estimate(settings: Settings) -> Estimate:
     """
     check_tracker(settings.config)
     choose_folder(settings.config)
-    job = _weightless(assemble(settings))
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it; one of them is followed
+    job = _weightless(assemble(settings, processes))
     try:
         return _simulated(job)
     except ConfigError:
@@ -161,7 +163,8 @@ def _simulated(job: Job) -> Estimate:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter))
         # Further updates of the fake score find the same tensors alive.
-        dry = replace(job, plan=replace(job.plan, rounds=1), backend=Bridge(backend))
+        plan = replace(job.plan, rounds=1, batch=replace(job.plan.batch, processes=1))
+        dry = replace(job, plan=plan, backend=Bridge(backend))
         trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False))
         trainer: Trainer | None = None
         for stage in job.plan.stages:

@@ -10,8 +10,9 @@ from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, Name
 from dmdr.rewards import Rewards
 from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
-from dmdr.settings.parse import Chosen, Settings
+from dmdr.settings.parse import Settings
 from dmdr.settings.verify import check_columns, check_needs, needs_of
 from dmdr.training.objectives import WeightedObjective
 

@@ -297,8 +297,9 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
                     "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
                 )
     protocol = _protocol(group)
-    promised = dict.fromkeys((*READ_OFF_THE_CLASS.get(group, ()), *_promised(protocol)))
-    missing = [name for name in promised if not _has(target, name)]
+    read = READ_OFF_THE_CLASS.get(group, ())
+    missing = [name for name in read if getattr(target, name, None) is None]
+    missing += [name for name in _promised(protocol) if name not in read and not _has(target, name)]
     problem = f"has no {' and no '.join(missing)}" if missing else _no_value(group, target) or misfit(target, protocol)
     for optional in _optional(group):
         problem = problem or misfit(target, optional, only_present=True)

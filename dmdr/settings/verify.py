@@ -6,8 +6,8 @@ from typing import Any
 from dmdr.errors import ConfigError
 from dmdr.prompts import Row
 from dmdr.protocols import Needs
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
-from dmdr.settings.parse import Chosen
 
 
 def needs_of(who: str, part: Any) -> Needs:

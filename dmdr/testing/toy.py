@@ -54,16 +54,16 @@ def toy_trainer(
     backend.prepare(accelerator, roles=("student", "fake_score", *dict.fromkeys(roles)))
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
-    def learner(name: str, parameters: Mapping[str, nn.Parameter], rate: float) -> Learner:
+    def learner(name: str, parameters: Mapping[str, nn.Parameter], rate: float, owner: str = "") -> Learner:
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        return Learner(name, dict(parameters), optimizer, schedule, accelerator, scaler, max_grad_norm=1e9)
+        return Learner(name, parameters, optimizer, schedule, accelerator, scaler, max_grad_norm=1e9, owner=owner)
 
     student = learner("student", backend.parameters("student"), learning_rate)
     fake_score = learner("fake_score", backend.parameters("fake_score"), learning_rate)
     own = {
         term.name: [
-            learner(each.name, each.parameters, each.learning_rate)
+            learner(each.name, each.parameters, each.learning_rate, f"objective '{term.name}'")
             for each in term.objective.learners(backend, accelerator.device)
         ]
         for term in objectives

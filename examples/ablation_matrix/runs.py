@@ -13,8 +13,9 @@ import yaml
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import checkpoints
 from dmdr.run.job import open_prompts, planned
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
-from dmdr.settings.parse import Chosen, Settings, parse
+from dmdr.settings.parse import Settings, parse
 from dmdr.settings.verify import check_columns
 
 from .metrics import short

@@ -19,8 +19,9 @@ from dmdr.evaluation import scoring
 from dmdr.prompts import Row
 from dmdr.rewards import RewardError, Rewards
 from dmdr.run.job import build_rewards
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import REQUIRED, RewardFlags, flag
-from dmdr.settings.parse import Chosen, parse_command
+from dmdr.settings.parse import parse_command
 
 MODULE = '''
 from dataclasses import dataclass

@@ -20,8 +20,8 @@ from torch import Tensor
 from dmdr import train
 from dmdr.errors import ConfigError
 from dmdr.protocols import Reward
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.functions import as_reward
-from dmdr.settings.parse import Chosen
 from dmdr.settings.verify import check_columns
 
 PROMPTS = ["a", "bb", "ccc"]

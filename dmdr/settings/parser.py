@@ -1,0 +1,208 @@
+"""Command lines: argparse on dataclasses, the flags of plugins among them, and the help."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import typing
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+from trl import TrlParser
+
+from dmdr.errors import ConfigError, Refusing
+from dmdr.settings import registry
+from dmdr.settings.chosen import Chosen, flags_of_all
+from dmdr.settings.fields import COMMON, TOPICS, Config, check_types
+
+
+def parse_flags(
+    command: type[Any],
+    chosen: Sequence[Chosen],
+    arguments: Sequence[str],
+    given: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    whole: bool = True,
+    **about: str,
+) -> tuple[Any, tuple[Chosen, ...]]:
+    """The values of a command's flags and of those of its plugins: `arguments` over `given` over `recipe`."""
+    options, short = _plugin_options(command, chosen)
+    given, recipe = ({short.get(key, key): value for key, value in values.items()} for values in (given, recipe))
+    parser = Parser(command, options, whole=whole, **about)
+    parser.group_by_plugin(chosen)
+    known = [f.name for kind in (command, options) for f in dataclasses.fields(kind)] + list(short)
+    parser.set_defaults_with_config(**recipe)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown setting '{key}'{_hint(str(key), known, chosen)}")
+    parser.set_defaults_with_config(**given)
+    config, values, _, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flag = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        hint = _hint(flag, known, chosen) if unknown[0].startswith("-") else ""
+        raise ConfigError(f"unknown argument {unknown[0]}{hint}")
+    check_types(values)
+    config.validate()
+    plugins = tuple(
+        dataclasses.replace(
+            plugin,
+            options={
+                f.name: getattr(values, plugin.key(f.name))
+                for f in dataclasses.fields(plugin.flags)
+                if f.init and hasattr(values, plugin.key(f.name))
+            },
+        )
+        for plugin in chosen
+    )
+    return config, plugins
+
+
+def _hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen]) -> str:
+    """The full names of a plugin's flag that has no short one, or else the known flag that is most like it."""
+    full = [plugin.key(f.name) for plugin in chosen for f in dataclasses.fields(plugin.flags) if f.name == flag]
+    full = [key for key in full if key in known]
+    if full:
+        return f" (write {' or '.join(f'--{key}' for key in full)})"
+    return _owners(flag, chosen) or registry.suggest(flag, list(known))
+
+
+def _owners(flag: str, chosen: Sequence[Chosen]) -> str:
+    """Which other model families, matchings and so on have a flag of this name."""
+    names, said = {part.group: part.name for part in chosen}, []
+    for group in ("backends", "matchings", "sample_weights"):
+        who = [name for name, flags in flags_of_all(group).items() if any(f.name == flag for f in flags)]
+        if who:
+            cure = ", so leave it out" if group == "backends" else ""
+            noun, here = registry.NOUNS[group], names.get(group, "none")
+            said.append(f"{noun} with this flag: {', '.join(who)}; this run's is {here}{cure}")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
+    """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous.
+
+    Rewards that only measure have no short names, and take none from the others.
+    """
+    core = {f.name for f in dataclasses.fields(command)}
+    own = core | {"help", "config"}
+    flags = [
+        (plugin, f)
+        for plugin in chosen
+        for f in dataclasses.fields(plugin.flags)
+        if f.init and not (plugin.group == "backends" and f.name in core)  # which it is given by the core
+    ]
+    full = Counter(plugin.key(f.name) for plugin, f in flags)
+    count = Counter(f.name for plugin, f in flags if plugin.group != "eval_rewards")
+    fields: list[tuple[str, Any, Any]] = []
+    short: dict[str, str] = {}
+    read = {plugin.flags: (typing.get_type_hints(plugin.flags), _help_of(plugin.flags)) for plugin in chosen}
+    for plugin, f in flags:
+        hints, help_texts = read[plugin.flags]
+        key = plugin.key(f.name)
+        if full[key] > 1:
+            raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
+        if key in own:
+            raise ConfigError(
+                f"{plugin.group[:-1]} '{plugin.name}' has a field '{f.name}', and --{key} is a flag of dmdr"
+            )
+        metadata: dict[str, Any] = {"help": help_texts.get(f.name, "")}
+        if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in own | full.keys():
+            short[f.name] = key
+            metadata["aliases"] = [f"--{f.name}"]
+        copy = field(default=f.default, default_factory=f.default_factory, metadata=metadata, kw_only=True)
+        fields.append((key, hints[f.name], copy))
+    options = dataclasses.make_dataclass("PluginOptions", fields)
+    return options, short
+
+
+def _help_of(cls: type) -> dict[str, str]:
+    """Field descriptions from the `Attributes:` sections of a class and its bases; a subclass's text wins."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:")
+        found |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in found.items()}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One line a flag: its name as it is documented (hyphens for _ work, too), and what kind of value it takes."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        kinds = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
+        # of a value that may be none, the type is a function with the type's name
+        kind = kinds.get(getattr(action.type, "__name__", ""), "TEXT")
+        if action.choices:
+            kind = "{" + ",".join(map(str, action.choices)) + "}"
+        if action.nargs in ("?", 0):
+            return ", ".join(names)
+        return f"{', '.join(names)} {kind}{' ...' if action.nargs in ('+', '*') else ''}"
+
+
+class Parser(Refusing, TrlParser):
+    """TRL's parser (flags and YAML into dataclasses) whose errors are ours and which guesses no abbreviations.
+
+    Args:
+        types: The command's dataclass, and that of its plugins' flags.
+        whole: Show every flag in the help, not just the common ones.
+    """
+
+    def __init__(self, *types: Any, whole: bool = True, **about: str) -> None:
+        about["usage"] = f"{about['prog']} [--config YAML] [--NAME VALUE ...]"
+        super().__init__(types, allow_abbrev=False, formatter_class=_Help, **about)
+        self.add_argument_group("settings").add_argument(
+            "--config", metavar="YAML", help="settings; flags override them"
+        )
+        self._own = {f.name for f in dataclasses.fields(types[0])}
+        if types[0] is Config:
+            for action in [action for action in self._actions if action.dest in TOPICS]:
+                self._move(action, "common settings" if action.dest in COMMON else TOPICS[action.dest])
+                if not (whole or action.dest in COMMON):
+                    action.help = argparse.SUPPRESS
+
+    def group_by_plugin(self, chosen: Sequence[Chosen]) -> None:
+        """Show the flags of each plugin under its name."""
+        titles = {
+            plugin.key(f.name): f"{registry.NOUNS[plugin.group]} {plugin.name}"
+            for plugin in chosen
+            for f in dataclasses.fields(plugin.flags)
+        }
+        for action in self._actions:
+            if action.dest in titles and action.dest not in self._own:
+                self._move(action, titles[action.dest])
+
+    def _move(self, action: argparse.Action, title: str) -> None:
+        for group in self._action_groups:
+            if action in group._group_actions:
+                group._group_actions.remove(action)
+        found = next((group for group in self._action_groups if group.title == title), None)
+        (found or self.add_argument_group(title))._group_actions.append(action)
+
+
+def first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:
+    """The few flags that decide which others there are."""
+    parser = _FirstLook(add_help=False, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("--help", "-h", nargs="?", const="common", choices=("common", "all"))
+    for name in ("config", *names):
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if name == "dry_run" else {}
+        parser.add_argument(f"--{name}", **bare)
+    return parser.parse_known_args(arguments)[0]
+
+
+class _FirstLook(Refusing, argparse.ArgumentParser):
+    """Of the flags that it knows."""
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """`--reward -1*hps` as `--reward=-1*hps`: argparse takes such a value for a flag."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--reward", "--eval_reward", "--rl") and re.match(r"-[\d.]", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
