@@ -7,6 +7,7 @@ beside a network's, lie on the CPU and have values, so that whatever looks at th
 """
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -101,7 +102,8 @@ def estimate(settings: Settings) -> Estimate:
     """
     check_tracker(settings.config)
     choose_folder(settings.config)
-    job = _weightless(assemble(settings))
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it, of which one is followed
+    job = _weightless(assemble(settings, processes))
     try:
         return _simulated(job)
     except ConfigError:
@@ -259,7 +261,7 @@ class DryRun(Run):
 
     def __init__(self, job: Job, backend: PipelineBackend) -> None:
         # Further updates of the fake score find the same tensors alive.
-        plan = replace(job.plan, rounds=1)
+        plan = replace(job.plan, rounds=1, batch=replace(job.plan.batch, processes=1))
         config = replace(job.config, mixed_precision="no")
         job = replace(job, plan=plan, settings=replace(job.settings, config=config), backend=Bridge(backend))
         super().__init__(job, Path(), None, None, Process(CPU))
