@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from dmdr.settings.parse import Chosen, Settings, parse
 from dmdr.settings.verify import check_columns
 
 # What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
-STAGE2 = ("rl", "rl_weight", "dmd_weight", "stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate")
+STAGE2 = (
+    *("rl", "rl_weight", "rl_weight_schedule", "rl_warmup_steps", "dmd_weight"),
+    *("stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate"),
+)
 # What a folder is named after; a digest tells of the rest.
 AXES = (
-    *("reward", "dmd_weight", "rl_weight", "reward_tilt", "dyna_guidance", "dyna_renoise"),
+    *("reward", "dmd_weight", "rl_weight", "rt_dm_reward_tilt", "dyna_guidance", "dyna_renoise"),
     *("num_inference_steps", "guidance_scale"),
 )
 # What decides whether the inputs of a run are to be had.
@@ -161,7 +165,8 @@ class Runs:
         config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
         settings = replace(settings, config=config)
         values = values_of(settings)
-        axes = [key for key in AXES if values[key] != self.base[key] and (start or key not in STAGE2)]
+        varied = {key for key in AXES if key in values and values[key] != self.base.get(key)}
+        axes = [key for key in AXES if key in varied and (start or key not in STAGE2)]
         words = [f"{key}_{short(values[key])}" for key in axes] + ["from_export"] * export
         words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
         while len("-".join(words)) > 90 and len(words) > 1:
@@ -181,10 +186,11 @@ def flags(plugin: Chosen) -> list[tuple[str, ...]]:
 
 def plain(settings: Mapping[str, Any]) -> Settings:
     """What a folder's name is silent about: the matrix's own settings, if they make a run, or else the model's."""
-    try:
-        return parse(settings=settings)
-    except ConfigError:  # of which `Runs` tells if it is wrong in a cell
-        return parse(settings={key: value for key, value in settings.items() if key == "model"})
+    models = {key: value for key, value in settings.items() if key == "model"}
+    for some in (settings, models):
+        with suppress(ConfigError):  # of which `Runs` tells if it is wrong in a cell
+            return parse(settings=some)
+    return parse(settings={})
 
 
 def digest(settings: Settings) -> str:
