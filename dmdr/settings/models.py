@@ -47,6 +47,8 @@ class Model:
         """
         if revision and (self.cls or Path(self.typed).exists()):
             raise ConfigError(f"--revision {revision}: --model {self.typed} is not on the hub, where revisions are")
+        if architecture and not (Path(architecture) / "model_index.json").is_file():
+            raise ConfigError(f"--architecture {architecture} is no pipeline's folder (no model_index.json)")
         if backend:
             if not self.cls:
                 pipeline_class(architecture or self.typed, revision)  # refuses what is no pipeline

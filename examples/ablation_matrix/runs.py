@@ -166,8 +166,9 @@ class Runs:
         config = replace(settings.config, seed=seed, init_student=None if place is None else str(place))
         settings = replace(settings, config=config)
         values = values_of(settings)
-        axes = [key for key in AXES if values.get(key) != self.base.get(key) and (start or key not in STAGE2)]
-        words = [f"{key}_{short(values.get(key))}" for key in axes] + ["from_export"] * export
+        varied = {key for key in AXES if key in values and values[key] != self.base.get(key)}
+        axes = [key for key in AXES if key in varied and (start or key not in STAGE2)]
+        words = [f"{key}_{short(values[key])}" for key in axes] + ["from_export"] * export
         words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
         while len("-".join(words)) > 90 and len(words) > 1:
             words.pop()  # the digest tells of it

@@ -155,7 +155,9 @@ def test_published_models_have_their_published_size(cls: Any, config: Mapping[st
 
 def settings_of(given: Mapping[str, Any], tmp_path: Path) -> dict[str, Any]:
     few = {"num_inference_steps": 2, "lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2, "fake_updates": 1}
-    where = {"output_dir": str(tmp_path / "run"), "report_to": "none", "prompt_cache": str(tmp_path / "prompts")}
+    where = {"output_dir": str(tmp_path / "run"), "report_to": "none"}
+    if "sit" not in Path(str(given.get("model"))).name:  # which has no texts
+        where["prompt_cache"] = str(tmp_path / "prompts")
     return few | where | {"reward": "none" if given.get("rl", "none") == "none" else "toy"} | dict(given)
 
 
@@ -218,6 +220,20 @@ def highest(function: Callable[[], object]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def test_of_several_processes_one_is_estimated(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their batch is that of all, which an objective may need."""
+    given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "stage1_steps": 1, "rl": "rwr"}
+    given |= {"per_device_train_batch_size": 1}
+    with pytest.raises(ConfigError, match="of at least 2 in all processes together, not 1"):
+        dry(given, tmp_path)
+    alone = dry(given | {"per_device_train_batch_size": 2}, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert dry(given | {"per_device_train_batch_size": 2}, tmp_path).phases == alone.phases
+    assert dry(given, tmp_path).phases["stage 2"]["activations"] < alone.phases["stage 2"]["activations"]
 
 
 def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -444,8 +460,8 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "toy"}, "--dry_run builds nothing, and --model toy is built: it needs --architecture"),
-        ({"architecture": "/no/where"}, "no model_index.json"),
+        ({"model": "digits"}, "--dry_run builds nothing, and --model digits is built: it needs --architecture"),
+        ({"architecture": "/no/where"}, r"--architecture /no/where is no pipeline's folder \(no model_index.json\)"),
         ({"rl": "refl", "reward": "none"}, "--rl refl reads a reward: name one with --reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules: .* has no nothing"),
         ({"resolution": 64}, "--resolution|pos_embed_max_size"),
@@ -459,6 +475,12 @@ def test_bad_input_is_refused_in_a_line(
         dry(own | given, tmp_path)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_toy_is_built_too() -> None:
+    said = "--dry_run builds nothing, and --model toy is built: it needs --architecture"
+    with pytest.raises(ConfigError, match=said):
+        estimate(parse(settings={"model": "toy", "dry_run": True}))
 
 
 def test_a_configuration_that_lacks_a_value_is_refused_in_a_line(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -477,7 +499,8 @@ def test_from_python_there_is_no_run_to_return(folders: dict[str, Path]) -> None
 
 
 def test_config_yaml_does_not_hold_it(folders: dict[str, Path]) -> None:
-    settings = parse(settings={"model": str(folders["sd3"]), "architecture": "a", "dry_run": True})
+    place = str(folders["sd3"])
+    settings = parse(settings={"model": place, "architecture": place, "dry_run": True})
     assert not {"dry_run", "architecture"} & set(settings.as_yaml().replace(":", " ").split())
 
 

@@ -441,7 +441,9 @@ def test_a_long_name_ends_with_a_whole_setting(tmp_path: Path, write: Write) -> 
     cell = settings | {"dyna_guidance": 0.123456789, "num_inference_steps": 3, "guidance_scale": 1.23456789}
     run = load(write(blocks={"a": {"cells": {"x": cell}}}), tmp_path).runs[-1]
     words = run.name.split("-")[1:-2]
-    assert words == [f"{key}_{float(cell[key]) if key != 'num_inference_steps' else 3}" for key in cell][: len(words)]
+    full = {"reward_tilt": "rt_dm_reward_tilt"}
+    said = [f"{full.get(key, key)}_{float(cell[key]) if key != 'num_inference_steps' else 3}" for key in cell]
+    assert words == said[: len(words)]
     assert 2 <= len(words) < len(cell)
 
 

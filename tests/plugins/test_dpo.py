@@ -274,6 +274,7 @@ def test_each_update_on_a_rollout_draws_its_own_noise() -> None:
     first = backend.asked.x_t
     objective(draw, ctx)
     assert torch.equal(backend.asked.x_t, first)
+    ctx.iteration = 1
     objective(replace(draw, iteration=1), ctx)
     assert not torch.isclose(backend.asked.x_t, first).any()
 

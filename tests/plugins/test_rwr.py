@@ -156,11 +156,10 @@ def test_refuses(temperature: float) -> None:
         RWR(temperature)
 
 
-def test_refuses_a_batch_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_batch_of_one() -> None:
     """In which nothing could be compared, so that nothing would be trained; of several processes one each will do."""
     settings = {"model": "toy", "rl": "rwr", "reward": "toy", "per_device_train_batch_size": 1}
     with pytest.raises(ConfigError, match=r"--rl rwr compares the images of a batch: it needs .* of at least 2 in all"):
         assemble(parse(settings=settings))
     assemble(parse(settings=settings | {"gradient_accumulation_steps": 2}))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assemble(parse(settings=settings))
+    assemble(parse(settings=settings), processes=2)

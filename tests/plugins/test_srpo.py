@@ -23,7 +23,6 @@ from dmdr.rewards import Rewards
 from dmdr.run.job import planned
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.parse import parse
-from dmdr.training.objectives import WeightedObjective
 from dmdr.training.trainer import Trainer
 from dmdr.types import Condition, Draw, Rollout, Term, terms_of
 from dmdr_digits import Digits
@@ -280,7 +279,6 @@ def test_flags_and_a_reward_without_text_features() -> None:
     (chosen,) = settings.of("objectives")
     objective = chosen.build()
     assert objective == SRPO(positive=["Fine", "CG Render"], direct_align=True)
-    (WeightedObjective("srpo", 1.0, objective),)
     planned(settings)
     settings = parse([*flags, "--reward", "hps+dinov2"])
     with pytest.raises(ValueError, match="--rl srpo needs a reward with text features, and 'dinov2' has none"):
