@@ -299,10 +299,14 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
         ),
         (  # of which only one of the two has this reward
             {
-                "cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}},
+                "cells": {"x": {}, "y": {"rl": "none", "reward": "none", "sample_weight": "none"}},
                 "claims": [CLAIM],
             },
             "block a, claims, cell 'y': unknown metric 'reward/total'",
+        ),
+        (
+            {"cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}}},
+            "cell 'y': unknown setting 'reward_tilt' (sample weight with this flag: rt_dm; this run's is none)",
         ),
     ],
     ids=str,
