@@ -493,6 +493,34 @@ def test_sample_of_an_older_versions_export(call: Call, finished: Path, room: Pa
     assert all(map(np.array_equal, pixels(room / "one"), pixels(room / "two")))
 
 
+DEEP = """
+from dataclasses import dataclass
+from dmdr.backends.toy import ToyBackend, ToyOptions
+
+@dataclass(frozen=True, kw_only=True)
+class DeepOptions(ToyOptions):
+    depth: int
+
+class Deep(ToyBackend):
+    Options = DeepOptions
+
+    def decode(self, latents, *, exact=False):
+        return super().decode(latents * self.options.depth, exact=exact)
+"""
+
+
+def test_a_strangers_family_is_trained_and_sampled(call: Call, room: Path) -> None:
+    """With an option that has no default."""
+    (room / "deep.py").write_text(DEEP)
+    few = flags(rl="none", stage1_steps=2, stage2_steps=0, backend="deep.py:Deep")
+    assert call(train, *few, "--output_dir", "refused")[:2] == (2, "")
+    assert call(train, *few, "--output_dir", "run", "--depth", "0")[0] == 0
+    assert json.loads((room / "run" / "student" / "sampling.json").read_text())["options"]["depth"] == 0
+    assert call(sample, "run", "--prompt", "mode 0")[0] == 0
+    (picture,) = pixels(room / "samples")
+    assert picture[0, 0].tolist() == [128, 128, 128]  # as far right as left
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

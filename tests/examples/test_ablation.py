@@ -299,6 +299,10 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
             },
             "block a, claims, cell 'y': unknown metric 'reward/total'",
         ),
+        (
+            {"cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}}},
+            "cell 'y': unknown setting 'reward_tilt' (sample weight with this flag: rt_dm; this run's is none)",
+        ),
     ],
     ids=str,
 )

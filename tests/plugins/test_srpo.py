@@ -152,7 +152,7 @@ def test_gradient_is_that_of_the_weighted_sum_and_hinges_act_on_each_reward() ->
 
     objective = SRPO(k=0.5, hinge=0.3, **RED_NOT_GREEN)
     first, second = (
-        only(objective(draw, replace(ctx, rewards=Rewards({"one": (w, r)}))))
+        only(objective(draw, replace(ctx, scorer=replace(ctx.scorer, rewards=Rewards({"one": (w, r)})))))
         for w, r in ctx.rewards.parts.values()  # of each alone
     )
     hinged = only(objective(draw, ctx))

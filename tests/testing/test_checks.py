@@ -867,3 +867,29 @@ def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
         pytester, "--dmdr-plugin=ToyPipeline", "--dmdr-model=.", "--dmdr-prompt=mode 1", "--dmdr-prompt=mode 2"
     )
     assert code == 0 and "14 passed" in out, out
+
+
+DEEP = """
+from dataclasses import dataclass
+from dmdr.backends.toy import ToyBackend, ToyOptions
+
+@dataclass(frozen=True, kw_only=True)
+class DeepOptions(ToyOptions):
+    depth: int
+
+class Deep(ToyBackend):
+    Options = DeepOptions
+"""
+
+
+def test_a_backends_options_are_given_as_fields(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(mine=DEEP)
+    arguments = ("--dmdr-plugin=mine.py:Deep", "--dmdr-model=.", "--dmdr-prompt=mode 1", "-k", "decode")
+    code, out = check(pytester, *arguments, "--dmdr-option=depth=3", "--dmdr-option=shift=2.0")
+    assert code == 0 and "passed" in out, out
+    code, out = check(pytester, *arguments)
+    assert code == 4
+    assert "it cannot be built: TypeError: " in out
+    assert "--dmdr-option KEY=VALUE sets its fields: shift, seed, depth" in out
+    code, out = check(pytester, *arguments, "--dmdr-option=depth=deep")
+    assert code == 4 and "--dmdr-option depth must be a whole number, not 'deep'" in out
