@@ -191,7 +191,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     run = Run(job, tmp_path / "run", None, None)
     backend.prepare(run.accelerator, roles=("student", "fake_score", *combined_needs(job.objectives).roles))
     trainer = run.trainers.of(job.plan.stages[0])
-    for learner in (trainer.student, trainer.fake_score):
+    for learner in trainer.learners.values():
         for group in learner.optimizer.param_groups:
             group["foreach"] = True  # as on CUDA
     trainer.train_step()
@@ -449,7 +449,8 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
     code, out, err = call("--dry_run")
     assert code == 0, err
     lines = out.strip().splitlines()
-    assert lines[0].endswith("16 px, batch 4, bfloat16, one process")
+    assert lines[0].startswith("model: ") and any(line.startswith("stage 1: ") for line in lines)
+    assert any(line.endswith("16 px, batch 4, bfloat16, one process") for line in lines)
     assert lines[-1] == "nothing was loaded, nothing was written"
     totals = [float(line.split()[-1]) for line in lines if line.startswith("total with")]
     assert len(totals) == 3 and totals == sorted(totals)
@@ -508,7 +509,7 @@ def test_config_yaml_does_not_hold_it(folders: dict[str, Path]) -> None:
 
 
 def test_further_backbones_are_frozen_copies() -> None:
-    found = Estimate("", {}, {"prompts": {"a": 18}, "stage 1": {"network, frozen": 10, "activations": 5}}, 1, 10)
+    found = Estimate({}, "", {}, {"prompts": {"a": 18}, "stage 1": {"network, frozen": 10, "activations": 5}}, 1, 10)
     assert [found.total(n) for n in (None, 1, 2, 3)] == [18, 18, 25, 35]
 
 

@@ -211,7 +211,9 @@ def texts_of(objective: SRPO, count: int, **draw: Any) -> tuple[list[str], list[
     """The positive and negative texts of `count` samples."""
     reward = Colour(dict.fromkeys([*objective.positive, *objective.negative, ""], RED))
     images = torch.rand(count, 3, 2, 2)
-    only(objective(draw_of(images, [f"p{i}" for i in range(count)], **draw), context(Rewards({"c": (1.0, reward)}))))
+    ctx = context(Rewards({"c": (1.0, reward)}))
+    ctx.random = replace(ctx.random, iteration=draw.get("iteration", 0))
+    only(objective(draw_of(images, [f"p{i}" for i in range(count)], **draw), ctx))
     return reward.texts[:count], reward.texts[count:]
 
 
@@ -377,6 +379,7 @@ def test_random_numbers_are_keyed_by_sample_and_use() -> None:
 
     parts = torch.cat([losses(part) for part in draw.split(3)], 1)
     torch.testing.assert_close(parts, losses(draw))
+    ctx.iteration = 1
     again = losses(replace(draw, iteration=1))
     assert ((again - parts).abs() > 1e-6).all()
 

@@ -170,6 +170,7 @@ def test_run_folder_holds_what_it_promises(whole: Path) -> None:
         "config.yaml",
         "evaluation.json",
         "metrics.jsonl",
+        "overview.json",
         "report.html",
         "samples",
         "student",
