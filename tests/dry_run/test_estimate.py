@@ -460,7 +460,10 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "digits", "rl": "none"}, "--dry_run builds nothing, and --model digits is built: it needs --architecture"),
+        (
+            {"model": "digits", "rl": "none"},
+            "--dry_run builds nothing, and --model digits is built: it needs --architecture",
+        ),
         ({"architecture": "/no/where"}, r"--architecture /no/where is no pipeline's folder \(no model_index.json\)"),
         ({"rl": "refl", "reward": "none"}, "--rl refl reads a reward: name one with --reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules: .* has no nothing"),
