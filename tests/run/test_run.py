@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from dmdr.matching import DMD
 from dmdr.run.checkpoint import checkpoints, read_progress
 from dmdr.run.run import Trainer, train
 from dmdr.settings.parse import parse
+from old_files import old_config
 
 # A schedule that moves with the step, so that a resumed run at the wrong one would show.
 FAST: dict[str, Any] = {
@@ -422,6 +424,19 @@ def test_resuming_from_a_saved_step(whole: Path, copy: Path, step: int) -> None:
     assert steps(copy) == LOGGED
     for line in lines(copy):
         assert line | {"seconds": 0} == before[line["step"]] | {"seconds": 0}
+
+
+def test_a_run_of_an_older_version_goes_on(whole: Path, copy: Path) -> None:
+    """Its config.yaml holds the flags of all families."""
+    now = yaml.safe_load((whole / "config.yaml").read_text())
+    old = old_config("toy")
+    assert {"lora_rank", "reward_tilt"} <= old.keys() - now.keys()
+    old |= {name: value for name, value in now.items() if name in old or name.startswith("refl_")}
+    (copy / "config.yaml").write_text(yaml.safe_dump(old))
+    shutil.rmtree(copy / "student")
+    train(resume_from_checkpoint=str(copy / "checkpoints" / "step-000004"))
+    assert same(student(copy), student(whole))
+    assert (copy / "config.yaml").read_text() == (whole / "config.yaml").read_text()
 
 
 def test_weight_and_matching_that_keep_a_state_go_on_to_the_same_bits(
