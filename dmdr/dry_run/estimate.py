@@ -10,7 +10,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -130,7 +130,7 @@ def _weightless(job: Job) -> Job:
         cpu_offload=False,
         prompt_cache="off",
         torch_compile=False,
-        reward_vae=str(own) if options.reward_vae and own.is_dir() else options.reward_vae,
+        reward_vae=str(own) if job.backend.reward_decoder and own.is_dir() else options.reward_vae,
     )
     rewards = job.rewards and Rewards({name: (share, AnyReward()) for name, share in job.rewards.weights.items()})
     return replace(job, backend=type(job.backend)(job.folder, options), rewards=rewards)
@@ -171,13 +171,14 @@ def _simulated(job: Job) -> Estimate:
             trainer = None
             gc.collect()  # an optimizer and its schedule hold each other
             trainer = trainers.of(stage)
-            phases[f"stage {stage.number}"] = _train(trainer, meter)
+            with closing(trainer.prompts):
+                phases[f"stage {stage.number}"] = _train(trainer, meter)
         phases["sample grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
         del trainer
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
-        overview(job, precision=config.mixed_precision, device="none: nothing is loaded"),
+        overview(job, trainers.own_learners, precision=config.mixed_precision),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},

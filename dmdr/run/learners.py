@@ -43,8 +43,10 @@ def own_learners(job: Job, backend: Backend, device: torch.device) -> dict[str, 
         found[owner] = list(part.learners(backend, device))
         for own in found[owner]:
             where = f"learner '{own.name}' of {described(owner)}"
-            if own.name in taken or not own.name.isidentifier():
-                raise ConfigError(f"{where}: the name is taken, or is no name; choose another")
+            if own.name in taken:
+                raise ConfigError(f"{where}: the name is taken; choose another")
+            if not own.name.isidentifier():
+                raise ConfigError(f"{where}: a name has letters, digits and _; choose another")
             if not own.parameters or not all(p.requires_grad for p in own.parameters.values()):
                 raise ConfigError(f"{where}: it has no parameters, or some that require no gradient")
             if not own.learning_rate > 0:

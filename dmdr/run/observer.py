@@ -1,4 +1,4 @@
-"""What is seen of a run: sample grids and evaluations of student and teacher, from the same noise each time."""
+"""Sample grids and evaluations written during a run, of student and teacher, from the same noise each time."""
 
 import json
 from functools import partial

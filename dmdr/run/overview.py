@@ -9,18 +9,21 @@ from dmdr.run.job import Job
 from dmdr.run.plan import Stage
 
 
-def overview(job: Job, own: Sequence[OwnLearner] = (), *, precision: str, device: str) -> dict[str, str]:
+def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: str, device: str = "") -> dict[str, str]:
     """Title -> text.
 
     Args:
         job: Its backend is prepared.
-        own: What matching and objectives train beside student and fake score.
+        own: What matching ("") and objectives train beside student and fake score, by objective.
         precision: Of the networks.
-        device: Where the main process runs.
+        device: Where the main process runs; "" of a dry run.
     """
     config, plan, family, backend = job.config, job.plan, job.settings.family, job.backend
-    trained = {"student": backend.parameters("student"), "fake score": backend.parameters("fake_score")}
-    trained |= {each.name: dict(each.parameters) for each in own}
+    trained = {"student": backend.parameters("student")}
+    if plan.matches:
+        trained["fake score"] = backend.parameters("fake_score")
+    active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
+    trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
     low, high = plan.guidance
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     lines = {
@@ -35,8 +38,10 @@ def overview(job: Job, own: Sequence[OwnLearner] = (), *, precision: str, device
         else "none: RL only",
         "teacher's guidance": guidance,
         "precision": precision,
-        "device": device if plan.batch.processes == 1 else f"{plan.batch.processes} processes, the first on {device}",
     }
+    if device:
+        several = f"{plan.batch.processes} processes, the first on " if plan.batch.processes > 1 else ""
+        lines["device"] = several + device
     lines |= {f"stage {stage.number}": _stage(job, stage) for stage in plan.stages}
     return lines | {"evaluation": _evaluation(job)}
 
@@ -56,7 +61,6 @@ def _evaluation(job: Job) -> str:
         return "none; --num_eval_samples asks for it"
     what = [*(f"reward {name}" for name in (job.rewards.parts if job.rewards else ()))]
     what += [f"held-out reward {name}" for name in (job.eval_rewards.parts if job.eval_rewards else ())]
-    if job.model and job.model.judge is not None:
-        what.insert(0, "the model's judge")
     often = f", and every {config.eval_steps} updates" if config.eval_steps else ""
-    return f"{config.num_eval_samples} samples after each stage{often}: {', '.join(what) or 'nothing to measure with'}"
+    judge = "; what the model's judge sees, if it has one" if job.model else ""
+    return f"{config.num_eval_samples} samples after each stage{often}: {', '.join(what) or 'no reward'}{judge}"

@@ -74,7 +74,7 @@ class Stage:
     renoise: DynaRS
 
     def __str__(self) -> str:
-        parts = [f"{self.steps} updates", f"learning rate {self.learning_rate}"]
+        parts = [f"{self.steps} update{'s' * (self.steps > 1)}", f"learning rate {self.learning_rate}"]
         if self.dmd_weight.value:
             parts.append(f"DMD x {self.dmd_weight}")
         if self.objectives:
@@ -82,7 +82,7 @@ class Stage:
             parts.append(f"RL ({terms}) x {self.rl_weight}")
         if self.fake_mix.steps and self.fake_mix.start:
             parts.append(f"DynaDG for {self.fake_mix.steps}")
-        if self.renoise.steps:
+        if self.renoise.steps and (self.renoise.alpha, self.renoise.beta) != (1, 1):
             parts.append(f"DynaRS for {self.renoise.steps}")
         return ", ".join(parts)
 

@@ -35,7 +35,7 @@ from dmdr.run.checkpoint import (
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
 from dmdr.run.folder import choose_folder
-from dmdr.run.job import Job, assemble, own_prompts
+from dmdr.run.job import Job, assemble, own_prompts, planned
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog
 from dmdr.run.observer import Observer
@@ -78,7 +78,7 @@ def run(settings: Settings) -> Path:
         ConfigError: For `dry_run`, too, which makes no run folder.
     """
     if settings.config.dry_run:
-        raise ConfigError("dry_run makes no run, only dmdr-train --dry_run does; leave it out")
+        raise ConfigError("dry_run=True works on the command line only: dmdr-train --dry_run")
     avoid_mps()
     # Processes on CPUs find each other only if told that they are. The others wait while the main process draws grids
     # and evaluates, which takes longer than the usual ten minutes.
@@ -90,10 +90,10 @@ def run(settings: Settings) -> Path:
     initial = find_initial(config.init_student) if config.init_student and not resume else None
     if initial and initial.resolve().is_relative_to(output.resolve()):
         raise ConfigError(f"--overwrite_output_dir would delete the --init_student {config.init_student}")
+    if resume:
+        planned(settings, state.num_processes)[0].check_resumable(resume)
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings, state.num_processes)
-    if resume:
-        job.plan.check_resumable(resume)
     if state.is_main_process:
         logger.info("prompts: %s", job.prompts)
     return Run(job, output, resume, initial)()
@@ -151,7 +151,7 @@ class Run:
 
     def _say_plan(self) -> None:
         """What the run is about to do, into its log and its folder."""
-        own = [each for learners in self.trainers.own_learners.values() for each in learners]
+        own = self.trainers.own_learners
         lines = overview(self.job, own, precision=self.config.mixed_precision, device=str(self.accelerator.device))
         for title, text in lines.items():
             logger.info("%s: %s", title, text)

@@ -22,10 +22,10 @@ def left_out(in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) 
     """
     found = set()
     for key, value in in_file.items():
+        if str(key) in _known(chosen):
+            continue
         if _of_replaced(str(key), in_file, chosen):
             loud = True
-        elif str(key) in _known(chosen):
-            continue
         else:
             weights, families = _of_default_weight(str(key), in_file, chosen), _of_families(str(key))
             default = value in [_default(f) for f in (*weights, *families)]
@@ -35,7 +35,9 @@ def left_out(in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) 
             loud = loud and not default
         found.add(key)
         if loud:
-            logger.warning("%s is left out: the run does not use the part that it is a setting of", key)
+            logger.warning(
+                "the setting %s of the file is left out: the run does not use the part that it belongs to", key
+            )
     return found
 
 

@@ -116,7 +116,8 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     recipe = {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
     per_objective = recipe.pop("objectives", {})
     named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in SUMS.values()}
-    if named["reward"] == "none" and _first_given(first.sample_weight, settings.get("sample_weight")) is None:
+    typed = _first_given(first.sample_weight, settings.get("sample_weight"))
+    if named["reward"] == "none" and typed is None and named["sample_weight"] == Config.sample_weight:
         recipe["sample_weight"] = named["sample_weight"] = "none"  # there is nothing to weigh samples by
         given.pop("sample_weight", None)
     untyped = {group: key for group, key in SUMS.items() if look[key] is None}

@@ -73,7 +73,7 @@ def _hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen]) -> str:
 def _owners(flag: str, chosen: Sequence[Chosen]) -> str:
     """Which other model families, matchings and so on have a flag of this name."""
     names, said = {part.group: part.name for part in chosen}, []
-    for group in ("backends", "matchings", "sample_weights"):
+    for group in ("objectives", "rewards", "matchings", "sample_weights", "backends"):
         who = [name for name, flags in flags_of_all(group).items() if any(f.name == flag for f in flags)]
         if who:
             cure = ", so leave it out" if group == "backends" else ""
@@ -104,7 +104,7 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
         hints, help_texts = read[plugin.flags]
         key = plugin.key(f.name)
         if full[key] > 1:
-            raise ConfigError(f"two of the chosen plugins are too much alike in name: both have a flag --{key}")
+            raise ConfigError(f"two plugins of the run would both have the flag --{key}")
         if key in own:
             raise ConfigError(
                 f"{plugin.group[:-1]} '{plugin.name}' has a field '{f.name}', and --{key} is a flag of dmdr"

@@ -55,9 +55,8 @@ class StepContext:
         return {name: score[rows] for name, score in scores.items()}
 
     def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
-        scores = self._scored().everyone
-        assert self.rollout is not None
-        return scores, self.gather(self.rollout.group)
+        scores = self._scored()
+        return scores.everyone, scores.group
 
     def _scored(self) -> Scores:
         """The scores of the whole rollout, computed when first asked for."""

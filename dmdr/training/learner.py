@@ -76,19 +76,8 @@ class Learner:
         """Whether a parameter has got a gradient since the last update."""
         return any(parameter.grad is not None for parameter in self.parameters.values())
 
-    def update(self) -> float:
-        """Average, unscale and clip the gradients, then step, and take the new parameters into their average.
-
-        Returns:
-            The gradient norm before clipping.
-
-        Raises:
-            TrainingError: If it is not finite; the parameters have not moved. Under a loss scaler such a step is
-                skipped instead, as usual. Or if it is a plugin's own learner and has no gradient at all.
-        """
-        if self.owner and not self.reached:
-            what = f"{self.owner}: its learner '{self.name}' has got no gradient"
-            raise TrainingError(f"{what}; is there a detach, or is its loss missing?")
+    def prepare(self) -> float:
+        """Average, unscale and clip the gradients; returns their norm before clipping."""
         parameters = list(self.parameters.values())
         for parameter in parameters:
             if parameter.grad is None:
@@ -96,15 +85,42 @@ class Learner:
         if self.accelerator.num_processes > 1:
             average([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
-        if not self.scaler.is_enabled() and norm - norm != 0:
-            raise TrainingError(f"the gradient norm of the {self.name} is {norm}; nothing was updated")
+        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+
+    def step(self) -> None:
+        """Move the parameters, and their average."""
         self.scaler.step(self.optimizer)
-        self.scaler.update()
         if self.ema:
             self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> float:
+        """`update_together` of this learner alone; returns its gradient norm before clipping."""
+        (norm,) = update_together([self])
         return norm
+
+
+def update_together(learners: Sequence[Learner]) -> list[float]:
+    """Average, unscale and clip the gradients of learners that had their backward passes together, then step them.
+
+    A loss scaler changes once, after all of them. Their averages take the new parameters in.
+
+    Returns:
+        The gradient norm of each before clipping.
+
+    Raises:
+        TrainingError: If one is not finite; no parameter has moved. Under a loss scaler such a step is skipped instead,
+            as usual.
+    """
+    norms = [learner.prepare() for learner in learners]
+    scaler = learners[0].scaler
+    for learner, norm in zip(learners, norms, strict=True):
+        if not scaler.is_enabled() and norm - norm != 0:
+            raise TrainingError(f"the gradient norm of the {learner.name} is {norm}; nothing was updated")
+    for learner in learners:
+        learner.step()
+    scaler.update()
+    return norms
 
 
 def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:

@@ -64,21 +64,43 @@ def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
     )
 
 
+@dataclass
+class Share:
+    """What the terms for the student, or for one of the objective's own learners, made of a micro-batch.
+
+    Attributes:
+        losses: Of the valid samples, the sum over the terms, [B] float32.
+        valid: Samples that count in any of the terms, [B] bool.
+        metrics: Of each term, by name, each [B] or a scalar.
+    """
+
+    losses: Tensor
+    valid: Tensor
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, term: Term, loss: Tensor, valid: Tensor) -> None:
+        """Count a term in."""
+        self.losses, self.valid = self.losses + loss.detach().float(), self.valid | valid  # one dtype everywhere
+        for name, value in term.metrics.items():
+            self.metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """The metrics' means over the terms."""
+        return {name: torch.stack(values).mean(0) for name, values in self.metrics.items()}
+
+
 class Answer(NamedTuple):
     """What an objective made of a micro-batch.
 
     Attributes:
         grad: At x0, [B, *latent].
-        losses: Of the valid samples, the sum over its terms, [B] float32.
-        valid: Samples that count in any of its terms, [B] bool.
-        metrics: The mean over its terms, each [B] or a scalar.
+        shares: By the learner that the terms train; "" is the student.
         reached: Whether there was a gradient, here or in the student's parameters.
     """
 
     grad: Tensor
-    losses: Tensor
-    valid: Tensor
-    metrics: Mapping[str, Tensor]
+    shares: Mapping[str, Share]
     reached: bool
 
 
@@ -134,46 +156,53 @@ class Objectives:
         weight = self.weight(ctx.step) * term.weight
         asked = ctx.gather(draw.mask).sum()
         scale = ctx.accelerator.num_processes * weight / asked.clamp_min(1)
+        learners = {"": self.student} | {learner.name: learner for learner in self._own_of(term)}
         with ExitStack() as stack:
             stack.enter_context(self._others_untouched(term.name))
-            rescalers = [stack.enter_context(each.apart()) for each in (self.student, *self._own_of(term))]
+            rescale = {name: stack.enter_context(learner.apart()) for name, learner in learners.items()}
             answers = [self.ask(term, part, scale, ctx) for part in draw.split(self.micro_batch_size)]
-            valid = ctx.gather(torch.cat([answer.valid for answer in answers]))
-            counted = valid.sum()
-            for rescale in rescalers:
-                rescale(asked / counted.clamp_min(1))  # the denominator is known only now
-        if asked and not counted:
+            valid = {name: ctx.gather(torch.cat([a.shares[name].valid for a in answers])) for name in learners}
+            counted = {name: found.sum() for name, found in valid.items()}
+            for name in learners:  # the denominators are known only now
+                rescale[name](asked / counted[name].clamp_min(1))
+            for learner in self._own_of(term):
+                self._check_reached(term, learner, asked, ctx)
+        if asked and not counted[""] and term.objective.needs.reward:
             ctx.scores(draw.rollout)  # raises for a reward that goes on judging nothing, and names it
-        losses = ctx.gather(torch.cat([answer.losses for answer in answers]))
         reached = ctx.gather(draw.mask.new_tensor([any(answer.reached for answer in answers)]))
-        if losses.any() and not reached.any():  # a part of the batch may have nothing to learn
-            raise TrainingError(f"objective '{term.name}' trains nothing: its loss has no graph; is there a detach?")
-        metrics = over_the_batch([answer.metrics for answer in answers], valid, ctx, f"objective '{term.name}'")
+        for name in learners:
+            who = f"{term.name}/{name}" if name else term.name
+            shares = [answer.shares[name] for answer in answers]
+            losses = ctx.gather(torch.cat([share.losses for share in shares]))
+            if not name and losses.any() and not reached.any():  # a part of the batch may have nothing to learn
+                what = f"objective '{term.name}' trains nothing: its loss has no graph"
+                raise TrainingError(f"{what}; is there a detach?")
+            means = over_the_batch([share.means for share in shares], valid[name], ctx, f"objective '{who}'")
+            ctx.log({f"loss/{who}": losses.sum() / counted[name].clamp_min(1)})
+            ctx.log({f"{who}/{metric}": value for metric, value in means.items()})
         ctx.log(
             {
-                f"loss/{term.name}": losses.sum() / counted.clamp_min(1),
-                f"{term.name}/coverage": counted / len(valid),
-                f"{term.name}/invalid": asked - counted,
+                f"{term.name}/coverage": counted[""] / len(valid[""]),
+                f"{term.name}/invalid": asked - counted[""],
                 f"{term.name}/weight": weight,
-                **{f"{term.name}/{name}": value for name, value in metrics.items()},
             }
         )
-        return torch.cat([answer.grad for answer in answers]) * (asked / counted.clamp_min(1))
+        return torch.cat([answer.grad for answer in answers]) * (asked / counted[""].clamp_min(1))
 
     def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: StepContext) -> Answer:
-        """Objective and backward on a micro-batch."""
+        """Objective and backward on a micro-batch; `scale` turns a sum over samples into the weighted mean."""
         leaf = part.x0.detach().requires_grad_()
-        grad, counted = torch.zeros_like(leaf), torch.zeros_like(part.mask)
-        losses, reached = torch.zeros(len(part), device=leaf.device), False
-        metrics: dict[str, list[Tensor]] = {}
-        unweighted = scale / (self.weight(ctx.step) * term.weight)
+        grad, reached = torch.zeros_like(leaf), False
+        mean = scale / (self.weight(ctx.step) * term.weight)  # of a loss of one's own learner, which has no weight
+        names = ("", *(learner.name for learner in self._own_of(term)))
+        zeros = torch.zeros(len(part), device=leaf.device)
+        shares = {name: Share(zeros, torch.zeros_like(part.mask)) for name in names}
         for found in term.terms(replace(part, leaf=leaf), ctx):
             valid = part.mask if found.valid is None else part.mask & found.valid
             loss = torch.where(valid, found.loss, 0.0)
             if found.trains is not None:
-                self._train_own(term, found.trains, unweighted * loss.sum(), leaf, ctx)
-                counted = counted | valid
-                metrics.setdefault(f"loss/{found.trains}", []).append(loss.detach().float())
+                self._train_own(term, found.trains, mean * loss.sum(), leaf, ctx)
+                shares[found.trains].add(found, loss, valid)
                 continue
             taken = None
             if found.grad is not None:
@@ -188,10 +217,19 @@ class Objectives:
             reached |= taken is not None or loss.requires_grad
             if taken is not None:
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
-            losses, counted = losses + loss.detach().float(), counted | valid  # one dtype for all processes
-            for name, value in found.metrics.items():
-                metrics.setdefault(name, []).append(torch.as_tensor(value).detach().float())
-        return Answer(grad, losses, counted, {n: torch.stack(values).mean(0) for n, values in metrics.items()}, reached)
+            shares[""].add(found, loss, valid)
+        return Answer(grad, shares, reached)
+
+    def _check_reached(self, term: WeightedObjective, learner: Learner, asked: Tensor, ctx: StepContext) -> None:
+        """Refuse a learner of the objective that no process has a gradient for; before anything is updated.
+
+        Raises:
+            TrainingError: In all processes.
+        """
+        reached = ctx.gather(asked.new_tensor([int(learner.reached)]))
+        if asked and not reached.any():
+            what = f"objective '{term.name}': its learner '{learner.name}' has got no gradient"
+            raise TrainingError(f"{what}; is there a detach, or is its loss missing?")
 
     def _own_of(self, term: WeightedObjective) -> Sequence[Learner]:
         return self.own.get(term.name, ())
@@ -238,11 +276,10 @@ class Objectives:
                 term.objective.load_state_dict(self.states[term.name])
         self._set_up = True
 
-    def update_own(self, ctx: StepContext) -> None:
-        """Update the objectives' own learners."""
-        for learners in self.own.values():
-            for learner in learners:
-                ctx.log({f"grad_norm/{learner.name}": learner.update()})
+    @property
+    def own_learners(self) -> list[Learner]:
+        """All that objectives have brought."""
+        return [learner for learners in self.own.values() for learner in learners]
 
     def after_update(self, ctx: StepContext) -> None:
         """The updates of a step are done."""

@@ -21,10 +21,12 @@ class Scores(NamedTuple):
     Attributes:
         own: Of this process's samples, each [B].
         everyone: Of the global batch, each [N]; row i is the sample of index i.
+        group: Group of each sample of the global batch, [N] int64.
     """
 
     own: dict[str, Tensor]
     everyone: dict[str, Tensor]
+    group: Tensor
 
 
 @dataclass
@@ -69,4 +71,4 @@ class RolloutScorer:
         self.silent = 0 if judged(everyone).any() else self.silent + 1
         if self.silent >= PATIENCE:
             self.rewards.require_finite(everyone)
-        return Scores(own, everyone)
+        return Scores(own, everyone, self.accelerator.gather(rollout.group))

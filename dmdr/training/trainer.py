@@ -8,12 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, SampleWeight
 from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
 from dmdr.training.context import StepContext, over_the_batch
-from dmdr.training.learner import Learner
+from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
 from dmdr.training.scorer import RolloutScorer
 from dmdr.types import Direction, Draw, Rollout
@@ -69,8 +70,7 @@ class Trainer:
     @property
     def learners(self) -> Mapping[str, Learner]:
         """All that is trained, by name."""
-        own = (learner for learners in self.objectives.own.values() for learner in learners)
-        return {learner.name: learner for learner in (self.student, *self.fake_learners, *own)}
+        return {each.name: each for each in (self.student, *self.fake_learners, *self.objectives.own_learners)}
 
     def train_step(self) -> dict[str, float]:
         """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3)."""
@@ -96,8 +96,7 @@ class Trainer:
                 prediction = backend.student(part.x_t, part.t, part.cond)
                 matched = (matching.anchor(prediction, part, ctx) * part.direction).sum() / reward_grad.numel()
                 ctx.backward(self.dmd_weight(self.step) * matched + (prediction.x0 * r).sum())
-            ctx.log({"grad_norm/student": self.student.update()})
-            objectives.update_own(ctx)
+            self.update([self.student, *objectives.own_learners], ctx)
 
         objectives.after_update(ctx)
         self.step += 1
@@ -180,8 +179,10 @@ class Trainer:
         means = over_the_batch(metrics, everyone, ctx, "the matching's fake_loss")
         ctx.log({f"fake/{name}": value for name, value in means.items()})
         ctx.log({"loss/fake": total})
-        for learner in self.fake_learners:
-            ctx.log({f"grad_norm/{learner.name}": learner.update()})
+        for learner in self.fake_learners[1:]:
+            if not ctx.gather(draw.mask.new_tensor([learner.reached])).any():
+                raise TrainingError(f"{learner.owner}: its learner '{learner.name}' has got no gradient of fake_loss")
+        self.update(self.fake_learners, ctx)
 
     @torch.no_grad()
     def answer_again(self, draw: Draw, ctx: StepContext) -> Draw:
@@ -209,6 +210,11 @@ class Trainer:
             return direction.total
         weight = self.sample_weight(draw, direction, ctx)
         return weight.view(-1, *[1] * (direction.total.ndim - 1)).to(direction.total.dtype) * direction.total
+
+    def update(self, learners: Sequence[Learner], ctx: StepContext) -> None:
+        """Update learners that had their backward passes together."""
+        norms = update_together(learners)
+        ctx.log({f"grad_norm/{learner.name}": norm for learner, norm in zip(learners, norms, strict=True)})
 
     def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""

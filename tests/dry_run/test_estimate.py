@@ -498,7 +498,7 @@ def test_a_configuration_that_lacks_a_value_is_refused_in_a_line(folders: dict[s
 
 
 def test_from_python_there_is_no_run_to_return(folders: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="only dmdr-train --dry_run does"):
+    with pytest.raises(ConfigError, match="works on the command line only"):
         dmdr.train(model=str(folders["sd3"]), dry_run=True)
 
 

@@ -262,7 +262,7 @@ class Critic:
 
     Attributes:
         flaw: What is wrong with it: "idle" never trains the critic, "attached" lets the critic's loss reach the
-            student, "stranger" names a learner that is not there.
+            student, "stranger" names a learner that is not there. "even" is none: the critic learns from even samples.
     """
 
     flaw: str = ""
@@ -285,7 +285,9 @@ class Critic:
         if self.flaw != "idle":
             latents = draw.leaf if self.flaw == "attached" else draw.rollout.final
             error = (self.head(latents)[:, 0] - torch.where(valid, scores, 0.0)) ** 2
-            yield Term(error, valid, trains="nobody" if self.flaw == "stranger" else "critic")
+            seen = valid & (draw.sample % 2 == 0) if self.flaw == "even" else valid
+            name = "nobody" if self.flaw == "stranger" else "critic"
+            yield Term(error, seen, metrics={"error": error.detach()}, trains=name)
 
 
 class Meter:

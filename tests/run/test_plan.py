@@ -125,7 +125,7 @@ def test_what_is_switched_off_is_not_there() -> None:
 
 def test_a_stage_says_what_it_does() -> None:
     first, second = plan(rl_weight_schedule="cosine", rl_warmup_steps=2, stage2_learning_rate=1e-4).stages
-    assert str(first) == "1 updates, learning rate 0.001, DMD x 1, DynaDG for 1, DynaRS for 1"
+    assert str(first) == "1 update, learning rate 0.001, DMD x 1, DynaDG for 1, DynaRS for 1"
     assert str(second) == "6 updates, learning rate 0.0001, DMD x 1, RL (0.5 refl) x 0.6, warm-up of 2, cosine to 0"
 
 

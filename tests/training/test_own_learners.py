@@ -60,6 +60,39 @@ def test_a_term_that_trains_a_learner_trains_nothing_else() -> None:
     assert found[1.0].abs().max() > 0
 
 
+def test_each_learner_has_a_denominator_and_metrics_of_its_own() -> None:
+    """The critic learns from even samples; the student's mean is over all of them."""
+    whole, even = (trainer(objectives=[Critic(flaw)], rewards=Plain(), dmd_weight=0.0) for flaw in ("", "even"))
+    before = [running.objectives.own["critic"][0].parameters["bias"].detach().clone() for running in (whole, even)]
+    by_hand = trainer(rewards=Plain())
+    ctx = by_hand.context(0)
+    draw = by_hand.pick(by_hand.rollout(ctx), ctx)
+    guess = draw.rollout.final @ torch.tensor([0.1, -0.2])
+    gap = guess - ctx.rewards.total(ctx.scores(draw.rollout))
+    lines = [running.train_step() for running in (whole, even)]
+    found = [
+        old - r.objectives.own["critic"][0].parameters["bias"] for old, r in zip(before, (whole, even), strict=True)
+    ]
+    torch.testing.assert_close(found[0], 2 * gap.mean()[None], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], 2 * gap[::2].mean()[None], rtol=1e-5, atol=1e-6)
+    assert torch.equal(flat(state(whole)), flat(state(even)))
+    assert lines[1]["critic/critic/error"] == pytest.approx((gap[::2] ** 2).mean().item(), rel=1e-5)
+    assert lines[1]["loss/critic/critic"] == pytest.approx((gap[::2] ** 2).mean().item(), rel=1e-5)
+    assert lines[0]["loss/critic"] == lines[1]["loss/critic"]
+
+
+def test_a_loss_scaler_that_changes_changes_no_gradient() -> None:
+    """It does so after each update; the learners of one backward pass are unscaled by one scale."""
+    found = []
+    for enabled in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1, enabled=enabled)
+        running = trainer(objectives=[Critic()], rewards=Plain(), scaler=scaler)
+        for _ in range(2):
+            running.train_step()
+        found.append(flat({k: p.detach() for k, p in running.learners["critic"].parameters.items()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_student_learns_from_the_other_terms_alone() -> None:
     with_critic = step_of(trainer(objectives=[Critic()], rewards=Plain(), dmd_weight=0.0))
     # d (-w . x0) / d x0 = -w for each sample: the same as of a reward that is linear in x0
