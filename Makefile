@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/dmdr-train
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not verify" -n 2 --dist loadfile $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not verify" -n 2 --dist worksteal $(PYTEST_OPTIONS)
 
 # Tests as above, a third slower.
 coverage: PYTEST_OPTIONS := --cov=dmdr --cov-report=term-missing:skip-covered
