@@ -54,9 +54,7 @@ METRICS = {
     "eval_reward": Metric(
         "Held-out rewards", "Rewards that only measure: the student was not trained on them.", "higher"
     ),
-    "loss": Metric(
-        "Losses", "Of the fake score, of distribution matching (a monitor), and of each objective.", "lower"
-    ),
+    "loss": Metric("Losses", "Of the fake score, of distribution matching and of each objective."),
     "grad_norm": Metric("Gradient norms", "Of each trained role, before clipping."),
     "reward_weighted": Metric("Weighted rewards", "Each reward times its weight in the sum."),
     "tilt": Metric("RT-DM", "Effective sample size, greatest weight and clipped share of the samples' weights."),

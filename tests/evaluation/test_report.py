@@ -237,3 +237,20 @@ def test_running_mean_skips_what_is_not_finite() -> None:
     mean = _running_mean(values)
     assert mean[:4].tolist() == pytest.approx([1.0, np.nan, 2.5, 7 / 3], nan_ok=True)
     assert mean[5:].tolist() == pytest.approx([2.0] * 35)
+
+
+def test_it_explains_the_metrics_that_are_there_and_no_others(run: Path) -> None:
+    _, page = check(run)
+    assert "Frechet distance" in page.text and "by balls" in page.text  # recall
+    assert "Inception score" not in page.text and "Held-out rewards" not in page.text
+    (run / "evaluation.json").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "stage": 1, "loss/dmd": 0.5}\n')
+    _, page = check(run)
+    assert "Of the fake score, of distribution matching and of each objective." in page.text
+    assert "accuracy" not in page.text.lower()
+
+
+def test_the_plan_is_shown(run: Path) -> None:
+    (run / "overview.json").write_text('{"update": "64 images (64 a pass)", "stage 1": "5 updates"}')
+    _, page = check(run)
+    assert "64 images (64 a pass)" in page.text and "5 updates" in page.text
