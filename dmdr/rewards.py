@@ -1,4 +1,4 @@
-"""Rewards made of rewards: a weighted sum whose parts stay visible and share what they have in common."""
+"""The weighted sum of a run's rewards. Each score stays visible; rewards share work that they have in common."""
 
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""States that go into a checkpoint and come back: what cannot, and what does not fit, is an error that says which."""
+"""States in checkpoints: errors name what cannot be stored, and what does not fit when it is loaded."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping

@@ -1,4 +1,4 @@
-"""Flow-matching families: the straight path, a shifted grid, and the scheduler that takes a student's steps."""
+"""Flow-matching families: rectified flow, shifted times, and the scheduler of the exported student."""
 
 import math
 from dataclasses import dataclass

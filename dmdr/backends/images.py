@@ -1,4 +1,4 @@
-"""What every decoder ends with."""
+"""The last step of every decoder: network output to images in [0, 1]."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The text half of a pipeline: its encoders, there while they are needed, and what they make of prompts."""
+"""Text encoders of a pipeline: prompts to embeddings, from the disk cache or by the encoders."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, exit codes, quiet libraries, rewards to score with."""
+"""Shared by all commands: errors in one line, exit codes, quiet libraries, rewards."""
 
 import argparse
 import errno

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, and enough to continue to the same bits."""
+"""Checkpoints of a run. Each is complete or absent; a run that goes on from one repeats every bit on a CPU."""
 
 import json
 import os

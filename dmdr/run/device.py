@@ -1,4 +1,4 @@
-"""Which device a process runs on, and what the processes of a run tell each other."""
+"""Device and precision of a process, and messages between the processes of a run."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The export: what a user loads in stock diffusers, without this package."""
+"""The export of a student, which stock diffusers loads without this package."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""From settings to objects: every name is looked up and every requirement checked before anything heavy happens."""
+"""The parts of a run, built from its settings. Nothing heavy is loaded; what does not fit together is refused."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A run: two stages of training around `Trainer.train_step`, and everything that a user finds in the run folder."""
+"""A run: the stages of its plan, one after the other, with log, grids, evaluation, checkpoints, export and report."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Plugins that are no installed package: `path/to/file.py:name` and `package.module:name`, and functions as rewards."""
+"""Plugins from a file (`path/to/file.py:name`) or a module (`package.module:name`), and functions as rewards."""
 
 import asyncio
 import functools

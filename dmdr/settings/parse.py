@@ -1,4 +1,4 @@
-"""Flags over YAML over the model's recipe over the defaults: the settings of a run, and the plugins that it names."""
+"""The settings of a run: flags override YAML, YAML the model's recipe, the recipe the defaults."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a plugin has to keep, as checks for its author: `check_objective`, `check_reward`, `check_backend`.
+"""Checks of a plugin, for its author: `check_objective`, `check_reward`, `check_backend`.
 
 Each runs a list of small checks (`OBJECTIVE_CHECKS`, ...), every one of which raises an AssertionError that says which
 promise is broken and how to keep it. `pytest --dmdr-plugin NAME` runs the same lists, a test per check. They need no

@@ -1,4 +1,4 @@
-"""A bench for RL objectives: one in a toy run that gives it what it declares, asked for an answer or trained with."""
+"""A toy run in which one RL objective is tried: it gives the objective what it declares, and no more."""
 
 import math
 from collections.abc import Callable, Iterator

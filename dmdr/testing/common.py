@@ -1,4 +1,4 @@
-"""What the checks share."""
+"""Shared by the checks."""
 
 import random
 from collections.abc import Iterator
