@@ -98,6 +98,7 @@ def load(parts: Sequence[tuple[str, float, str]], own: Mapping[str, str]) -> lis
 
 def flags_of_all(group: str) -> dict[str, list[Any]]:
     """The flags of each plugin of a group that works, as dataclass fields; imports them all."""
-    usable = [name for name, plugin in registry.plugins(group).items() if registry.problem(plugin) is None]
-    found = {name: registry.flags_of(group, registry.load(group, name)) for name in usable}
+    every = registry.plugins(group)
+    usable = [name for name, plugin in every.items() if registry.problem(plugin) is None]
+    found = {name: registry.flags_of(group, registry.imported(every[name])) for name in usable}
     return {name: [f for f in dataclasses.fields(flags) if f.init] for name, flags in found.items()}

@@ -198,7 +198,7 @@ def load(group: str, name: str, own: str | None = None) -> Any:
     head = registered(group, name)
     if head or ":" not in name:
         plugin = find(group, head or name, own)
-        found = _imported(plugin)
+        found = imported(plugin)
         if inspect.ismethod(getattr(found, "at", None)):
             return found.at(plugin.name + name[len(head or name) :])
         if name == head:
@@ -220,7 +220,7 @@ def problem(plugin: Plugin) -> str | None:
     """What keeps a plugin from being used, or None; imports it."""
     try:
         _refuse_twins([other for other in offers(plugin.group) if other.full_name == plugin.full_name])
-        _imported(plugin)
+        imported(plugin)
     except ConfigError as error:
         return str(error).removeprefix(f"{plugin} ")
     return None
@@ -235,8 +235,12 @@ def examine(group: str, target: type) -> None:
     _checked(group, target, f"{group[:-1]} {target.__name__}", target.__name__)
 
 
-def _imported(plugin: Plugin) -> Any:
-    """The class of a registered plugin."""
+def imported(plugin: Plugin) -> Any:
+    """The class of a registered plugin, of all its addresses alike.
+
+    Raises:
+        PluginError: If it cannot be imported, or is not what its group promises.
+    """
     module, colon, attribute = plugin.target.partition(":")
     if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
         raise PluginError(f"{plugin} has an entry point that is no 'module:Class'")
@@ -373,13 +377,13 @@ def _optional(group: str) -> tuple[type, ...]:
 
 def optional_protocols(plugin: Plugin) -> list[str]:
     """Names of the optional protocols that a plugin has; imports it."""
-    target = _imported(plugin)
+    target = imported(plugin)
     return [p.__name__ for p in _optional(plugin.group) if all(hasattr(target, name) for name in _promised(p))]
 
 
 def doubts(plugin: Plugin) -> list[str]:
     """What looks like a mistake in a plugin that can be used; imports it."""
-    target, found = _imported(plugin), []
+    target, found = imported(plugin), []
     known = {name: p for p in _optional(plugin.group) for name in _promised(p)}
     own = _promised(_protocol(plugin.group))
     written = [
