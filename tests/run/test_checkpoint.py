@@ -205,3 +205,22 @@ def test_initial_student_that_is_nothing_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", Path(checkpoint.__file__)):
         with pytest.raises(ConfigError, match=r"--init_student .* no checkpoint, no export, and no run folder"):
             find_initial(str(path))
+
+
+def test_each_role_that_is_given_is_a_file(tmp_path: Path) -> None:
+    tensors: dict[str, dict[str, torch.Tensor]] = {
+        "reference": {"weight": nn.Parameter(torch.ones(2))},
+        "ema": {"weight": torch.zeros(2)},
+    }
+    folder = save_checkpoint(tmp_path, Progress(1, 1, 1, 1), tensors, {}, {})
+    files = {"reference.safetensors", "ema.safetensors", "training.pt", "progress.json"}
+    assert {path.name for path in folder.iterdir()} == files
+    found = {role: {"weight": torch.full((2,), 9.0)} for role in tensors}
+    assert restore(folder, found, {}) == {}
+    assert found["reference"]["weight"].tolist() == [1, 1] and found["ema"]["weight"].tolist() == [0, 0]
+
+
+def test_a_role_that_was_not_trained_has_no_moments(tmp_path: Path) -> None:
+    folder, roles = save(tmp_path, 1), Roles()
+    with pytest.raises(ConfigError, match="step-000001 holds no optimizer state of the critic"):
+        restore(folder, {}, {"critic": roles.optimizers["student"]})
