@@ -27,7 +27,7 @@ def _differ(greatest: Tensor, least: Tensor, size: Tensor) -> Tensor:
     return greatest - least > 1e-6 * size.clamp_min(1.0)
 
 
-def judged(scores: Mapping[str, Tensor]) -> Tensor:
+def scored(scores: Mapping[str, Tensor]) -> Tensor:
     """Samples that every reward has a finite score for, [N] bool."""
     return torch.stack([score.isfinite() for score in scores.values()]).all(0)
 
@@ -91,7 +91,7 @@ def advantages(
         Advantages [N] float64 in [-5, 5], exactly 0 in a group of equal rewards, and the valid samples [N] bool: those
         with finite rewards whose group holds another such.
     """
-    valid = comparable(group, judged(scores))
+    valid = comparable(group, scored(scores))
     if aggregation == "sum_then_normalize":
         total = torch.stack([weights[name] * score.double() for name, score in scores.items()]).sum(0)
         advantage = _scaled(total, group, valid, scale_rewards)

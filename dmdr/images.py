@@ -1,4 +1,4 @@
-"""Image tensors to files: the same rounding as diffusers, grids to look at, files that are complete or absent."""
+"""Image tensors to files: the same rounding as diffusers, image grids to look at, files that are complete or absent."""
 
 import base64
 import math
@@ -37,7 +37,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels.numpy()) for pixels in _bytes(images)]
 
 
-def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
+def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> Image.Image:
     """One picture of many, row by row, with thin white gaps; an incomplete last row is filled with white.
 
     Args:
@@ -52,7 +52,7 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
     pixels = _bytes(images)
     count, height, width, _ = pixels.shape
     if pixels.numel() == 0:
-        raise ValueError(f"a grid needs at least one image, not a tensor of {list(images.shape)}")
+        raise ValueError(f"an image grid needs at least one image, not a tensor of {list(images.shape)}")
     columns = min(math.ceil(math.sqrt(count)) if columns is None else columns, count)
     scale = math.ceil(CELL / min(height, width)) if scale is None else scale
     if columns < 1 or scale < 1:
@@ -99,7 +99,7 @@ def can_hold_files(folder: Path) -> bool:
 def embed(path: Path, max_width: int = 1600) -> tuple[str, int, int]:
     """An image file as a data URI, with the embedded width and height in pixels.
 
-    A picture wider than `max_width` is made smaller and a JPEG: a grid of 1024 px images is 30 MB as it is.
+    A picture wider than `max_width` is made smaller and a JPEG: an image grid of 1024 px images is 30 MB as it is.
 
     Raises:
         OSError: There is no such file, or it is not a complete image.

@@ -123,7 +123,7 @@ class Backend(Protocol):
     options: Any
     path: NoisePath
     latent_shape: tuple[int, ...]
-    shift: float  # timestep shift of the student's grid; 1 where the family has none
+    shift: float  # timestep shift of the student's time grid; 1 where the family has none
 
     def grid(self, num_inference_steps: int) -> Tensor:
         """The student's times where the user names none, [K + 1] float64 from noise to exactly 0."""

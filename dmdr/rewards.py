@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.groups import judged
+from dmdr.groups import scored
 from dmdr.protocols import Reward, Submits
 
 
@@ -113,7 +113,7 @@ class Rewards:
             columns: Further columns of the prompt rows, each of length B; every reward is given all of them.
 
         Returns:
-            name -> [B] float32, higher is better. NaN marks a sample that a reward could not judge.
+            name -> [B] float32, higher is better. NaN marks a sample that a reward could not score.
 
         Raises:
             RewardError: If a reward raises, or returns anything but [B] float32.
@@ -153,7 +153,7 @@ class Rewards:
 
     @staticmethod
     def require_finite(scores: Mapping[str, Tensor]) -> None:
-        """Stop on rewards that have judged nothing.
+        """Stop on rewards that have scored nothing.
 
         Args:
             scores: name -> scores [N] of the global batch: one process alone may well hold no finite one.
@@ -163,8 +163,8 @@ class Rewards:
         """
         for name, score in scores.items():
             if not score.isfinite().any():
-                raise RewardError(f"reward '{name}' has judged none of {score.numel()} images: no score is finite")
-        if not judged(scores).any():
+                raise RewardError(f"reward '{name}' has scored none of {score.numel()} images: no score is finite")
+        if not scored(scores).any():
             raise RewardError(f"no image has a finite score of every reward: {', '.join(scores)}")
 
 

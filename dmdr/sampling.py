@@ -27,7 +27,7 @@ def unshift_times(t: Tensor, shift: float) -> Tensor:
 
 
 def time_grid(num_inference_steps: int, shift: float = 1.0) -> Tensor:
-    """The student's grid, [K + 1] float64 from 1 to exactly 0: a straight line, shifted."""
+    """The student's time grid, [K + 1] float64 from 1 to exactly 0: a straight line, shifted."""
     return shift_times(torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64), shift)
 
 

@@ -26,7 +26,7 @@ def check_storable(state: Any, where: str) -> None:
             check_storable(value, where)
     elif not isinstance(state, Tensor) and type(state) not in PLAIN:
         kind = f"{type(state).__module__}.{type(state).__qualname__}"
-        raise TrainingError(f"{where}: a checkpoint holds tensors, numbers, text, lists and dicts, and no {kind}")
+        raise TrainingError(f"{where}: a checkpoint can hold tensors, numbers, text, lists and dicts, but not a {kind}")
 
 
 def refuse_misfits(

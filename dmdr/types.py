@@ -52,7 +52,7 @@ class Rollout:
 
     Attributes:
         cond: Condition of the B samples.
-        t: The student's grid, [K + 1] float64; t[K] = 0. At the first step the student is conditioned on t[0].
+        t: The student's time grid, [K + 1] float64; t[K] = 0. At the first step the student is conditioned on t[0].
         x_t: The states, [K + 1, B, *latent] float32. x_t[0] is unit Gaussian even at t[0] below 1; x_t[K] = x0[K - 1].
         x0: The student's prediction at each step, [K, B, *latent] float32.
         sample: Index of each sample in the global batch, [B] int64; the key of its random numbers.
@@ -255,7 +255,7 @@ def checked(term: Term, count: int) -> Term:
         fits(term.valid, (torch.bool,), "valid", f"[{count}] bool, or None for all")
     for name, value in term.metrics.items():
         if name in RESERVED_METRICS:
-            raise TrainingError(f"the run logs '{name}' of every objective itself; call the metric otherwise")
+            raise TrainingError(f"the run logs '{name}' of every objective itself; give the metric another name")
         if not isinstance(value, int | float) and (not isinstance(value, Tensor) or value.shape not in ((), (count,))):
             raise TrainingError(f"the metric '{name}' must be a number or [{count}], not {what(value)}")
     return term

@@ -20,7 +20,7 @@ class FlowOptions(PipelineOptions):
     """Options of a flow-matching pipeline.
 
     Attributes:
-        shift: Timestep shift of the student's grid; that of the model's scheduler by default.
+        shift: Timestep shift of the student's time grid; that of the model's scheduler by default.
     """
 
     shift: float | None = None
@@ -48,7 +48,7 @@ class FlowBackend(PipelineBackend):
         own, known = self.scheduler_config.get("_class_name"), FlowMatchEulerDiscreteScheduler.__name__
         if own != known:
             if options.shift is None:
-                raise ConfigError(f"{folder}/scheduler is a {own}, not a {known}: say its timestep shift with --shift")
+                raise ConfigError(f"{folder}/scheduler is a {own}, not a {known}: give its timestep shift with --shift")
             self.scheduler_config = {}
         self.shift = float(options.shift or self.own_shift())
 

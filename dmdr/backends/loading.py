@@ -243,7 +243,7 @@ def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
     if isinstance(state, Mapping):
         state = next((state[key] for key in within if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"{path} is no table of tensors; expected a state dict")
+        raise ConfigError(f"{path} holds no state dict (tensors by name)")
     return dict(state)
 
 

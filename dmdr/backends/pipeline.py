@@ -78,7 +78,7 @@ class PipelineOptions(RoleOptions):
         variant: Weights files of the model that are meant, such as fp16.
 
     Raises:
-        ConfigError: For a value that cannot be meant.
+        ConfigError: For an invalid value.
     """
 
     resolution: int | None = None
@@ -373,7 +373,7 @@ class PipelineBackend:
         self, role: Role | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], share: float = 1.0
     ) -> Prediction:
         if role and role not in self.roles.roles:
-            raise TrainingError(f"there is no {role} in this run: an objective declares it in needs.roles")
+            raise TrainingError(f"this run has no {role}: an objective must name it in needs.roles")
         network = partial(self.roles, role, share=share)
         with self.accelerator.autocast():
             value = self.call(network, x_t.to(self.dtype), t, cond)
@@ -428,7 +428,7 @@ class PipelineBackend:
     # --- Export ------------------------------------------------------------------------------------------------------
 
     def export(self, directory: Path, sampler: Sampler) -> Mapping[str, Any]:
-        """A LoRA file for `load_lora_weights` (or a full network's folder), and the scheduler of the student's grid.
+        """A LoRA file for `load_lora_weights` (or a full network's folder), and the scheduler of its time grid.
 
         A merged teacher's LoRA is part of the student's file, which thus acts on the model as published.
         """

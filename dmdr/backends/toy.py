@@ -79,7 +79,7 @@ class ToyOptions:
     """Options of the toy.
 
     Attributes:
-        shift: Timestep shift of the student's grid; 1, which is none, by default.
+        shift: Timestep shift of the student's time grid; 1, which is none, by default.
         seed: Of the initial values.
     """
 
@@ -139,7 +139,7 @@ class ToyBackend:
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition, role: Role, share: float = 1.0) -> Prediction:
         if role not in self.residuals:
-            raise TrainingError(f"there is no {role} in this run: an objective declares it in needs.roles")
+            raise TrainingError(f"this run has no {role}: an objective must name it in needs.roles")
         velocity = self._exact(x_t, t, cond, 1.0) + share * self.residuals[role](x_t, t, cond.tensors["label"])
         return Prediction(velocity, "velocity", x_t, t, self.path)
 

@@ -40,7 +40,7 @@ def run(argv: list[str]) -> None:
     rows = [{"prompt": prompt} for prompt in args.prompt]
     rows += read_prompts(args.prompts).rows if args.prompts else []
     if not rows:
-        raise ConfigError("nothing to draw: give --prompt or --prompts")
+        raise ConfigError("nothing to sample: give --prompt or --prompts")
     if args.num_images < 1:
         raise ConfigError(f"--num_images must be at least 1, not {args.num_images}")
     rows = [row for row in rows for _ in range(args.num_images)]

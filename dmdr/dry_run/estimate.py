@@ -99,7 +99,7 @@ def estimate(settings: Settings) -> Estimate:
     """The training memory of a run; checks all that can be checked without weights, and writes nothing.
 
     Text encoders encode one batch of a prompt cache that is empty yet. Each stage takes one step, with the optimizers'
-    states in place; then one batch of a sample grid is drawn. `<architecture>/reward_vae`, if it is there, stands in
+    states in place; then one batch of an image grid is drawn. `<architecture>/reward_vae`, if it is there, stands in
     for --reward_vae. With --cpu_offload the VAE is counted all the same.
 
     Raises:
@@ -114,13 +114,13 @@ def estimate(settings: Settings) -> Estimate:
     except ConfigError:
         raise
     except (NotImplementedError, RuntimeError, ValueError, LookupError) as error:
-        raise ConfigError(f"--dry_run cannot follow this run without weights: {one_line(error)}") from error
+        raise ConfigError(f"--dry_run cannot run these settings without weights: {one_line(error)}") from error
 
 
 def _weightless(job: Job) -> Job:
     """The job without what touches weights or this machine: merged, loaded or by another kernel they take the same."""
     if not isinstance(job.backend, PipelineBackend):
-        raise ConfigError(f"--dry_run: {type(job.backend).__name__} builds no model without its weights")
+        raise ConfigError(f"--dry_run: {type(job.backend).__name__} cannot build its model without weights")
     options, own = job.backend.options, Path(job.folder) / "reward_vae"
     options = with_options(
         options,
@@ -173,7 +173,7 @@ def _simulated(job: Job) -> Estimate:
             trainer = trainers.of(stage)
             with closing(trainer.prompts):
                 phases[f"stage {stage.number}"] = _train(trainer, meter)
-        phases["sample grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
+        phases["image grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
         del trainer
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     names = (ENCODERS, *parts, *RUNNING)
@@ -214,7 +214,7 @@ def _train(trainer: Trainer, meter: Meter) -> Counter[str]:
 
 
 def _draw(observer: Observer, meter: Meter) -> Counter[str]:
-    """The peak of a batch of a sample grid."""
+    """The peak of a batch of an image grid."""
     meter.restart()
     rows = observer.rows[: observer.config.per_device_train_batch_size]
     observer.generate(observer.job.backend.student, observer.sampler, rows, "grid")

@@ -122,7 +122,7 @@ def score_images(
         device: Where the rewards run.
 
     Returns:
-        name -> [B] float32 on the CPU for the next B images; NaN where a reward could not judge.
+        name -> [B] float32 on the CPU for the next B images; NaN where a reward could not score.
 
     Raises:
         ConfigError: If an image is damaged.
@@ -144,7 +144,7 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def as_csv(paths: Sequence[Path], rows: Sequence[Row], scores: Mapping[str, Tensor]) -> bytes:
-    """A line per image that has been scored: its name, its prompt and its scores, empty where a reward cannot judge."""
+    """A line per image that has been scored: its name, its prompt and its scores, empty where a reward cannot score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "prompt", *scores])
@@ -156,14 +156,14 @@ def as_csv(paths: Sequence[Path], rows: Sequence[Row], scores: Mapping[str, Tens
 
 
 def table(scores: Mapping[str, Tensor]) -> str:
-    """A line per reward: mean and standard error over the images that it judged, and their number."""
+    """A line per reward: mean and standard error over the images that it scored, and their number."""
     lines = [["reward", "mean", "standard error", "images"]]
     for name, values in scores.items():
-        judged = values[values.isfinite()].double()
-        mean = judged.mean()
-        error = ((judged - mean).square().mean() / (len(judged) - 1)).sqrt()  # NaN of a single image
+        scored = values[values.isfinite()].double()
+        mean = scored.mean()
+        error = ((scored - mean).square().mean() / (len(scored) - 1)).sqrt()  # NaN of a single image
         figures = (f"{figure.item():.5g}" if figure.isfinite() else "-" for figure in (mean, error))
-        lines.append([name, *figures, str(len(judged))])
+        lines.append([name, *figures, str(len(scored))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 

@@ -116,10 +116,10 @@ class RemoteReward:
         try:
             self._limit = int(about["max_request_bytes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{self.url} does not say how much it takes") from error
+            raise ConfigError(f"{self.url} does not give its limits on /health") from error
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        """[B, 3, H, W] in [0, 1], prompts and further columns -> [B] float32, NaN where the server cannot judge.
+        """[B, 3, H, W] in [0, 1], prompts and further columns -> [B] float32, NaN where the server cannot score.
 
         Raises:
             RemoteError: If the server refuses, or does not answer within `reward_timeout` seconds.

@@ -136,7 +136,7 @@ class Scorer:
 
 
 def _numbers(scores: Any) -> Scores:
-    """Scores as JSON has them: None for what could not be judged."""
+    """Scores as JSON has them: None for an image without a score."""
     listed = _listed(scores)
     for score in listed:
         if score is not None and not hasattr(score, "__float__"):  # float() takes text, too
@@ -320,7 +320,7 @@ def serve(score: Score, host: str = "127.0.0.1", port: int = 8000, **settings: A
 
     Args:
         score: `score(images, prompts, **columns)`: images [B, 3, H, W] float32 in [0, 1] on the CPU, B prompts and the
-            further columns; B numbers, or None where it cannot judge.
+            further columns; B numbers, or None where it cannot score.
         host: Interface; anything but the loopback is open to others.
         port: TCP port; 0 for a free one.
         settings: What `application` takes: the name, the limits, the token, which is otherwise that of the environment

@@ -64,7 +64,9 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     plan, objectives = planned(settings, processes)
     matching = settings.of("matchings")[0].build()
     if config.dry_run and named.cls and not bare:
-        raise ConfigError(f"--dry_run builds nothing, and --model {config.model} is built: it needs --architecture")
+        raise ConfigError(
+            f"--dry_run does not build --model {config.model}: give its pipeline's folder with --architecture"
+        )
     model = named.cls() if named.cls else None
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
     prompts = open_prompts(config, model, scorers)

@@ -1,4 +1,4 @@
-"""Sample grids and evaluations written during a run, of student and teacher, from the same noise each time."""
+"""Image grids and evaluations written during a run, of student and teacher, from the same noise each time."""
 
 import json
 from functools import partial
@@ -23,7 +23,7 @@ class Observer:
 
     Attributes:
         sampler: The student's, as its users run it.
-        rows: The prompt rows that grids and evaluations begin with.
+        rows: The prompt rows that image grids and evaluations begin with.
     """
 
     def __init__(self, job: Job, accelerator: Any, output: Path) -> None:
@@ -56,16 +56,16 @@ class Observer:
         return torch.cat(found)
 
     def draw_grid(self, step: int) -> None:
-        """Add the student's grid after `step` updates, and before the first one the teacher's."""
+        """Add the student's time grid after `step` updates, and before the first one the teacher's."""
         rows, distinct = self.rows[: self.config.sample_images], self.job.prompts.size
         few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
         columns = distinct if few else None  # a prompt a column
         folder = self.output / "samples"
         if not (folder / "teacher.png").exists():
             teacher = self.generate(*self.teacher(), rows, "grid")
-            images.save(images.grid(teacher, columns), folder / "teacher.png")
+            images.save(images.image_grid(teacher, columns), folder / "teacher.png")
         student = self.generate(self.job.backend.student, self.sampler, rows, "grid")
-        images.save(images.grid(student, columns), folder / f"step-{step:06d}.png")
+        images.save(images.image_grid(student, columns), folder / f"step-{step:06d}.png")
 
     def measure_student(self, title: str) -> dict[str, float]:
         """Its metrics as it is now."""

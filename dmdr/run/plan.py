@@ -94,7 +94,7 @@ class Plan:
     Attributes:
         batch: Images of an update.
         num_inference_steps: Steps of the student.
-        times: The student's grid without its last time, 0, where the user gives it; None for the model's own.
+        times: The student's time grid without its last time, 0, where the user gives it; None for the model's own.
         matches: Whether distributions are matched and the fake score is trained; without, the run is RL only.
         rounds: Rollouts, and updates of the fake score, per student update.
         guidance: Range of the teacher's guidance.

@@ -1,4 +1,4 @@
-"""A run: the stages of its plan, one after the other, with log, grids, evaluation, checkpoints, export and report."""
+"""A run: the stages of its plan, one after the other, with log, images, evaluation, checkpoints, export and report."""
 
 import json
 import logging
@@ -80,7 +80,7 @@ def run(settings: Settings) -> Path:
     if settings.config.dry_run:
         raise ConfigError("dry_run=True works on the command line only: dmdr-train --dry_run")
     avoid_mps()
-    # Processes on CPUs find each other only if told that they are. The others wait while the main process draws grids
+    # Processes on CPUs find each other only if told that they are. The others wait while the main process draws images
     # and evaluates, which takes longer than the usual ten minutes.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     config, state = settings.config, PartialState(cpu=cpu, timeout=timedelta(hours=6))

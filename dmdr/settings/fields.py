@@ -23,7 +23,7 @@ class Flags:
     """A dataclass of a command's own flags."""
 
     def validate(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse invalid values.
 
         Raises:
             ConfigError: Names the flag, its value and what it may be.
@@ -89,7 +89,7 @@ class Config(Flags):
         "cps", "SDE step between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO's or DanceGRPO's"
     )
     sample_eta: float | None = flag(
-        None, "eta in sample grids, evaluation and export, 0 or 1; by default 1 if sde_type is cps and eta at least 0.5"
+        None, "eta in image grids, evaluation and export, 0 or 1; by default 1 if sde_type is cps and eta at least 0.5"
     )
     guidance_scale: float = flag(7.0, "scale of the teacher's classifier-free guidance; 1 is no guidance")
     guidance_jitter: float = flag(
@@ -154,11 +154,11 @@ class Config(Flags):
     save_total_limit: int | None = flag(2, "how many checkpoints are kept beside those at the end of a stage")
     logging_steps: int = flag(10, "updates between log lines")
     report_to: str = flag("tensorboard", "tracker of accelerate, or 'none'")
-    sample_steps: int = flag(100, "updates between sample grids; 0 draws only at the end of a stage")
-    sample_images: int = flag(8, "images of a sample grid")
+    sample_steps: int = flag(100, "updates between image grids; 0 draws only at the end of a stage")
+    sample_images: int = flag(8, "images of an image grid")
     num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 evaluates nothing")
     eval_steps: int = flag(0, "updates between further evaluations of the student; 0 makes none")
-    teacher_steps: int = flag(28, "sampling steps of the teacher in grids and evaluation")
+    teacher_steps: int = flag(28, "sampling steps of the teacher in image grids and evaluation")
 
     def validate(self) -> None:
         super().validate()

@@ -69,7 +69,7 @@ def as_reward(function: Callable[..., Any], target: str) -> type:
     do without the prompts. Every further parameter is the column of the prompt rows that has its name: one with a
     default need not exist, and `**columns` takes all others. Images are float32 tensors in [0, 1], [B, 3, H, W] or
     [3, H, W]; or PIL images of mode RGB where they are annotated so, as `list[Image.Image]` or `Image.Image`. The score
-    of an image is a number; None is an image that it cannot judge.
+    of an image is a number; None is an image that it cannot score.
 
     Calls of an `async def` run concurrently, beside the other rewards; its class has the flag `max_concurrency`.
 

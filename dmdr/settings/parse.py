@@ -141,7 +141,7 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     given = {key: value for key, value in given.items() if key not in dropped}
     config, plugins = parse_flags(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)
     resolved = Settings(config, model, plugins)
-    resolved.family_options()  # refuses values that cannot be meant
+    resolved.family_options()  # refuses invalid values
     return resolved
 
 
@@ -176,7 +176,7 @@ def parse_command(
         command, chosen, arguments, given, {}, prog=prog, description=description, epilog=epilog
     )
     if not rewards:
-        raise ConfigError(f"--reward {options.reward} leaves nothing to score with")
+        raise ConfigError(f"--reward {options.reward} names no reward")
     return options, rewards
 
 

@@ -305,17 +305,17 @@ def _coarse(role: Callable[..., Prediction]) -> Callable[..., Prediction]:
 
 @dataclass
 class _Silent(Redness):
-    """A reward that cannot judge every third image, as functions and servers may."""
+    """A reward that cannot score every third image, as functions and servers may."""
 
-    unjudged: int = field(default=0, init=False)
+    unscored: int = field(default=0, init=False)
 
     def image_features(self, images: Tensor) -> Tensor:
         silent = (images[:, 0, 0, 0] * 1e4).long() % 3 == 0
-        self.unjudged += int(silent.sum())
+        self.unscored += int(silent.sum())
         return torch.where(silent[:, None], torch.nan, super().image_features(images))
 
 
-def unjudged_samples_are_left_out(build: Build, reward: Reward | None = None) -> None:
+def unscored_samples_are_left_out(build: Build, reward: Reward | None = None) -> None:
     """A NaN score must not become a NaN gradient."""
     objective = build()
     if not objective.needs.reward:
@@ -330,7 +330,7 @@ def unjudged_samples_are_left_out(build: Build, reward: Reward | None = None) ->
             "; say in Term.valid which samples count, and replace the others' scores (torch.where) before anything "
             "with a gradient is computed from them",
         )
-    assert silent.unjudged, (
+    assert silent.unscored, (
         "needs.reward is declared, but no score was asked for: declare reward=False, so that it runs without --reward"
     )
 
@@ -415,7 +415,7 @@ OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     numbers_are_new_in_each_use_of_a_rollout,
     a_sample_does_not_depend_on_its_micro_batch,
     bfloat16_predictions_are_enough,
-    unjudged_samples_are_left_out,
+    unscored_samples_are_left_out,
     whole_training_steps_run,
     state_survives_a_checkpoint,
 )

@@ -78,7 +78,7 @@ class RewardTrial:
 
 
 def one_float32_score_per_image(trial: RewardTrial) -> None:
-    """Also of black, white and oblong images; NaN says that it cannot judge one."""
+    """Also of black, white and oblong images; NaN says that it cannot score one."""
     black, white = torch.zeros(3, trial.size, trial.size), torch.ones(3, trial.size, trial.size)
     oblong = trial.images[:, :, :, : trial.size // 2]
     for images, rows in ((trial.images, ALL), (torch.stack([black, white]), (0, 1)), (oblong, ALL)):
@@ -86,7 +86,7 @@ def one_float32_score_per_image(trial: RewardTrial) -> None:
             scores = trial.score(images, rows)
         assert not scores.isinf().any(), f"scores of images {list(images.shape)} are infinite: {scores.tolist()}"
     with torch.no_grad():
-        assert not trial.score(trial.images).isnan().all(), "it judges none of four images: their scores are all NaN"
+        assert not trial.score(trial.images).isnan().all(), "it scores none of four images: their scores are all NaN"
 
 
 def a_score_does_not_depend_on_the_batch(trial: RewardTrial) -> None:
@@ -119,10 +119,10 @@ def the_gradient_is_as_declared(trial: RewardTrial) -> None:
         assert not answer.requires_grad, "differentiable = False, but the score has a graph; detach it"
         return
     assert answer.requires_grad, "differentiable = True, but the score has no graph; is there a no_grad inside?"
-    judged = answer.isfinite()
-    torch.where(judged, answer, 0.0).sum().backward()
-    assert leaf.grad is not None and leaf.grad[judged].any(), "no gradient reaches the images"
-    assert leaf.grad[judged].isfinite().all(), "the gradient of the images that it judges must be finite"
+    scored = answer.isfinite()
+    torch.where(scored, answer, 0.0).sum().backward()
+    assert leaf.grad is not None and leaf.grad[scored].any(), "no gradient reaches the images"
+    assert leaf.grad[scored].isfinite().all(), "the gradient of the images that it scores must be finite"
     with torch.no_grad():
         assert not trial.score(leaf).requires_grad, (
             "under no_grad a score must have no graph; is there an enable_grad inside?"
@@ -158,7 +158,7 @@ def bfloat16_weights_score_in_float32(trial: RewardTrial) -> None:
     with torch.no_grad():
         plain, coarse = trial.score(trial.images), trial.score(trial.images, by=trial.copy(torch.bfloat16))
     lost = coarse[plain.isfinite()]
-    assert lost.isfinite().all(), f"prepared with bfloat16 it cannot judge what it can in float32: {lost.tolist()}"
+    assert lost.isfinite().all(), f"prepared with bfloat16 it cannot score what it can in float32: {lost.tolist()}"
 
 
 REWARD_CHECKS: tuple[Callable[[RewardTrial], None], ...] = (

@@ -62,7 +62,7 @@ class StepContext:
         """The scores of the whole rollout, computed when first asked for."""
         scorer = self._scorer()
         if self.rollout is None:
-            raise TrainingError("there is no rollout yet that could be scored")
+            raise TrainingError("scores were asked for before the first rollout")
         if self._scores is None:
             self._scores = scorer(self.rollout)
         return self._scores

@@ -36,7 +36,7 @@ class WeightedObjective:
                 yield checked(found, len(draw))
                 given = True
             if not given:
-                raise TrainingError("it yielded no term; one with nothing valid says that there is nothing to learn")
+                raise TrainingError("it yielded no Term; with nothing to learn, yield one without a valid sample")
         except RewardError:
             raise
         except TrainingError as error:
@@ -228,7 +228,7 @@ class Objectives:
         """
         reached = ctx.gather(asked.new_tensor([int(learner.reached)]))
         if asked and not reached.any():
-            what = f"objective '{term.name}': its learner '{learner.name}' has got no gradient"
+            what = f"objective '{term.name}': its learner '{learner.name}' got no gradient"
             raise TrainingError(f"{what}; is there a detach, or is its loss missing?")
 
     def _own_of(self, term: WeightedObjective) -> Sequence[Learner]:
@@ -245,7 +245,7 @@ class Objectives:
             known = ", ".join(names) or "none"
             raise TrainingError(f"objective '{term.name}': Term.trains names '{name}', but its learners are {known}")
         if not loss.requires_grad:
-            return  # which its update will find
+            return  # that no gradient came is found at the learner's update
         with self.student.apart():
             ctx.backward(loss)
             reached = leaf.grad is not None or self.student.reached

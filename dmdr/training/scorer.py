@@ -7,16 +7,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dmdr.groups import judged
+from dmdr.groups import scored
 from dmdr.protocols import Backend
 from dmdr.rewards import RewardError, Rewards
 from dmdr.types import Rollout
 
-PATIENCE = 10  # batches in a row without a judged sample, before the run stops: a small one may have none by chance
+PATIENCE = 10  # batches in a row without a scored sample, before the run stops: a small one may have none by chance
 
 
 class Scores(NamedTuple):
-    """Raw rewards by name, float32; NaN where one could not judge.
+    """Raw rewards by name, float32; NaN where one could not score.
 
     Attributes:
         own: Of this process's samples, each [B].
@@ -31,12 +31,12 @@ class Scores(NamedTuple):
 
 @dataclass
 class RolloutScorer:
-    """Decodes and scores rollouts, and stops a run whose rewards judge nothing.
+    """Decodes and scores rollouts, and stops a run whose rewards score nothing.
 
     Attributes:
         rewards: The run's rewards, prepared.
         micro_batch_size: Images that are decoded and scored at a time.
-        silent: Batches in a row that no reward could judge.
+        silent: Batches in a row that no reward could score.
     """
 
     rewards: Rewards
@@ -50,7 +50,7 @@ class RolloutScorer:
         """The scores of its finished images.
 
         Raises:
-            RewardError: In all processes where a reward fails in one, or where none has judged a batch for PATIENCE
+            RewardError: In all processes where a reward fails in one, or where none has scored a batch for PATIENCE
                 batches.
         """
         scores: dict[str, list[Tensor]] = {name: [] for name in self.rewards.parts}
@@ -68,7 +68,7 @@ class RolloutScorer:
             raise failure or RewardError("a reward failed in another process")
         own = {name: torch.cat(score) for name, score in scores.items()}
         everyone = {name: self.accelerator.gather(score) for name, score in own.items()}
-        self.silent = 0 if judged(everyone).any() else self.silent + 1
+        self.silent = 0 if scored(everyone).any() else self.silent + 1
         if self.silent >= PATIENCE:
             self.rewards.require_finite(everyone)
         return Scores(own, everyone, self.accelerator.gather(rollout.group))

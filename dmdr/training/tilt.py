@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmdr.groups import comparable, group_deviation, judged, spread_out
+from dmdr.groups import comparable, group_deviation, scored, spread_out
 from dmdr.protocols import Context, Needs, require
 from dmdr.types import Direction, Draw
 
@@ -37,9 +37,9 @@ def standardised(
 
     Returns:
         The sum [N] float64 (0 where not valid; a constant reward adds 0), and the valid samples [N] bool: those that
-        every reward has judged and, with groups, that have another one to be compared with.
+        every reward has scored and, with groups, that have another one to be compared with.
     """
-    finite = judged(scores)
+    finite = scored(scores)
     valid = finite if group is None else comparable(group, finite)
     total = torch.zeros_like(valid, dtype=torch.float64)
     for name, score in scores.items():
@@ -190,7 +190,7 @@ class RewardTilt:
         tilt_clip: Least and greatest density ratio, before the mean is brought back to one.
 
     Raises:
-        ConfigError: For a value that cannot be meant.
+        ConfigError: For an invalid value.
     """
 
     reward_tilt: float = 1.5
@@ -223,7 +223,7 @@ class RewardTilt:
         clip = low, high = self.tilt_clip[0], self.tilt_clip[1]
         baseline = self.tilt_baseline or automatic_baseline(group)
         if baseline == "ema":
-            valid = judged(scores)
+            valid = scored(scores)
             ratio = self._ratio_over_time(scores, shares, valid)
             weights = bounded(ratio, valid, clip, self.tilt_divergence, lambda h: self._moments["weight"].add(h).mean)
         else:

@@ -90,7 +90,7 @@ class Trainer:
             draw = replace(draw, direction=self.direction(draw, ctx))  #    match the distribution ...
             reward_grad = objectives.gradient(draw, ctx)  #    ... and climb the reward; its graphs are freed here
 
-            for part, r in self.parts(draw, reward_grad):  # 3. the only student graph alive
+            for part, r in self.micro_batches(draw, reward_grad):  # 3. the only student graph alive
                 if not self.matches and not r.any():
                     continue  # the objective has reached the student's parameters itself
                 prediction = backend.student(part.x_t, part.t, part.cond)
@@ -181,7 +181,7 @@ class Trainer:
         ctx.log({"loss/fake": total})
         for learner in self.fake_learners[1:]:
             if not ctx.gather(draw.mask.new_tensor([learner.reached])).any():
-                raise TrainingError(f"{learner.owner}: its learner '{learner.name}' has got no gradient of fake_loss")
+                raise TrainingError(f"{learner.owner}: its learner '{learner.name}' got no gradient from fake_loss")
         self.update(self.fake_learners, ctx)
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ class Trainer:
         norms = update_together(learners)
         ctx.log({f"grad_norm/{learner.name}": norm for learner, norm in zip(learners, norms, strict=True)})
 
-    def parts(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    def micro_batches(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""
         return zip(draw.split(self.micro_batch_size), *(t.split(self.micro_batch_size) for t in tensors), strict=True)
 

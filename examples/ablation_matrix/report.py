@@ -184,7 +184,7 @@ def _common(matrix: Matrix) -> list[tuple[str, Any]]:
 
 
 def _pictures(block: Block, root: Path) -> list[tuple[str, tuple[str, int, int]]]:
-    """The last sample grid of every cell's first seed, where that is finished."""
+    """The last image grid of every cell's first seed, where that is finished."""
     found = []
     for label, runs in block.cells.items():
         files = sorted((runs[0].folder(root) / "samples").glob("step-*.png"))

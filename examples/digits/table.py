@@ -134,7 +134,7 @@ def picture(root: Path, seed: int, path: Path) -> None:
         about = json.loads((student / "sampling.json").read_text())
         paths = draw(student, about, prompts, 0, None, root / "drawn" / name)
         pixels = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255
-        axes.imshow(images.grid(torch.tensor(pixels).permute(0, 3, 1, 2), columns=10), interpolation="nearest")
+        axes.imshow(images.image_grid(torch.tensor(pixels).permute(0, 3, 1, 2), columns=10), interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
     curves = {"DMD only": ("dmd", "C0"), "joint": ("joint", "C2"), "ReFL only": ("rl", "C3")}

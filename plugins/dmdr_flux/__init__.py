@@ -55,7 +55,7 @@ class FluxBackend(FlowBackend):
         super().__init__(folder, options)
         self.distilled = bool(self.network_config.get("guidance_embeds"))
         if self.distilled and options.zero_empty_prompt is not None:
-            raise ConfigError(f"--zero_empty_prompt: guidance of {folder} is an input and needs no empty prompt")
+            raise ConfigError(f"--zero_empty_prompt: {folder} takes guidance as an input and reads no empty prompt")
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5's sequence [B, max_sequence_length, D] and CLIP's pooled [B, P]."""

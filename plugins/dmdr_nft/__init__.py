@@ -36,7 +36,7 @@ class DiffusionNFT:
 
     Source: arXiv 2509.16117, Algorithm 1, and its implementation, whose constant factor 5 is left to rl_weight.
     Adapted: predictions are clean images, which at a given x_t are affine in the velocity, so that the mixtures are the
-    same; times are those of the student's grid instead of all; images are of the student itself, not of the old policy.
+    same; times are those of the student's steps; images are of the student itself, not of the old policy.
     The authors advise against it for step-distilled models, which it blurs: it is meant to go with a matching loss.
 
     Attributes:

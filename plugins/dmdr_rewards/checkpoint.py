@@ -150,7 +150,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )
     if not tensors or not state:
-        raise ConfigError(f"checkpoint {path} is no table of tensors; expected a state dict or {{'state_dict': ...}}")
+        raise ConfigError(f"checkpoint {path} holds no state dict (tensors by name) or {{'state_dict': ...}}")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state

@@ -72,7 +72,9 @@ class UNetBackend(PipelineBackend):
         self.path = VariancePreserving(table)
         self.kind = KINDS[self.schedule["prediction_type"]]
         if self.kind == "eps" and table[-1] == 0:
-            raise ConfigError(f"{folder}/scheduler: from pure noise (rescale_betas_zero_snr) eps says nothing of x0")
+            raise ConfigError(
+                f"{folder}/scheduler: rescale_betas_zero_snr starts from pure noise, where epsilon does not give x0"
+            )
 
     def _own_schedule(self) -> dict[str, Any]:
         """Betas and prediction type of the folder's own scheduler, with the defaults of its class.

@@ -2,7 +2,7 @@
 
 Shen et al. 2025 (arXiv 2509.06942): what a reward model says of "Realistic. a cat" less what it says of "Oil. a cat" is
 a direction of style; its biases, which both texts share, cancel. For few-step students as in DMDR (arXiv 2511.13649),
-where every student step answers with a clean image that can be judged as it is.
+where every student step answers with a clean image that can be scored as it is.
 """
 
 import re
@@ -39,7 +39,7 @@ class SRPO:
         hinge: Margin above which a score is good enough and has no gradient; unset means no hinge. Scores are near 0,
             so that the published margin 0.7 is out of reach: with it the loss is the plain negative score.
         direct_align: Score a short ODE step of the noised image, with the known noise taken away again, instead of the
-            student's answer (Direct-Align). Most of these times are off the student's grid and foreign to a few-step
+            student's answer (Direct-Align). Most of these times are off the student's steps and foreign to a few-step
             student, and gradients are smaller: an option, not the default.
         span: Length of that step as a share of its time, above 0 and below 1.
     """

@@ -222,7 +222,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
         (("--prompts=torn.jsonl",), "--prompts: torn.jsonl line 1 is no JSON: Expecting"),
         (("--reward=dinov2",), "reward 'dinov2' needs the prompts to have a column 'label'; they have none"),
         (("--reward=hsp",), "unknown reward 'hsp' (did you mean 'hps'?)"),
-        (("--reward=none",), "--reward none leaves nothing to score with"),
+        (("--reward=none",), "--reward none names no reward"),
         (("--rewards=hps",), "unknown argument --rewards=hps (did you mean 'reward'?)"),
         (("--checkpoint=none.pt",), "reward 'hps': checkpoint none.pt does not exist"),
         (("--batch_size=0",), "--batch_size must be at least 1, not 0"),
@@ -279,12 +279,12 @@ def test_a_failure_on_the_way_keeps_what_has_been_scored(room: Path, call: Calla
     assert [row[0] for row in read(room / "scores.csv")[1]] == [f"{i}.png" for i in range(22)]
 
 
-def test_what_no_reward_judged_is_no_success(room: Path, call: Callable[..., Any]) -> None:
+def test_what_no_reward_scored_is_no_success(room: Path, call: Callable[..., Any]) -> None:
     (room / "mine.py").write_text("def none(image):\n    return None\n")
     code, out, err = call("--reward=mine.py:none")
     assert code == 1 and "saved as scores.csv" in out
     assert err.splitlines()[-1].endswith(
-        "dmdr-eval: reward 'mine.py:none' has judged none of 25 images: no score is finite"
+        "dmdr-eval: reward 'mine.py:none' has scored none of 25 images: no score is finite"
     )
 
 

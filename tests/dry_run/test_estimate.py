@@ -131,7 +131,7 @@ def test_every_family_and_every_objective_can_be_estimated(
     given = {"model": str(folders[name]), "rl": objective, **family.settings, **family.objectives[objective]}
     found = dry(given, tmp_path)
     encoders = ["prompts"] if pipeline_class(given["model"]) != "SiTPipeline" else []
-    assert list(found.phases) == [*encoders, "stage 1", "stage 2", "sample grid"]
+    assert list(found.phases) == [*encoders, "stage 1", "stage 2", "image grid"]
     assert all(parts["activations"] > 0 for parts in found.phases.values())
 
 
@@ -492,7 +492,7 @@ def test_a_configuration_that_lacks_a_value_is_refused_in_a_line(folders: dict[s
     copy = Path(shutil.copytree(folders["sd3"], tmp_path / "model"))
     file = copy / "transformer" / "config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "pooled_projection_dim"}))
-    with pytest.raises(ConfigError, match="--dry_run cannot follow this run without weights: KeyError") as refused:
+    with pytest.raises(ConfigError, match="--dry_run cannot run these settings without weights: KeyError") as refused:
         dry({"model": str(copy)}, tmp_path)
     assert "\n" not in str(refused.value)
 

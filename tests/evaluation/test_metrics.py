@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmdr.evaluation.metrics import evaluate, frechet_distance, inception_score, precision_recall
-from dmdr.images import embed, grid, save, to_pil
+from dmdr.images import embed, image_grid, save, to_pil
 
 
 @pytest.fixture
@@ -208,27 +208,27 @@ def test_to_pil_rounds_as_diffusers_does(generator: torch.Generator) -> None:
 )
 def test_grid_sizes(shape: tuple[int, ...], columns: int | None, scale: int | None, size: tuple[int, int]) -> None:
     count, height, width = shape
-    assert grid(torch.zeros(count, 3, height, width), columns, scale).size == size
+    assert image_grid(torch.zeros(count, 3, height, width), columns, scale).size == size
 
 
 def test_grid_places_images_by_row_with_white_gaps() -> None:
     images = torch.tensor([0.0, 0.2, 0.4]).reshape(3, 1, 1, 1).expand(3, 3, 8, 8)
-    pixels = np.array(grid(images, columns=2, scale=2))[..., 0]
+    pixels = np.array(image_grid(images, columns=2, scale=2))[..., 0]
     assert [pixels[y, x] for y, x in ((0, 0), (15, 15), (0, 18), (18, 0))] == [0, 0, 51, 102]
     assert (pixels[:, 16:18] == 255).all()
     assert (pixels[16:, 18:] == 255).all()
     for bad in ({"columns": 0}, {"scale": 0}):
         with pytest.raises(ValueError, match="1 or more"):
-            grid(images, **bad)
+            image_grid(images, **bad)
     with pytest.raises(ValueError, match="at least one"):
-        grid(images[:0])
+        image_grid(images[:0])
     with pytest.raises(ValueError, match="must be"):
-        grid(images[:, :1])
+        image_grid(images[:, :1])
 
 
 def test_save_is_complete_or_absent_and_embed_bounds_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "samples" / "step-000001.png"
-    save(grid(torch.zeros(1, 3, 8, 8)), path)
+    save(image_grid(torch.zeros(1, 3, 8, 8)), path)
     with Image.open(path) as image:
         assert image.size == (48, 48)
     before = path.read_bytes()
@@ -238,7 +238,7 @@ def test_save_is_complete_or_absent_and_embed_bounds_the_size(tmp_path: Path, mo
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk is full"):
-        save(grid(torch.ones(1, 3, 8, 8)), path)
+        save(image_grid(torch.ones(1, 3, 8, 8)), path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
     assert embed(path)[1:] == (48, 48)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmdr.evaluation.report import _running_mean, _thin, write_report
-from dmdr.images import grid, save
+from dmdr.images import image_grid, save
 
 CONFIG = """\
 model: digits
@@ -100,7 +100,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "evaluation.json").write_text(json.dumps({"columns": COLUMNS, "samples": 2000}))
     log(folder, [row(step, **{"reward/hps": 0.3, "grad_norm/student": 10.0**step}) for step in range(1, 11)])
     for i, name in enumerate(("teacher", "step-000003", "step-000006", "step-000008", "step-000010")):
-        save(grid(torch.full((4, 3, 8, 8), i / 10)), folder / "samples" / f"{name}.png")
+        save(image_grid(torch.full((4, 3, 8, 8), i / 10)), folder / "samples" / f"{name}.png")
     return folder
 
 

@@ -166,7 +166,7 @@ def test_help_adds_the_flags_of_the_reward_and_of_its_bases(capsys: pytest.Captu
     ("arguments", "said"),
     [
         ((), "the following arguments are required: --reward"),
-        (("--reward", "none"), "--reward none leaves nothing to score with"),
+        (("--reward", "none"), "--reward none names no reward"),
         (("--reward", "brigth"), "unknown reward 'brigth' (did you mean 'bright'?)"),
         (("--reward", "-1*bright"), "the weight -1"),
         (("--reward", "bright", "--gian", "2"), "unknown argument --gian (did you mean 'gain'?)"),
@@ -381,7 +381,7 @@ def test_a_reward_that_fails_is_named(tmp_path: Path) -> None:
 # --- What is written -----------------------------------------------------------------------------------------------
 
 
-def test_csv_holds_every_bit_and_leaves_out_what_was_not_judged() -> None:
+def test_csv_holds_every_bit_and_leaves_out_what_was_not_scored() -> None:
     values = torch.tensor([0.1, float("nan"), 1 / 3e20])
     prompts = ['a "red", fox', "café\nat sea", ""]
     rows: list[Row] = [{"prompt": prompt, "label": 1} for prompt in prompts]

@@ -913,7 +913,7 @@ def test_a_cell_without_a_result_has_no_picture(tmp_path: Path, toy: Matrix) -> 
     (first, joint) = (toy.blocks[0].cells[label][0] for label in ("stage 1", "joint"))
     for run in (first, joint):
         finish(run, tmp_path)
-        images.save(images.grid(torch.rand(4, 3, 8, 8)), run.folder(tmp_path) / "samples" / "step-000000.png")
+        images.save(images.image_grid(torch.rand(4, 3, 8, 8)), run.folder(tmp_path) / "samples" / "step-000000.png")
     (joint.folder(tmp_path) / "report.html").unlink()
     report.write_report(toy, tmp_path, {})
     html = (tmp_path / "report.html").read_text()

@@ -422,8 +422,8 @@ def test_one_graph_is_alive_at_a_time() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("hinge", [None, 0.7])
 @pytest.mark.parametrize("direct_align", [False, True])
-def test_what_cannot_be_judged_is_left_out_and_counted(direct_align: bool, hinge: float | None, value: float) -> None:
-    """The rest is the mean over those that remain: as from a batch of the prompts that can be judged, by hand."""
+def test_what_cannot_be_scored_is_left_out_and_counted(direct_align: bool, hinge: float | None, value: float) -> None:
+    """The rest is the mean over those that remain: as from a batch of the prompts that can be scored, by hand."""
     objective = SRPO(direct_align=direct_align, hinge=hinge, **RED_NOT_GREEN)
     broken = {"mode 1": value, "mode 2": value}
     running = trainer(prepared(DoubleToy), objectives=[objective], rewards=Colour(broken=broken), dmd_weight=0.0)

@@ -771,7 +771,7 @@ def test_rewards_add_up_and_stay_visible() -> None:
     assert rewards.differentiable
     assert not Rewards({"red": (1.0, Fake()), "judge": (1.0, Fake(differentiable=False))}).differentiable
     rewards.require_finite(scores)
-    with pytest.raises(RewardError, match="'other' has judged none of 2 images"):
+    with pytest.raises(RewardError, match="'other' has scored none of 2 images"):
         rewards.require_finite({"red": nan, "other": torch.tensor([float("nan"), float("inf")])})
 
 

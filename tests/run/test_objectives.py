@@ -134,7 +134,7 @@ def student(folder: Path) -> dict[str, torch.Tensor]:
 def test_grpo_asks_a_function_in_a_file() -> None:
     folder = train(**FAST, rl="grpo", reward="my_file.py:size", output_dir="run")
     found = lines(folder)[-1]
-    assert found["grpo/invalid"] > 0  # None is a sample that it cannot judge
+    assert found["grpo/invalid"] > 0  # None is a sample that it cannot score
     assert found["reward/my_file.py:size"] > 60  # bytes
 
 

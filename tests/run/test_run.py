@@ -366,7 +366,7 @@ def test_numbered_folders_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     settings = FAST | {"stage1_steps": 1, "stage2_steps": 0, "rl": "0.5*refl"}
     assert [str(train(**settings)) for _ in range(2)] == ["runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2"]
-    with pytest.raises(ConfigError, match="say of which run with --output_dir"):
+    with pytest.raises(ConfigError, match="name the run's folder with --output_dir"):
         train(**settings | {"stage2_steps": 1}, resume_from_checkpoint="latest")
     assert [kept(tmp_path / folder) for folder in ("runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2")] == [[1], [1]]
 
@@ -645,7 +645,7 @@ def test_a_reward_that_raises_stops_the_run(failing: Callable[..., tuple[str, Pa
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_reward_with_no_finite_value_stops_the_run(failing: Callable[..., tuple[str, Path]], call: int) -> None:
     line, folder = failing(blank=call)
-    assert line.startswith("dmdr-train: reward 'moody' has judged none of")
+    assert line.startswith("dmdr-train: reward 'moody' has scored none of")
     assert kept(folder) == [call - 1]
 
 
@@ -654,7 +654,7 @@ def test_a_reward_with_no_finite_value_stops_stage_2_between_log_lines(
 ) -> None:
     # Stage 1 and the first step of stage 2 are logged and score once or twice each; then nothing is logged any more.
     line, _ = failing(blank=10, logging_steps=50)
-    assert line.startswith("dmdr-train: reward 'moody' has judged none of")
+    assert line.startswith("dmdr-train: reward 'moody' has scored none of")
 
 
 def test_a_failure_at_the_start_of_stage_2_leaves_the_stage_1_that_was_reached(

@@ -462,7 +462,7 @@ class Flawed(Redness):
             return scores.to(self.dtype)
         if self.flaw == "scalar":
             return scores.mean()
-        if self.flaw == "unjudged":  # no flaw
+        if self.flaw == "unscored":  # no flaw
             return torch.where((images[:, 0, 0, 0] * 1e4).long() % 2 == 0, torch.nan, scores)
         if self.flaw == "batch":
             return scores - scores.mean()
@@ -487,8 +487,8 @@ class Flawed(Redness):
     [
         ("double", r"returns \[4\] float32; this one torch.float64"),
         ("infinite", "are infinite"),
-        ("silent", "judges none of four images"),
-        ("coarse", "prepared with bfloat16 it cannot judge"),
+        ("silent", "scores none of four images"),
+        ("coarse", "prepared with bfloat16 it cannot score"),
         ("coarse dtype", r"returns \[4\] float32; this one torch.bfloat16"),
         ("scalar", r"returns \[4\] float32; this one torch.float32 \[\]"),
         ("batch", "must not depend on the rest of the batch"),
@@ -503,7 +503,7 @@ def test_a_broken_reward_is_taught(flaw: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_reward(Flawed(flaw))
     check_reward(Flawed())
-    check_reward(Flawed("unjudged"))
+    check_reward(Flawed("unscored"))
 
 
 def test_a_reward_that_stumbles_over_others_columns_is_caught() -> None:

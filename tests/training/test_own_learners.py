@@ -110,7 +110,7 @@ def test_the_student_learns_from_the_other_terms_alone() -> None:
     [
         (
             "idle",
-            "objective 'critic': its learner 'critic' has got no gradient; is there a detach",
+            "objective 'critic': its learner 'critic' got no gradient; is there a detach",
         ),
         (
             "attached",

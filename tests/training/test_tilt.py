@@ -58,7 +58,7 @@ def test_rewards_that_differ_by_rounding_weigh_exactly_one(value: float) -> None
 
 
 @pytest.mark.parametrize("missing", [NAN, INF, -INF])
-def test_what_cannot_be_judged_is_neutral_and_enters_no_statistic(missing: float) -> None:
+def test_what_cannot_be_scored_is_neutral_and_enters_no_statistic(missing: float) -> None:
     weights = tilt_weights(torch.tensor([0.28, missing, 0.30, 0.26, missing, 0.29]), 0.02)
     assert weights[[1, 4]].tolist() == [1.0, 1.0]
     alone = tilt_weights(torch.tensor([0.28, 0.30, 0.26, 0.29]), 0.02)
@@ -247,7 +247,7 @@ def test_a_constant_reward_adds_exactly_nothing() -> None:
         assert torch.equal(both, alone)
 
 
-def test_a_sample_counts_if_every_reward_judged_it() -> None:
+def test_a_sample_counts_if_every_reward_scored_it() -> None:
     scores = {"a": torch.tensor([0.1, NAN, 0.3, 0.2, 0.5]), "b": torch.tensor([1.0, 2.0, INF, 5.0, 3.0])}
     total, valid = standardised(scores, {"a": 1.0, "b": 1.0})
     assert valid.tolist() == [True, False, False, True, True]
@@ -256,7 +256,7 @@ def test_a_sample_counts_if_every_reward_judged_it() -> None:
     assert torch.equal(total[valid], alone)
 
 
-def test_nobody_judged_is_zero_and_invalid() -> None:
+def test_nothing_scored_is_zero_and_invalid() -> None:
     total, valid = standardised({"a": torch.full((3,), NAN)}, {"a": 1.0})
     assert total.tolist() == [0, 0, 0]
     assert not valid.any()
@@ -390,10 +390,10 @@ def test_equal_rewards_weigh_exactly_one_in_all(settings: dict[str, Any], value:
 
 @every
 @pytest.mark.parametrize("missing", [NAN, INF, -INF])
-def test_what_cannot_be_judged_is_neutral_in_all(settings: dict[str, Any], missing: float) -> None:
+def test_what_cannot_be_scored_is_neutral_in_all(settings: dict[str, Any], missing: float) -> None:
     scores, weights = {name: score.clone() for name, score in SCORES.items()}, {"a": 1.0, "b": 0.3}
     scores["a"][5], scores["b"][6:] = missing, missing
-    kept = torch.arange(5)  # 5 and the last pair are not judged: with groups, 4 has nobody to be compared with
+    kept = torch.arange(5)  # 5 and the last pair are not scored: with groups, 4 has nobody to be compared with
     tilt, other = experienced(settings, names="ab"), experienced(settings, names="ab")
     for _ in range(2):  # the second call would show what the first has learned from the others
         found, _ = call(tilt, scores, weights, group=PAIRS)
@@ -405,7 +405,7 @@ def test_what_cannot_be_judged_is_neutral_in_all(settings: dict[str, Any], missi
 
 
 @every
-def test_nobody_judged_is_plain_matching_in_all(settings: dict[str, Any]) -> None:
+def test_nothing_scored_is_plain_matching_in_all(settings: dict[str, Any]) -> None:
     tilt = experienced(settings)
     before = tilt.state_dict()
     found, logged = call(tilt, {"a": torch.full((8,), NAN)}, {"a": 1.0}, group=PAIRS)

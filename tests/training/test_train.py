@@ -435,9 +435,9 @@ def test_samples_that_a_reward_cannot_judge_are_left_out_and_counted(value: floa
     assert math.isfinite(line["refl/score"])
 
     def loss(x0: Tensor, draw: Draw) -> Tensor:
-        judged = torch.tensor([prompt not in broken for prompt in draw.cond.prompts])
+        scored = torch.tensor([prompt not in broken for prompt in draw.cond.prompts])
         score = Plain()(prepared().decode(x0), draw.cond.prompts)
-        return matching_loss(x0, draw) - 5 * score[judged].mean()
+        return matching_loss(x0, draw) - 5 * score[scored].mean()
 
     assert_same(found, gradient(trainer(prepared(DoubleToy)), loss), 1e-10)
     assert train(running, 2)["student.net.0.weight"].isfinite().all()
@@ -447,12 +447,12 @@ def test_a_reward_that_judges_nothing_stops_the_training_and_is_named(monkeypatc
     monkeypatch.setattr(dmdr.training.scorer, "PATIENCE", 1)
     running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)))
     before = state(running)
-    with pytest.raises(RewardError, match="reward 'toy' has judged none of 8 images: no score is finite"):
+    with pytest.raises(RewardError, match="reward 'toy' has scored none of 8 images: no score is finite"):
         running.train_step()
     assert_equal(state(running), before)
 
 
-def test_a_batch_without_a_judged_sample_is_plain_matching_but_many_in_a_row_stop_the_training() -> None:
+def test_a_batch_without_a_scored_sample_is_plain_matching_but_many_in_a_row_stop_the_training() -> None:
     """A small batch of few prompts may hold none that a reward is made for."""
     running = trainer(objectives=[ReFL()], rewards=Plain(dict.fromkeys(PROMPTS, math.nan)), optimize=adam)
     line = running.train_step()
@@ -462,7 +462,7 @@ def test_a_batch_without_a_judged_sample_is_plain_matching_but_many_in_a_row_sto
     assert (line["refl/invalid"], line["refl/coverage"]) == (8, 0.0)
     for _ in range(PATIENCE - 2):
         running.train_step()
-    with pytest.raises(RewardError, match="reward 'toy' has judged none of 8 images"):
+    with pytest.raises(RewardError, match="reward 'toy' has scored none of 8 images"):
         running.train_step()
 
 
@@ -709,7 +709,7 @@ def test_refl_balanced_has_the_norm_of_matching_in_each_sample(rl_weight: float)
     torch.testing.assert_close(cosine, torch.ones(16), rtol=0, atol=1e-6)
 
 
-def test_refl_balanced_leaves_out_what_cannot_be_judged() -> None:
+def test_refl_balanced_leaves_out_what_cannot_be_scored() -> None:
     rewards = Plain({"mode 0": math.nan})
     running = trainer(objectives=[ReFL(balance="grad_norm")], rewards=rewards)
     ctx, draw = prepare_step(running)

@@ -39,7 +39,7 @@ class TargetScore:
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         images = ctx.backend.decode(draw.leaf)  # [B, 3, H, W] in [0, 1], with a graph into the student's answer
         score = ctx.rewards(images, draw.cond.prompts, **draw.cond.columns)  # [B]
-        valid = score.isfinite()  # a reward may be unable to judge an image
+        valid = score.isfinite()  # a reward may be unable to score an image
         loss = (torch.where(valid, score, self.target) - self.target) ** 2
         return Term(loss, valid, metrics={"distance": (score - self.target).detach().abs()})
 
