@@ -73,7 +73,7 @@ class UNetBackend(PipelineBackend):
         self.kind = KINDS[self.schedule["prediction_type"]]
         if self.kind == "eps" and table[-1] == 0:
             raise ConfigError(
-                f"{folder}/scheduler: rescale_betas_zero_snr starts from pure noise, where epsilon does not give x0"
+                f"{folder}/scheduler: with rescale_betas_zero_snr epsilon does not give x0"
             )
 
     def _own_schedule(self) -> dict[str, Any]:

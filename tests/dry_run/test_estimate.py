@@ -463,7 +463,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
     [
         (
             {"model": "digits", "rl": "none"},
-            "--dry_run builds nothing, and --model digits is built: it needs --architecture",
+            "--dry_run does not build --model digits: give a folder with --architecture",
         ),
         ({"architecture": "/no/where"}, r"--architecture /no/where is no pipeline's folder \(no model_index.json\)"),
         ({"rl": "refl", "reward": "none"}, "--rl refl reads a reward: name one with --reward"),
@@ -482,7 +482,7 @@ def test_bad_input_is_refused_in_a_line(
 
 
 def test_the_toy_is_built_too() -> None:
-    said = "--dry_run builds nothing, and --model toy is built: it needs --architecture"
+    said = "--dry_run does not build --model toy: give a folder with --architecture"
     with pytest.raises(ConfigError, match=said):
         estimate(parse(settings={"model": "toy", "dry_run": True}))
 
