@@ -22,10 +22,16 @@ class EMA:
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the parameters as they are now."""
+    def update(self, seen: int | None = None) -> None:
+        """Move the average towards the parameters as they are now.
+
+        Args:
+            seen: Updates so far. The decay is then (1 + seen) / (10 + seen) at most, as in diffusers' `EMAModel`, so
+                that the values at the start do not weigh on a short run's average. None for no such warm-up.
+        """
+        decay = self.decay if seen is None else min(self.decay, (1 + seen) / (10 + seen))
         for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter, 1 - self.decay)
+            self.average[name].lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
     def exchange(self) -> None:

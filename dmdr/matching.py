@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmdr.paths import Prediction, add_noise, expand
-from dmdr.protocols import Context, Denoiser, GuidedDenoiser
+from dmdr.protocols import Context, Denoiser, GuidanceInput, GuidedDenoiser
 from dmdr.types import Direction, Draw, Renoised, Term
 
 # Renoise times stay clear of both ends: towards t = 0 the direction is a difference of nearly equal numbers
@@ -21,8 +21,10 @@ def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
     return Renoised(x_t, t, draw.x0, eps, torch.ones(len(draw), device=draw.x0.device))
 
 
-def renoised_to_grid(x: Tensor, purpose: str, draw: Draw, ctx: Context, rows: Tensor | None = None) -> Renoised:
-    """Clean latents x [B, *latent] at the student's own times, one drawn for each; the first of them is pure noise.
+def renoised_to_grid(
+    x: Tensor, purpose: str, draw: Draw, ctx: Context, rows: Tensor | None = None, start: Tensor | None = None
+) -> Renoised:
+    """Clean latents x [B, *latent] at the student's own times, one drawn for each.
 
     At the first time x_t is pure noise, even if the path still has signal there, because the student starts from noise.
     `eps` of the result is the noise that makes this x_t of x at the time t.
@@ -31,13 +33,16 @@ def renoised_to_grid(x: Tensor, purpose: str, draw: Draw, ctx: Context, rows: Te
         x: Clean latents, [B, *latent].
         purpose: Begins the names of the random numbers; two calls with the same one draw the same.
         rows: The rows of `draw` whose sample index keys the time and the noise, [B]; those of x by default.
+        start: The noise that each x was made from, `rollout.x_t[0]`, [B, *latent], which is its state at the first
+            time. Without it, as of images that the student has not made, that noise is drawn, too. A regression on
+            images that do not belong to their noise would shrink a one-step student to their mean.
     """
     key = draw.sample if rows is None else draw.sample[rows]
     i = ctx.random.integers(f"{purpose}/index", key, ctx.sampler.num_inference_steps)
     noise = ctx.random.normal(f"{purpose}/eps", key, tuple(x.shape[1:])).to(x.dtype)
     t = ctx.sampler.t.to(x.device)[i]
-    start = (i == 0).view(-1, *[1] * (x.ndim - 1))
-    x_t = torch.where(start, noise, add_noise(ctx.backend.path, x, noise, t))
+    first = (i == 0).view(-1, *[1] * (x.ndim - 1))
+    x_t = torch.where(first, noise if start is None else start, add_noise(ctx.backend.path, x, noise, t))
     eps = Prediction(x, "x0", x_t, t, ctx.backend.path).eps
     return Renoised(x_t, t, x, eps, torch.ones(len(x), device=x.device))
 
@@ -52,15 +57,16 @@ def teach(teacher: GuidedDenoiser, renoised: Renoised, draw: Draw, ctx: Context)
     """What the teacher answers at `renoised.x_t`, two tensors [B, *latent]: c, and ca = -(w - 1) (c - u).
 
     c is its conditional answer, u the unconditional one, and w the guidance, drawn per sample from `ctx.guidance`. The
-    guided answer is c - ca.
+    guided answer is c - ca. Two passes through a network: c - u is found from c and the scale that costs one more.
     """
     x_t, t, cond = renoised.x_t, renoised.t, draw.cond
     c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
     if ctx.guidance == (1.0, 1.0):
         return c, torch.zeros_like(c)
-    u = teacher(x_t, t, cond, guidance=0.0, fake_mix=ctx.fake_mix).x0
+    other = ctx.backend.other_guidance if isinstance(ctx.backend, GuidanceInput) else 0.0
+    towards = (c - teacher(x_t, t, cond, guidance=other, fake_mix=ctx.fake_mix).x0) / (1 - other)
     w = expand(ctx.random.uniform("guidance", draw.sample, *ctx.guidance), c).to(c.dtype)
-    return c, -(w - 1) * (c - u)
+    return c, -(w - 1) * towards
 
 
 def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: float) -> Direction:

@@ -20,7 +20,13 @@ from dmdr.randomness import Random
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
-COUNTS = {"group_size": 1, "batch_size": 1, "updates_per_rollout": 1, "stochastic_steps": 0}  # of Needs, at least
+COUNTS = {
+    "group_size": 1,
+    "batch_size": 1,
+    "updates_per_rollout": 1,
+    "student_steps": 1,
+    "stochastic_steps": 0,
+}  # of Needs, at least
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that load_lora_weights looks for
 
 
@@ -117,7 +123,7 @@ class Backend(Protocol):
     flags (`RoleOptions` is one to inherit from). A field with the name of a setting of the core (`seed`, `revision`,
     `guidance_scale`, ...) is given that setting's value.
 
-    It may also be any of `ChecksPrompts`, `CachesPrompts` and `DrawsNoise`.
+    It may also be any of `ChecksPrompts`, `CachesPrompts`, `DrawsNoise`, `TeacherGrid` and `GuidanceInput`.
     """
 
     options: Any
@@ -280,6 +286,7 @@ class Needs:
         text_features: The rewards must have separable text features.
         log_prob: The rollout must store the log-probabilities of its transitions.
         roles: Further roles, e.g. ("reference",).
+        student_steps: Least number of steps of the student.
         stochastic_steps: Least number of stochastic steps of the sampler (all but the last, at eta above 0).
         steps: Student steps it acts on: "any", "last", "stochastic" (all but the last), or explicit indices.
         updates_per_rollout: How often one rollout is used.
@@ -293,6 +300,7 @@ class Needs:
     text_features: bool = False
     log_prob: bool = False
     roles: tuple[Role, ...] = ()
+    student_steps: int = 1
     stochastic_steps: int = 0
     steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
     updates_per_rollout: int = 1
@@ -367,6 +375,13 @@ class Context(Protocol):
 
     def gather(self, values: Tensor) -> Tensor:
         """The same tensor of all processes, [B, ...] each, as [N, ...] in the order of the global batch."""
+
+    def grad(self, loss: Tensor, at: Tensor) -> Tensor:
+        """d loss / d at of a scalar loss, shaped like `at`; frees the graph.
+
+        Use this and not `torch.autograd.grad`: it goes through the loss scaler, without which float16 loses gradients
+        below 6e-8.
+        """
 
     def log(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Add values to this step's log line, each a number or a scalar tensor."""
@@ -532,6 +547,25 @@ class DrawsNoise(Protocol):
 
 
 @runtime_checkable
+class TeacherGrid(Protocol):
+    """A family whose own pipeline samples at other times than the student."""
+
+    def teacher_grid(self, num_inference_steps: int) -> Tensor:
+        """The teacher's times in image grids and evaluation, [K + 1] float64 from noise to exactly 0."""
+
+
+@runtime_checkable
+class GuidanceInput(Protocol):
+    """A family whose teacher is told its guidance, so that the unconditional answer is not the cheap one.
+
+    Attributes:
+        other_guidance: The scale beside 1 at which the teacher answers in a single pass; 1 where there is none.
+    """
+
+    other_guidance: float
+
+
+@runtime_checkable
 class Submits(Protocol):
     """A reward that waits for something else, such as a server."""
 
@@ -544,7 +578,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "rewards": (Submits, FeatureReward),
     "matchings": (Stateful, BringsLearners),
     "sample_weights": (Stateful,),
-    "backends": (ChecksPrompts, CachesPrompts, DrawsNoise),
+    "backends": (ChecksPrompts, CachesPrompts, DrawsNoise, TeacherGrid, GuidanceInput),
     "models": (),
 }
 

@@ -71,6 +71,11 @@ class FlowBackend(PipelineBackend):
     def grid(self, num_inference_steps: int) -> Tensor:
         return time_grid(num_inference_steps, self.shift)
 
+    def teacher_grid(self, num_inference_steps: int) -> Tensor:
+        """The straight line with the model's own shift, whatever the student's is."""
+        own = self.own_shift() if self.scheduler_config else self.shift  # of another scheduler only --shift is known
+        return time_grid(num_inference_steps, own)
+
     def scheduler(self, sampler: Sampler) -> FlowMatchEulerDiscreteScheduler:
         config = self.scheduler_config | {
             "shift": self.shift,

@@ -115,6 +115,9 @@ class ToyBackend:
     def grid(self, num_inference_steps: int) -> Tensor:
         return time_grid(num_inference_steps, self.shift)
 
+    def teacher_grid(self, num_inference_steps: int) -> Tensor:
+        return time_grid(num_inference_steps)
+
     def snapshot(self) -> None:
         self.residuals["reference"].load_state_dict(deepcopy(self.residuals["student"].state_dict()))
 

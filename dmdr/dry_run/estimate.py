@@ -26,6 +26,7 @@ from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Prediction
 from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
+from dmdr.run.device import chosen_precision
 from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble
 from dmdr.run.observer import Observer
@@ -140,7 +141,8 @@ def _simulated(job: Job) -> Estimate:
     config, backend = job.config, job.backend
     assert isinstance(backend, PipelineBackend)
     roles = job.plan.roles
-    process, phases = Process(META, config.mixed_precision), {}
+    precision = chosen_precision(config.mixed_precision, gpu=True)
+    process, phases = Process(META, precision), {}
     with Meter() as meter, GPUKernels():
         backend.connect(process)
         encoders = [*backend.text.load_encoders().values()]
@@ -178,7 +180,7 @@ def _simulated(job: Job) -> Estimate:
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
-        overview(job, trainers.own_learners, precision=config.mixed_precision),
+        overview(job, trainers.own_learners, precision=precision),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
@@ -209,7 +211,7 @@ def _train(trainer: Trainer, meter: Meter) -> Counter[str]:
         if learner.ema:
             meter.label(AVERAGE, learner.ema.average.values())
     meter.restart()
-    trainer.train_step()
+    trainer.train_step(compare=True)  # as in a step that is logged
     return meter.peak
 
 

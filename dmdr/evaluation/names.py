@@ -56,13 +56,19 @@ METRICS = {
     ),
     "loss": Metric("Losses", "Of the fake score, of distribution matching and of each objective."),
     "grad_norm": Metric("Gradient norms", "Of each trained role, before clipping."),
+    "rl_ratio": Metric(
+        "RL beside matching",
+        "Norm of each objective's gradient, with its weight, over that of the matching gradient, in the student's "
+        "parameters. Far below 0.1 RL does next to nothing; far above 1 nothing holds it back.",
+    ),
     "reward_weighted": Metric("Weighted rewards", "Each reward times its weight in the sum."),
     "tilt": Metric("RT-DM", "Effective sample size, greatest weight and clipped share of the samples' weights."),
     "dyna": Metric("DynaDG", "Share of the fake score's adapter in the teacher."),
+    "loss_scale": Metric("Loss scale", "Of float16; it falls with each update that is skipped for an overflow."),
     "learning_rate": Metric("Learning rate", "Of the student."),
     "seconds": Metric("Seconds", "Of a training step."),
 }
-CURVES = ("loss", "reward", "eval_reward", "grad_norm")  # groups that a report shows open, in this order
+CURVES = ("loss", "reward", "eval_reward", "rl_ratio", "grad_norm")  # groups that a report shows open, in this order
 
 
 def metric(name: str) -> Metric | None:

@@ -1,5 +1,6 @@
 """Device and precision of a process, and messages between the processes of a run."""
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from dmdr.errors import ConfigError, one_line
 
 T = TypeVar("T")
+logger = logging.getLogger("dmdr")
 
 
 def avoid_mps() -> None:
@@ -20,12 +22,26 @@ def avoid_mps() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
-def open_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
-    """An accelerator of this precision, whatever an earlier run of this process had.
+def chosen_precision(given: str | None, *, gpu: bool) -> str:
+    """The precision of the networks: the one given, else `accelerate launch`'s, else bf16 on a GPU and no on a CPU."""
+    return given or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if gpu else "no")
+
+
+def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
+    """An accelerator of this precision, or of the default one, whatever an earlier run of this process had.
+
+    On a GPU, float32 products are computed in TF32.
 
     Raises:
         ConfigError: If the device cannot compute in it.
     """
+    gpu = PartialState().device.type != "cpu"
+    mixed_precision = chosen_precision(mixed_precision, gpu=gpu)
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+        logger.info("precision %s; float32 products are computed in TF32", mixed_precision)
+        if mixed_precision == "no":
+            logger.warning("float32 networks on a GPU take twice the memory and several times as long as bf16")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     try:

@@ -64,9 +64,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     plan, objectives = planned(settings, processes)
     matching = settings.of("matchings")[0].build()
     if config.dry_run and named.cls and not bare:
-        raise ConfigError(
-            f"--dry_run does not build --model {config.model}: give a folder with --architecture"
-        )
+        raise ConfigError(f"--dry_run does not build --model {config.model}: give a folder with --architecture")
     model = named.cls() if named.cls else None
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
     prompts = open_prompts(config, model, scorers)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dmdr import images
 from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
-from dmdr.protocols import Denoiser
+from dmdr.protocols import Denoiser, TeacherGrid
 from dmdr.randomness import Random
 from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
@@ -32,10 +32,11 @@ class Observer:
         self.rows = job.prompts.first(max(job.config.sample_images, job.config.num_eval_samples))
 
     def teacher(self) -> tuple[Denoiser, FewStepSampler]:
-        """The teacher as its users run it: guided, many ODE steps."""
-        backend = self.job.backend
+        """The teacher as its users run it: guided, many ODE steps at the model's own times."""
+        backend, steps = self.job.backend, self.config.teacher_steps
         denoiser = partial(backend.teacher, guidance=self.config.guidance_scale)
-        return denoiser, FewStepSampler(backend.path, backend.grid(self.config.teacher_steps), 0.0)
+        times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
+        return denoiser, FewStepSampler(backend.path, times, 0.0)
 
     @torch.no_grad()
     def generate(

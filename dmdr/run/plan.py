@@ -57,6 +57,7 @@ class Stage:
         learning_rate, fake_learning_rate: Of student and fake score.
         dmd_weight, rl_weight: Of the two losses.
         objectives: What the RL loss is made of.
+        rl_balance: "grad_norm" where rl_weight is a ratio of gradients, "none" where it is the weight of a loss.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
         fake_mix, renoise: DynaDG and DynaRS.
     """
@@ -69,6 +70,7 @@ class Stage:
     dmd_weight: Schedule
     rl_weight: Schedule
     objectives: tuple[WeightedObjective, ...]
+    rl_balance: str
     sample_weight: SampleWeight | None
     fake_mix: DynaDG
     renoise: DynaRS
@@ -79,7 +81,8 @@ class Stage:
             parts.append(f"DMD x {self.dmd_weight}")
         if self.objectives:
             terms = " + ".join(f"{term.weight:g} {term.name}" for term in self.objectives)
-            parts.append(f"RL ({terms}) x {self.rl_weight}")
+            unit = " of DMD's gradient norm" if self.rl_balance == "grad_norm" else ""
+            parts.append(f"RL ({terms}) x {self.rl_weight}{unit}")
         if self.fake_mix.steps and self.fake_mix.start:
             parts.append(f"DynaDG for {self.fake_mix.steps}")
         if self.renoise.steps and (self.renoise.alpha, self.renoise.beta) != (1, 1):
@@ -202,6 +205,7 @@ def _stages(
             dmd_weight=Schedule(config.dmd_weight),
             rl_weight=Schedule(0.0),
             objectives=(),
+            rl_balance="none",
             sample_weight=sample_weight,
             fake_mix=DynaDG(config.dyna_guidance, dyna),
             renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], dyna),
@@ -215,6 +219,7 @@ def _stages(
             dmd_weight=Schedule(config.dmd_weight),
             rl_weight=Schedule(config.rl_weight, config.rl_weight_schedule, second, config.rl_warmup_steps),
             objectives=objectives if config.rl_weight else (),
+            rl_balance=config.rl_balance,
             sample_weight=None,
             fake_mix=DynaDG(0.0, 0),
             renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], 0),

@@ -114,7 +114,8 @@ class Run:
         set_seed(config.seed)
         trackers = None if config.report_to == "none" else config.report_to
         self.accelerator = open_accelerator(config.mixed_precision, log_with=trackers, project_dir=str(output))
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        self.precision = self.accelerator.mixed_precision
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == "fp16")
         self.plan = job.plan
         self.trainers = Trainers(job, self.accelerator, self.scaler)
         self.observer = Observer(job, self.accelerator, output)
@@ -130,7 +131,7 @@ class Run:
         backend.prepare(accelerator, roles=self.plan.roles)
         for rewards in (self.job.rewards, self.job.eval_rewards):
             if rewards:
-                rewards.prepare(accelerator.device, dtype_of(config.mixed_precision))
+                rewards.prepare(accelerator.device, dtype_of(config.reward_dtype))
         self._load_initial()
         progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0)
         stages = [stage for stage in self.plan.stages if stage.number >= progress.stage]
@@ -152,7 +153,7 @@ class Run:
     def _say_plan(self) -> None:
         """What the run is about to do, into its log and its folder."""
         own = self.trainers.own_learners
-        lines = overview(self.job, own, precision=self.config.mixed_precision, device=str(self.accelerator.device))
+        lines = overview(self.job, own, precision=self.precision, device=str(self.accelerator.device))
         for title, text in lines.items():
             logger.info("%s: %s", title, text)
         images.write_atomically(self.output / "overview.json", (json.dumps(lines, indent=2) + "\n").encode())
@@ -199,7 +200,7 @@ class Run:
             try:
                 while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
-                    line = trainer.train_step()
+                    line = trainer.train_step(compare=self._noted(trainer.step + 1))
                     self.progress = Progress(
                         stage.number, trainer.step, stage.first_step + trainer.step, trainer.prompts.consumed
                     )
@@ -227,10 +228,14 @@ class Run:
             logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
             self.interrupts.leave()
 
+    def _noted(self, step: int) -> bool:
+        """Whether this update of the stage gets a line in the log, unless the run is evaluated at it."""
+        return step == 1 or step % self.config.logging_steps == 0
+
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         bar.update()
         evaluated = self.config.num_eval_samples > 0 and self._due(self.config.eval_steps)
-        if trainer.step % self.config.logging_steps and trainer.step > 1 and not evaluated:
+        if not (evaluated or self._noted(trainer.step)):
             return
         rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
         values = {**line, **rewards, "seconds": seconds}
@@ -272,7 +277,7 @@ class Run:
                 family=self.config.backend,
                 name=self.config.model,
                 prompt=self.observer.rows[0]["prompt"],
-                mixed_precision=self.config.mixed_precision,
+                mixed_precision=self.precision,
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
             )

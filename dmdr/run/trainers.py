@@ -61,6 +61,7 @@ class Trainers:
             matches=plan.matches,
             rounds=plan.rounds,
             dmd_weight=stage.dmd_weight,
+            balances=stage.rl_balance == "grad_norm",
             fake_mix=stage.fake_mix,
             renoise=stage.renoise,
             guidance=plan.guidance,

@@ -64,6 +64,11 @@ class Config(Flags):
     matching: str = flag("dmd", "method that compares the student's distribution with the teacher's")
     dmd_weight: float = flag(1.0, "weight of the matching loss; 0 trains by RL only")
     rl_weight: float = flag(0.3, "weight of the RL loss in stage 2")
+    rl_balance: Literal["none", "grad_norm"] = flag(
+        "none",
+        "'none' adds the losses as they are; 'grad_norm' scales the RL gradient in every update, so that rl_weight is "
+        "the ratio of its norm to that of the matching gradient, in the student's parameters",
+    )
     rl_weight_schedule: Literal["constant", "linear", "cosine"] = flag(
         "constant", "after its warm-up rl_weight stays constant, or falls to 0 until the end of stage 2"
     )
@@ -127,13 +132,20 @@ class Config(Flags):
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     weight_decay: float = flag(0.01, "weight decay of the student; the fake score has none")
     ema_decay: float = flag(
-        0.0, "decay of an average of the student, which is then sampled, evaluated and exported; 0 keeps none"
+        0.0,
+        "decay of an average of the student, which is then sampled, evaluated and exported; smaller during the first "
+        "updates of a stage; 0 keeps none",
     )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     per_device_train_batch_size: int = flag(4, "images of a process in one pass; divisible by num_generations")
     gradient_accumulation_steps: int = flag(1, "passes of a process before an update")
     num_generations: int = flag(1, "images per prompt")
-    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the networks")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = flag(
+        None, "precision of the networks; by default that of `accelerate launch`, else bf16 on a GPU and no on a CPU"
+    )
+    reward_dtype: Literal["fp32", "bf16", "fp16"] = flag(
+        "fp32", "precision of the rewards' networks; fp32 is that of the published scorers"
+    )
     # The model
     backend: str | None = flag(
         None, "model family, e.g. package:NAME or my_file.py:NAME; by default that of the pipeline's class"
@@ -211,6 +223,8 @@ class Config(Flags):
                 self._require(getattr(self, name) == default, name, "left out where no --prompts are named")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
+        if self.dmd_weight == 0 and self.rl_balance != "none":
+            raise ConfigError(f"--rl_balance {self.rl_balance} compares RL with DMD: it needs --dmd_weight above 0")
 
 
 def _topics() -> dict[str, str]:

@@ -55,6 +55,8 @@ def check_needs(
         )
     if config.num_generations < needs.group_size:
         raise ConfigError(f"{who} needs --num_generations of at least {needs.group_size}, not {config.num_generations}")
+    if num_inference_steps < needs.student_steps:
+        raise ConfigError(f"{who} needs --num_inference_steps of at least {needs.student_steps}")
     noisy = max(needs.stochastic_steps, int(needs.steps == "stochastic" or needs.log_prob))
     if noisy and (last < noisy or config.eta == 0):
         raise ConfigError(

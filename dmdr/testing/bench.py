@@ -177,8 +177,8 @@ def train(trainer: Trainer, situation: str, advice: str = "") -> None:
     """
     gradient_of = trainer.objectives.gradient_of
 
-    def watched(term: WeightedObjective, draw: Draw, ctx: StepContext) -> Tensor:
-        grad = gradient_of(term, draw, ctx)
+    def watched(term: WeightedObjective, draw: Draw, ctx: StepContext, balance: Any = None) -> Tensor:
+        grad = gradient_of(term, draw, ctx, balance)
         own = [p.grad for p in trainer.student.parameters.values() if p.grad is not None]
         shares = {
             "loss": torch.as_tensor(ctx.metrics[f"loss/{term.name}"]),

@@ -79,6 +79,10 @@ class StepContext:
         """Backward through the loss scaler."""
         self.scaler.scale(loss).backward()
 
+    def grad(self, loss: Tensor, at: Tensor) -> Tensor:
+        (scaled,) = torch.autograd.grad(self.scaler.scale(loss), at)
+        return scaled / self.scaler.get_scale()
+
     def log(self, metrics: Mapping[str, Tensor | float]) -> None:
         self.metrics.update(metrics)
 

@@ -1,5 +1,6 @@
 """A trained role: parameters, optimizer, schedule, and the average that follows them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,10 @@ if torch.distributed.is_available():
     # later, as torch does during the first step, they keep a destroyed group and gloo's threads, which may abort the
     # process while its interpreter ends.
     import torch.distributed.nn
+
+
+PATIENCE = 50  # updates in a row that a loss scaler may skip; a healthy one skips a few at its start
+Grads = list[Tensor | None]  # a gradient, parameter by parameter
 
 
 class Learner:
@@ -37,7 +42,25 @@ class Learner:
     ) -> None:
         self.name, self.parameters, self.optimizer, self.scheduler = name, dict(parameters), optimizer, scheduler
         self.accelerator, self.scaler, self.max_grad_norm, self.ema = accelerator, scaler, max_grad_norm, ema
+        self.skipped = 0  # updates in a row, since their gradients were not finite
         self.owner = owner  # the plugin that brought it, for messages; "" for student and fake score
+
+    @property
+    def grads(self) -> Grads:
+        """The gradient, by parameter; None where none has arrived."""
+        return [parameter.grad for parameter in self.parameters.values()]
+
+    @grads.setter
+    def grads(self, grads: Grads) -> None:
+        for parameter, grad in zip(self.parameters.values(), grads, strict=True):
+            parameter.grad = grad
+
+    @contextmanager
+    def collecting(self, grads: Grads) -> Iterator[None]:
+        """Add the gradients that arrive inside to a list beside the learner's own, in place."""
+        before, self.grads = self.grads, grads
+        yield
+        grads[:], self.grads = self.grads, before
 
     @contextmanager
     def apart(self) -> Iterator[Callable[[Tensor], None]]:
@@ -46,30 +69,24 @@ class Learner:
         Yields:
             Multiplies the gradients that have arrived, and only those, by a factor.
         """
-        parameters = list(self.parameters.values())
-        before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
 
         def rescale(factor: Tensor) -> None:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+            for grad in self.grads:
+                if grad is not None:
+                    grad.mul_(factor)
 
-        yield rescale
-        for parameter, other in zip(parameters, before, strict=True):
-            if other is not None:
-                parameter.grad = other if parameter.grad is None else parameter.grad + other
+        arrived: Grads = [None] * len(self.parameters)
+        with self.collecting(arrived):
+            yield rescale
+        for parameter, grad in zip(self.parameters.values(), arrived, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad + parameter.grad
 
     @contextmanager
     def spared(self) -> Iterator[None]:
         """Drop the gradients that arrive inside."""
-        before = [parameter.grad for parameter in self.parameters.values()]
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        yield
-        for parameter, grad in zip(self.parameters.values(), before, strict=True):
-            parameter.grad = grad
+        with self.collecting([None] * len(self.parameters)):
+            yield
 
     @property
     def reached(self) -> bool:
@@ -91,7 +108,7 @@ class Learner:
         """Move the parameters, and their average."""
         self.scaler.step(self.optimizer)
         if self.ema:
-            self.ema.update()
+            self.ema.update(seen=self.scheduler.last_epoch)
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> float:
@@ -109,14 +126,20 @@ def update_together(learners: Sequence[Learner]) -> list[float]:
         The gradient norm of each before clipping.
 
     Raises:
-        TrainingError: If one is not finite; no parameter has moved. Under a loss scaler such a step is skipped instead,
-            as usual.
+        TrainingError: If one is not finite; no parameter has moved. Under a loss scaler such an update is skipped
+            instead, as usual, but not more than `PATIENCE` in a row.
     """
     norms = [learner.prepare() for learner in learners]
     scaler = learners[0].scaler
     for learner, norm in zip(learners, norms, strict=True):
-        if not scaler.is_enabled() and norm - norm != 0:
+        learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
+        if learner.skipped and not scaler.is_enabled():
             raise TrainingError(f"the gradient norm of the {learner.name} is {norm}; nothing was updated")
+        if learner.skipped > PATIENCE:
+            raise TrainingError(
+                f"the gradients of the {learner.name} have overflowed float16 in {learner.skipped} updates in a row, "
+                "none of which was made: use --mixed_precision bf16"
+            )
     for learner in learners:
         learner.step()
     scaler.update()

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmdr.errors import TrainingError
 from dmdr.protocols import FollowsUpdates, Needs, RewardObjective, SetsUp, SharesNoise, Stateful
 from dmdr.rewards import RewardError
+from dmdr.training.balance import Balance
 from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner
 from dmdr.types import Draw, Term, checked, terms_of
@@ -97,11 +98,13 @@ class Answer(NamedTuple):
         grad: At x0, [B, *latent].
         shares: By the learner that the terms train; "" is the student.
         reached: Whether there was a gradient, here or in the student's parameters.
+        at_x0: Whether there was one at x0.
     """
 
     grad: Tensor
     shares: Mapping[str, Share]
     reached: bool
+    at_x0: bool
 
 
 @dataclass
@@ -138,16 +141,22 @@ class Objectives:
         wanted = [set(part.shared_noise(ctx)) for part in parts if isinstance(part, SharesNoise)]
         return sorted(set.intersection(*wanted)) if wanted else ()
 
-    def gradient(self, draw: Draw, ctx: StepContext) -> Tensor:
-        """Gradient of weight L_RL at x0, [B, *latent]; what reaches the student itself is accumulated there."""
+    def gradient(self, draw: Draw, ctx: StepContext, balance: Balance | None = None) -> Tensor:
+        """Gradient of weight L_RL at x0, [B, *latent]; what reaches the student itself is accumulated there.
+
+        Args:
+            balance: Takes down the gradient of each objective.
+        """
         self._begin(ctx)
         total = torch.zeros_like(draw.x0)
         for term in self.terms:
             mask = term.declared(draw, ctx.sampler.num_inference_steps - 1)
-            total += self.gradient_of(term, replace(draw, mask=mask), ctx)
+            total += self.gradient_of(term, replace(draw, mask=mask), ctx, balance)
         return total
 
-    def gradient_of(self, term: WeightedObjective, draw: Draw, ctx: StepContext) -> Tensor:
+    def gradient_of(
+        self, term: WeightedObjective, draw: Draw, ctx: StepContext, balance: Balance | None = None
+    ) -> Tensor:
         """Gradient at x0 of one objective's mean over the declared and valid samples of the global batch.
 
         Raises:
@@ -167,14 +176,17 @@ class Objectives:
                 rescale[name](asked / counted[name].clamp_min(1))
             for learner in self._own_of(term):
                 self._check_reached(term, learner, asked, ctx)
+            if balance:
+                balance.note(term.name)
         if asked and not counted[""] and term.objective.needs.reward:
             ctx.scores(draw.rollout)  # raises for a reward that goes on judging nothing, and names it
-        reached = ctx.gather(draw.mask.new_tensor([any(answer.reached for answer in answers)]))
+        flags = [any(answer.reached for answer in answers), any(answer.at_x0 for answer in answers)]
+        reached, at_x0 = ctx.gather(draw.mask.new_tensor([flags])).any(0)
         for name in learners:
             who = f"{term.name}/{name}" if name else term.name
             shares = [answer.shares[name] for answer in answers]
             losses = ctx.gather(torch.cat([share.losses for share in shares]))
-            if not name and losses.any() and not reached.any():  # a part of the batch may have nothing to learn
+            if not name and losses.any() and not reached:  # a part of the batch may have nothing to learn
                 what = f"objective '{term.name}' trains nothing: its loss has no graph"
                 raise TrainingError(f"{what}; is there a detach?")
             means = over_the_batch([share.means for share in shares], valid[name], ctx, f"objective '{who}'")
@@ -187,12 +199,15 @@ class Objectives:
                 f"{term.name}/weight": weight,
             }
         )
-        return torch.cat([answer.grad for answer in answers]) * (asked / counted[""].clamp_min(1))
+        grad = torch.cat([answer.grad for answer in answers]) * (asked / counted[""].clamp_min(1))
+        if balance and at_x0:
+            balance.at_x0[term.name] = grad
+        return grad
 
     def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: StepContext) -> Answer:
         """Objective and backward on a micro-batch; `scale` turns a sum over samples into the weighted mean."""
         leaf = part.x0.detach().requires_grad_()
-        grad, reached = torch.zeros_like(leaf), False
+        grad, reached, at_x0 = torch.zeros_like(leaf), False, False
         mean = scale / (self.weight(ctx.step) * term.weight)  # of a loss of one's own learner, which has no weight
         names = ("", *(learner.name for learner in self._own_of(term)))
         zeros = torch.zeros(len(part), device=leaf.device)
@@ -216,9 +231,10 @@ class Objectives:
             leaf.grad = None
             reached |= taken is not None or loss.requires_grad
             if taken is not None:
+                at_x0 = True
                 grad += torch.where(valid.view(-1, *[1] * (leaf.ndim - 1)), taken, 0.0)
             shares[""].add(found, loss, valid)
-        return Answer(grad, shares, reached)
+        return Answer(grad, shares, reached, at_x0)
 
     def _check_reached(self, term: WeightedObjective, learner: Learner, asked: Tensor, ctx: StepContext) -> None:
         """Refuse a learner of the objective that no process has a gradient for; before anything is updated.

@@ -13,6 +13,7 @@ from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Matching, SampleWeight
 from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
+from dmdr.training.balance import Balance
 from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
@@ -34,8 +35,9 @@ class Trainer:
         objectives: The RL half of the loss.
         micro_batch_size: Samples per forward and backward pass.
         matches: Whether distributions are matched and the fake score is trained; without, a run is RL only.
-        rounds: Rollouts per student update; each trains the fake score once, the last one the student, too.
+        rounds: Rollouts per student update; each trains the fake score once, the last one first the student.
         dmd_weight: Weight of the matching loss, a function of the step.
+        balances: Whether RL is scaled so that rl_weight is the ratio of its gradient's norm to matching's.
         fake_mix, renoise: DynaDG and DynaRS, functions of the step.
         guidance: Range of the teacher's guidance, drawn per sample.
         scorer: The run's rewards, or None.
@@ -60,6 +62,7 @@ class Trainer:
     dmd_weight: Callable[[int], float]
     fake_mix: Callable[[int], float]
     renoise: Callable[[int], tuple[float, float]]
+    balances: bool = False
     guidance: tuple[float, float] = (1.0, 1.0)
     scorer: RolloutScorer | None = None
     sample_weight: SampleWeight | None = None
@@ -72,23 +75,29 @@ class Trainer:
         """All that is trained, by name."""
         return {each.name: each for each in (self.student, *self.fake_learners, *self.objectives.own_learners)}
 
-    def train_step(self) -> dict[str, float]:
-        """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3)."""
+    def train_step(self, *, compare: bool = False) -> dict[str, float]:
+        """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3).
+
+        Args:
+            compare: Log how strong RL is beside matching; costs memory for one more gradient of each objective, and a
+                pass through the student for those that act at x0.
+        """
         backend, matching, objectives = self.backend, self.matching, self.objectives
 
         for k in range(self.rounds):  # 1. the fake score catches up with the student
-            ctx = self.context(k)
-            shared = objectives.shared_noise(ctx) if k + 1 == self.rounds else ()
+            ctx, last = self.context(k), k + 1 == self.rounds
+            shared = objectives.shared_noise(ctx) if last else ()
             rollout = self.rollout(ctx, shared)  #    all steps, no gradient
             draw = self.pick(rollout, ctx)  #    one stored state of each trajectory, and the answer given there
-            if self.matches:
+            if self.matches and not last:  #    it is asked below for what it has not been trained on
                 self.learn_fake_score(draw, ctx)
 
         for iteration in range(objectives.needs.updates_per_rollout):  # 2. where should the student's answer move?
             if iteration:
                 draw = self.answer_again(draw, ctx)
             draw = replace(draw, direction=self.direction(draw, ctx))  #    match the distribution ...
-            reward_grad = objectives.gradient(draw, ctx)  #    ... and climb the reward; its graphs are freed here
+            balance = self.balance(compare, ctx)
+            reward_grad = objectives.gradient(draw, ctx, balance)  #    ... and climb the reward; its graphs are freed
 
             for part, r in self.micro_batches(draw, reward_grad):  # 3. the only student graph alive
                 if not self.matches and not r.any():
@@ -96,8 +105,12 @@ class Trainer:
                 prediction = backend.student(part.x_t, part.t, part.cond)
                 matched = (matching.anchor(prediction, part, ctx) * part.direction).sum() / reward_grad.numel()
                 ctx.backward(self.dmd_weight(self.step) * matched + (prediction.x0 * r).sum())
+            if balance:
+                self.settle(balance, draw, ctx)
             self.update([self.student, *objectives.own_learners], ctx)
 
+        if self.matches:  # 4. the fake score learns the last rollout, too
+            self.learn_fake_score(draw, ctx)
         objectives.after_update(ctx)
         self.step += 1
         for learner in self.learners.values():
@@ -211,6 +224,23 @@ class Trainer:
         weight = self.sample_weight(draw, direction, ctx)
         return weight.view(-1, *[1] * (direction.total.ndim - 1)).to(direction.total.dtype) * direction.total
 
+    def balance(self, compare: bool, ctx: StepContext) -> Balance | None:
+        """What compares RL with matching in this step, where both are there."""
+        if not self.objectives.terms or not self.dmd_weight(ctx.step) or not (compare or self.balances):
+            return None
+        return Balance(self.student, {term.name: term.weight for term in self.objectives.terms})
+
+    def settle(self, balance: Balance, draw: Draw, ctx: StepContext) -> None:
+        """Log the ratios of the RL objectives' gradients to matching's, and bring them to rl_weight."""
+
+        def backward(at_x0: Tensor) -> None:
+            for part, r in self.micro_batches(draw, at_x0):
+                ctx.backward((self.backend.student(part.x_t, part.t, part.cond).x0 * r).sum())
+
+        balance.carry(backward)
+        ratios = balance.settle(self.objectives.weight(ctx.step) if self.balances else None)
+        ctx.log({f"rl_ratio/{name}": ratio for name, ratio in ratios.items()})
+
     def update(self, learners: Sequence[Learner], ctx: StepContext) -> None:
         """Update learners that had their backward passes together."""
         norms = update_together(learners)
@@ -229,6 +259,8 @@ class Trainer:
             mean = self.accelerator.reduce(torch.tensor(list(values.values())).to(self.accelerator.device), "mean")
             values = dict(zip(values, mean.tolist(), strict=True))
         self.last_context = ctx
+        if self.scaler.is_enabled():
+            values["loss_scale"] = self.scaler.get_scale()
         return values | {
             "learning_rate/student": float(self.student.scheduler.get_last_lr()[0]),
             "dyna/fake_mix": ctx.fake_mix,

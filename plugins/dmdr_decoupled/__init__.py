@@ -21,27 +21,35 @@ class Decoupled(DMD):
 
         direction = (x0_fake(tau_dm) - x0_teacher) / mean|x0 - x0_teacher|        per sample
 
-    tau_dm is DMD's time, where the fake score learns, too; tau_ca is drawn below the student's time. Four network calls
-    instead of three, and DMD itself without guidance. The one normaliser keeps the ratio of eq. 8 between the parts,
-    is DMD's own where the times agree, and bounds the direction as there: with one of tau_ca alone, which may be close
-    to data where the distance is small, a `dm` from close to noise would be without bound.
+    tau_dm is DMD's time, shifted as the grid is, where the fake score learns, too; tau_ca is drawn below the student's
+    time. Four network calls instead of three; without guidance two, as DMD at shifted times. The one normaliser keeps
+    the ratio of eq. 8 between the parts, is DMD's own where the times agree, and bounds the direction as there: with
+    one of tau_ca alone, which may be close to data where the distance is small, a `dm` from close to noise would be
+    without bound.
 
     Attributes:
         floor: Lower bound of the normaliser, in latent units.
         ca_time: Renoise time of the guidance: "cleaner" than the student's time, over all that is left to settle (the
-            first step: everything), or "shared" with distribution matching, which is plain DMD.
+            first step: everything), or "shared" with distribution matching, which is DMD at shifted times.
     """
 
     ca_time: Literal["cleaner", "shared"] = "cleaner"
 
-    def renoise_ca(self, draw: Draw, ctx: Context) -> Renoised:
-        """The student's answers at times in [T_MIN, draw.t): uniform before the timestep shift, as the grid's are.
+    def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
+        """DMD's times, shifted as the grid's are (the authors in Tongyi-MAI/Z-Image, issue 78: both are)."""
+        t = shift_times(ctx.random.beta("renoise/t", draw.sample, *ctx.renoise), ctx.backend.shift)
+        return (renoised_at(t.clamp(T_MIN, T_MAX), "renoise", draw, ctx),)
 
-        (The authors in Tongyi-MAI/Z-Image, issue 78.) DynaRS moves tau_dm only, as vvvvvjdy/dmdr, issue 4, has it.
+    def renoise_ca(self, draw: Draw, ctx: Context) -> Renoised:
+        """The student's answers at cleaner times than its input: uniform before the timestep shift, as the grid's are.
+
+        The first input is pure noise, whatever time the student is told: all times are cleaner. DynaRS moves tau_dm
+        only, as vvvvvjdy/dmdr, issue 4, has it.
         """
         shift = ctx.backend.shift
         share = ctx.random.uniform("renoise/ca/t", draw.sample)
-        t = shift_times(share * unshift_times(draw.t, shift), shift).clamp(T_MIN, T_MAX)
+        level = torch.where(draw.index == 0, 1.0, draw.t)
+        t = shift_times(share * unshift_times(level, shift), shift).clamp(T_MIN, T_MAX)
         return renoised_at(t, "renoise/ca", draw, ctx)
 
     @torch.no_grad()

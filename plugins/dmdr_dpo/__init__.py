@@ -36,6 +36,9 @@ class DPO:
         transition    log p(x) = sum_i log N(x_{i + 1}; mu(x_i), std_i^2)       over the stochastic steps that made x
         diffusion     log p(x) = -D/2 mean (output - target)^2                  at one of the student's own times
 
+    z is a sum over the D latent elements: beside the matching gradient, that of L grows as sqrt(D).
+    `--rl_balance grad_norm` holds the ratio of the two.
+
     Online, w and l are the best and the worst image of each group. Loss and metrics sit in the row of the winner, and
     only the images of a pair pass through the networks; all transitions of a pair are one graph.
 
@@ -47,8 +50,9 @@ class DPO:
         label_smoothing: Share of preferences that are taken to be wrong (sigmoid only), in [0, 0.5).
         margin: Best and worst reward of a group must differ by more than this; equal rewards never make a pair.
         form: "transition" (PSO) or "diffusion" (Diffusion-DPO); by default transition where the student has stochastic
-            steps, else diffusion. With a single step diffusion is experimental: the network is told a time that does
-            not match its pure noise, so that its clean image is compared instead of its output.
+            steps, else diffusion. With a single step diffusion is experimental. The network is told a time that does
+            not match its pure noise, so that its clean image is compared instead of its output; and a pair shares new
+            noise, since on their own noise its images have no error.
         pairs: Preferences from a JSONL file instead of a reward, with prompt, chosen and rejected in each line: paths
             of images of the training resolution, relative to the file. They are of the diffusion form.
         sync_ref_model: Make the reference what the student is, every ref_model_sync_steps steps. A run has one
@@ -117,7 +121,7 @@ class DPO:
         if self.pairs is not None:
             rows = (draw.sample % 2 == 0).nonzero().flatten()  # a pair is two images, so half as many pairs as samples
             if len(rows):
-                z = diffusion(*self.stored_pairs(draw, rows, ctx), draw, rows, ctx)
+                z = diffusion(*self.stored_pairs(draw, rows, ctx), None, draw, rows, ctx)
             return self.term(draw, rows, z)
         reward = ctx.rewards.total(ctx.scores(draw.rollout))
         rows, losers = best_and_worst(reward, draw.group, self.margin)
@@ -126,7 +130,8 @@ class DPO:
         if len(rows) and self.form_in(ctx) == "transition":
             z = transition(draw.rollout, both, cond, ctx)
         elif len(rows):
-            z = diffusion(draw.rollout.final[both], cond, draw, rows, ctx)
+            start = draw.rollout.x_t[0, both] if ctx.sampler.num_inference_steps > 1 else None
+            z = diffusion(draw.rollout.final[both], cond, start, draw, rows, ctx)
         return self.term(draw, rows, z, gap=reward[rows] - reward[losers])
 
     def term(self, draw: Draw, rows: Tensor, z: Tensor, **metrics: Tensor) -> Term:
@@ -166,14 +171,15 @@ def transition(rollout: Rollout, both: Tensor, cond: Condition, ctx: Context) ->
     return torch.stack(steps).sum(0)
 
 
-def diffusion(x: Tensor, cond: Condition, draw: Draw, rows: Tensor, ctx: Context) -> Tensor:
+def diffusion(x: Tensor, cond: Condition, start: Tensor | None, draw: Draw, rows: Tensor, ctx: Context) -> Tensor:
     """z of denoising the images at one of the student's own times (Diffusion-DPO, eq. 14), [P].
 
     Args:
         x: Clean latents of P winners, then of their losers, [2 P, *latent].
+        start: The noise that each was made from, its state at the first of the times; None for given images.
         rows: Rows of the winners, whose indices in the global batch draw the time and the noise that a pair shares.
     """
-    at = renoised_to_grid(x, "dpo", draw, ctx, rows.repeat(2))
+    at = renoised_to_grid(x, "dpo", draw, ctx, rows.repeat(2), start)
 
     def log_p(prediction: Prediction) -> Tensor:
         one_step = ctx.sampler.num_inference_steps == 1

@@ -34,10 +34,14 @@ class DiffusionNFT:
     the gradient is A / 5 times that of the normalised denoising error: good images are learnt and bad ones unlearnt
     alike.
 
+    Errors are means over the latent: the strength beside matching does not depend on its size.
+
     Source: arXiv 2509.16117, Algorithm 1, and its implementation, whose constant factor 5 is left to rl_weight.
     Adapted: predictions are clean images, which at a given x_t are affine in the velocity, so that the mixtures are the
     same; times are those of the student's steps; images are of the student itself, not of the old policy.
-    The authors advise against it for step-distilled models, which it blurs: it is meant to go with a matching loss.
+    The authors advise against it for step-distilled models, which it blurs: it is meant to go with a matching loss. A
+    student of one step is refused: its images are its own answers to their noise, so that there is no error to learn
+    from.
 
     Attributes:
         beta: How far the two policies lie from the old one; published: 1, or 0.1 with several rewards.
@@ -66,7 +70,7 @@ class DiffusionNFT:
 
     @property
     def needs(self) -> Needs:
-        return Needs(group_size=2, roles=("reference",) if self.kl_beta else ())
+        return Needs(group_size=2, student_steps=2, roles=("reference",) if self.kl_beta else ())
 
     def setup(self, ctx: Context) -> None:
         if self.old_decay:
@@ -91,7 +95,7 @@ class DiffusionNFT:
         valid = valid[draw.sample]
         r = optimality(advantage[draw.sample]).to(draw.x0.dtype)
         x = draw.rollout.final
-        at = renoised_to_grid(x, "nft", draw, ctx)
+        at = renoised_to_grid(x, "nft", draw, ctx, start=draw.rollout.x_t[0])
         before = self.old(at.x_t, at.t, draw, ctx)  # first: it may write to the parameters of the student's graph
         student = ctx.backend.student(at.x_t, at.t, draw.cond).x0
         old = student.detach() if before is None else before

@@ -5,7 +5,7 @@ student step answers with a clean image, so that the gradient needs no later ste
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,16 @@ from dmdr.types import Draw, Term
 class ReFL:
     """Loss per sample: -sum_k w_k r_k, or with a hinge sum_k w_k relu(margin - r_k), of the image decoded from x0.
 
+    Its strength beside matching depends on the reward's own scale, and little on the latent size.
+
     Attributes:
         steps: Student step whose answer is scored: "any" (the drawn one), "last" (what users see), or an index.
         hinge: Margin above which a reward is good enough and has no gradient; unset means no hinge. The published
             margin 0.7 is out of reach of hps and clip, whose scores are near 0.3: it is the plain negative reward.
-        balance: "fixed" takes the gradient as it is; "grad_norm" rescales it, per sample, to the norm of the
-            distribution-matching gradient, so that rl_weight is the ratio of the two where every step is scored.
     """
 
     steps: str = "any"
     hinge: float | None = None
-    balance: Literal["fixed", "grad_norm"] = "fixed"
 
     def __post_init__(self) -> None:
         if self.steps not in ("any", "last") and not self.steps.isdecimal():
@@ -38,7 +37,7 @@ class ReFL:
     @property
     def needs(self) -> Needs:
         steps: Any = (int(self.steps),) if self.steps.isdecimal() else self.steps
-        return Needs(reward_grad=True, matching=self.balance == "grad_norm", steps=steps)
+        return Needs(reward_grad=True, steps=steps)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         images = ctx.backend.decode(draw.leaf)
@@ -50,18 +49,7 @@ class ReFL:
         metrics = {"score": total.detach()}
         if self.hinge is not None:
             metrics["hinge_active"] = torch.stack([s < self.hinge for s in scores.values()]).float().mean(0)
-        if self.balance == "fixed":
-            return Term(loss, valid, metrics=metrics)
-        (grad,) = torch.autograd.grad(torch.where(valid, loss, 0.0).sum(), draw.leaf)
-        return Term(loss.detach(), valid, grad=self._balanced(grad, draw), metrics=metrics)
+        return Term(loss, valid, metrics=metrics)
 
     def _loss(self, score: Tensor) -> Tensor:
         return -score if self.hinge is None else (self.hinge - score).relu()
-
-    @staticmethod
-    def _balanced(grad: Tensor, draw: Draw) -> Tensor:
-        """The gradient at the norm of d L_DMD / d x0 = direction / latent size, each per sample."""
-        assert draw.direction is not None
-        shape = (-1, *[1] * (grad.ndim - 1))
-        target = draw.direction.flatten(1).norm(dim=1) / draw.direction[0].numel()
-        return grad * (target / grad.flatten(1).norm(dim=1).clamp_min(1e-12)).view(shape)

@@ -25,10 +25,13 @@ class RWR:
     with A the advantage (`dmdr.groups.advantages`), of root mean square 1 over the batch. With one image a prompt, the
     whole batch is one group, and prompts that are easy outweigh those that are hard.
 
+    Errors are means over the latent: the strength beside matching does not depend on its size.
+
     Source: Peters & Schaal 2007, "Reinforcement learning by reward-weighted regression for operational space control";
     w_RWR of arXiv 2305.13301. Adapted: the temperature is not in the reward's own unit, errors are of clean images at
     the student's own times, and the images are new in every step. Even with equal weights this is a regression, which
-    on its own moves a few-step student towards the mean of its images: it is meant to go with a matching loss.
+    on its own moves a few-step student towards the mean of its images: it is meant to go with a matching loss. A
+    student of one step is refused: its images are its own answers to their noise, so there is no error to learn from.
 
     Attributes:
         temperature: In advantages of the usual size; small ones leave the best image alone.
@@ -42,7 +45,7 @@ class RWR:
 
     @property
     def needs(self) -> Needs:
-        return Needs(batch_size=2)
+        return Needs(batch_size=2, student_steps=2)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         scores, group = ctx.global_scores()
@@ -50,7 +53,7 @@ class RWR:
             group = torch.zeros_like(group)
         advantage, valid = advantages(scores, ctx.rewards.weights, group)
         weight = regression_weights(advantage / self.temperature, group, valid)[draw.sample]
-        at = renoised_to_grid(draw.rollout.final, "rwr", draw, ctx)
+        at = renoised_to_grid(draw.rollout.final, "rwr", draw, ctx, start=draw.rollout.x_t[0])
         error = ((ctx.backend.student(at.x_t, at.t, draw.cond).x0 - at.x0) ** 2).flatten(1).mean(1)
         metrics = {"error": error, "weight_deviation": (weight - 1).abs()}
         return Term(weight.to(error.dtype) * error, valid[draw.sample], metrics=metrics)

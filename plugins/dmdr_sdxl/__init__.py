@@ -72,9 +72,7 @@ class UNetBackend(PipelineBackend):
         self.path = VariancePreserving(table)
         self.kind = KINDS[self.schedule["prediction_type"]]
         if self.kind == "eps" and table[-1] == 0:
-            raise ConfigError(
-                f"{folder}/scheduler: with rescale_betas_zero_snr epsilon does not give x0"
-            )
+            raise ConfigError(f"{folder}/scheduler: with rescale_betas_zero_snr epsilon does not give x0")
 
     def _own_schedule(self) -> dict[str, Any]:
         """Betas and prediction type of the folder's own scheduler, with the defaults of its class.

@@ -29,6 +29,7 @@ class SRPO:
         s = <f_image, (1 + k) f_text(positive) - f_text(negative)>
 
     in the features of each reward, of the image decoded from x0. Both words are drawn anew for each sample.
+    Its strength beside matching depends on the reward's own scale, and little on the latent size.
 
     Attributes:
         k: Share of the plain reward of the positive text, at least 0; the rest of s is the difference of both.
@@ -77,7 +78,7 @@ class SRPO:
         if self.direct_align:
             eps = ctx.random.normal("srpo/eps", draw.sample, tuple(draw.x0.shape[1:]))
             return self._aligned(draw, ctx, eps, (positive, negative))
-        return self._judged(draw.leaf, ctx, (positive, negative))
+        return self._scored(draw.leaf, ctx, (positive, negative))
 
     def _texts(self, words: Sequence[str], purpose: str, draw: Draw, ctx: Context) -> list[str]:
         """The prompts, each with a word of its own."""
@@ -86,7 +87,7 @@ class SRPO:
         return [text.replace("{prompt}", prompt) for text, prompt in zip(texts, draw.cond.prompts, strict=True)]
 
     @sharing()
-    def _judged(self, x0: Tensor, ctx: Context, texts: Texts) -> Term:
+    def _scored(self, x0: Tensor, ctx: Context, texts: Texts) -> Term:
         """How much latents [B, *latent] look like the one text and unlike the other."""
         images = ctx.backend.decode(x0)
         losses, scores, preferences = [], [], []
@@ -105,7 +106,7 @@ class SRPO:
         """Direct-Align: two short ODE steps of the finished latents under known noise, half a loss each.
 
         With end = t (1 - span), one denoises from t down to `end`, the other inverts from end (1 - span) up to `end`.
-        The inversion answers to the student's error with the opposite sign (see `recovered`) and is judged by swapped
+        The inversion answers to the student's error with the opposite sign (see `recovered`) and is scored by swapped
         texts: both push the student the same way. Both end below t, where alpha is above 0 even for t = 1 (at least
         `span` on rectified flow).
         """
@@ -126,9 +127,9 @@ class SRPO:
         x_t = add_noise(ctx.backend.path, draw.rollout.final, eps, start)
         with torch.no_grad():
             x0 = recovered(ctx.backend.student(x_t, start, draw.cond), eps, end)
-        term = self._judged(x0.requires_grad_(), ctx, texts)
+        term = self._scored(x0.requires_grad_(), ctx, texts)
         assert term.valid is not None
-        (grad,) = torch.autograd.grad(term.loss.sum(), x0)
+        grad = ctx.grad(term.loss.sum(), x0)
         grad = torch.where(term.valid.view(-1, *[1] * (grad.ndim - 1)), grad, 0.0)
         pull = (recovered(ctx.backend.student(x_t, start, draw.cond), eps, end) * grad).flatten(1).sum(1)
         return replace(term, loss=(term.loss.detach() + pull - pull.detach()) / 2)  # its value, with pull's gradient

@@ -1,6 +1,7 @@
 """FLUX.1 beyond what every family must show: guidance as an input, the dynamic shift, what it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from diffusers import FluxPipeline
 
 import flux
 from dmdr.errors import ConfigError
+from dmdr.matching import teach
+from dmdr.randomness import Random
 from dmdr_flux import FluxBackend
 from family import refuses_unread
 
@@ -47,6 +50,12 @@ def test_guidance_is_a_line_through_the_networks_own_answers(folder: Path, own: 
     told.clear()
     backend.student(x_t, t, cond)
     assert told == [1.0]
+    told.clear()
+    ctx = SimpleNamespace(backend=backend, guidance=(4.0, 4.0), fake_mix=0.0, random=Random(0, 0, "test"))
+    draw = SimpleNamespace(cond=cond, sample=torch.zeros(1, dtype=torch.int64))
+    c0, ca = teach(backend.teacher, SimpleNamespace(x_t=x_t, t=t), draw, ctx)  # type: ignore[arg-type]
+    assert told == ([1.0, own] if own != 1 else [1.0, 1.0])  # of matching, too
+    torch.testing.assert_close(c0 - ca, backend.teacher(x_t, t, cond, guidance=4.0).x0)
 
 
 @pytest.mark.parametrize("resolution", [16, 48])
@@ -57,12 +66,15 @@ def test_the_grid_is_the_pipelines_own_at_each_resolution(folder: Path, resoluti
     pipe("a handwritten seven", num_inference_steps=4, max_sequence_length=8, output_type="latent", **size)
     grid = built(folder, resolution=resolution).grid(4)
     torch.testing.assert_close(grid.float(), pipe.scheduler.sigmas, rtol=0, atol=1e-6)
+    shifted = built(folder, resolution=resolution, shift=9.0)  # the student; the teacher stays as its users know it
+    assert not torch.equal(shifted.grid(4), grid)
+    assert torch.equal(shifted.teacher_grid(4), grid)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zero_empty_prompt": True}, "--zero_empty_prompt: guidance of .* is an input"),
+        ({"zero_empty_prompt": True}, "--zero_empty_prompt: .* takes guidance as an input"),
         ({"max_sequence_length": 513}, "--max_sequence_length 513: .* takes 512 at most"),
         ({"resolution": 18}, "--resolution 18 is no multiple of 4"),
     ],

@@ -16,11 +16,14 @@ from diffusers.utils import logging
 from safetensors.torch import save_file
 from torch import nn
 
+from dmdr.backends.toy import Redness
 from dmdr.run.run import run
 from dmdr.settings import registry
 from dmdr.settings.parse import Settings, parse
 from dmdr_digits import Digits
 from family import FAMILIES
+from pictures import Pictures
+from toy_trainer import prepared, trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(file for file in EXAMPLES.glob("*/*.yaml") if (file.parent / "architecture").is_dir())
@@ -80,6 +83,33 @@ def test_every_value_says_where_it_comes_from(recipe: Path) -> None:
             assert " # " in line or (before.startswith("# ") and not before.startswith("# ---")), line
         before = line
     assert f"dmdr-train --config examples/{recipe.parent.name}/{recipe.name} --model " in recipe.read_text()
+
+
+def test_rl_stands_beside_matching_at_the_recipes_own_size(recipe: Path) -> None:
+    """At the first update, of a small network with latents of the recipe's shape; or the recipe says why not."""
+    settings = settings_of(recipe, model=str(recipe.parent / "architecture"))
+    config, chosen = settings.config, settings.of("objectives")
+    if not chosen or config.rl_balance == "none":
+        assert not chosen or "rl_ratio" in recipe.read_text()
+        return
+
+    class Sized(Pictures):
+        shape = settings.open_backend(config.model).latent_shape
+
+    images = config.num_generations
+    toy = trainer(
+        prepared(Sized, roles=("student", "fake_score", "reference")),
+        objectives=[(plugin.weight, plugin.build()) for plugin in chosen],
+        rewards=Redness(),
+        batch=images,
+        micro_batch=4,
+        group_size=images,
+        eta=config.eta,
+        rl_weight=config.rl_weight,
+        balances=True,
+    )
+    (ratio,) = (value for key, value in toy.train_step().items() if key.startswith("rl_ratio/"))
+    assert 0.2 < ratio < 3
 
 
 def test_fits_the_published_model(recipe: Path, tmp_path: Path) -> None:

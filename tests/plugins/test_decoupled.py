@@ -1,5 +1,6 @@
 """Decoupled DMD: its renoise times, its one normaliser, and the over-guidance that it avoids."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -108,6 +109,21 @@ def test_guidance_times_are_uniform_before_the_timestep_shift() -> None:
     assert abs(share.mean() - 0.5) < 0.02
     assert abs((share**2).mean() - 1 / 3) < 0.02
     assert (t[draw.index == 0] > 0.5).float().mean() > 0.7  # towards noise: 3/4 of the first step's
+
+
+def test_both_times_are_shifted_as_the_grid_is() -> None:
+    """A uniform time under shift 3 has the mean of 3 t / (1 + 2 t), 1.5 - 0.75 ln 3 = .676."""
+    (dm,) = Decoupled().renoise(stepping(normal(2000, 1), shift=3.0), asking(shift=3.0))
+    assert abs(dm.t.mean() - (1.5 - 0.75 * math.log(3))) < 0.02
+
+
+def test_a_first_step_that_is_told_less_starts_from_pure_noise() -> None:
+    """As the one-step SDXL, which is told .399: nothing is settled in its input."""
+    draw = stepping(normal(2000, 1))
+    told = replace(draw, t=torch.where(draw.index == 0, 0.399, draw.t))
+    t = Decoupled().renoise_ca(told, asking()).t
+    assert torch.equal(t, Decoupled().renoise_ca(draw, asking()).t)
+    assert t[draw.index == 0].max() > 0.9
 
 
 def test_dynamic_renoising_moves_matching_only() -> None:

@@ -244,16 +244,16 @@ def test_diffusion_is_equation_14_at_the_students_own_times(cls: Any, steps: int
     assert term.valid is not None
     winners, asked = term.valid.nonzero().flatten(), backend.asked
     reward = ctx.rewards.total(ctx.scores(draw.rollout)).view(16, 4)  # type: ignore[union-attr]
-    x = draw.rollout.final[torch.cat([winners, reward.argmin(1) + 4 * torch.arange(16)])]
+    rows = torch.cat([winners, reward.argmin(1) + 4 * torch.arange(16)])
+    x = draw.rollout.final[rows]
 
     assert torch.equal(asked.t[:16], asked.t[16:])
     assert torch.equal(asked.t.unique(), ctx.sampler.t[:-1].flip(0))
     start = asked.t == 1
     _, noise = image_errors(asked, x)
     torch.testing.assert_close(noise[:16][~start[:16]], noise[16:][~start[16:]], rtol=0, atol=1e-4)
-    key = draw.sample[winners]
-    eps = ctx.random.normal("dpo/eps", key, (2,))
-    torch.testing.assert_close(asked.x_t[start].float(), torch.cat([eps, eps])[start], rtol=0, atol=0)
+    own = draw.rollout.x_t[0, rows] if steps > 1 else ctx.random.normal("dpo/eps", draw.sample[winners.repeat(2)], (2,))
+    torch.testing.assert_close(asked.x_t[start].float(), own[start].float(), rtol=0, atol=0)
 
     with torch.no_grad():
         cond = backend.encode([draw.cond.prompts[i] for i in winners] * 2)
@@ -275,8 +275,10 @@ def test_each_update_on_a_rollout_draws_its_own_noise() -> None:
     objective(draw, ctx)
     assert torch.equal(backend.asked.x_t, first)
     ctx.iteration = 1
+    before = backend.asked.t
     objective(replace(draw, iteration=1), ctx)
-    assert not torch.isclose(backend.asked.x_t, first).any()
+    both_start = (before == 1) & (backend.asked.t == 1)  # from their own noise each time
+    assert not torch.isclose(backend.asked.x_t, first)[~both_start].any()
 
 
 def test_losses_are_those_of_trl() -> None:
@@ -376,7 +378,7 @@ def rewards_of(cls: type[ToyBackend], steps: int, objectives: Sequence[DPO]) -> 
         (ToyBackend, "diffusion", 4, 1.0),
         (ToyBackend, "diffusion", 1, 1.0),
         (EpsToy, "transition", 4, 1.0),
-        (EpsToy, "diffusion", 4, 10.0),  # the errors of an epsilon model hardly depend on the image where noise is high
+        (EpsToy, "diffusion", 4, 30.0),  # the errors of an epsilon model hardly depend on the image where noise is high
         (EpsToy, "diffusion", 1, 1.0),
     ],
 )

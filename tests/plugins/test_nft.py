@@ -109,7 +109,7 @@ def test_loss_and_gradient_by_hand(beta: float, nudge: float) -> None:
     advantage = deviation / ((score - score.mean()).square().mean().sqrt() + 1e-4)
     advantage = advantage / (advantage.square().mean().sqrt() + 1e-4)
     r, x = advantage[:, None] / 10 + 0.5, draw.rollout.final
-    at = renoised_to_grid(x, "nft", draw, ctx)
+    at = renoised_to_grid(x, "nft", draw, ctx, start=draw.rollout.x_t[0])
     with torch.no_grad():
         old = backend.student(at.x_t, at.t, draw.cond).x0
     up, down = old + beta * offset - x, old - beta * offset - x
@@ -126,10 +126,11 @@ def test_loss_and_gradient_by_hand(beta: float, nudge: float) -> None:
 def test_images_are_noised_to_the_students_own_times() -> None:
     toy = running(DiffusionNFT(), batch=64)
     _, draw, ctx = ask(DiffusionNFT(), toy)
-    at = renoised_to_grid(draw.rollout.final, "nft", draw, ctx)
+    at = renoised_to_grid(draw.rollout.final, "nft", draw, ctx, start=draw.rollout.x_t[0])
     assert torch.equal(at.t.unique(), ctx.sampler.t[:-1].flip(0))
-    eps = ctx.random.normal("nft/eps", draw.sample, (2,)).double()
     t = at.t[:, None]
+    eps = ctx.random.normal("nft/eps", draw.sample, (2,)).double()
+    eps = torch.where(t == 1, draw.rollout.x_t[0].double(), eps)  # its own noise
     torch.testing.assert_close(at.x_t, (1 - t) * draw.rollout.final + t * eps, rtol=0, atol=1e-12)
 
 
@@ -139,7 +140,7 @@ def test_kl_is_the_distance_to_the_stage_1_student() -> None:
     backend = prepared(DoubleToy, roles=ROLES)
     with_kl, without = DiffusionNFT(kl_beta=0.5), DiffusionNFT()
     term, draw, ctx = ask(with_kl, running(with_kl, backend))
-    at = renoised_to_grid(draw.rollout.final, "nft", draw, ctx)
+    at = renoised_to_grid(draw.rollout.final, "nft", draw, ctx, start=draw.rollout.x_t[0])
     with torch.no_grad():
         student, reference = (of(at.x_t, at.t, draw.cond).x0 for of in (backend.student, backend.reference))
     kl = (student - reference).square().mean(1)
@@ -215,7 +216,7 @@ def test_the_old_policy_answers_and_leaves_no_trace() -> None:
         for parameter in toy.student.parameters.values():
             parameter.mul_(1.1)
     before = state(toy)
-    at = renoised_to_grid(draw.rollout.final, "nft", draw, ctx)
+    at = renoised_to_grid(draw.rollout.final, "nft", draw, ctx, start=draw.rollout.x_t[0])
     found = objective.old(at.x_t, at.t, draw, ctx)
     assert found is not None and not found.requires_grad
     assert torch.equal(found, other.student(at.x_t, at.t, draw.cond).x0)

@@ -16,7 +16,7 @@ from dmdr.testing import check_objective
 from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_rwr import RWR, regression_weights
-from toy_trainer import Constant, DoubleToy, EpsToy, Plain, at_rest, prepared, steadily, step_of, trainer
+from toy_trainer import Constant, DoubleToy, EpsToy, Plain, at_rest, flat, prepared, state, steadily, step_of, trainer
 
 NAN = math.nan
 
@@ -56,7 +56,7 @@ def test_loss_and_gradient_by_hand(group_size: int, temperature: float) -> None:
     advantage = advantage / (advantage.square().mean().sqrt() + 1e-4)
     weight = (advantage / temperature).exp()
     weight = (weight / weight.mean(1, keepdim=True)).flatten()
-    at = renoised_to_grid(draw.rollout.final, "rwr", draw, ctx)
+    at = renoised_to_grid(draw.rollout.final, "rwr", draw, ctx, start=draw.rollout.x_t[0])
     assert set(at.t.tolist()) <= set(ctx.sampler.t[:-1].tolist())
     error = (backend.student(at.x_t, at.t, draw.cond).x0 - draw.rollout.final).square().mean(1)
     torch.testing.assert_close(term.loss, weight * error, rtol=1e-6, atol=1e-9)
@@ -148,6 +148,18 @@ def test_climbs_a_reward_without_gradient(cls: type[ToyBackend], dmd_weight: flo
     found = rewards(0.3)
     assert found[-8:].mean() > found[:3].mean() + 0.005
     assert found[-8:].mean() > rewards(1e6)[-8:].mean() + 0.005
+
+
+def test_a_one_step_student_keeps_its_spread() -> None:
+    """On its own noise its images have no error; on other noise it would learn their mean (std .301 -> .010)."""
+    toy = running(RWR(1e6), prepared(), steps=1, dmd_weight=0.0, optimize=steadily, rl_weight=30.0)
+    before = flat(state(toy))
+    for _ in range(3):
+        toy.train_step()
+    assert torch.allclose(flat(state(toy)), before)
+    settings = {"model": "toy", "rl": "rwr", "reward": "toy", "num_inference_steps": 1}
+    with pytest.raises(ConfigError, match="--rl rwr needs --num_inference_steps of at least 2"):
+        assemble(parse(settings=settings))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN, math.inf])

@@ -474,6 +474,31 @@ def test_images_that_are_not_finite_leave_the_student_whole(direct_align: bool, 
     assert flat(state(running)).isfinite().all()
 
 
+class HalfDecoder(ToyBackend):
+    """Decodes in real float16, which holds no gradient below 6e-8."""
+
+    def decode(self, latents: Tensor, *, exact: bool = False) -> Tensor:
+        return super().decode(latents.half(), exact=exact).float()
+
+
+class Faint(Colour):
+    """The gradient of each pixel is about 1e-9."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features(images) * 1e-7
+
+
+@pytest.mark.parametrize("direct_align", [False, True])
+def test_the_loss_scale_keeps_gradients_that_float16_would_lose(direct_align: bool) -> None:
+    objective = SRPO(direct_align=direct_align, **RED_NOT_GREEN)
+    settings: dict[str, Any] = {"objectives": [objective], "rewards": Faint(), "dmd_weight": 0.0, "rl_weight": 1e6}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=10**6)
+    whole = step_of(trainer(prepared(), **settings))
+    half = step_of(trainer(prepared(HalfDecoder), scaler=scaler, **settings))
+    assert whole.norm() > 0
+    assert (half - whole).norm() < 0.02 * whole.norm()
+
+
 def test_steps_that_are_not_asked_for_have_no_gradient() -> None:
     for direct_align in (False, True):
         objective = SRPO(steps="last", direct_align=direct_align, **RED_NOT_GREEN)

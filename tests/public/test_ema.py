@@ -69,9 +69,10 @@ def test_average_moves_once_per_optimizer_step(iterations: int, micro_batch: int
     def spy() -> None:
         nonlocal steps
         steps += 1
+        decay = (1 + toy.step) / (10 + toy.step)  # below 0.9 for the first 80 steps
         step()
         for name, parameter in state(toy).items():
-            expected[name] = 0.9 * expected[name] + 0.1 * parameter
+            expected[name] = decay * expected[name] + (1 - decay) * parameter
 
     toy.student.step = spy  # type: ignore[method-assign]
     for _ in range(2):
@@ -81,6 +82,22 @@ def test_average_moves_once_per_optimizer_step(iterations: int, micro_batch: int
     assert not torch.equal(*averages)
     for name, value in expected.items():
         torch.testing.assert_close(toy.student.ema.average[name], value)
+
+
+def test_the_start_does_not_weigh_on_a_short_runs_average() -> None:
+    """Of 100 updates at decay 0.999, nine tenths of the average would still be the start."""
+    parameter = nn.Parameter(torch.zeros(1))
+    ema = EMA({"weight": parameter}, 0.999)
+    with torch.no_grad():
+        parameter += 1
+    for seen in range(100):
+        ema.update(seen=seen)
+    assert ema.average["weight"].item() > 0.99
+    late = EMA({"weight": nn.Parameter(torch.zeros(1))}, 0.999)
+    with torch.no_grad():
+        late.parameters["weight"] += 1
+    late.update(seen=10**6)
+    assert late.average["weight"].item() == pytest.approx(0.001)
 
 
 def test_a_checkpoint_holds_the_whole_average(tmp_path: Path) -> None:

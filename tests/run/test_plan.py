@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dmdr.errors import ConfigError
-from dmdr.run.job import planned
+from dmdr.run.job import assemble, planned
+from dmdr.run.observer import Observer
 from dmdr.run.plan import Plan
 from dmdr.run.run import train
 from dmdr.settings.parse import parse
@@ -160,3 +161,11 @@ def test_the_weight_of_an_objective_follows_its_schedule(
     assert logged[1:] == pytest.approx([0.6 * 0.5 * part for part in share])
     train(**FEW | settings, resume_from_checkpoint=str(folder / "checkpoints" / "step-000004"))
     assert weights() == logged
+
+
+def test_the_teacher_is_sampled_at_its_own_times() -> None:
+    """Whatever the shift of the student's."""
+    job = assemble(parse(settings={"model": "toy", "shift": 3.0, "teacher_steps": 5}))
+    _, sampler = Observer(job, None, Path()).teacher()
+    assert sampler.t.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    assert job.sampler.t[1] > 0.8

@@ -710,7 +710,7 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
 
 def test_balancing_by_a_gradient_that_is_switched_off_is_refused(tmp_path: Path) -> None:
     folder = train(**FAST | {"stage2_steps": 0}, output_dir=str(tmp_path / "run"))
-    settings = {"dmd_weight": 0.0, "refl_balance": "grad_norm", "init_student": str(folder)}
+    settings = {"dmd_weight": 0.0, "rl_balance": "grad_norm", "init_student": str(folder)}
     with pytest.raises(ConfigError, match="needs --dmd_weight above 0"):
         train(**FAST | settings, output_dir=str(tmp_path / "next"))
 

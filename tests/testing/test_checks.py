@@ -727,7 +727,7 @@ class Picky:
         (["--dmdr-plugin=refll"], "is installed (did you mean 'refl'?)"),
         (["--dmdr-plugin=gone.py:Mine"], "no such file"),
         (["--dmdr-plugin=refl", "--dmdr-option=steps"], "--dmdr-option steps is no KEY=VALUE"),
-        (["--dmdr-plugin=refl", "--dmdr-option=stepz=3"], "'stepz' (did you mean 'steps'?); refl has balance, hinge"),
+        (["--dmdr-plugin=refl", "--dmdr-option=stepz=3"], "'stepz' (did you mean 'steps'?); refl has hinge, steps"),
         (["--dmdr-plugin=refl", "--dmdr-option=refll.steps=3"], "no --dmdr-plugin is called refll"),
         (["--dmdr-plugin=nft", "--dmdr-option=beta=[3"], "--dmdr-option beta=[3 is no YAML"),
         (["--dmdr-plugin=nft", "--dmdr-option=beta=[3]"], "--dmdr-option beta must be a finite number, not [3]"),

@@ -77,7 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
     "policy": {"rewards": Plain(), "objectives": [Policy(Needs(steps="stochastic"))], "rl_weight": 0.1},
     "critic": {"rewards": Plain(BROKEN), "objectives": [Critic()], "rl_weight": 2.0},
-    "refl_balanced": {"rewards": Plain(), "objectives": [ReFL(balance="grad_norm")], "rl_weight": 2.0},
+    "refl_balanced": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 2.0, "balances": True},
 }
 
 

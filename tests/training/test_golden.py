@@ -38,7 +38,7 @@ SD3 = COMMON | {"stage1_steps": 1, "stage2_steps": 3, "lora_rank": 4, "lora_alph
 WORDS = {"positive": ["Red"], "negative": ["Green"]}
 CASES: dict[str, dict[str, Any]] = {
     "toy/refl": TOY | {"rl": "refl"},
-    "toy/refl last, grad_norm": TOY | {"rl": "refl", "steps": "last", "balance": "grad_norm"},
+    "toy/refl last, grad_norm": TOY | {"rl": "refl", "steps": "last", "rl_balance": "grad_norm"},
     "toy/grpo": TOY | {"rl": "grpo", "policy_steps": "random:2"},
     "toy/grpo again, beta": TOY | {"rl": "grpo", "num_iterations": 2, "grpo_beta": 0.1},
     "toy/dpo": TOY | {"rl": "dpo"},

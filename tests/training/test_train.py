@@ -62,11 +62,9 @@ def train(trainer: Trainer, steps: int) -> dict[str, Tensor]:
 
 
 def prepare_step(trainer: Trainer) -> tuple[StepContext, Draw]:
-    """The first half of a step: rollout, draw, fake score, direction."""
+    """The first half of a step: rollout, draw, direction."""
     ctx = trainer.context(0)
     draw = trainer.pick(trainer.rollout(ctx), ctx)
-    if trainer.matches:
-        trainer.learn_fake_score(draw, ctx)
     return ctx, replace(draw, direction=trainer.direction(draw, ctx))
 
 
@@ -143,9 +141,15 @@ def test_fake_score_learns_several_times_a_step_each_time_from_new_prompts(updat
             asked.append(draw.x_t)
             return super().fake_loss(draw, fake, ctx)
 
+        def direction(self, draw: Draw, *args: Any) -> Any:
+            seen.append(len(asked))
+            return super().direction(draw, *args)
+
+    seen: list[int] = []
     running = trainer(fake_updates=updates, matching=Recording())
     running.train_step()
     assert len(asked) == len(torch.stack(asked).unique(dim=0)) == updates
+    assert seen == [updates - 1]  # it is asked for a direction before it learns the images that this is for
     assert running.prompts.consumed == updates
 
 
@@ -333,7 +337,7 @@ def test_weights_of_run_and_term_multiply() -> None:
     expected = gradient(trainer(prepared(DoubleToy)), refl_loss(6.0))
     objectives = [(0.5, ReFL()), (1.0, ReFL())]
     found = step_of(trainer(prepared(DoubleToy), objectives=objectives, rewards=Plain(), rl_weight=4.0))
-    assert_same(-found, expected, 1e-8)  # images and rewards are in float32
+    assert_same(-found, expected, 1e-7)  # images and rewards are in float32
 
 
 def test_no_reward_weight_is_plain_matching_and_asks_no_reward() -> None:
@@ -368,7 +372,7 @@ CASES: dict[str, dict[str, Any]] = {
     "refl": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 5.0},
     "last": {"rewards": Plain(), "objectives": [ReFL(steps="last")], "rl_weight": 5.0},
     "invalid": {"rewards": Plain({"mode 1": math.nan}), "objectives": [ReFL()], "rl_weight": 5.0},
-    "balanced": {"rewards": Plain(), "objectives": [ReFL(balance="grad_norm")], "rl_weight": 5.0},
+    "balanced": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 5.0, "balances": True},
 }
 
 
@@ -403,11 +407,23 @@ def test_a_loss_scaler_changes_nothing(case: str, micro_batch: int) -> None:
     for role in ("student", "fake_score"):
         assert_same(flat(state(scaled, role)), flat(state(plain, role)), 1e-7)
         assert not torch.equal(flat(state(plain, role)), flat(state(trainer(), role)))
+    assert lines[1].pop("loss_scale") == 1024.0
     assert lines[1] == pytest.approx(lines[0], rel=1e-5, nan_ok=True)
-    assert scaler.get_scale() == 1024.0
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_a_loss_scaler_that_never_recovers_stops_the_training() -> None:
+    """A scale that grows back at once stands for networks whose activations overflow at any scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6, backoff_factor=0.999)
+    running = trainer(objectives=[ReFL()], rewards=Plain(), scaler=scaler, rl_weight=1e30, fake_optimize=adam)
+    before = flat(state(running))
+    lines = [running.train_step() for _ in range(50)]
+    assert lines[0]["loss_scale"] < 2.0**127
+    with pytest.raises(TrainingError, match="the student have overflowed float16 in 51 updates in a row"):
+        running.train_step()
+    assert torch.equal(flat(state(running)), before)
+
+
 def test_a_loss_scaler_skips_what_overflows_and_recovers() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
     running = trainer(objectives=[ReFL()], rewards=Plain(), scaler=scaler, rl_weight=100.0, optimize=adam)
@@ -423,7 +439,7 @@ def test_a_loss_scaler_skips_what_overflows_and_recovers() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_samples_that_a_reward_cannot_judge_are_left_out_and_counted(value: float) -> None:
+def test_samples_that_a_reward_cannot_score_are_left_out_and_counted(value: float) -> None:
     broken = {"mode 1": value, "mode 2": value}
     reward = Plain(broken)
     running = trainer(prepared(DoubleToy), objectives=[ReFL()], rewards=reward, rl_weight=5.0)
@@ -694,32 +710,6 @@ def test_refl_hinge_silences_what_is_good_enough() -> None:
     assert plain is None
 
 
-@pytest.mark.parametrize("rl_weight", [1.0, 0.25])
-def test_refl_balanced_has_the_norm_of_matching_in_each_sample(rl_weight: float) -> None:
-    settings: dict[str, Any] = {"rewards": Plain(), "rl_weight": rl_weight, "batch": 16, "micro_batch": 5}
-    running = trainer(objectives=[ReFL(balance="grad_norm")], **settings)
-    ctx, draw = prepare_step(running)
-    assert draw.direction is not None
-    climbed = running.objectives.gradient(draw, ctx)
-    matched = draw.direction / draw.direction.numel()
-    torch.testing.assert_close(climbed.norm(dim=1), rl_weight * matched.norm(dim=1), rtol=1e-5, atol=0)
-    fixed = trainer(objectives=[ReFL()], **settings)
-    ctx, draw = prepare_step(fixed)
-    cosine = nn.functional.cosine_similarity(climbed, fixed.objectives.gradient(draw, ctx))
-    torch.testing.assert_close(cosine, torch.ones(16), rtol=0, atol=1e-6)
-
-
-def test_refl_balanced_leaves_out_what_cannot_be_scored() -> None:
-    rewards = Plain({"mode 0": math.nan})
-    running = trainer(objectives=[ReFL(balance="grad_norm")], rewards=rewards)
-    ctx, draw = prepare_step(running)
-    climbed = running.objectives.gradient(draw, ctx)
-    lost = torch.tensor([prompt == "mode 0" for prompt in draw.cond.prompts])
-    assert torch.equal(climbed[lost], torch.zeros_like(climbed[lost]))
-    assert (climbed[~lost].norm(dim=1) > 0).all()
-    assert ctx.metrics["refl/invalid"] == 2
-
-
 def test_refl_steps() -> None:
     assert ReFL().needs == Needs(reward_grad=True)
     assert ReFL(steps="last").needs.steps == "last"
@@ -754,11 +744,12 @@ class Bulky(ToyBackend):
         return super().decode(self.decoder(latents))
 
 
-@pytest.mark.parametrize("balance", ["fixed", "grad_norm"])
+@pytest.mark.parametrize("balances", [False, True])
 @pytest.mark.parametrize("micro_batch", [32, 8])
-def test_graphs_of_reward_and_student_are_never_alive_together(balance: Any, micro_batch: int) -> None:
+def test_graphs_of_reward_and_student_are_never_alive_together(balances: bool, micro_batch: int) -> None:
     backend = prepared(Bulky)
-    running = trainer(backend, batch=32, micro_batch=micro_batch, objectives=[ReFL(balance=balance)], rewards=Plain())
+    settings: dict[str, Any] = {"objectives": [ReFL()], "rewards": Plain(), "balances": balances}
+    running = trainer(backend, batch=32, micro_batch=micro_batch, **settings)
     _, draw = prepare_step(running)
     part = next(draw.split(micro_batch))
     with Meter(backend) as decode:
@@ -835,7 +826,10 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
             "objective 'odd': the run logs 'weight' of every objective",
         ),
         (lambda d: None, "objective 'odd': it must return a Term, or yield several, but returned None"),
-        (lambda d: iter(()), "objective 'odd': it yielded no term; one with nothing valid says that there is nothing"),
+        (
+            lambda d: iter(()),
+            "objective 'odd': it yielded no Term; with nothing to learn, yield one without a valid sample",
+        ),
         (
             lambda d: Term(d.leaf.sum(1), metrics={"margin": 1.0} if d.sample[0] else {}),
             "objective 'odd': the metric 'margin' is missing in a micro-batch: give it in each",
