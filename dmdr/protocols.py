@@ -104,14 +104,14 @@ def require(options: Any, name: str, holds: bool, what: str) -> None:
 
 
 def with_options(options: Any, **values: Any) -> Any:
-    """A copy of a family's options with other values; those of options that it does not read are left out."""
-    return replace(options, **known_options(options, values))
+    """A family's options with these values; those of options that it does not read are left out.
 
-
-def known_options(options: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of values by name, those of options that a family reads: its `Options`, or an instance."""
+    Args:
+        options: Its `Options`, or an instance, of which a copy keeps the other values.
+    """
     known = {f.name for f in fields(options) if f.init}
-    return {name: value for name, value in values.items() if name in known}
+    given = {name: value for name, value in values.items() if name in known}
+    return options(**given) if isinstance(options, type) else replace(options, **given)
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -252,7 +253,7 @@ class PipelineBackend:
             self._teacher_lora = merge_lora(self.pipeline, self.network_name, options.teacher_lora)
         network.to(self.device)
         if options.attention_backend:
-            set_attention_backend(network, options.attention_backend)
+            set_attention_backend(network, options.attention_backend, self.blank)
         check_targets(network, options.lora_target_modules or ())
         self.roles = LoRARoles(
             network,
@@ -482,19 +483,26 @@ class PipelineBackend:
             self.roles.unfold("student", student, str(directory / file))
 
 
-def set_attention_backend(network: Any, name: str) -> None:
+def set_attention_backend(network: Any, name: str, blank: Callable[..., Tensor]) -> None:
     """Let diffusers compute attention with another kernel.
 
+    Args:
+        blank: Makes a tensor [B, N, H, D] of the device and the dtype of the network.
+
     Raises:
-        ConfigError: If diffusers does not know it, or this machine or network cannot run it.
+        ConfigError: If diffusers does not know it, or this machine, network or dtype cannot be trained with it.
     """
     if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
         raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
+    probe = blank(1, 128, 1, 64).zero_().requires_grad_()
     try:
         with quiet():
             network.set_attention_backend(name)
+            found = dispatch_attention_fn(probe, probe, probe, backend=AttentionBackendName(name.lower()))
     except Exception as error:
-        raise ConfigError(f"--attention_backend {name}: {one_line(error)}") from error
+        raise ConfigError(f"--attention_backend {name} in {str(probe.dtype)[6:]}: {one_line(error)}") from error
+    if not found.requires_grad:
+        raise ConfigError(f"--attention_backend {name} has no gradient: the student cannot be trained with it")
 
 
 def compile_blocks(network: Any) -> None:

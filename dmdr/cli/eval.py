@@ -35,6 +35,8 @@ class EvalFlags(RewardFlags):
     def validate(self) -> None:
         super().validate()
         self._require(self.batch_size >= 1, "batch_size", "at least 1")
+        if self.prompts is None and self.prompt_column != "prompt":
+            raise ConfigError("--prompt_column is not read without --prompts; leave it out")
 
 
 def run(arguments: list[str]) -> None:
@@ -92,7 +94,7 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
         )
     for reward in chosen:
         if flags.prompts is None and getattr(reward.cls, "reads_prompts", True):
-            raise ConfigError(f"--prompts is missing: reward '{reward.name}' reads the prompt of each image")
+            raise ConfigError(f"--prompts is missing: reward '{reward.title}' reads the prompt of each image")
     check_columns(chosen, rows)
     return list(rows)
 

@@ -9,7 +9,6 @@ Where no paths are given, these checks are all that runs.
 pytest loads this file wherever DMDR is installed: everything heavy waits until a plugin is named.
 """
 
-import dataclasses
 import inspect
 import traceback
 import typing
@@ -75,7 +74,7 @@ def pytest_make_collect_report(
 def _plugins(session: pytest.Session) -> Iterator["PluginChecks"]:
     config = session.config
     found = [(name, *plugin) for name in config.getoption("--dmdr-plugin") for plugin in _classes(name)]
-    options = _options(config, [(name, _fields(cls)) for name, _, cls in found])
+    options = _options(config, [(name, _fields(group, cls)) for name, group, cls in found])
     for (name, group, cls), fields in zip(found, options, strict=True):
         with _refusals(name):
             checks = CHECKS[group](cls, fields, config)
@@ -171,13 +170,10 @@ def _classes(name: str) -> list[tuple[str, Any]]:
         )
 
 
-def _fields(cls: Any) -> dict[str, Any]:
+def _fields(group: str, cls: Any) -> dict[str, Any]:
     """Its flags by name, and their types."""
-    flags = getattr(cls, "Options", cls)
-    if not dataclasses.is_dataclass(flags):
-        return {}
-    hints = typing.get_type_hints(flags)
-    return {field.name: hints[field.name] for field in dataclasses.fields(flags) if field.init}
+    hints = typing.get_type_hints(registry.flags_of(group, cls))
+    return {field.name: hints[field.name] for field in registry.flag_fields(group, cls)}
 
 
 def _file(cls: Any) -> str:
@@ -247,22 +243,25 @@ def _refusals(name: str) -> Iterator[None]:
 # --- Its checks, by title --------------------------------------------------------------------------------------------
 
 
-def _build(cls: Any, *arguments: Any, **fields: Any) -> Any:
+@contextmanager
+def _building(group: str, cls: Any) -> Iterator[None]:
+    """What its constructor raises, in one line with the fields that may be set."""
     try:
-        return cls(*arguments, **fields)
+        yield
     except ConfigError:
         raise
     except Exception as error:  # whatever a stranger's constructor may do
-        hint = f"; --dmdr-option KEY=VALUE sets its fields: {', '.join(_fields(cls))}" if _fields(cls) else ""
+        known = ", ".join(_fields(group, cls))
+        hint = f"; --dmdr-option KEY=VALUE sets its fields: {known}" if known else ""
         raise ConfigError(f"it cannot be built: {one_line(error)}{hint}") from error
 
 
 def _objective_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
     from dmdr.testing import OBJECTIVE_CHECKS
 
-    build = partial(_build, cls, **fields)
-    build()
-    return {check.__name__: partial(check, build, None) for check in OBJECTIVE_CHECKS}
+    with _building("objectives", cls):
+        cls(**fields)
+    return {check.__name__: partial(check, partial(cls, **fields), None) for check in OBJECTIVE_CHECKS}
 
 
 def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
@@ -274,20 +273,21 @@ def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> d
         if not isinstance(column, list) or len(column) != 4:
             raise ConfigError(f"--dmdr-column {name} takes a list of four values, as in '{name}=[a, b, c, d]'")
         columns[name] = column
-    trial = RewardTrial(_build(cls, **fields), columns=columns)
+    with _building("rewards", cls):
+        trial = RewardTrial(cls(**fields), columns=columns)
     return {check.__name__: partial(check, trial) for check in REWARD_CHECKS}
 
 
 def _backend_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
-    from dmdr.protocols import known_options
+    from dmdr.protocols import with_options
     from dmdr.testing.backends import BACKEND_CHECKS, BackendTrial
 
     folder = config.getoption("--dmdr-model")
     if folder is None:
         raise ConfigError("a backend is checked on a small pipeline of its class: name its folder with --dmdr-model")
     small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 4, "fake_lora_alpha": 4.0}
-    options = _build(cls.Options, **known_options(cls.Options, small | fields))
-    backend = _build(cls, folder, options)
+    with _building("backends", cls):
+        backend = cls(folder, with_options(cls.Options, **small | fields))
     trial = BackendTrial(backend, config.getoption("--dmdr-prompt") or ["a cat", "a dog"])
     return {check.__name__: partial(check, trial) for check in BACKEND_CHECKS}
 

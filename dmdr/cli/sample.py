@@ -76,7 +76,7 @@ def draw(
     import torch
 
     from dmdr import images
-    from dmdr.protocols import DrawsNoise, known_options
+    from dmdr.protocols import DrawsNoise, with_options
     from dmdr.run.device import avoid_mps, open_accelerator
     from dmdr.sampling import FewStepSampler
     from dmdr.settings import registry
@@ -95,7 +95,7 @@ def draw(
     if model:
         values["revision"] = None  # which was of where it lay before
     family = registry.load("backends", about["backend"] or pipeline_class(base, values.get("revision")))
-    backend = family(base, family.Options(**known_options(family.Options, values)))
+    backend = family(base, with_options(family.Options, **values))
     accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
     backend.prepare(accelerator, roles=("student",))
     backend.load_export(folder)

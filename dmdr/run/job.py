@@ -10,7 +10,7 @@ from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, Name
 from dmdr.rewards import Rewards
 from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
-from dmdr.settings.chosen import Chosen
+from dmdr.settings.chosen import Chosen, active_weight
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings
 from dmdr.settings.verify import check_columns, check_needs, needs_of
@@ -90,14 +90,12 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
     Raises:
         ConfigError: If an objective needs what the run has not.
     """
-    objectives = tuple(WeightedObjective(p.name, p.weight, p.build()) for p in settings.of("objectives"))
-    weights = [(chosen.name, chosen.build()) for chosen in settings.of("sample_weights")]
-    weights = [(name, weight) for name, weight in weights if not getattr(weight, "idle", False)]
+    objectives = tuple(WeightedObjective(p.label, p.weight, p.build()) for p in settings.of("objectives"))
+    name, weight = active_weight(settings.plugins) or ("", None)
     needs = {f"--rl {term.name}": needs_of(f"--rl {term.name}", term.objective) for term in objectives}
-    for name, weight in weights:
-        if hasattr(weight, "needs"):
-            needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
-    plan = Plan.of(settings.config, objectives, weights[0][1] if weights else None, processes)
+    if hasattr(weight, "needs"):
+        needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
+    plan = Plan.of(settings.config, objectives, weight, processes)
     for who, declared in needs.items():
         check_needs(
             who,
@@ -150,5 +148,5 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
         if model is not None and plugin.options.get("checkpoint", "") is None:
             path = model.reward_checkpoint(plugin.name, held_out=plugin.group == "eval_rewards")
             own |= {"checkpoint": str(path)} if path else {}
-        parts[plugin.name] = (plugin.weight, plugin.build(**own))
+        parts[plugin.label] = (plugin.weight, plugin.build(**own))
     return Rewards(parts)

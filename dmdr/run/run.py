@@ -34,7 +34,7 @@ from dmdr.run.checkpoint import (
 )
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
-from dmdr.run.folder import choose_folder
+from dmdr.run.folder import choose_folder, empty, never_trained
 from dmdr.run.job import Job, assemble, own_prompts, planned
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog
@@ -178,8 +178,11 @@ class Run:
 
     def _open_folder(self, progress: Progress) -> None:
         """Settings in, and no log line beyond the checkpoint that the run resumes from."""
-        if self.config.overwrite_output_dir and not self.resume:
-            shutil.rmtree(self.output, ignore_errors=True)
+        if not self.resume and never_trained(self.output):
+            logger.info("%s held a run that ended before its first update; this one takes its place", self.output)
+            empty(self.output)
+        elif not self.resume and self.config.overwrite_output_dir:
+            empty(self.output)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)
         (self.output / "config.yaml").write_text(self.job.settings.as_yaml())
         for later in checkpoints(self.output):  # of a branch that this run leaves
@@ -211,9 +214,10 @@ class Run:
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
             except Exception:
-                if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
-                    self._save(trainer)
-                logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+                if self.progress.total:  # before the first update there is nothing to go on with
+                    if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
+                        self._save(trainer)
+                    logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
                 raise
         self._save(trainer, stage_end=trainer.step == stage.steps)
         if trainer.student.ema and trainer.step == stage.steps:

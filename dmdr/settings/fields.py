@@ -57,7 +57,10 @@ class Config(Flags):
         "duplicates stay, and the text encoders stay in memory",
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
-    reward: str = flag("none", "sum of rewards, e.g. '0.3*hps+0.3*clip'; 'none' for no reward")
+    reward: str = flag(
+        "none",
+        "sum of rewards, e.g. '0.3*hps+0.3*clip', where 'hps as LABEL' names flags and curves; 'none' for no reward",
+    )
     eval_reward: str = flag(
         "none", "sum of rewards that evaluations measure and that nothing is trained on; their flags begin with eval_"
     )
@@ -215,12 +218,6 @@ class Config(Flags):
             raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
-        if self.eval_reward != "none":
-            self._require(self.num_eval_samples > 0, "num_eval_samples", "above 0 for --eval_reward")
-        if self.prompts is None:
-            own = {"prompt_column": "prompt", "dataset_config": None, "dataset_train_split": "train"}
-            for name, default in (own | {"dataset_streaming": False}).items():
-                self._require(getattr(self, name) == default, name, "left out where no --prompts are named")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
         if self.dmd_weight == 0 and self.rl_balance != "none":

@@ -11,6 +11,8 @@ from dmdr.settings.fields import TOPICS, Config
 
 logger = logging.getLogger("dmdr")
 
+GONE = {"refl_balance": "fixed"}  # settings of earlier versions, and the value at which they change nothing
+
 
 def left_out(in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) -> set[str]:
     """The settings of a file to leave out, each with a warning unless it has its default.
@@ -28,7 +30,7 @@ def left_out(in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) 
             loud = True
         else:
             weights, families = _of_default_weight(str(key), in_file, chosen), _of_families(str(key))
-            default = value in [_default(f) for f in (*weights, *families)]
+            default = value in [_default(f) for f in (*weights, *families)] or (key, value) in GONE.items()
             loud = bool(weights) or (bool(families) and moved)
             if not (loud or default):
                 continue  # refused with the unknown settings
@@ -42,15 +44,15 @@ def left_out(in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) 
 
 
 def _known(chosen: Sequence[Chosen]) -> set[str]:
-    fields = [(plugin, f.name) for plugin in chosen for f in dataclasses.fields(plugin.flags) if f.init]
-    return {name for plugin, field in fields for name in (field, plugin.key(field))} | TOPICS.keys()
+    flags = [(plugin, f.name) for plugin in chosen for f in plugin.own_flags]
+    return {name for plugin, flag in flags for name in (flag, plugin.key(flag))} | TOPICS.keys()
 
 
 def _of_replaced(key: str, in_file: Mapping[str, Any], chosen: Sequence[Chosen]) -> bool:
     """Whether it is a flag, by its full name, of a plugin that the file names and flags have replaced."""
-    there = {(plugin.group, plugin.name) for plugin in chosen}
-    named = [Chosen(group, name, weight, object) for group, weight, name in parts_of(in_file)]
-    gone = tuple(plugin.key("") for plugin in named if (plugin.group, plugin.name) not in there)
+    there = {(plugin.group, plugin.name, plugin.label) for plugin in chosen}
+    named = [Chosen(group, term.name, term.label, term.weight, object) for group, term in parts_of(in_file)]
+    gone = tuple(plugin.key("") for plugin in named if (plugin.group, plugin.name, plugin.label) not in there)
     own = tuple(plugin.key("") for plugin in chosen if plugin.group != "backends")
     return key.startswith(gone) and not key.startswith(own)
 
@@ -60,7 +62,7 @@ def _of_default_weight(key: str, in_file: Mapping[str, Any], chosen: Sequence[Ch
     if "sample_weight" in in_file or any(plugin.group == "sample_weights" for plugin in chosen):
         return []
     weight = registry.load("sample_weights", Config.sample_weight, "dmdr")
-    return [f for f in dataclasses.fields(weight) if f.init and f.name == key]
+    return [f for f in registry.flag_fields("sample_weights", weight) if f.name == key]
 
 
 def _of_families(key: str) -> list[Any]:

@@ -1,8 +1,9 @@
 """The settings of a run: flags override YAML, YAML the model's recipe, the recipe the defaults."""
 
 import dataclasses
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,8 @@ from dmdr.settings.chosen import ALONE, SUMS, Chosen, load, named_in, parts_of
 from dmdr.settings.fields import Config, Flags
 from dmdr.settings.leftovers import left_out
 from dmdr.settings.models import Model
-from dmdr.settings.parser import Parser, first_look, joined, parse_flags
+from dmdr.settings.parser import Parser, Sources, Told, as_argparse_reads, first_look, parse_flags
+from dmdr.settings.unread import check_read
 
 EPILOG = (
     "--help all lists every setting; --model NAME --help adds those of NAME's family, --rl, --reward and --matching "
@@ -22,16 +24,25 @@ EPILOG = (
 )
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
 
+# The settings that decide which others there are.
+ASKED = ("model", *SUMS.values(), "backend", "revision", "architecture", "dry_run")
+FOLDERS = ("resume_from_checkpoint", "output_dir")  # where the file may be that holds them
+
 F = TypeVar("F", bound=Flags)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A resolved run: the core's settings, the model, and the plugins that it names, its family among them."""
+    """A resolved run: the core's settings, the model, and the plugins that it names, its family among them.
+
+    Attributes:
+        told: Which settings somebody has chosen.
+    """
 
     config: Config
     model: Model
     plugins: tuple[Chosen, ...]
+    told: Told = field(default=Told(), compare=False, repr=False)
 
     def of(self, group: str) -> list[Chosen]:
         return [plugin for plugin in self.plugins if plugin.group == group]
@@ -57,9 +68,9 @@ class Settings:
         Raises:
             ConfigError: If it refuses their values.
         """
-        flags, core = self.family.flags, dataclasses.asdict(self.config)
-        shared = {f.name: core[f.name] for f in dataclasses.fields(flags) if f.init and f.name in core}
-        return self.family.called(flags, self.family.options | shared)
+        flags, own = self.family.flags, {f.name for f in self.family.own_flags}
+        shared = [f.name for f in registry.flag_fields("backends", self.family.cls) if f.name not in own]
+        return self.family.called(flags, self.family.options | {name: getattr(self.config, name) for name in shared})
 
     def open_backend(self, folder: str) -> Any:
         """The model family on a pipeline's folder, or hub id; loads no weights.
@@ -84,72 +95,102 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
         settings: Settings by name, as Python calls give them.
 
     Raises:
+        ConfigError: For anything unknown, malformed, contradictory or without effect.
+        SystemExit: After printing `--help`.
+    """
+    found = resolve(arguments, settings)
+    check_read(found.config, found.plugins, found.told)
+    return found
+
+
+def resolve(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Settings:
+    """As `parse`, but settings may be without effect: of those that several runs share.
+
+    Raises:
         ConfigError: For anything unknown, malformed or contradictory.
         SystemExit: After printing `--help`.
     """
-    arguments = joined(arguments)
-    names = ("model", *SUMS.values())
-    place = ("backend", "revision", "architecture")
-    first = first_look(arguments, *names, *place, "dry_run", "resume_from_checkpoint", "output_dir")
-    settings = dict(settings or {})
-    resume, output = (settings.get(k) or getattr(first, k) for k in ("resume_from_checkpoint", "output_dir"))
-    file = first.config or (resume and _config_of(resume, output))
-    given = read_yaml(file) if file else {}
-    if file and isinstance(given.get("architecture"), str):  # a recipe's, beside its YAML
-        given["architecture"] = str(Path(file).parent / given["architecture"])
-    in_file = dict(given)
-    given |= settings
-    if first.model is None and (bare := first.architecture or given.get("architecture")):
-        given.setdefault("model", bare)  # of which there is no recipe; only --dry_run can do with it
-    look = {key: _first_given(getattr(first, key), given.get(key)) for key in names}
+    arguments, settings = as_argparse_reads(arguments), dict(settings or {})
+    first = first_look(arguments, *ASKED, *FOLDERS)
+    in_file = _in_file(first, settings)
+    recipe = {"architecture": in_file.pop("architecture")} if "architecture" in in_file else {}  # which it lies beside
+    asked = {key: _first_given(getattr(first, key), settings.get(key), in_file.get(key)) for key in ASKED}
     about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{EPILOG} {installed(*registry.GROUPS)}"}
-    where = {key: _first_given(getattr(first, key), given.get(key)) for key in place}
-    if first.help and all(value is None for value in (*look.values(), where["backend"])):
+    if first.help and all(asked[key] is None for key in ("model", "backend", *SUMS.values())):
         Parser(Config, whole=first.help == "all", **about).print_help()
         raise SystemExit(0)
 
-    default = {f.name: f.default for f in dataclasses.fields(Config)}
-    if look["model"] is None:  # of several models of the default's name, nobody has typed a stranger's
-        meant = registry.find("models", str(default["model"]), own="dmdr")
-        default["model"] = registry.typed_names("models")[meant]
-    model = Model.find(str(_first_given(look["model"], default["model"])))
-    recipe = {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
-    per_objective = recipe.pop("objectives", {})
-    named = {key: str(_first_given(look[key], recipe.get(key), default[key])) for key in SUMS.values()}
-    typed = _first_given(first.sample_weight, settings.get("sample_weight"))
-    if named["reward"] == "none" and typed is None and named["sample_weight"] == Config.sample_weight:
-        recipe["sample_weight"] = named["sample_weight"] = "none"  # there is nothing to weigh samples by
-        given.pop("sample_weight", None)
-    untyped = {group: key for group, key in SUMS.items() if look[key] is None}
-    own = {group: model.distribution if key in recipe else "dmdr" for group, key in untyped.items()}
-    chosen = load(parts_of(named), own)
-    for group, why in ALONE.items():
-        weights = [plugin.weight for plugin in chosen if plugin.group == group]
-        if weights != [1.0] and (weights or group == "matchings"):
-            raise ConfigError(
-                f"--{SUMS[group]} {named[SUMS[group]]}: write the name of one {registry.NOUNS[group]}; {why}"
-            )
-    if str(_first_given(first.dry_run, given.get("dry_run"))).lower() not in ("true", "1", "yes", "y", "t"):
-        where["architecture"] = None  # only --dry_run reads it
-    chosen.append(Chosen("backends", *_family(model, where)))
-    for plugin in reversed(chosen):  # of several objectives, the first named has the last word
-        if plugin.group == "objectives":
-            recipe |= per_objective.get(plugin.name, {})
-    asked = {"model": model.typed, "backend": where["backend"]}
-    moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in asked.items())
-    dropped = left_out(in_file, chosen, moved) - settings.keys()
-    given = {key: value for key, value in given.items() if key not in dropped}
-    config, plugins = parse_flags(Config, chosen, arguments, given, recipe, whole=first.help == "all", **about)
-    resolved = Settings(config, model, plugins)
+    bare = _first_given(asked["architecture"], recipe.get("architecture"))  # what --dry_run can do with for a model
+    model = _find_model(_first_given(asked["model"], bare))
+    recipe |= {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
+    sums = {key: str(_first_given(asked[key], recipe.get(key), getattr(Config, key))) for key in SUMS.values()}
+    typed_weight = _first_given(first.sample_weight, settings.get("sample_weight"))
+    unweighted = sums["reward"] == "none" and typed_weight is None and sums["sample_weight"] == Config.sample_weight
+    if unweighted:  # there is nothing to weigh samples by
+        recipe["sample_weight"] = sums["sample_weight"] = "none"
+    untyped = {group: key for group, key in SUMS.items() if asked[key] is None}
+    chosen = _choose(sums, {group: model.distribution if key in recipe else "dmdr" for group, key in untyped.items()})
+    chosen.append(_family(model, asked, bare))
+    here = {"model": model.typed, "backend": asked["backend"]}
+    moved = any(key in in_file and str(in_file[key]) != str(value) for key, value in here.items())
+    dropped = left_out(in_file, chosen, moved) | ({"sample_weight"} if unweighted else set())
+    file = {key: value for key, value in in_file.items() if key not in dropped}
+    sources = Sources(_fitted(recipe, chosen), file, settings, arguments)
+    config, plugins, told = parse_flags(Config, chosen, sources, whole=first.help == "all", **about)
+    resolved = Settings(config, model, plugins, told)
     resolved.family_options()  # refuses invalid values
     return resolved
 
 
-def _family(model: Model, where: Mapping[str, Any]) -> tuple[str, float, type]:
-    """Name, weight and class of the model family."""
-    given = {key: None if value is None else str(value) for key, value in where.items()}
-    name, cls = model.family(**given)
-    return name, 1.0, cls
+def _in_file(first: Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `--config`, or else of the run that is resumed; paths of a recipe lie beside it."""
+    resume, output = (_first_given(getattr(first, key), settings.get(key)) for key in FOLDERS)
+    file = first.config or (resume and _config_of(resume, output))
+    if not file:
+        return {}
+    values = read_yaml(file)
+    if isinstance(values.get("architecture"), str):
+        values["architecture"] = str(Path(file).parent / values["architecture"])
+    return values
+
+
+def _find_model(typed: Any) -> Model:
+    """The model of this name, folder or id, or else the default one."""
+    if typed is None:  # of several models of the default's name, nobody has typed a stranger's
+        typed = registry.typed_names("models")[registry.find("models", Config.model, own="dmdr")]
+    return Model.find(str(typed))
+
+
+def _choose(sums: Mapping[str, str], own: Mapping[str, str]) -> list[Chosen]:
+    """The plugins that sums name by setting; `own` is the distribution of those that nobody typed, by group."""
+    chosen = load(parts_of(sums), own)
+    for group, why in ALONE.items():
+        weights = [plugin.weight for plugin in chosen if plugin.group == group]
+        if weights != [1.0] and (weights or group == "matchings"):
+            raise ConfigError(
+                f"--{SUMS[group]} {sums[SUMS[group]]}: write the name of one {registry.NOUNS[group]}; {why}"
+            )
+    return chosen
+
+
+def _family(model: Model, asked: Mapping[str, Any], architecture: Any) -> Chosen:
+    """The model family that trains; only --dry_run reads the architecture."""
+    dry = str(asked["dry_run"]).lower() in ("true", "1", "yes", "y", "t")
+    place = (asked["backend"], asked["revision"], architecture if dry else None)
+    name, cls = model.family(*(None if value is None else str(value) for value in place))
+    return Chosen("backends", name, name, 1.0, cls)
+
+
+def _fitted(recipe: Mapping[str, Any], chosen: Sequence[Chosen]) -> dict[str, Any]:
+    """A model's recipe for these plugins: with what it says of their objectives, under the flags that they have."""
+    found = dict(recipe)
+    per_objective = found.pop("objectives", {})
+    for plugin in reversed(chosen):  # of several objectives, the first named has the last word
+        if plugin.group == "objectives":
+            found |= per_objective.get(plugin.name, {})
+    for plugin in chosen:
+        found |= plugin.relabelled(found)
+    return found
 
 
 def parse_command(
@@ -166,15 +207,14 @@ def parse_command(
         ConfigError: For anything unknown, malformed or missing.
         SystemExit: After printing `--help`.
     """
-    arguments = joined(arguments)
+    arguments = as_argparse_reads(arguments)
     first = first_look(arguments, "reward")
-    given = read_yaml(first.config) if first.config else {}
-    reward = _first_given(first.reward, given.get("reward"))
+    file = read_yaml(first.config) if first.config else {}
+    reward = _first_given(first.reward, file.get("reward"))
     chosen = load(named_in("rewards", str(reward)), {}) if reward is not None else []
     epilog = f"--reward NAME --help adds the flags of NAME. {installed('rewards', 'models')}"
-    options, rewards = parse_flags(
-        command, chosen, arguments, given, {}, prog=prog, description=description, epilog=epilog
-    )
+    sources = Sources(file=file, arguments=arguments)
+    options, rewards, _ = parse_flags(command, chosen, sources, prog=prog, description=description, epilog=epilog)
     if not rewards:
         raise ConfigError(f"--reward {options.reward} names no reward")
     return options, rewards

@@ -7,79 +7,87 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import TrlParser
 
 from dmdr.errors import ConfigError, Refusing
 from dmdr.settings import registry
-from dmdr.settings.chosen import Chosen, flags_of_all
+from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import COMMON, TOPICS, Config, check_types
+from dmdr.settings.hints import hint
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where values come from, by name; a source overrides those before it.
+
+    Attributes:
+        recipe: Of the model.
+        file: Of `--config`.
+        settings: Of a call from Python.
+        arguments: Of the command line.
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    file: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Told:
+    """Full names of the settings that somebody gave another value than the default's and the recipe's.
+
+    Attributes:
+        typed: As a flag, or from Python.
+        in_file: In the file of `--config`, and nowhere else.
+    """
+
+    typed: frozenset[str] = frozenset()
+    in_file: frozenset[str] = frozenset()
 
 
 def parse_flags(
-    command: type[Any],
-    chosen: Sequence[Chosen],
-    arguments: Sequence[str],
-    given: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    whole: bool = True,
-    **about: str,
-) -> tuple[Any, tuple[Chosen, ...]]:
-    """The values of a command's flags and of those of its plugins: `arguments` over `given` over `recipe`."""
+    command: type[Any], chosen: Sequence[Chosen], sources: Sources, whole: bool = True, **about: str
+) -> tuple[Any, tuple[Chosen, ...], Told]:
+    """The values of a command's flags and of those of its plugins."""
     options, short = _plugin_options(command, chosen)
-    given, recipe = ({short.get(key, key): value for key, value in values.items()} for values in (given, recipe))
+    recipe, file, settings = (
+        {short.get(key, key): value for key, value in values.items()}
+        for values in (sources.recipe, sources.file, sources.settings)
+    )
     parser = Parser(command, options, whole=whole, **about)
     parser.group_by_plugin(chosen)
     known = [f.name for kind in (command, options) for f in dataclasses.fields(kind)] + list(short)
+    defaults = parser.defaults()
     parser.set_defaults_with_config(**recipe)
-    for key in given:
+    usual = parser.defaults()
+    for key in file | settings:
         if key not in known:
-            raise ConfigError(f"unknown setting '{key}'{_hint(str(key), known, chosen)}")
-    parser.set_defaults_with_config(**given)
+            raise ConfigError(f"unknown setting '{key}'{hint(str(key), known, chosen, command)}")
+    parser.set_defaults_with_config(**file | settings)
     config, values, _, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
+        sources.arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         flag = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
-        hint = _hint(flag, known, chosen) if unknown[0].startswith("-") else ""
-        raise ConfigError(f"unknown argument {unknown[0]}{hint}")
+        meant = hint(flag, known, chosen, command) if unknown[0].startswith("-") else ""
+        raise ConfigError(f"unknown argument {unknown[0]}{meant}")
     check_types(values)
     config.validate()
     plugins = tuple(
         dataclasses.replace(
             plugin,
-            options={
-                f.name: getattr(values, plugin.key(f.name))
-                for f in dataclasses.fields(plugin.flags)
-                if f.init and hasattr(values, plugin.key(f.name))
-            },
+            options={f.name: getattr(values, plugin.key(f.name)) for f in plugin.own_flags},
         )
         for plugin in chosen
     )
-    return config, plugins
-
-
-def _hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen]) -> str:
-    """The full names of a plugin's flag that has no short one, or else the known flag that is most like it."""
-    full = [plugin.key(f.name) for plugin in chosen for f in dataclasses.fields(plugin.flags) if f.name == flag]
-    full = [key for key in full if key in known]
-    if full:
-        return f" (write {' or '.join(f'--{key}' for key in full)})"
-    return _owners(flag, chosen) or registry.suggest(flag, list(known))
-
-
-def _owners(flag: str, chosen: Sequence[Chosen]) -> str:
-    """Which other model families, matchings and so on have a flag of this name."""
-    names, said = {part.group: part.name for part in chosen}, []
-    for group in ("objectives", "rewards", "matchings", "sample_weights", "backends"):
-        who = [name for name, flags in flags_of_all(group).items() if any(f.name == flag for f in flags)]
-        if who:
-            cure = ", so leave it out" if group == "backends" else ""
-            noun, here = registry.NOUNS[group], names.get(group, "none")
-            said.append(f"{noun} with this flag: {', '.join(who)}; this run's is {here}{cure}")
-    return f" ({'; '.join(said)})" if said else ""
+    found = vars(config) | vars(values)
+    unusual = {name for name, value in found.items() if value not in (defaults[name], usual[name])}
+    typed = parser.named_in(sources.arguments) | settings.keys()
+    return config, plugins, Told(frozenset(unusual & typed), frozenset((unusual & file.keys()) - typed))
 
 
 def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
@@ -87,14 +95,8 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
 
     Rewards that only measure have no short names, and take none from the others.
     """
-    core = {f.name for f in dataclasses.fields(command)}
-    own = core | {"help", "config"}
-    flags = [
-        (plugin, f)
-        for plugin in chosen
-        for f in dataclasses.fields(plugin.flags)
-        if f.init and not (plugin.group == "backends" and f.name in core)  # which it is given by the core
-    ]
+    own = {f.name for f in dataclasses.fields(command)} | {"help", "config"}
+    flags = [(plugin, f) for plugin in chosen for f in plugin.own_flags]
     full = Counter(plugin.key(f.name) for plugin, f in flags)
     count = Counter(f.name for plugin, f in flags if plugin.group != "eval_rewards")
     fields: list[tuple[str, Any, Any]] = []
@@ -107,7 +109,7 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
             raise ConfigError(f"two plugins of the run would both have the flag --{key}")
         if key in own:
             raise ConfigError(
-                f"{plugin.group[:-1]} '{plugin.name}' has a field '{f.name}', and --{key} is a flag of dmdr"
+                f"{plugin.group[:-1]} '{plugin.title}' has a field '{f.name}', and --{key} is a flag of dmdr"
             )
         metadata: dict[str, Any] = {"help": help_texts.get(f.name, "")}
         if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in own | full.keys():
@@ -157,7 +159,6 @@ class Parser(Refusing, TrlParser):
         self.add_argument_group("settings").add_argument(
             "--config", metavar="YAML", help="settings; flags override them"
         )
-        self._own = {f.name for f in dataclasses.fields(types[0])}
         if types[0] is Config:
             for action in [action for action in self._actions if action.dest in TOPICS]:
                 self._move(action, "common settings" if action.dest in COMMON else TOPICS[action.dest])
@@ -167,13 +168,22 @@ class Parser(Refusing, TrlParser):
     def group_by_plugin(self, chosen: Sequence[Chosen]) -> None:
         """Show the flags of each plugin under its name."""
         titles = {
-            plugin.key(f.name): f"{registry.NOUNS[plugin.group]} {plugin.name}"
+            plugin.key(f.name): f"{registry.NOUNS[plugin.group]} {plugin.title}"
             for plugin in chosen
-            for f in dataclasses.fields(plugin.flags)
+            for f in plugin.own_flags
         }
         for action in self._actions:
-            if action.dest in titles and action.dest not in self._own:
+            if action.dest in titles:
                 self._move(action, titles[action.dest])
+
+    def defaults(self) -> dict[str, Any]:
+        """The values of flags that nobody gives, as they are now."""
+        return {action.dest: action.default for action in self._actions}
+
+    def named_in(self, arguments: Sequence[str]) -> set[str]:
+        """The flags that a command line names."""
+        flags = (self._option_string_actions.get(argument.split("=")[0]) for argument in arguments)
+        return {action.dest for action in flags if action}
 
     def _move(self, action: argparse.Action, title: str) -> None:
         for group in self._action_groups:
@@ -197,12 +207,15 @@ class _FirstLook(Refusing, argparse.ArgumentParser):
     """Of the flags that it knows."""
 
 
-def joined(arguments: Sequence[str]) -> list[str]:
-    """`--reward -1*hps` as `--reward=-1*hps`: argparse takes such a value for a flag."""
-    joined: list[str] = []
+def as_argparse_reads(arguments: Sequence[str]) -> list[str]:
+    """`--reward -1*hps` as `--reward=-1*hps`, which it takes for a flag, and `--help=all` as `--help all`."""
+    found: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] in ("--reward", "--eval_reward", "--rl") and re.match(r"-[\d.]", argument):
-            joined[-1] += f"={argument}"
+        flag, equals, value = argument.partition("=")
+        if found and found[-1] in ("--reward", "--eval_reward", "--rl") and re.match(r"-[\d.]", argument):
+            found[-1] += f"={argument}"
+        elif equals and flag in ("--help", "-h"):
+            found += [flag, value]
         else:
-            joined.append(argument)
-    return joined
+            found.append(argument)
+    return found

@@ -44,6 +44,9 @@ READ_OFF_THE_CLASS = {  # before there is an instance
 }
 
 
+WITH_FLAGS = tuple(group for group in GROUPS if group != "models")
+
+
 class PluginError(ConfigError):
     """A plugin that is unknown, broken or unfit; the message says which, from where, and what to do."""
 
@@ -317,6 +320,11 @@ def flags_of(group: str, target: Any) -> Any:
     if group == "backends":
         return getattr(target, "Options", None)
     return None if group == "models" else target
+
+
+def flag_fields(group: str, target: Any) -> list[Any]:
+    """The fields of that dataclass that are flags: all but those that it computes itself."""
+    return [f for f in dataclasses.fields(flags_of(group, target)) if f.init]
 
 
 def _has(target: type, name: str) -> bool:

@@ -43,9 +43,9 @@ def check_needs(
         raise ConfigError(f"{who} reads a reward: name one with --reward")
     for reward in rewards:
         if needs.reward_grad and not getattr(reward.cls, "differentiable", False):
-            raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.name}' is not differentiable")
+            raise ConfigError(f"{who} needs the gradient of the reward, and '{reward.title}' is not differentiable")
         if needs.text_features and not hasattr(reward.cls, "text_features"):
-            raise ConfigError(f"{who} needs a reward with text features, and '{reward.name}' has none")
+            raise ConfigError(f"{who} needs a reward with text features, and '{reward.title}' has none")
     if needs.matching and config.dmd_weight == 0:
         raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
     if batch < needs.batch_size:
@@ -78,6 +78,6 @@ def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
         for name in getattr(reward.cls, "columns", ()):
             if name not in there:
                 raise ConfigError(
-                    f"reward '{reward.name}' needs the prompts to have a column '{name}'; they have "
+                    f"reward '{reward.title}' needs the prompts to have a column '{name}'; they have "
                     f"{', '.join(there) or 'none'}"
                 )

@@ -48,7 +48,7 @@ def metric(name: str) -> Metric:
 
 def measured(settings: Settings) -> list[str]:
     """The metrics of a run: its rewards, and what a model's judge may say."""
-    rewards = {kind: [chosen.name for chosen in settings.of(f"{kind}s")] for kind in KINDS}
+    rewards = {kind: [chosen.label for chosen in settings.of(f"{kind}s")] for kind in KINDS}
     names = [f"{kind}/{name}" for kind, found in rewards.items() if found for name in ("total", *found)]
     gap = ["reward_gap"] if all(rewards.values()) else []
     return names + gap + [name for name in METRICS if "reward" not in name]

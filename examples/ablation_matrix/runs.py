@@ -15,7 +15,7 @@ from dmdr.run.checkpoint import checkpoints
 from dmdr.run.job import open_prompts, planned
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
-from dmdr.settings.parse import Settings, parse
+from dmdr.settings.parse import Settings, resolve
 from dmdr.settings.verify import check_columns
 
 from .metrics import short
@@ -146,7 +146,7 @@ class Runs:
             ConfigError: As a run would, after the place.
         """
         try:
-            settings = parse(settings=given)
+            settings = resolve(settings=given)
             inputs = tuple(str(getattr(settings.config, name)) for name in INPUTS)
             if self.inputs and inputs not in self.looked_at:
                 check_inputs(settings)
@@ -189,10 +189,10 @@ def plain(settings: Mapping[str, Any]) -> Settings:
     """What a folder's name is silent about: the matrix's own settings, if they make a run, or else the model's."""
     for given in (settings, {key: value for key, value in settings.items() if key == "model"}):
         try:
-            return parse(settings=given)
+            return resolve(settings=given)
         except ConfigError:  # `Runs` names the cell where it is wrong
             continue
-    return parse()
+    return resolve()
 
 
 def digest(settings: Settings) -> str:

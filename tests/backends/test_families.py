@@ -23,7 +23,7 @@ from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
 from dmdr.settings import registry
 from dmdr.settings.models import pipeline_class
-from dmdr.settings.parse import parse
+from dmdr.settings.parse import resolve
 from dmdr.testing import check_backend
 from family import FAMILIES, Family, Stock
 from old_files import SAMPLING_OPTIONS
@@ -225,7 +225,7 @@ def trained(folder: Path, family: Family, tmp_path: Path, rl: str, **settings: A
         "per_device_train_batch_size": 4, "sample_images": 1, "sample_steps": 0, "save_steps": 0, "teacher_steps": 2,
         "logging_steps": 1, "report_to": "none", "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
-    job = assemble(parse(settings=given | dict(family.settings) | settings))
+    job = assemble(resolve(settings=given | dict(family.settings) | settings))
     run = Run(job, tmp_path / "run", None, None)
     run()
     return run

@@ -43,6 +43,8 @@ def test_a_prompt_is_answered_alike_beside_a_longer_one(folder: Path) -> None:
     [
         ({"max_sequence_length": 65}, "--max_sequence_length 65: .* takes 64 at most"),
         ({"resolution": 18}, "--resolution 18 is no multiple of 4"),
+        ({"attention_backend": "flex"}, "--attention_backend flex in float32: .* does not support backward on CPU"),
+        ({"attention_backend": "_native_cudnn"}, "--attention_backend _native_cudnn in float32: .*No viable backend"),
     ],
 )
 def test_refuses_in_one_line(folder: Path, options: dict[str, Any], message: str) -> None:

@@ -251,6 +251,8 @@ def test_bad_input(room: Path, digits: Digits, call: Callable[..., Any], argumen
 def test_prompts_are_needed_where_a_reward_reads_them(room: Path, call: Callable[..., Any]) -> None:
     code, _, err = call("--reward=hps")
     assert (code, err) == (2, "dmdr-eval: --prompts is missing: reward 'hps' reads the prompt of each image\n")
+    code, _, err = call("--reward=hps", "--prompt_column=caption")
+    assert (code, err) == (2, "dmdr-eval: --prompt_column is not read without --prompts; leave it out\n")
     blind = "from dmdr.backends.toy import Redness\n\nclass Blind(Redness):\n    reads_prompts = False\n"
     (room / "blind.py").write_text(blind)
     assert call("--reward=blind.py:Blind")[0] == 0

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import (
+    AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -40,7 +41,7 @@ from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.settings import registry
 from dmdr.settings.models import pipeline_class
-from dmdr.settings.parse import parse
+from dmdr.settings.parse import parse, resolve
 from dmdr.training.objectives import combined_needs
 from family import FAMILIES
 
@@ -162,7 +163,7 @@ def settings_of(given: Mapping[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
-    return estimate(parse(settings=settings_of(given, tmp_path) | {"dry_run": True}))
+    return estimate(resolve(settings=settings_of(given, tmp_path) | {"dry_run": True}))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     found = dry(given, tmp_path)
     phase = "stage 2" if "rl" in given else "stage 1"
 
-    job = assemble(parse(settings=settings_of(given, tmp_path)))
+    job = assemble(resolve(settings=settings_of(given, tmp_path)))
     job = replace(job, rewards=Rewards({"toy": (1.0, AnyReward())}) if job.rewards else None)
     backend: Any = job.backend
     run = Run(job, tmp_path / "run", None, None)
@@ -479,6 +480,18 @@ def test_bad_input_is_refused_in_a_line(
         dry(own | given, tmp_path)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rewards_share_the_decoder_if_they_are_told_to(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A recipe's small one stands in for --reward_vae, but for `none`."""
+    copy = Path(shutil.copytree(folders["sd3"], tmp_path / "model"))
+    layers = {"encoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1)}
+    layers |= {"decoder_block_out_channels": (8, 8), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(latent_channels=4, **layers).save_pretrained(copy / "reward_vae")
+    given = {"model": str(copy), "rl": "refl", "stage1_steps": 0}
+    small, shared = (dry(given | {"reward_vae": name}, tmp_path) for name in ("hub/name", "none"))
+    assert small.phases["stage 2"]["VAE of the rewards"] > 0
+    assert "VAE of the rewards" not in shared.phases["stage 2"]
 
 
 def test_the_toy_is_built_too() -> None:

@@ -227,6 +227,9 @@ def shortened(command: Command) -> list[str]:
         settings |= {"num_eval_samples": 8, "eval_steps": 1}
     if "grpo" in command.line:
         settings |= {"num_generations": 2}
+    for other, unread in {"--init_student": "stage1_steps", "--dmd_weight": "fake_updates"}.items():
+        if other in given:
+            settings = {name: value for name, value in settings.items() if name != unread}
     if "--resume_from_checkpoint" in given:  # with the settings of its run, but longer
         settings = {"stage2_steps": 2}
     return [*given, *flags(**settings)]

@@ -320,13 +320,24 @@ def test_a_run_with_an_average_may_be_made_longer() -> None:
 
 def test_another_run_starts_from_the_average() -> None:
     first = train(**FAST, reward="toy", rl="none", ema_decay=0.9, output_dir="first")
-    rest = {"init_student": str(first), "output_dir": "second", "stage2_learning_rate": 1e-30}
-    second = train(**FAST, reward="toy", rl="none", **rest)
+    rest = {"init_student": str(first), "output_dir": "second", "stage1_steps": 0, "stage2_learning_rate": 1e-30}
+    second = train(**FAST | rest, reward="toy", rl="none")
     average = load_file(first / "checkpoints" / "step-000003" / "ema.safetensors")
     export = load_file(second / "student" / "student.safetensors")
     torch.testing.assert_close(export["net.0.weight"], average["net.0.weight"], rtol=0, atol=1e-9)
     raw = load_file(first / "checkpoints" / "step-000003" / "student.safetensors")
     assert not torch.equal(raw["net.0.weight"], average["net.0.weight"])
+
+
+def test_terms_of_one_name_have_labels_of_their_own() -> None:
+    """A curve each, their own flags, and the weights of the sum."""
+    sums = {"rl": "refl as any_step+0.5*refl as last_step", "reward": "toy as red+0.5*toy as also_red"}
+    folder = train(**FAST | sums, last_step_steps="last", output_dir="run")
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["any_step/weight"] == 2 * line["last_step/weight"]
+    assert line["any_step/coverage"] == 1 > line["last_step/coverage"]
+    assert line["reward_weighted/also_red"] == line["reward/red"] / 2 == line["reward/also_red"] / 2
+    assert {"loss/any_step", "loss/last_step"} <= line.keys() and "reward/toy" not in line
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dmdr.run.job import assemble, planned
 from dmdr.run.observer import Observer
 from dmdr.run.plan import Plan
 from dmdr.run.run import train
-from dmdr.settings.parse import parse
+from dmdr.settings.parse import parse, resolve
 
 FEW: dict[str, Any] = {
     "model": "toy",
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def plan(processes: int = 1, **settings: Any) -> Plan:
-    return planned(parse(settings=FEW | settings), processes)[0]
+    return planned(resolve(settings=FEW | settings), processes)[0]
 
 
 # --- Batch and lengths ----------------------------------------------------------------------------------------------

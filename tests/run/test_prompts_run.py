@@ -177,7 +177,7 @@ def test_what_was_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     ("settings", "said"),
     [
         ({"prompts": "no/such"}, "--prompts: no/such: no such file, and the hub says: Couldn't reach 'no/such'"),
-        ({"dataset_streaming": True}, "--dataset_streaming must be left out where no --prompts are named, not True"),
+        ({"dataset_streaming": True}, "--dataset_streaming is not read without --prompts; leave it out"),
     ],
 )
 def test_a_refusal_is_one_line(tmp_path: Path, settings: dict[str, Any], said: str) -> None:

@@ -46,6 +46,9 @@ FAST: dict[str, Any] = {
     "teacher_steps": 2,
     "report_to": "none",
 }
+STAGE1 = {name: value for name, value in FAST.items() if name != "rl"} | {"stage2_steps": 0}
+STAGE2 = FAST | {"stage1_steps": 0}  # of a given student
+RL_ONLY = {name: value for name, value in STAGE2.items() if name != "fake_updates"} | {"dmd_weight": 0.0}
 LOGGED = [1, 2, 4, 6, 7, 8, 10]  # the first of a stage, and every second one in it
 
 MODULE = '''
@@ -118,7 +121,7 @@ def whole(surroundings: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage1(surroundings: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1 alone, the start of others."""
-    return train(**FAST | {"stage2_steps": 0}, output_dir=str(tmp_path_factory.mktemp("stage1") / "run"))
+    return train(**STAGE1, output_dir=str(tmp_path_factory.mktemp("stage1") / "run"))
 
 
 @pytest.fixture
@@ -237,7 +240,7 @@ def test_checkpoints_that_end_a_stage_are_kept_beyond_the_limit(tmp_path: Path) 
 
 
 def test_evaluations_on_the_way_join_the_line_of_their_step(tmp_path: Path) -> None:
-    settings = FAST | {"eval_steps": 4, "num_eval_samples": 4, "stage2_steps": 0}
+    settings = STAGE1 | {"eval_steps": 4, "num_eval_samples": 4}
     folder = train(**settings, output_dir=str(tmp_path / "run"))
     assert steps(folder) == [1, 2, 4, 6]
     assert [line["step"] for line in lines(folder) if "eval/toy" in line] == [4]
@@ -328,12 +331,12 @@ def test_config_yaml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
 
 
 def test_another_seed_is_another_run(stage1: Path, tmp_path: Path) -> None:
-    other = train(**FAST | {"stage2_steps": 0, "seed": 4}, output_dir=str(tmp_path / "other"))
+    other = train(**STAGE1 | {"seed": 4}, output_dir=str(tmp_path / "other"))
     assert not same(student(other), student(stage1))
 
 
 def test_train_of_the_package_can_be_called_twice(tmp_path: Path) -> None:
-    settings = FAST | {"stage1_steps": 1, "stage2_steps": 0}
+    settings = STAGE1 | {"stage1_steps": 1}
     for name in ("first", "second"):
         import dmdr
 
@@ -349,13 +352,13 @@ def test_python_gets_errors_as_exceptions(tmp_path: Path) -> None:
 
 
 def test_python_may_train_in_a_thread(tmp_path: Path) -> None:
-    settings = FAST | {"stage1_steps": 1, "stage2_steps": 0, "output_dir": str(tmp_path / "x")}
+    settings = STAGE1 | {"stage1_steps": 1, "output_dir": str(tmp_path / "x")}
     with ThreadPoolExecutor() as pool:  # only the main thread may handle signals; others go without
         assert pool.submit(train, **settings).result() == tmp_path / "x"
 
 
 def test_python_may_change_the_precision_between_runs(tmp_path: Path) -> None:
-    settings = FAST | {"stage1_steps": 1, "stage2_steps": 0}
+    settings = STAGE1 | {"stage1_steps": 1}
     for precision in ("no", "bf16", "no"):
         train(**settings, mixed_precision=precision, output_dir=str(tmp_path / "x"), overwrite_output_dir=True)
         about = json.loads((tmp_path / "x" / "student" / "sampling.json").read_text())
@@ -364,11 +367,11 @@ def test_python_may_change_the_precision_between_runs(tmp_path: Path) -> None:
 
 def test_numbered_folders_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = FAST | {"stage1_steps": 1, "stage2_steps": 0, "rl": "0.5*refl"}
+    settings = FAST | {"stage1_steps": 1, "stage2_steps": 1, "rl": "0.5*refl"}
     assert [str(train(**settings)) for _ in range(2)] == ["runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2"]
     with pytest.raises(ConfigError, match="name the run's folder with --output_dir"):
-        train(**settings | {"stage2_steps": 1}, resume_from_checkpoint="latest")
-    assert [kept(tmp_path / folder) for folder in ("runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2")] == [[1], [1]]
+        train(**settings | {"stage2_steps": 2}, resume_from_checkpoint="latest")
+    assert [kept(tmp_path / folder) for folder in ("runs/toy-0.5xrefl", "runs/toy-0.5xrefl-2")] == [[1, 2], [1, 2]]
 
 
 def test_overwriting_starts_anew(copy: Path) -> None:
@@ -381,7 +384,7 @@ def test_overwriting_starts_anew(copy: Path) -> None:
 
 
 def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:
-    assert train(**FAST | {"stage1_steps": 1, "stage2_steps": 0}, output_dir=str(tmp_path)) == tmp_path
+    assert train(**STAGE1 | {"stage1_steps": 1}, output_dir=str(tmp_path)) == tmp_path
 
 
 # --- Interrupted and resumed ---------------------------------------------------------------------------------------
@@ -445,7 +448,7 @@ def test_weight_and_matching_that_keep_a_state_go_on_to_the_same_bits(
     loaded: list[Any] = []
     monkeypatch.setattr(DMD, "state_dict", lambda self: {"age": torch.tensor(7)}, raising=False)
     monkeypatch.setattr(DMD, "load_state_dict", lambda self, state: loaded.append(state), raising=False)
-    settings = FAST | {"tilt_baseline": "ema", "stage2_steps": 0, "save_steps": 3, "logging_steps": 1}
+    settings = STAGE1 | {"tilt_baseline": "ema", "save_steps": 3, "logging_steps": 1}
     smooth = train(**settings, output_dir=str(tmp_path / "smooth"))
     copy = shutil.copytree(smooth, tmp_path / "copy")
     train(**settings, resume_from_checkpoint=str(copy / "checkpoints" / "step-000003"))
@@ -529,7 +532,7 @@ def test_the_first_student_is_not_needed_to_resume(
     stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = shutil.copytree(stage1, tmp_path / "start")
-    settings = FAST | {"init_student": str(start), "output_dir": str(tmp_path / "run")}
+    settings = STAGE2 | {"init_student": str(start), "output_dir": str(tmp_path / "run")}
     with monkeypatch.context() as patch:
         interrupt(patch, 2, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -561,7 +564,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_starting_from_a_given_student(whole: Path, tmp_path: Path, start: str, step: int) -> None:
     still = {"stage2_learning_rate": 1e-30, "weight_decay": 0.0, "init_student": str(whole / start)}
-    folder = train(**FAST | still, output_dir=str(tmp_path / "run"))
+    folder = train(**STAGE2 | still, output_dir=str(tmp_path / "run"))
     given = load_file(whole / "checkpoints" / f"step-{step:06d}" / "student.safetensors")
     assert same(student(folder), given)
     grids = (folder / "samples" / "step-000000.png", whole / "samples" / f"step-{step:06d}.png")
@@ -572,7 +575,7 @@ def test_starting_from_a_given_student(whole: Path, tmp_path: Path, start: str, 
 
 
 def test_rl_alone_matches_nothing(stage1: Path, tmp_path: Path) -> None:
-    settings = FAST | {"dmd_weight": 0, "init_student": str(stage1)}
+    settings = RL_ONLY | {"init_student": str(stage1)}
     folder = train(**settings, output_dir=str(tmp_path / "run"))
     for line in lines(folder):
         assert {"loss/refl", "reward/toy", "grad_norm/student"} <= line.keys()
@@ -586,7 +589,7 @@ def test_rl_alone_matches_nothing(stage1: Path, tmp_path: Path) -> None:
 def test_overwriting_the_run_that_the_student_comes_from_is_refused(copy: Path) -> None:
     before = everything(copy)
     with pytest.raises(ConfigError, match=r"--overwrite_output_dir|--init_student"):
-        train(**FAST | {"init_student": str(copy)}, output_dir=str(copy), overwrite_output_dir=True)
+        train(**STAGE2 | {"init_student": str(copy)}, output_dir=str(copy), overwrite_output_dir=True)
     assert everything(copy) == before
 
 
@@ -637,16 +640,19 @@ def failing(
 def test_a_reward_that_raises_stops_the_run(failing: Callable[..., tuple[str, Path]], call: int) -> None:
     line, folder = failing(fails=call)
     assert line.startswith("dmdr-train: reward 'moody' failed: RuntimeError: out of sorts (") and ".py, line " in line
+    if call == 1:  # there is nothing to go on with
+        assert not (folder / "checkpoints").exists()
+        return
     assert kept(folder) == [call - 1]
     assert len(everything(folder / "checkpoints")) == 4
-    assert call == 1 or steps(folder) == [step for step in LOGGED if step < call]
+    assert steps(folder) == [step for step in LOGGED if step < call]
 
 
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_reward_with_no_finite_value_stops_the_run(failing: Callable[..., tuple[str, Path]], call: int) -> None:
     line, folder = failing(blank=call)
     assert line.startswith("dmdr-train: reward 'moody' has scored none of")
-    assert kept(folder) == [call - 1]
+    assert kept(folder) == [call - 1][call == 1 :]
 
 
 def test_a_reward_with_no_finite_value_stops_stage_2_between_log_lines(
@@ -664,7 +670,7 @@ def test_a_failure_at_the_start_of_stage_2_leaves_the_stage_1_that_was_reached(
     assert "'moody'" in line
     assert kept(folder) == [6]
     assert (folder / "checkpoints" / "step-000006" / "stage_end").exists()
-    again = train(**FAST | {"init_student": str(folder)}, output_dir=str(folder.parent / "again"))
+    again = train(**STAGE2 | {"init_student": str(folder)}, output_dir=str(folder.parent / "again"))
     assert steps(again) == [1, 2, 4]
 
 
@@ -679,19 +685,63 @@ def test_a_failure_does_not_spoil_the_checkpoint_before_it(
 
 
 def test_a_bug_keeps_its_traceback_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer.train_step
+
     def broken(self: Trainer) -> dict[str, float]:
-        raise ZeroDivisionError
+        if self.step:
+            raise ZeroDivisionError
+        return step(self)
 
     monkeypatch.setattr(Trainer, "train_step", broken)
     flags = [f"--{name}={value}" for name, value in FAST.items()]
     monkeypatch.setattr(sys, "argv", ["dmdr-train", *flags, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(ZeroDivisionError):
         main()
-    assert kept(tmp_path / "run") == [0]
+    assert kept(tmp_path / "run") == [1]
+
+
+def test_a_run_that_never_trained_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Trainer) -> dict[str, float]:
+        raise ZeroDivisionError
+
+    folder = tmp_path / "run"
+    settings = STAGE1 | {"stage1_steps": 1, "output_dir": str(folder), "report_to": "tensorboard"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", broken)
+        for seed in (1, 2):  # the second finds what the first has left
+            with pytest.raises(ZeroDivisionError):
+                train(**settings | {"seed": seed})
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 2
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "overview.json", "samples/teacher.png", "samples/step-000000.png"} < left
+    for name in ("notes.txt", "samples/mine.png", "tensorboard/notes.txt", "metrics.jsonl", "evaluation.json"):
+        (folder / name).touch()
+        with pytest.raises(ConfigError, match="is not empty; go on with"):
+            train(**settings)
+        (folder / name).unlink()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="is not empty; go on with"):
+        train(**settings)
+    (folder / "link").unlink()
+    caplog.clear()
+    caplog.set_level("INFO", "dmdr")
+    train(**settings)
+    assert len([message for message in caplog.messages if "before its first update" in message]) == 1
+    assert kept(folder) == [1] and len(list((folder / "tensorboard").iterdir())) == 1
+    with pytest.raises(ConfigError, match="is not empty; go on with"):
+        train(**settings)
+
+
+def test_a_folder_that_is_a_link_is_emptied_and_stays_one(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copy)
+    train(**STAGE1 | {"stage1_steps": 1}, output_dir=str(tmp_path / "link"), overwrite_output_dir=True)
+    assert (tmp_path / "link").is_symlink() and kept(copy) == [1] and not (copy / "evaluation.json").exists()
 
 
 def test_resuming_an_older_checkpoint_leaves_the_later_branch(tmp_path: Path) -> None:
-    settings = FAST | {"stage1_steps": 6, "stage2_steps": 0, "save_steps": 2, "logging_steps": 1}
+    settings = STAGE1 | {"save_steps": 2, "logging_steps": 1}
     folder = train(**settings, output_dir=str(tmp_path / "run"))
     assert kept(folder) == [2, 4, 6]
     older = folder / "checkpoints" / "step-000002"
@@ -701,7 +751,7 @@ def test_resuming_an_older_checkpoint_leaves_the_later_branch(tmp_path: Path) ->
 
 
 def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
-    settings = FAST | {"stage2_steps": 0}
+    settings = STAGE1
     folder = train(**settings, output_dir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match="nothing to train"):
         train(**settings, init_student=str(folder), output_dir=str(tmp_path / "next"))
@@ -709,10 +759,10 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
 
 
 def test_balancing_by_a_gradient_that_is_switched_off_is_refused(tmp_path: Path) -> None:
-    folder = train(**FAST | {"stage2_steps": 0}, output_dir=str(tmp_path / "run"))
-    settings = {"dmd_weight": 0.0, "rl_balance": "grad_norm", "init_student": str(folder)}
+    folder = train(**STAGE1, output_dir=str(tmp_path / "run"))
+    settings = {"rl_balance": "grad_norm", "init_student": str(folder)}
     with pytest.raises(ConfigError, match="needs --dmd_weight above 0"):
-        train(**FAST | settings, output_dir=str(tmp_path / "next"))
+        train(**RL_ONLY | settings, output_dir=str(tmp_path / "next"))
 
 
 # --- Optimizers -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,17 @@ from dmdr.settings.expression import parse_sum
     ],
 )
 def test_reads_weights_and_names(text: str, terms: list[tuple[float, str]]) -> None:
-    assert parse_sum(text) == terms
+    assert parse_sum(text) == [(weight, name, name) for weight, name in terms]
+
+
+def test_a_term_may_have_a_label() -> None:
+    text = "hps as pref + 0.1*http://host:8000  as  judge+'my as file.py:f' as f_2+ hps"
+    assert parse_sum(text) == [
+        (1.0, "hps", "pref"),
+        (0.1, "http://host:8000", "judge"),
+        (1.0, "my as file.py:f", "f_2"),
+        (1.0, "hps", "hps"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +52,14 @@ def test_reads_weights_and_names(text: str, terms: list[tuple[float, str]]) -> N
         ("hps+'clip", "unbalanced quote", 5),
         ("my file.py:score", "'my file.py:score' is no name; quote", 1),
         ("hps clip", "'hps clip' is no name", 1),
+        ("hps as a+clip as a", "'a' is named twice", 10),
+        ("clip+hps as clip", "'clip' is named twice", 6),
+        ("hps as 2nd", "'2nd' is no label", 1),
+        ("hps as my-label", "'my-label' is no label", 1),
+        ("hps as a as b", "'a as b' is no label", 1),
+        ("hps as", "'hps as' is no name", 1),
+        ("hps as total", "the label 'total' is taken", 1),
+        ("hps as 'a'", "cannot be read", 1),
     ],
 )
 def test_says_what_is_wrong_and_where(text: str, problem: str, character: int) -> None:

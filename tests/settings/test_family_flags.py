@@ -151,7 +151,7 @@ def test_a_family_takes_its_own_flags_and_no_other(
             refuses_unread(place, field.name, True)
             continue
         given, value = example(hints[field.name])
-        needed = ["--full_finetune"] if field.name == "student_weights" else []
+        needed = {"student_weights": ["--full_finetune"], "reward_vae": ["--reward", "toy"]}.get(field.name, [])
         with monkeypatch.context() as patch:
             model = str(place)
             if field.name == "revision":  # of a model on the hub
@@ -177,6 +177,7 @@ def test_a_setting_of_the_core_is_given_to_the_family_that_asks(folder: Callable
     flags = ["--guidance_scale", "3.5", "--seed", "7"]
     flux = parse(["--model", str(folder("FluxPipeline")), *flags])
     assert (flux.family_options().guidance_scale, flux.family_options().seed) == (3.5, 7)
+    assert [f.name for f in flux.family.own_flags] == list(flux.family.options)
     assert not {"guidance_scale", "seed", "revision"} & flux.family.options.keys()  # the core writes them
     sd3 = parse(["--model", str(folder("StableDiffusion3Pipeline")), *flags]).family_options()
     assert sd3.seed == 7 and not hasattr(sd3, "guidance_scale")
@@ -221,6 +222,10 @@ def test_help_shows_a_familys_flags_where_a_model_is_named(
         assert flag in own
     assert "Rank of the student's LoRA. (default: 64)" in own  # of a base of its options
     assert "--eta" not in text and "--seed INT seed of all random numbers" in text
+    for arguments in (["--help=all"], ["-h", "all"], ["-h=all"]):
+        assert shown(capsys, *arguments) == whole
+    for arguments in (["--help", "all"], ["--help=all"], ["-h=all"]):
+        assert shown(capsys, "--model", "toy", *arguments) == shown(capsys, "--model", "toy", "-h", "all")
     toy = shown(capsys, "--model", "toy", "-h", "all")
     assert "model family ToyPipeline: --shift FLOAT" in toy and "--lora_rank" not in toy and "--eta FLOAT" in toy
 
@@ -229,7 +234,8 @@ def test_help_of_part_of_the_settings_has_titles(capsys: pytest.CaptureFixture[s
     text = shown(capsys, "--model", "toy", "--rl", "grpo", "--help")
     for title in ("common settings: ", "objective grpo: ", "reward toy: ", "matching dmd: ", "sample weight rt_dm: "):
         assert (title in text) == (title != "reward toy: "), title  # which has no flags
-    assert refusal("--help", "some").startswith("--help/-h: invalid choice: 'some'")
+    for arguments in (["--help", "some"], ["--help=some"], ["--help="]):
+        assert refusal(*arguments).startswith("--help/-h: invalid choice: ")
 
 
 # --- A stranger's -----------------------------------------------------------------------------------------------------
@@ -298,11 +304,14 @@ def kept(settings: Settings, old: dict[str, Any]) -> set[str]:
 
 def test_an_old_file_means_what_it_meant(tmp_path: Path, folder: Callable[[str], Path]) -> None:
     place, old = folder("StableDiffusion3Pipeline"), old_config("digits")
-    assert kept(parse(["--config", written(tmp_path, old)]), old) == old.keys()
+    own_balance = {"refl_balance"}  # gone; "fixed" changed nothing
+    assert kept(parse(["--config", written(tmp_path, old)]), old) == old.keys() - own_balance
+    said = refusal("--config", written(tmp_path, old | {"refl_balance": "grad_norm"}))
+    assert said == "unknown setting 'refl_balance' (write --rl_balance)"
     old |= {"model": str(place), "shift": 3.0, "reward_tilt": 0.5, "tilt_weight": "rank", "full_finetune": True}
     old |= {"tilt_baseline": "ema", "resolution": 512, "drop_text_encoders": ["text_encoder_3"], "prompt_cache": "off"}
     settings = parse(["--config", written(tmp_path, old)])
-    assert kept(settings, old) == old.keys()
+    assert kept(settings, old) == old.keys() - own_balance
     assert settings.of("sample_weights")[0].build().tilt_baseline == "ema"
     again = tmp_path / "again.yaml"
     again.write_text(settings.as_yaml())
@@ -323,7 +332,7 @@ def test_an_old_file_holds_defaults_of_other_families(
 def test_an_old_file_of_the_toy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = old_config("toy")
     settings = parse(["--config", written(tmp_path, old)])
-    assert settings.config == parse(["--model", "toy"]).config
+    assert settings.config == parse(["--model", "toy", "--mixed_precision", "no"]).config
     assert settings.plugins == parse(["--model", "toy"]).plugins
     (tmp_path / "run").mkdir()
     written(tmp_path / "run", old | {"seed": 5})

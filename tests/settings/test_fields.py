@@ -13,6 +13,7 @@ import yaml
 
 from dmdr.errors import ConfigError
 from dmdr.settings.fields import Config
+from dmdr.settings.hints import ELSEWHERE
 from dmdr.settings.parse import Settings, parse, read_yaml
 
 MODULE = '''
@@ -141,6 +142,30 @@ def test_settings_of_a_plugin_that_flags_replace_are_left_out(file: Path, caplog
         parse(["--config", str(file), "--reward", "toy"])
 
 
+def test_the_weight_of_a_matching_that_flags_replace_stays(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It begins as the flags of `dmd` do, and is the run's."""
+    file.write_text("model: toy\nmatching: dmd\ndmd_weight: 0.5\ndmd_floor: 0.1\n")
+    settings = parse(["--config", str(file), "--matching", "decoupled"])
+    assert settings.config.dmd_weight == 0.5
+    assert [record.args[0] for record in caplog.records] == ["dmd_floor"]
+
+
+def test_a_file_chooses_the_weight_of_samples(file: Path) -> None:
+    (file.parent / "mine.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Mine:\n    high: float = 1.0\n"
+        "    def __call__(self, draw, direction, ctx): ...\n"
+    )
+    mine = f"{file.parent}/mine.py:Mine"
+    file.write_text(f"model: toy\nsample_weight: {mine}\nhigh: 2.0\n")
+    for arguments in ((), ("--reward", "none"), ("--reward", "clip")):  # with a reward to weigh samples by, and without
+        settings = parse(["--config", str(file), *arguments])
+        assert settings.config.sample_weight == mine
+        assert [(p.name, p.options) for p in settings.of("sample_weights")] == [(mine, {"high": 2.0})]
+    file.write_text("model: toy\nsample_weight: none\n")
+    measured = ("--reward", "clip", "--num_eval_samples", "4")
+    assert parse(["--config", str(file), *measured]).of("sample_weights") == []
+
+
 def test_model_and_plugins_may_be_named_in_yaml(file: Path) -> None:
     file.write_text("model: toy\nrl: 0.1*refl\nreward: 2*toy\nhinge: 0.7\n")
     settings = parse(["--config", str(file)])
@@ -183,9 +208,9 @@ def test_whole_numbers_do_for_floats() -> None:
 
 
 def test_booleans_need_no_value(sd3: str) -> None:
-    assert toy("--overwrite_output_dir").config.overwrite_output_dir
+    assert toy("--overwrite_output_dir", output_dir="x").config.overwrite_output_dir
     assert not toy("--overwrite_output_dir", "false").config.overwrite_output_dir
-    assert toy(overwrite_output_dir="yes").config.overwrite_output_dir
+    assert toy(overwrite_output_dir="yes", output_dir="x").config.overwrite_output_dir
 
     def full(*arguments: str, **settings: Any) -> Any:
         return parse(["--model", sd3, *arguments], settings).family.options["full_finetune"]
@@ -233,6 +258,32 @@ def test_names_that_are_taken_need_their_prefix() -> None:
     assert refusal("--rl", "climb", floor=1) == "unknown setting 'floor' (write --climb_floor or --dmd_floor)"
 
 
+def test_a_label_is_what_flags_begin_with(file: Path) -> None:
+    flags = ("--reward", "clip as one+0.5*clip as two", "--one_checkpoint", "a", "--two_checkpoint", "b")
+    flags += ("--rl", "grpo as fast+0.1*grpo as slow", "--fast_epsilon", "0.1", "--slow_epsilon", "0.4")
+    flags += ("--eval_reward", "clip as held", "--num_eval_samples", "4", "--eval_held_checkpoint", "c")
+    settings = toy(*flags)
+    found = {
+        p.label: (p.name, p.weight, p.options.get("checkpoint", p.options.get("epsilon"))) for p in settings.plugins
+    }
+    assert (
+        found["one"] == ("clip", 1.0, "a") and found["two"] == ("clip", 0.5, "b") and found["held"] == ("clip", 1, "c")
+    )
+    assert found["fast"] == ("grpo", 1.0, 0.1) and found["slow"] == ("grpo", 0.1, 0.4)
+    file.write_text(settings.as_yaml())
+    assert parse(["--config", str(file)]) == parse(["--config", str(file), "--reward", settings.config.reward])
+    assert parse(["--config", str(file)]).plugins == settings.plugins
+    assert "unknown argument --clip_checkpoint" in refusal("--reward", "clip as one", "--clip_checkpoint", "a")
+    assert "'clip' is named twice; write it once, with the sum of the weights, or give one" in refusal(
+        "--reward", "clip+clip"
+    )
+    both = parse(["--model", "digits", "--rl", "srpo as s+rwr", "--s_k", "2"]).of("objectives")  # a recipe knows names
+    assert [(p.options.get("positive"), p.options.get("k"), p.options.get("temperature")) for p in both] == [
+        ([""], 2.0, None),
+        (None, None, 0.2),
+    ]
+
+
 def test_a_plugin_may_call_its_fields_as_it_likes() -> None:
     """Where a name is taken, they have a prefix; what is a flag of the core's even so is refused."""
     settings = toy("--rl", "climb+heap", "--heap_help", "a", "--heap_climb_floor", "2", "--climb_floor", "3")
@@ -266,7 +317,7 @@ def test_the_resolved_yaml_repeats_the_settings(file: Path, sd3: str) -> None:
         *("--rl", "0.1*refl+climb", "--reward", "0.3*toy", "--refl_steps", "2", "--hinge", "0.7", "--temperature", "4"),
         *("--sigmas", "1", "0.7", "0.3", "--learning_rate", "3e-7", "--lora_target_modules", "to_q", "to_k"),
         *("--dyna_renoise", "2", "1", "--mixed_precision", "no", "--output_dir", "somewhere"),
-        *("--reward_tilt", "2", "--tilt_clip", "0.5", "2", "--lora_rank", "8", "--shift", "3", "--full_finetune"),
+        *("--reward_tilt", "2", "--tilt_clip", "0.5", "2", "--fake_lora_rank", "8", "--shift", "3", "--full_finetune"),
     )
     settings = parse(["--model", sd3, *flags])
     file.write_text(settings.as_yaml())
@@ -346,6 +397,24 @@ def test_bad_flags_of_a_family(sd3: str, arguments: tuple[str, ...], said: str) 
     with pytest.raises(ConfigError) as error:
         parse(["--model", sd3, *arguments])
     assert said in str(error.value)
+
+
+def test_names_of_other_trainers_say_what_they_are_called_here(sd3: str) -> None:
+    assert refusal("--lr", "1e-4") == "unknown argument --lr (write --learning_rate)"
+    assert (
+        refusal("--train-batch-size=4") == "unknown argument --train-batch-size=4 (write --per_device_train_batch_size)"
+    )
+    assert refusal(bf16=True) == "unknown setting 'bf16' (write --mixed_precision bf16)"
+    assert "or --num_inference_steps, which are the student's; objective with this flag: refl" in refusal(
+        "--steps", "4"
+    )
+    family = parse(["--model", sd3]).family
+    there = {f.name for kind in (Config, family.flags) for f in dataclasses.fields(kind)}
+    assert not there & ELSEWHERE.keys()
+    for meant in ELSEWHERE.values():
+        assert set(re.findall(r"--(\w+)", meant)) <= there
+        if re.fullmatch(r"--\w+ \S+", meant):
+            parse(["--model", sd3, "--output_dir", "x", *meant.split()])
 
 
 @pytest.mark.parametrize("flag", ["--config", "--model", "--rl", "--reward", "--matching"])
@@ -498,7 +567,6 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
         ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by num_generations, 2, not 5"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "nothing to train"),
         ({"dmd_weight": 0.0, "rl": "refl"}, "--init_student"),
-        ({"eval_reward": "toy"}, "--num_eval_samples must be above 0 for --eval_reward, not 0"),
         ({"dmd_weight": 0.0, "init_student": "x"}, "leaves nothing to train"),
         ({"dmd_weight": 0.0, "init_student": "x", "rl": "refl", "rl_weight": 0.0}, "leaves nothing to train"),
     ],

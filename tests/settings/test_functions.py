@@ -84,7 +84,7 @@ def test_columns_by_name(images: Tensor) -> None:
 def test_a_column_that_is_not_there_is_refused() -> None:
     def needs(image: Tensor, answer: str, label: int = 0) -> float: ...
 
-    chosen = [Chosen("rewards", "f.py:score", 1.0, as_reward(needs, "f.py:score"))]
+    chosen = [Chosen("rewards", "f.py:score", "f.py:score", 1.0, as_reward(needs, "f.py:score"))]
     with pytest.raises(ConfigError) as caught:
         check_columns(chosen, [{"prompt": "a", "label": 3, "tags": []}])
     expected = "reward 'f.py:score' needs the prompts to have a column 'answer'; they have label, tags"

@@ -1,0 +1,110 @@
+"""Settings that a run does not read because of others, and settings that undo each other.
+
+What somebody typed, as a flag or from Python, is refused. A file gets a warning: a run writes every setting into its
+own. Of a default or a recipe, which suits several runs, nothing is said.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from dmdr.errors import ConfigError
+from dmdr.settings.chosen import Chosen, active_weight
+from dmdr.settings.fields import TOPICS, Config
+from dmdr.settings.parser import Told
+
+logger = logging.getLogger("dmdr")
+
+OFF = (0, "none", None)  # values of the core's settings that agree with what is off anyway; False is 0
+DATASET = "prompt_column dataset_config dataset_train_split dataset_streaming"
+STAGE1 = "dyna_steps dyna_guidance dyna_renoise sample_weight sample_weights"
+STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_steps stage2_learning_rate
+    stage2_fake_learning_rate"""
+MATCHING = "matching matchings fake_updates fake_learning_rate stage2_fake_learning_rate"
+
+
+def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
+    """Refuse settings that the run does not read, or warn of them, and warn of those that undo each other.
+
+    Args:
+        plugins: All that the run names, its model family among them.
+        told: Which settings differ from the defaults and the recipe, and by whose will.
+
+    Raises:
+        ConfigError: Names settings that were typed, and says why they are not read.
+    """
+    seen = {name for name in TOPICS if getattr(config, name) in OFF}
+    for holds, names, why in _unread(config, plugins):
+        found = {name for word in names.split() for name in _named_by(word, plugins)} - seen if holds else set()
+        if typed := found & told.typed:
+            flags = " and ".join(f"--{name}" for name in sorted(typed))
+            verb, them = ("is", "it") if len(typed) == 1 else ("are", "them")
+            raise ConfigError(f"{flags} {verb} not read {why}; leave {them} out")
+        if in_file := found & told.in_file:
+            logger.warning("not read %s, but set in the file: %s", why, ", ".join(sorted(in_file)))
+        seen |= in_file
+    for sentence in _undone(config):
+        logger.warning(sentence)
+
+
+def _named_by(word: str, plugins: Sequence[Chosen]) -> set[str]:
+    """The setting of this name, or all flags of the run's plugins in the group of this name."""
+    return {plugin.key(name) for plugin in plugins if plugin.group == word for name in plugin.options} or {word}
+
+
+def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str]]:
+    """The table: if the first holds, these settings are not read, and why."""
+    from dmdr.protocols import RoleOptions  # which imports torch
+
+    family = next(plugin for plugin in plugins if plugin.group == "backends")
+    roles = family.options if issubclass(family.flags, RoleOptions) else {}
+    alone = not c.stage1_steps or c.init_student  # stage 2
+    has_rl = c.rl != "none" and c.rl_weight and c.stage2_steps
+    rewarded = has_rl or (not alone and active_weight(plugins))
+    times = len(c.sigmas or c.timesteps or ())
+    return [
+        # What is trained
+        (not c.prompts, DATASET, "without --prompts"),
+        (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
+        (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
+        (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
+        (c.reward == c.eval_reward == "none", "reward_dtype", "without a reward"),
+        (not rewarded and not c.num_eval_samples, "reward rewards", "without RL, sample weights and evaluation"),
+        (roles and not rewarded, "reward_vae", "without a reward that is trained on"),
+        (roles.get("full_finetune"), "lora_rank lora_alpha", "with --full_finetune"),
+        (roles and c.init_student, "student_weights", "with --init_student, which replaces them"),
+        # Stages
+        (not c.stage1_steps, STAGE1, "with --stage1_steps 0"),
+        (c.init_student, f"stage1_steps {STAGE1}", "with --init_student, which skips stage 1"),
+        (not c.stage2_steps, STAGE2, "with --stage2_steps 0"),
+        (alone and c.stage2_learning_rate, "learning_rate", "without stage 1 and with --stage2_learning_rate"),
+        (
+            alone and c.stage2_fake_learning_rate,
+            "fake_learning_rate",
+            "without stage 1 and with --stage2_fake_learning_rate",
+        ),
+        (c.dyna_steps == 0, "dyna_guidance dyna_renoise", "with --dyna_steps 0"),
+        (
+            c.dyna_guidance == 0 and c.dyna_renoise == [1, 1],
+            "dyna_steps",
+            "with --dyna_guidance 0 and --dyna_renoise 1 1",
+        ),
+        # Steps of the student, and guidance of the teacher
+        (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
+        (not c.eta, "sde_type", "with --eta 0"),
+        (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
+        # What is written
+        (not c.num_eval_samples, "eval_reward eval_rewards eval_steps", "without --num_eval_samples"),
+        (not c.dry_run, "architecture", "without --dry_run"),
+        (not c.output_dir, "overwrite_output_dir", "without --output_dir, where the folder is a new one"),
+        (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),
+    ]
+
+
+def _undone(c: Config) -> Iterator[str]:
+    """What settings do to each other, a sentence each."""
+    for stage, steps in {1: 0 if c.init_student else c.stage1_steps, 2: c.stage2_steps}.items():
+        end = f"stage {stage} ends after {steps} update{'s' * (steps > 1)}"
+        if 0 < steps <= c.warmup_steps:
+            yield f"{end}, before --warmup_steps {c.warmup_steps} are over"
+        if stage == 2 and c.rl != "none" and 0 < steps <= c.rl_warmup_steps:
+            yield f"{end}, before --rl_warmup_steps {c.rl_warmup_steps} are over"
