@@ -91,6 +91,8 @@ def advantages(
         Advantages [N] float64 in [-5, 5], exactly 0 in a group of equal rewards, and the valid samples [N] bool: those
         with finite rewards whose group holds another such.
     """
+    device, group = group.device, group.cpu()  # a few numbers, which are looked at again and again
+    scores = {name: score.cpu() for name, score in scores.items()}
     valid = comparable(group, scored(scores))
     if aggregation == "sum_then_normalize":
         total = torch.stack([weights[name] * score.double() for name, score in scores.items()]).sum(0)
@@ -100,7 +102,8 @@ def advantages(
         advantage = torch.stack(apart).sum(0)
         if scale_rewards != "none":
             advantage = advantage / (_rms(advantage[valid]) + STD_FLOOR)
-    return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT), valid
+    advantage = advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    return advantage.to(device, non_blocking=True), valid.to(device, non_blocking=True)
 
 
 def _scaled(values: Tensor, group: Tensor, valid: Tensor, unit: ScaleRewards) -> Tensor:

@@ -40,7 +40,7 @@ def renoised_to_grid(
     key = draw.sample if rows is None else draw.sample[rows]
     i = ctx.random.integers(f"{purpose}/index", key, ctx.sampler.num_inference_steps)
     noise = ctx.random.normal(f"{purpose}/eps", key, tuple(x.shape[1:])).to(x.dtype)
-    t = ctx.sampler.t.to(x.device)[i]
+    t = ctx.sampler.t.to(x.device, non_blocking=True)[i]
     first = (i == 0).view(-1, *[1] * (x.ndim - 1))
     x_t = torch.where(first, noise if start is None else start, add_noise(ctx.backend.path, x, noise, t))
     eps = Prediction(x, "x0", x_t, t, ctx.backend.path).eps

@@ -63,8 +63,9 @@ class VariancePreserving:
         return (1000 * t).round().clamp(0, len(self.alphas_cumprod) - 1).long()
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
-        table = self.alphas_cumprod.to(t.device, torch.float64)
-        return torch.where(t == 0, torch.ones((), dtype=table.dtype, device=t.device), table[self.timestep(t)])
+        table = self.alphas_cumprod.to(t.device, torch.float64, non_blocking=True)
+        # `take`, because indexing with a single time would wait for its value.
+        return torch.where(t == 0, torch.ones((), dtype=table.dtype, device=t.device), table.take(self.timestep(t)))
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._alpha_bar(t).sqrt()

@@ -407,7 +407,7 @@ class Matching(Protocol):
 
 
 class SampleWeight(Protocol):
-    """A dataclass whose fields are its flags: a weight of each sample's direction in stage 1, [B] float32.
+    """A dataclass whose fields are its flags: a weight of each sample's direction in stage 1, [B] float32, at least 0.
 
     It may read the direction. Mean one over the global batch, or over time where the batch is too small to compare.
     Optional: `needs`, as of an objective; `idle`, true where all weights would be 1: the run then does without it. It

@@ -48,19 +48,19 @@ class Random:
     def normal(self, purpose: str, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Unit Gaussian, [B, *shape] float32, one independent draw of this purpose per key in `samples` [B]."""
         draws = [self._generator(purpose, key).standard_normal(shape, np.float32) for key in samples.tolist()]
-        return torch.from_numpy(np.stack(draws)).to(samples.device)
+        return torch.from_numpy(np.stack(draws)).to(samples.device, non_blocking=True)
 
     def uniform(self, purpose: str, samples: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform in [low, high), [B] float64, one draw of this purpose per key in `samples` [B]."""
         draws = [self._generator(purpose, key).uniform(low, high) for key in samples.tolist()]
-        return torch.tensor(draws, dtype=torch.float64, device=samples.device)
+        return torch.tensor(draws, dtype=torch.float64).to(samples.device, non_blocking=True)
 
     def integers(self, purpose: str, samples: Tensor, high: int) -> Tensor:
         """Uniform integers in [0, high), [B] int64, one of this purpose per key in `samples` [B]."""
         draws = [int(self._generator(purpose, key).integers(high)) for key in samples.tolist()]
-        return torch.tensor(draws, dtype=torch.int64, device=samples.device)
+        return torch.tensor(draws, dtype=torch.int64).to(samples.device, non_blocking=True)
 
     def beta(self, purpose: str, samples: Tensor, a: float, b: float) -> Tensor:
         """Beta(a, b), [B] float64 in [0, 1], one draw of this purpose per key in `samples` [B]."""
         draws = [self._generator(purpose, key).beta(a, b) for key in samples.tolist()]
-        return torch.tensor(draws, dtype=torch.float64, device=samples.device)
+        return torch.tensor(draws, dtype=torch.float64).to(samples.device, non_blocking=True)

@@ -67,7 +67,7 @@ class FewStepSampler:
 
     def moments(self, i: int | Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
         """Mean [B, *latent] and standard deviation [1 or B, 1, ...] of the state after step i, one or [B] of them."""
-        return self.transition(prediction, self.t.to(prediction.x_t.device)[i + 1])
+        return self.transition(prediction, self.t.to(prediction.x_t.device, non_blocking=True)[i + 1])
 
     def transition(self, prediction: Prediction, t_next: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, *latent] and standard deviation [1 or B, 1, ...] of the state at a time t_next, a scalar or [B].
@@ -143,7 +143,7 @@ class FewStepSampler:
         batch, last = len(cond), self.num_inference_steps - 1
         states, answers, log_probs = [noise[0]], [], []
         for i in range(self.num_inference_steps):
-            t = self.t[i].to(states[-1].device).expand(batch)
+            t = self.t[i].to(states[-1].device, non_blocking=True).expand(batch)
             prediction = student(states[-1], t, cond)
             x_next = self.step(i, prediction, None if i == last else noise[i + 1])
             if log_prob and i < last:

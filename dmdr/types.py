@@ -83,7 +83,7 @@ class Rollout:
         index = index.to(self.x_t.device)
         return Draw(
             x_t=self.x_t[index, rows],
-            t=self.t.to(self.x_t.device)[index],
+            t=self.t.to(self.x_t.device, non_blocking=True)[index],
             index=index,
             x0=self.x0[index, rows],
             cond=self.cond,

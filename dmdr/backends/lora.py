@@ -56,7 +56,8 @@ class LoRARoles:
         self.roles = tuple(roles)
         self._active: Active = (None, 0.0)
         if full_student:
-            self.copies = {role: deepcopy(network) for role in roles if role != "fake_score"}
+            # In float32, buffers such as position embeddings, too: what is added to them is then summed up in float32.
+            self.copies = {role: deepcopy(network).float() for role in roles if role != "fake_score"}
             self.copies["student"].requires_grad_(True)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -66,7 +67,7 @@ class LoRARoles:
         self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
         for role in roles:
             for parameter in self.parameters(role).values():
-                parameter.data = parameter.data.float()  # adapters and full students train in float32
+                parameter.data = parameter.data.float()  # adapters train in float32
                 parameter.requires_grad_(role != "reference")
         self._strength = {role: alpha[role] / rank[role] for role in roles if role not in self.copies}
         self._switch((None, 0.0))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,6 +49,8 @@ pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")
 torch.manual_seed(0)
 image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
 image.save("image.png")"""
+
+QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # diffusers' names in attention modules
 
 # A network with its role chosen: keyword arguments in, tuple out.
 Network = Callable[..., Any]
@@ -496,13 +498,18 @@ def set_attention_backend(network: Any, name: str, blank: Callable[..., Tensor])
         raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
     probe = blank(1, 128, 1, 64).zero_().requires_grad_()
     try:
-        with quiet():
+        with quiet(), attention_backend():  # which keeps diffusers from making it every other network's kernel, too
             network.set_attention_backend(name)
             found = dispatch_attention_fn(probe, probe, probe, backend=AttentionBackendName(name.lower()))
     except Exception as error:
         raise ConfigError(f"--attention_backend {name} in {str(probe.dtype)[6:]}: {one_line(error)}") from error
     if not found.requires_grad:
         raise ConfigError(f"--attention_backend {name} has no gradient: the student cannot be trained with it")
+    # Most kernels take half precision alone. Values have it under autocast; normed queries and keys would have that of
+    # the norm's weight, float32 in a full student, which is a copy of this network.
+    for norm in [getattr(module, norm, None) for module in network.modules() for norm in QK_NORMS]:
+        if norm is not None:
+            norm.register_forward_hook(lambda norm, given, answer: answer.to(given[0].dtype))
 
 
 def compile_blocks(network: Any) -> None:

@@ -139,7 +139,9 @@ class PromptEncoder:
         if self._transient:
             self._let_go()
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        return {name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in found.items()}
+        return {
+            name: tensor[rows.to(tensor.device)].to(self.device, non_blocking=True) for name, tensor in found.items()
+        }
 
     def fill(self, prompts: Sequence[str]) -> None:
         """Store the embeddings of all prompts, where they are missing, by shares, and let go of the encoders.

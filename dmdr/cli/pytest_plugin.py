@@ -25,7 +25,6 @@ from dmdr.settings import registry
 from dmdr.settings.fields import typed
 from dmdr.settings.functions import load_object
 
-CHECKED = {"objectives": "needs", "rewards": "differentiable", "backends": "student"}  # and what tells them apart
 Check = Callable[[], None]
 
 
@@ -148,26 +147,44 @@ def _classes(name: str) -> list[tuple[str, Any]]:
         pytest.UsageError: If there is none that can be checked.
     """
     with _refusals(name):
-        found = [(group, registry.load(group, name)) for group in CHECKED if registry.registered(group, name)]
+        found = [(group, registry.load(group, name)) for group in CHECKS if registry.registered(group, name)]
         if found:
             return found
         for group in registry.GROUPS:
             if registry.registered(group, name):
-                raise ConfigError(f"this is one of the {group}; only {', '.join(CHECKED)} have checks")
+                raise ConfigError(f"this is one of the {group}, which have no checks")
         if ":" not in name:
-            known = [known for group in CHECKED for known in registry.plugins(group)]
+            known = [known for group in CHECKS for known in registry.plugins(group)]
             raise ConfigError(
-                f"no objective, reward or backend of this name is installed{registry.suggest(name, known)}; "
-                "dmdr-plugins lists them, and one in a file is given as my_file.py:NAME"
+                f"no plugin of this name is installed{registry.suggest(name, known)}; dmdr-plugins lists them, and one "
+                "in a file is given as my_file.py:NAME"
             )
-        target = load_object(name)
-        for group, member in CHECKED.items():
-            if hasattr(target, member) or (group == "rewards" and inspect.isfunction(target)):
-                return [(group, registry.load(group, name))]
-        raise ConfigError(
-            "it has no `needs` as an objective has, no `differentiable` as a reward, and no `student` as a backend; "
-            "dmdr.protocols says what each of them needs"
-        )
+        group = _group(load_object(name))
+        return [(group, registry.load(group, name))]
+
+
+def _group(target: Any) -> str:
+    """The group of what somebody has written in a file; of these, only a sample weight may have `needs`, too.
+
+    Raises:
+        ConfigError: If it is of none that has checks.
+    """
+    if inspect.isfunction(target) or hasattr(target, "differentiable"):
+        return "rewards"
+    if hasattr(target, "fake_loss"):
+        return "matchings"
+    if hasattr(target, "student"):
+        return "backends"
+    call = getattr(target, "__call__", None)  # noqa: B004
+    if inspect.isfunction(call) and len(inspect.signature(call).parameters) == 4:  # self, draw, direction, ctx
+        return "sample_weights"
+    if hasattr(target, "needs"):
+        return "objectives"
+    raise ConfigError(
+        "it has no `needs` as an objective has, no `differentiable` as a reward, no `fake_loss` as a matching, no "
+        "`student` as a backend, and no call of (draw, direction, ctx) as a sample weight; dmdr.protocols says what "
+        "each of them needs"
+    )
 
 
 def _fields(group: str, cls: Any) -> dict[str, Any]:
@@ -256,12 +273,18 @@ def _building(group: str, cls: Any) -> Iterator[None]:
         raise ConfigError(f"it cannot be built: {one_line(error)}{hint}") from error
 
 
-def _objective_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
-    from dmdr.testing import OBJECTIVE_CHECKS
+def _built_anew(group: str, checks: str) -> Callable[[Any, dict[str, Any], pytest.Config], dict[str, Check]]:
+    """Of plugins that every check builds anew, by the name of the list in `dmdr.testing`."""
 
-    with _building("objectives", cls):
-        cls(**fields)
-    return {check.__name__: partial(check, partial(cls, **fields), None) for check in OBJECTIVE_CHECKS}
+    def of(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
+        from dmdr import testing
+
+        build = partial(cls, **fields)
+        with _building(group, cls):
+            build()
+        return {check.__name__: partial(check, build) for check in getattr(testing, checks)}
+
+    return of
 
 
 def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
@@ -292,4 +315,10 @@ def _backend_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> 
     return {check.__name__: partial(check, trial) for check in BACKEND_CHECKS}
 
 
-CHECKS = {"objectives": _objective_checks, "rewards": _reward_checks, "backends": _backend_checks}
+CHECKS = {
+    "objectives": _built_anew("objectives", "OBJECTIVE_CHECKS"),
+    "rewards": _reward_checks,
+    "matchings": _built_anew("matchings", "MATCHING_CHECKS"),
+    "sample_weights": _built_anew("sample_weights", "SAMPLE_WEIGHT_CHECKS"),
+    "backends": _backend_checks,
+}

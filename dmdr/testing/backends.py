@@ -221,6 +221,26 @@ def rows_do_not_depend_on_the_batch(trial: BackendTrial) -> None:
     )
 
 
+@torch.no_grad()
+def a_prompt_does_not_depend_on_its_company(trial: BackendTrial) -> None:
+    """What is predicted for a prompt is the same alone and beside a much longer one, up to 1e-4."""
+    backend = trial.prepared
+    prompts = ["", " ".join([*trial.prompts] * 4)]
+    try:
+        cond = backend.encode(prompts)
+    except ConfigError:  # it reads no free text, such as names of classes alone
+        prompts = list(trial.prompts)
+        cond = backend.encode(prompts)
+    x_t, t = torch.stack([trial.state[0][0]] * len(prompts)), trial.state[1][:1].expand(len(prompts))
+    together = backend.student(x_t, t, cond).value
+    for row, prompt in enumerate(prompts):
+        alone = backend.student(x_t[:1], t[:1], backend.encode([prompt])).value[0]
+        assert torch.allclose(together[row], alone, atol=1e-4), (
+            "the prediction for a prompt depends on which others are encoded with it: what pads the shorter ones must "
+            "be masked, or be the same for any length of the longest"
+        )
+
+
 def gradients_reach_their_own_role(trial: BackendTrial) -> None:
     """The gradient of a role's prediction reaches its own parameters and no other's."""
     backend = trial.prepared
@@ -306,6 +326,7 @@ BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     fake_mix_leads_from_teacher_to_fake_score,
     guidance_is_linear,
     rows_do_not_depend_on_the_batch,
+    a_prompt_does_not_depend_on_its_company,
     gradients_reach_their_own_role,
     decoded_images_are_differentiable,
     images_are_encoded_to_latents,

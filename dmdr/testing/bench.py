@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.protocols import Needs, Reward, RewardObjective, SetsUp
-from dmdr.testing.common import CannotRun
+from dmdr.testing.common import CannotRun, trained_a_little
 from dmdr.testing.toy import toy_trainer
 from dmdr.training.context import StepContext
 from dmdr.training.objectives import WeightedObjective
@@ -103,12 +103,7 @@ def trainer_of(
         trainer.scorer = None
     if on_declared:
         trainer.pick = partial(pick_declared, trainer)  # type: ignore[method-assign]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # as after some training: student and fake score have left reference and teacher
-        for role in (trainer.student, *trainer.fake_learners):
-            for parameter in role.parameters.values():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return trainer
+    return trained_a_little(trainer)
 
 
 def bench_of(build: Build, reward: Reward | None, *, needs: Needs | None = None, **settings: Any) -> Bench:

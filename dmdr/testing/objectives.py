@@ -1,27 +1,31 @@
 """What an RL objective promises."""
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, get_args
-from unittest.mock import patch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
-from dmdr.paths import Prediction
-from dmdr.protocols import BringsLearners, Needs, Reward, Role, SetsUp
-from dmdr.randomness import Random
-from dmdr.states import check_storable, load_strict
+from dmdr.protocols import BringsLearners, Needs, Reward, SetsUp
+from dmdr.states import load_strict
 from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of, valid_of
-from dmdr.testing.common import CannotRun, networks, taken_by_a_run, untouched_global_rng
-from dmdr.types import Condition, Draw, Rollout, Term
-
-LATE = 1000  # a step by which whatever is annealed, or sets in with time, has done so
+from dmdr.testing.common import (
+    LATE,
+    CannotRun,
+    Silent,
+    answers_in_bfloat16,
+    brings_back_its_state,
+    networks,
+    numbers_are_new,
+    only_read,
+    same,
+    taken_by_a_run,
+    untouched_global_rng,
+)
+from dmdr.types import Term
 
 
 def check_objective(build: Build, reward: Reward | None = None) -> None:
@@ -129,7 +133,7 @@ def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = Non
 
 
 def _same_terms(a: Sequence[Term], b: Sequence[Term]) -> bool:
-    return _same([vars(term) for term in a], [vars(term) for term in b])
+    return same([vars(term) for term in a], [vars(term) for term in b])
 
 
 def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> None:
@@ -140,36 +144,8 @@ def one_finite_loss_per_sample(build: Build, reward: Reward | None = None) -> No
 def what_it_is_given_is_only_read(build: Build, reward: Reward | None = None) -> None:
     """Other objectives, and the matching, read the same draw and the same scores; parameters are the optimizer's."""
     bench = bench_of(build, reward)
-    given = dict(_given(bench))
-    before = {name: tensor.detach().clone() for name, tensor in given.items()}
-    bench.ask_and_learn()
-    for name, tensor in given.items():
-        unchanged = _same(tensor.detach(), before[name])
-        assert unchanged, f"the objective changed {name} in place; it is only there to be read"
-
-
-def _given(bench: Bench) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that an objective can lay hands on, by name."""
-    yield from _tensors(bench.draw)
-    if bench.ctx.scorer:
-        scores, group = bench.ctx.global_scores()
-        yield from ((f"ctx.global_scores()[0]['{name}']", score) for name, score in scores.items())
-        yield "ctx.global_scores()[1]", group
-    for role in get_args(Role):
-        for name, parameter in bench.trainer.backend.parameters(role).items():
-            yield f"the {role}'s {name}", parameter
-
-
-def _tensors(part: Draw | Rollout | Condition, name: str = "draw") -> Iterator[tuple[str, Tensor]]:
-    """Its tensors, the rollout's and the condition's, by name."""
-    for entry in fields(part):
-        value, path = getattr(part, entry.name), f"{name}.{entry.name}"
-        if isinstance(value, Tensor):
-            yield path, value
-        elif isinstance(value, Rollout | Condition):
-            yield from _tensors(value, path)
-        elif isinstance(value, Mapping):
-            yield from ((f"{path}['{key}']", each) for key, each in value.items() if isinstance(each, Tensor))
+    with only_read("objective", bench.draw, bench.ctx):
+        bench.ask_and_learn()
 
 
 def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None) -> None:
@@ -245,46 +221,18 @@ def numbers_are_new_in_each_use_of_a_rollout(build: Build, reward: Reward | None
     for step in (0, LATE):
         bench = bench_of(build, reward)
         bench.ctx.step = step
-        drawn_in: list[set[str]] = []
-        for iteration in range(2):
+
+        def use(iteration: int, bench: Bench = bench) -> None:
             bench.ctx.iteration, bench.draw = iteration, replace(bench.draw, iteration=iteration)
-            with _names_drawn() as names:
-                bench.ask_and_learn()
-            drawn_in.append(names)
-        again = sorted(drawn_in[0] & drawn_in[1])
-        assert not again, (
-            f"the second use of a rollout draws {len(again)} random numbers of the first again, such as those of "
-            f"'{again[0]}': draw from ctx.random, which is new in each use; what is decided once for all uses comes "
-            "from ctx.random.of_rollout"
-        )
+            bench.ask_and_learn()
 
-
-class _OfRollout(Random):
-    """Numbers that are meant to be the same in every use of a rollout."""
-
-
-@contextmanager
-def _names_drawn() -> Iterator[set[str]]:
-    """Names (`Random.name`) of the numbers that are drawn inside, but for those of `Random.of_rollout`."""
-    names: set[str] = set()
-    generator = Random._generator
-
-    def watched(self: Random, purpose: str, key: int) -> np.random.Generator:
-        if not isinstance(self, _OfRollout):
-            names.add(self.name(purpose, key))
-        return generator(self, purpose, key)
-
-    lasting = property(lambda self: _OfRollout(self.seed, self.step, self.phase))
-    with patch.object(Random, "_generator", watched), patch.object(Random, "of_rollout", lasting):
-        yield names
+        numbers_are_new(use)
 
 
 def bfloat16_predictions_are_enough(build: Build, reward: Reward | None = None) -> None:
     """A network in bfloat16 has coarse answers; the loss is finite all the same."""
     bench = bench_of(build, reward)
-    backend: Any = bench.trainer.backend
-    for role in ("student", "fake_score", "reference", "teacher"):
-        setattr(backend, role, _coarse(getattr(backend, role)))
+    answers_in_bfloat16(bench.trainer.backend)
     bench.draw = drawn(bench.trainer, bench.ctx)
     _losses_are_finite(bench, "with a network in bfloat16 the loss must still be finite")
 
@@ -295,32 +243,12 @@ def _losses_are_finite(bench: Bench, promise: str) -> None:
         assert finite.all(), f"{promise}; {int((~finite).sum())} of {len(finite)} are not"
 
 
-def _coarse(role: Callable[..., Prediction]) -> Callable[..., Prediction]:
-    def call(*args: Any, **kwargs: Any) -> Prediction:
-        found = role(*args, **kwargs)
-        return replace(found, value=found.value.bfloat16().float())
-
-    return call
-
-
-@dataclass
-class _Silent(Redness):
-    """A reward that cannot score every third image, as functions and servers may."""
-
-    unscored: int = field(default=0, init=False)
-
-    def image_features(self, images: Tensor) -> Tensor:
-        silent = (images[:, 0, 0, 0] * 1e4).long() % 3 == 0
-        self.unscored += int(silent.sum())
-        return torch.where(silent[:, None], torch.nan, super().image_features(images))
-
-
 def unscored_samples_are_left_out(build: Build, reward: Reward | None = None) -> None:
     """A NaN score must not become a NaN gradient."""
     objective = build()
     if not objective.needs.reward:
         return
-    silent: Any = _Silent()
+    silent: Any = Silent()
     for step in (0, LATE):
         trainer = trainer_of(objective, silent, on_declared=True)
         trainer.step = step
@@ -353,8 +281,6 @@ def whole_training_steps_run(build: Build, reward: Reward | None = None) -> None
 def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> None:
     """After some steps, what goes on from a checkpoint answers as what has gone on all the time."""
     objective: Any = build()
-    has = [hasattr(objective, name) for name in ("state_dict", "load_state_dict")]
-    assert has[0] == has[1], "an objective with a state has both, state_dict() and load_state_dict(state)"
     trainer = trainer_of(objective, reward, learning_rate=0.01)
     trainer.step = LATE
     for _ in range(2):
@@ -369,40 +295,12 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
             load_strict(own.parameters, learner.parameters, own.name)
     if isinstance(other, SetsUp):
         other.setup(ctx)
-    if has[0]:
-        state = _stored(objective.state_dict())
-        other.load_state_dict(state)
-        assert _same(other.state_dict(), state), "load_state_dict(state_dict()) must bring back the state"
+    brings_back_its_state(objective, other)
     answers = [Bench(each, trainer, ctx, draw).ask_and_learn()[0] for each in (objective, other)]
     assert _same_terms(*answers), (
         "it remembers something that a checkpoint does not hold: after setup, and load_state_dict(state_dict()), a new "
         "one answers otherwise; all that is kept from step to step belongs into state_dict()"
     )
-
-
-def _stored(state: Any) -> Any:
-    """A state as a checkpoint brings it back."""
-    try:
-        check_storable(state, "state_dict()")
-    except TrainingError as error:
-        raise AssertionError(str(error)) from error
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal, and NaN is equal to NaN."""
-    if isinstance(a, Tensor):
-        if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
-    if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b or (a != a and b != b))
 
 
 OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (

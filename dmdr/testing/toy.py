@@ -1,6 +1,6 @@
 """A complete trainer on the toy Gaussian mixture, in which plugins are tried."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import BringsLearners, Reward, SampleWeight
+from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
@@ -28,6 +28,9 @@ def toy_trainer(
     num_inference_steps: int = 4,
     dmd_weight: float = 1.0,
     rl_weight: float = 1.0,
+    group_size: int = 1,
+    matching: Matching | None = None,
+    guidance: tuple[float, float] = (1.0, 1.0),
     sample_weight: SampleWeight | None = None,
     learning_rate: float = 1e-3,
     scaler: torch.amp.GradScaler | None = None,
@@ -42,6 +45,9 @@ def toy_trainer(
         num_inference_steps: Steps of the student.
         dmd_weight: Weight of distribution matching; 0 leaves it out, and updates the fake score once a step.
         rl_weight: Weight of the sum of the objectives.
+        group_size: Images of a prompt; more where an objective needs more.
+        matching: How distributions are compared; `DMD` by default.
+        guidance: Range of the teacher's guidance.
         sample_weight: Weight of each sample's direction; none by default.
         learning_rate: Of student and fake score, constant.
         scaler: Of the loss, as for float16; none by default.
@@ -59,16 +65,17 @@ def toy_trainer(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         return Learner(name, parameters, optimizer, schedule, accelerator, scaler, max_grad_norm=1e9, owner=owner)
 
+    def own_of(part: Any, owner: str) -> list[Learner]:
+        brought: Sequence[OwnLearner] = ()
+        if isinstance(part, BringsLearners):
+            brought = part.learners(backend, accelerator.device)
+        return [learner(each.name, each.parameters, each.learning_rate, owner) for each in brought]
+
     student = learner("student", backend.parameters("student"), learning_rate)
     fake_score = learner("fake_score", backend.parameters("fake_score"), learning_rate)
-    own = {
-        term.name: [
-            learner(each.name, each.parameters, each.learning_rate, f"objective '{term.name}'")
-            for each in term.objective.learners(backend, accelerator.device)
-        ]
-        for term in objectives
-        if isinstance(term.objective, BringsLearners)
-    }
+    matching = matching or DMD()
+    fake_learners = [fake_score, *own_of(matching, "the matching")]
+    own = {term.name: own_of(term.objective, f"objective '{term.name}'") for term in objectives}
     micro = micro_batch_size or batch_size // accelerator.num_processes
     return Trainer(
         backend=backend,
@@ -76,15 +83,15 @@ def toy_trainer(
         prompts=PromptStream(
             Prompts([{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]),
             batch_size,
-            group_size=max((term.objective.needs.group_size for term in objectives), default=1),
+            group_size=max(group_size, *(term.objective.needs.group_size for term in objectives), 1),
             seed=seed,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         ),
         student=student,
-        fake_learners=[fake_score],
-        matching=DMD(),
-        objectives=Objectives(objectives, Schedule(rl_weight), student, [fake_score], micro, own),
+        fake_learners=fake_learners,
+        matching=matching,
+        objectives=Objectives(objectives, Schedule(rl_weight), student, fake_learners, micro, own),
         accelerator=accelerator,
         scaler=scaler,
         seed=seed,
@@ -94,6 +101,7 @@ def toy_trainer(
         dmd_weight=Schedule(dmd_weight),
         fake_mix=DynaDG(0.0, 0),
         renoise=DynaRS(1.0, 1.0, 0),
+        guidance=guidance,
         scorer=RolloutScorer(Rewards({"toy": (1.0, climbed)}), backend, accelerator, micro),
         sample_weight=sample_weight,
     )

@@ -105,10 +105,12 @@ def over_the_batch(
         if not all(name in part for part in parts):
             raise TrainingError(f"{who}: the metric '{name}' is missing in a micro-batch: give it in each")
     means: dict[str, Tensor] = {}
+    some = any(value.ndim for value in parts[0].values())
+    counted = valid.nonzero()[:, 0] if some else valid  # once: the host waits for it
     for name in parts[0]:
         values = [part[name] for part in parts]
         if not values[0].ndim:
             means[name] = torch.stack(values).mean()
-        elif valid.any():
-            means[name] = ctx.gather(torch.cat(values))[valid].mean()
+        elif len(counted):
+            means[name] = ctx.gather(torch.cat(values))[counted].mean()
     return means

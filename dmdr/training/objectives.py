@@ -178,15 +178,15 @@ class Objectives:
                 self._check_reached(term, learner, asked, ctx)
             if balance:
                 balance.note(term.name)
-        if asked and not counted[""] and term.objective.needs.reward:
-            ctx.scores(draw.rollout)  # raises for a reward that goes on judging nothing, and names it
+        if term.objective.needs.reward and (asked > 0) & (counted[""] == 0):
+            ctx.scores(draw.rollout)  # raises for a reward that goes on scoring nothing, and names it
         flags = [any(answer.reached for answer in answers), any(answer.at_x0 for answer in answers)]
         reached, at_x0 = ctx.gather(draw.mask.new_tensor([flags])).any(0)
         for name in learners:
             who = f"{term.name}/{name}" if name else term.name
             shares = [answer.shares[name] for answer in answers]
             losses = ctx.gather(torch.cat([share.losses for share in shares]))
-            if not name and losses.any() and not reached:  # a part of the batch may have nothing to learn
+            if not name and losses.any() & ~reached:  # a part of the batch may have nothing to learn
                 what = f"objective '{term.name}' trains nothing: its loss has no graph"
                 raise TrainingError(f"{what}; is there a detach?")
             means = over_the_batch([share.means for share in shares], valid[name], ctx, f"objective '{who}'")

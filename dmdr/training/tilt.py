@@ -219,6 +219,7 @@ class RewardTilt:
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor:
         scores, group = ctx.global_scores()
+        scores, group = {name: score.cpu() for name, score in scores.items()}, group.cpu()  # each is looked at often
         shares = {name: share for name, (share, _) in ctx.rewards.parts.items()}
         clip = low, high = self.tilt_clip[0], self.tilt_clip[1]
         baseline = self.tilt_baseline or automatic_baseline(group)
@@ -244,7 +245,7 @@ class RewardTilt:
                 "tilt/clipped": ((ratio < low) | (ratio > high)).double().mean(),
             }
         )
-        return weights[draw.sample]
+        return weights.to(draw.sample.device, non_blocking=True)[draw.sample]
 
     def _ratio_over_time(self, scores: Mapping[str, Tensor], shares: Mapping[str, float], valid: Tensor) -> Tensor:
         """`density_ratio` of the global batch against the calls so far, [N] float64; they learn from valid samples."""

@@ -181,12 +181,13 @@ class Trainer:
 
     def learn_fake_score(self, draw: Draw, ctx: StepContext) -> None:
         """One update of the fake score, and of what the matching trains beside it, on the student's answers."""
-        total, metrics = 0.0, []
+        metrics = []
+        total = torch.zeros((), dtype=torch.float64, device=draw.x0.device)
         for part in draw.split(self.micro_batch_size):
             term = self.matching.fake_loss(part, self.backend.fake_score, ctx)
             loss = term.loss.sum() / len(draw)
             ctx.backward(loss)
-            total += loss.item()
+            total += loss.detach().double()
             metrics.append({name: torch.as_tensor(value).detach().float() for name, value in term.metrics.items()})
         everyone = ctx.gather(torch.ones_like(draw.mask))
         means = over_the_batch(metrics, everyone, ctx, "the matching's fake_loss")
@@ -254,10 +255,12 @@ class Trainer:
 
     def logged(self, ctx: StepContext) -> dict[str, float]:
         """This step's log line: plain numbers, averaged over the processes."""
-        values = {key: float(value) for key, value in ctx.metrics.items()}
+        device = self.accelerator.device
+        found = [torch.as_tensor(value, dtype=torch.float64) for value in ctx.metrics.values()]
+        line = torch.stack([value.detach().reshape(()).to(device, non_blocking=True) for value in found])
         if self.accelerator.num_processes > 1:
-            mean = self.accelerator.reduce(torch.tensor(list(values.values())).to(self.accelerator.device), "mean")
-            values = dict(zip(values, mean.tolist(), strict=True))
+            line = self.accelerator.reduce(line, "mean")
+        values = dict(zip(ctx.metrics, line.tolist(), strict=True))
         self.last_context = ctx
         if self.scaler.is_enabled():
             values["loss_scale"] = self.scaler.get_scale()

@@ -24,7 +24,7 @@ STEP_MIN, STEP_MAX = 0.001, 0.2  # how far the consistency term goes back in tim
 
 def level(draw: Draw) -> Tensor:
     """Time s at which each sample's drawn step ends, [B] float64; 0 for the last step."""
-    return draw.rollout.t.to(draw.index.device)[draw.index + 1]
+    return draw.rollout.t.to(draw.index.device, non_blocking=True)[draw.index + 1]
 
 
 def state_after(draw: Draw, ctx: Context) -> Tensor:

@@ -166,7 +166,7 @@ def transition(rollout: Rollout, both: Tensor, cond: Condition, ctx: Context) ->
     steps = []
     for i in range(stochastic_steps(ctx)):
         log_prob = partial(ctx.sampler.log_prob, i, x_next=rollout.x_t[i + 1, both])
-        t = rollout.t[i].to(both.device).expand(len(both))
+        t = rollout.t[i].to(both.device, non_blocking=True).expand(len(both))
         steps.append(log_ratio(log_prob, rollout.x_t[i, both], t, cond, ctx))
     return torch.stack(steps).sum(0)
 

@@ -23,14 +23,15 @@ def best_and_worst(reward: Tensor, group: Tensor, margin: float) -> tuple[Tensor
         group: Group of each sample, [B] int64.
         margin: A group whose rewards differ by no more, or only by rounding, has no pair.
     """
-    pairs = []
+    pairs, device = [], group.device
+    reward, group = reward.cpu(), group.cpu()  # of which each is looked at
     for one in group.unique():
         rows = ((group == one) & reward.isfinite()).nonzero().flatten()
         if len(rows) and spread_out(reward[rows]):
             best, worst = rows[reward[rows].argmax()], rows[reward[rows].argmin()]
             if reward[best] - reward[worst] > margin:
                 pairs.append(torch.stack([best, worst]))
-    best, worst = torch.stack(pairs, 1) if pairs else group.new_zeros(2, 0)
+    best, worst = (torch.stack(pairs, 1) if pairs else group.new_zeros(2, 0)).to(device, non_blocking=True)
     return best, worst
 
 

@@ -12,7 +12,7 @@ from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction
-from dmdr.protocols import unread
+from dmdr.protocols import Role, unread
 from dmdr.types import Condition
 
 # All attention projections: of both streams in the double blocks, and of the single blocks (RTDMD, arXiv 2605.26108).
@@ -62,6 +62,12 @@ class FluxBackend(FlowBackend):
         """The user's scale, beside which F(1) is the only other pass that the direction of guidance takes."""
         return self.options.guidance_scale if self.distilled and self.options.guidance_scale != 1 else 0.0
 
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
+        super().prepare(accelerator, roles=roles)
+        _, height, width = self.latent_shape
+        place = self.device, self.dtype
+        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, *place)
+
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5's sequence [B, max_sequence_length, D] and CLIP's pooled [B, P]."""
         sequence, pooled, _ = pipeline.encode_prompt(
@@ -85,7 +91,7 @@ class FluxBackend(FlowBackend):
             encoder_hidden_states=cond["sequence"],
             pooled_projections=cond["pooled"],
             txt_ids=x_t.new_zeros(cond["sequence"].shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype),
+            img_ids=self.image_ids,
             return_dict=False,
         )[0]
         unpacked: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)

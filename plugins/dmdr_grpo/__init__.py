@@ -110,7 +110,7 @@ class GRPO:
         rollout, steps = draw.rollout, self.trained_steps(ctx)
         low, high = (e / draw.x0[0].numel() for e in (self.epsilon, self.epsilon_high or self.epsilon))
         for i in steps:
-            x_t, t = rollout.x_t[i], rollout.t[i].to(draw.x_t.device).expand(len(draw))
+            x_t, t = rollout.x_t[i], rollout.t[i].to(draw.x_t.device, non_blocking=True).expand(len(draw))
             prediction = ctx.backend.student(x_t, t, draw.cond)
             log_ratio, balance = self.log_ratio(i, prediction, self.old(i, prediction, draw, ctx), draw.rollout, ctx)
             rho = log_ratio.double().exp()

@@ -67,8 +67,9 @@ def regression_weights(logits: Tensor, group: Tensor, valid: Tensor) -> Tensor:
         group: Group of each sample, [N] int64.
         valid: Samples that count, [N] bool.
     """
+    device, logits, group, valid = logits.device, logits.cpu(), group.cpu(), valid.cpu()  # of which each is looked at
     weights = torch.zeros_like(logits)
     for one in group.unique():
         rows = (group == one) & valid
         weights[rows] = logits[rows].softmax(0) * rows.sum()
-    return weights
+    return weights.to(device, non_blocking=True)

@@ -176,10 +176,14 @@ class SDXLBackend(UNetBackend):
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return super().blank_embeddings(count) | {"pooled": self.blank(count, pooled)}
 
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
+        super().prepare(accelerator, roles=roles)
+        size = [self.resolution] * 2  # as the pipeline gives them: original, corner of the crop, target
+        self.time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
+
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The pooled embeddings, and sizes as the pipeline gives them: original, corner of the crop, target."""
-        size = [self.resolution] * 2
-        return {"text_embeds": cond["pooled"], "time_ids": x_t.new_tensor([*size, 0, 0, *size]).expand(len(x_t), -1)}
+        """The pooled embeddings, and sizes."""
+        return {"text_embeds": cond["pooled"], "time_ids": self.time_ids.expand(len(x_t), -1)}
 
 
 class SD1Backend(UNetBackend):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dmdr.protocols import Sampler, unread
 
 # All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+BLOCK = 32  # tokens: the network fills up texts to a multiple of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class ZImageBackend(FlowBackend):
 
     @property
     def text_limit(self) -> int:
-        """Text, in blocks of 32 tokens, and the image behind it share the first axis of the rotary embedding."""
-        return int(self.network_config["axes_lens"][0]) // 32 * 32 - 32
+        """Text, in whole blocks, and the image behind it share the first axis of the rotary embedding."""
+        return int(self.network_config["axes_lens"][0]) // BLOCK * BLOCK - BLOCK
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, max_sequence_length, D], zero after each prompt's own length [B] int64."""
@@ -61,14 +63,24 @@ class ZImageBackend(FlowBackend):
         return {"sequence": sequence, "length": torch.full((count,), self.text_length)}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """A chosen attention kernel may take no mask: texts of as many blocks then go through the network together."""
         lengths = cond["length"].tolist()
-        negative: list[Tensor] = network(
-            x=list(x_t.unsqueeze(2)),  # one frame each
-            t=(1 - t).to(torch.float32),  # 0 is noise
-            cap_feats=[row[:length] for row, length in zip(cond["sequence"], lengths, strict=True)],
-            return_dict=False,
-        )[0]
-        return -torch.stack(negative).squeeze(2)
+        images, times = x_t.unsqueeze(2), (1 - t).to(torch.float32)  # of one frame each; 0 is noise
+        negative: dict[int, Tensor] = {}
+
+        def blocks(row: int) -> int:
+            return -(-lengths[row] // BLOCK) if self.options.attention_backend else 0
+
+        for _, group in groupby(sorted(range(len(lengths)), key=blocks), key=blocks):
+            rows = list(group)
+            answers = network(
+                x=[images[row] for row in rows],
+                t=torch.stack([times[row] for row in rows]),
+                cap_feats=[cond["sequence"][row, : lengths[row]] for row in rows],
+                return_dict=False,
+            )[0]
+            negative |= zip(rows, answers, strict=True)
+        return -torch.stack([negative[row] for row in range(len(lengths))]).squeeze(2)
 
     def draw_noise(self, step: int, count: int) -> Tensor:
         """All in float32."""

@@ -2,13 +2,16 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file
@@ -51,13 +54,13 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def prepared(folder: Path, family: Family, *, roles: Any = ROLES, **options: Any) -> Any:
-    """The family's backend in float32 on the CPU."""
+def prepared(folder: Path, family: Family, *, roles: Any = ROLES, accelerator: Any = None, **options: Any) -> Any:
+    """The family's backend on the CPU, in float32 unless the accelerator says otherwise."""
     small = {"lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2, "fake_lora_alpha": 3.0}
     cls = registry.load("backends", pipeline_class(str(folder)))
     given = small | family.settings | {"guidance_scale": family.guidance} | options
     backend = cls(str(folder), with_options(cls.Options(), **given))
-    backend.prepare(Accelerator(cpu=True), roles=roles)
+    backend.prepare(accelerator or Accelerator(cpu=True), roles=roles)
     return backend
 
 
@@ -81,6 +84,32 @@ def test_contract(folders: dict[str, Path], name: str) -> None:
     cls = registry.load("backends", pipeline_class(str(folder)))
     given = {"lora_rank": 4, "fake_lora_rank": 4, "guidance_scale": family.guidance} | family.settings
     check_backend(cls(str(folder), with_options(cls.Options(), **given)), family.prompts[:2])
+
+
+@pytest.mark.parametrize("full_finetune", [False, True])
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_a_chosen_attention_kernel_gets_half_precision(
+    folders: dict[str, Path], name: str, full_finetune: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most take nothing else, and the norms of queries and keys have float32 weights in a full student."""
+    kernel, seen = AttentionBackendName._NATIVE_FLASH, set()
+    attend = _AttentionBackendRegistry._backends[kernel]
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.update((query.dtype, key.dtype, value.dtype))
+        return attend(query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, kernel, watched)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), mixed_precision="bf16", autocast=partial(torch.autocast, "cpu", torch.bfloat16)
+    )
+    options = {"attention_backend": kernel.value, "full_finetune": full_finetune}
+    backend = prepared(folders[name], FAMILIES[name], accelerator=accelerator, **options)
+    cond = backend.encode(FAMILIES[name].prompts)
+    for role in ("teacher", *ROLES):
+        getattr(backend, role)(*states(backend), cond)
+    assert seen == {torch.bfloat16}
+    assert _AttentionBackendRegistry.get_active_backend()[0] != kernel  # what networks take that name none
 
 
 # --- Against the stock pipeline ---------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,6 +318,19 @@ def test_a_merged_network_is_the_student(folder: Path) -> None:
         found, student = network(x_t, t, cond.tensors["label"]).sample, backend.student(x_t, t, cond).value
     torch.testing.assert_close(found, student, rtol=0, atol=1e-5)
     assert not torch.allclose(student, backend.teacher(x_t, t, cond).value, atol=1e-2)
+
+
+def test_a_full_student_sums_up_in_float32(folder: Path) -> None:
+    """As the published recipe does under autocast: position embeddings in bfloat16 would round the whole stream."""
+    backend = SiTBackend(str(folder), SiTBackend.Options(full_finetune=True))
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", autocast=autocast)
+    backend.prepare(accelerator, roles=("student", "fake_score"))
+    student, streams = backend.roles.copies["student"], []
+    student.blocks[-1].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].dtype))
+    backend.student(torch.randn(2, *backend.latent_shape), torch.tensor([0.3, 0.9]), backend.encode(["3", "7"]))
+    assert streams == [torch.float32]
+    assert {tensor.dtype for tensor in student.state_dict().values()} == {torch.float32}
 
 
 def test_options_that_do_not_fit_are_refused(folder: Path) -> None:

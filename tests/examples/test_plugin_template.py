@@ -134,6 +134,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.*)$", GUIDE, flags=re.MULTILINE)[1:])] * 2, strict=True))
 BEST, NEAR, INK, SURROGATE = "best.py:Best", "near_teacher.py:NearTeacher", "ink.py:Ink", "surrogate.py:Surrogate"
+BETTER = "better.py:Better"
 RUN = {  # title of a section: programs of its commands in order; commands and files, and what they say
     "Your first objective in ten minutes": (
         ["dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"],
@@ -150,7 +151,10 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
         {f"pytest --dmdr-plugin {NEAR}": ["12 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
     ),
     "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["8 passed"]}),
-    "A sample weight": (["dmdr-train"], {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"]}),
+    "A sample weight": (
+        ["dmdr-train", "pytest"],
+        {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"], f"pytest --dmdr-plugin {BETTER}": ["8 passed"]},
+    ),
     "Parameters of your own": (
         ["dmdr-train", "pytest"],
         {f"pytest --dmdr-plugin {SURROGATE}": ["12 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},

@@ -348,9 +348,9 @@ def test_a_state_may_be_nan_and_must_be_storable() -> None:
         value: ClassVar[Any] = [{"all": np.ones(2)}]
 
     check_objective(Remembering)
-    with pytest.raises(AssertionError, match=r"state_dict\(\), best: a checkpoint holds .*, and no numpy.float64"):
+    with pytest.raises(AssertionError, match=r"state_dict\(\), best: .* but not a numpy.float64"):
         check_objective(Keeps)
-    with pytest.raises(AssertionError, match=r"state_dict\(\), best, all: a checkpoint holds .*, and no numpy.ndarray"):
+    with pytest.raises(AssertionError, match=r"state_dict\(\), best, all: .* but not a numpy.ndarray"):
         check_objective(KeepsArray)
 
 
@@ -544,6 +544,11 @@ def of_one_row(b: ToyBackend, own: Any, prompts: Sequence[str], **columns: Any) 
     return replace(own(prompts, **columns), tensors={"label": torch.zeros(1, dtype=torch.long)})
 
 
+def as_the_longest(b: ToyBackend, own: Any, prompts: Sequence[str], **columns: Any) -> Condition:
+    label = len(max(prompts, key=len)) % 4
+    return replace(own(prompts, **columns), tensors={"label": torch.full((len(prompts),), label)})
+
+
 def drawn_text(b: ToyBackend, own: Any, prompts: Sequence[str], **columns: Any) -> Condition:
     torch.rand(1)
     return own(prompts, **columns)
@@ -610,6 +615,7 @@ def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
         ("teacher", switched, "fake_mix is a share"),
         ("teacher", overshooting, r"guidance w is u \+ w \(c - u\)"),
         ("_exact", lambda b, own, *x: own(*x) - own(*x).mean(0), "must not depend on the rest of the batch"),
+        ("encode", as_the_longest, "the prediction for a prompt depends on which others are encoded with it"),
         ("decode", lambda b, own, x, **k: own(x) * 2, r"images are float32 in \[0, 1\]"),
         ("decode", lambda b, own, x, **k: own(x)[:, :1], r"images are \[B, 3, H, W\]"),
         ("decode", lambda b, own, x, **k: own(x).detach(), "decode must be differentiable"),
@@ -659,6 +665,7 @@ def test_a_family_without_stochastic_steps_is_sound() -> None:
 MINE = """
 from dataclasses import dataclass
 from dmdr.backends.toy import Redness
+from dmdr.matching import DMD
 from dmdr.protocols import Needs
 from dmdr.types import Term
 
@@ -670,6 +677,20 @@ class Mine:
     def __call__(self, draw, ctx):
         scores = ctx.rewards(ctx.backend.decode(draw.leaf), draw.cond.prompts)
         return Term(-self.scale * scores, scores.isfinite())
+
+@dataclass(frozen=True)
+class Nearer(DMD):
+    floor: float = 1e-3
+
+@dataclass
+class Mild:
+    edge: float = 2.0
+    needs = Needs()
+
+    def __call__(self, draw, direction, ctx):
+        scores = ctx.rewards.total(ctx.global_scores()[0])
+        weights = 1 + (self.edge - 1) * (scores > scores.nanmedian()).float()
+        return (weights / weights.mean())[draw.sample]
 
 @dataclass
 class Score(Redness):
@@ -700,6 +721,13 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     assert code == 1
     assert "a reward returns [4] float32; this one torch.float64 [4]" in out
     assert "Traceback" not in out and "def one_finite" not in out
+
+
+def test_the_kind_of_a_plugin_in_a_file_is_told(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(mine=MINE)
+    names = ("decoupled", "mine.py:Mild", "mine.py:Nearer")
+    code, out = check(pytester, *(f"--dmdr-plugin={name}" for name in names), "--dmdr-option=edge=3", "-k", "keyed")
+    assert code == 0 and "3 passed" in out and all(f"{name}::random_numbers_are_keyed PASSED" in out for name in names)
 
 
 UNFIT = """
@@ -742,8 +770,7 @@ class Picky:
             "it cannot be built: KeyError: ''; --dmdr-option KEY=VALUE sets its fields: file",
         ),
         (["--dmdr-plugin=toy", "--dmdr-column=label=[1, 2]"], "takes a list of four values"),
-        (["--dmdr-plugin=decoupled"], "this is one of the matchings; only objectives, rewards, backends have checks"),
-        (["--dmdr-plugin=digits"], "this is one of the models"),
+        (["--dmdr-plugin=digits"], "this is one of the models, which have no checks"),
         (["--dmdr-plugin=odd.py:Nothing"], "it has no `needs` as an objective has"),
         (["--dmdr-plugin=odd.py:Plain"], "is no dataclass"),
         (["--dmdr-plugin=ToyPipeline"], "name its folder with --dmdr-model"),
@@ -866,7 +893,7 @@ def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
     code, out = check(
         pytester, "--dmdr-plugin=ToyPipeline", "--dmdr-model=.", "--dmdr-prompt=mode 1", "--dmdr-prompt=mode 2"
     )
-    assert code == 0 and "14 passed" in out, out
+    assert code == 0 and "15 passed" in out, out
 
 
 DEEP = """

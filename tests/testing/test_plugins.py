@@ -8,7 +8,7 @@ import pytest
 
 from dmdr.protocols import NamedModel, with_options
 from dmdr.settings import registry
-from dmdr.testing import check_backend, check_objective, check_reward
+from dmdr.testing import check_backend, check_matching, check_objective, check_reward, check_sample_weight
 from dmdr_digits import Digits
 
 LABELS = {"label": [7, 0, 3, 9]}
@@ -20,6 +20,16 @@ MODELS = [name for name in registry.plugins("models") if not name.startswith("si
 @pytest.mark.parametrize("name", registry.plugins("objectives"))
 def test_objective(name: str) -> None:
     check_objective(registry.load("objectives", name))
+
+
+@pytest.mark.parametrize("name", registry.plugins("matchings"))
+def test_matching(name: str) -> None:
+    check_matching(registry.load("matchings", name))
+
+
+@pytest.mark.parametrize("name", registry.plugins("sample_weights"))
+def test_sample_weight(name: str) -> None:
+    check_sample_weight(registry.load("sample_weights", name))
 
 
 @pytest.mark.parametrize("name", [name for name in registry.plugins("rewards") if name not in ADDRESSES])
