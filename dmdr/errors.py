@@ -7,6 +7,19 @@ class ConfigError(ValueError):
     """Bad input: one line that says what, where and what to do. Exit code 2; nothing was written."""
 
 
+class MissingFile(ConfigError):
+    """A file that an option names, or has by default, is not to be had.
+
+    Attributes:
+        what: Which file, and why.
+        option: The option that can name one on this machine.
+    """
+
+    def __init__(self, what: str, option: str) -> None:
+        super().__init__(f"{what}; download it and give its local path as '{option}'")
+        self.what, self.option = what, option
+
+
 class TrainingError(RuntimeError):
     """A running training failed; what could be saved is saved. Exit code 1."""
 

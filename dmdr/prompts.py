@@ -1,6 +1,5 @@
 """Prompt rows from files and datasets, and the stream of batches: grouped, sharded, endless, resumable by counting."""
 
-import glob
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -9,13 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dmdr.errors import ConfigError
+from dmdr.hub import OFFLINE, is_hub_id, unreachable
+from dmdr.prompt_files import BINARY, TEXT, Row, open_file, refuse_arguments, suffix_of
 
-Row = dict[str, Any]
-ARGUMENTS = {"self", "images", "prompts"}  # of a reward, which is given the further columns by name
 BUFFER = 10_000  # rows among which a stream is shuffled
-FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 PLAIN = ("string", "large_string", "int", "uint", "float", "bool", "null")  # how the types of plain columns begin
-CSV_BLOCK = 64 * 2**20  # bytes from which the types of columns are inferred
 
 
 class Rows(Protocol):
@@ -92,8 +89,9 @@ def read_prompts(path: str, *, repeated: bool = False, **where: Any) -> Prompts:
     """All rows of a file, a folder or a dataset on the hub.
 
     Args:
-        path: A file (.jsonl, .csv, .parquet; any other is text, one prompt a line), a folder that `datasets` reads or
-            saved, or the id of a dataset on the hub, `org/name`. Text is UTF-8; blank lines are no rows.
+        path: A file (.txt with one prompt a line, .jsonl, .json, .csv or .tsv in UTF-8, also compressed as .gz, .bz2 or
+            .xz, .parquet or .arrow), a folder that `datasets` reads or saved, or the id of a dataset on the hub,
+            `org/name`. Blank lines are no rows. What a row lacks and others have is None.
         repeated: Keep a row as often as it is there, not just once.
         where: `column` of the prompts, and `config` and `split` of a dataset.
 
@@ -105,11 +103,15 @@ def read_prompts(path: str, *, repeated: bool = False, **where: Any) -> Prompts:
     filled = [row for row in found if row]
     if not filled:
         raise ConfigError(f"--prompts: {path} holds no prompt")
+    columns = dict.fromkeys(name for row in filled for name in row)
+    lacking = sum(len(row) < len(columns) for row in filled)
+    filled = [columns | row for row in filled]
     rows = filled if repeated else list({json.dumps(row, sort_keys=True): row for row in filled}.values())
     notes = [
         _counted(len(filled) - len(rows), "duplicate", "left out"),
         _counted(len(found) - len(filled), "empty line", "left out"),
         _counted(sum(not row["prompt"].strip() for row in rows), "empty prompt", "kept"),
+        _counted(lacking, "row", "filled up with null"),
         source.left_out,
     ]
     return Prompts(rows, list(filter(None, notes)))
@@ -119,7 +121,8 @@ def stream_prompts(path: str, **where: Any) -> StreamedPrompts:
     """The same rows for sets that do not fit; duplicates stay.
 
     Raises:
-        ConfigError: As `read_prompts`, of what the first row shows; of the others when they are reached.
+        ConfigError: As `read_prompts`, of what the first row shows; of the others when they are reached, also if one
+            has a column that the first lacks.
     """
     from datasets import Dataset
 
@@ -226,7 +229,7 @@ class _Source:
             kept.remove("prompt")
         if left_out := [name for name in features if name not in kept]:
             self.left_out = f"column{'s' * (len(left_out) > 1)} {', '.join(left_out)} left out"
-        _refuse_arguments(set(kept) - {self.column}, f"--prompts: {self.path}")
+        refuse_arguments(set(kept) - {self.column}, f"--prompts: {self.path}")
         self.examples = self.examples.select_columns(kept)
 
     def rows(self, examples: Iterable[Row]) -> Generator[Row]:
@@ -282,20 +285,13 @@ def _quiet() -> Iterator[None]:
 
 def _open(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
     """The dataset that a path or id names; what lies on this machine is read where it is, without a copy."""
-    from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
 
-    place, kind = Path(path), Path(path).suffix.lower()
+    place = Path(path)
     if (place.is_file() or (place / "state.json").is_file()) and (config or split != "train"):
         raise ConfigError(f"--prompts: {path} has neither a --dataset_config nor a --dataset_train_split to choose")
-    if place.is_file() and kind == ".parquet":
-        return load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
-    if place.is_file() and kind == ".csv":
-        with _open_csv(path, column) as reader:
-            features = Features.from_arrow_schema(reader.schema)
-        return IterableDataset.from_generator(_csv, features, {"path": path, "column": column})
     if place.is_file():
-        read = _json_lines if kind in (".jsonl", ".json") else _lines
-        return IterableDataset.from_generator(read, None, {"path": path, "column": column})
+        return open_file(path, column, streaming=streaming)
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved = load_from_disk(path)
         if isinstance(saved, Dataset):
@@ -305,73 +301,13 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
                 f"--prompts: {path} has no split '{split}' (--dataset_train_split), but {', '.join(saved)}"
             )
         return saved[split]
-    if not place.is_dir() and (path.count("/") != 1 or kind in FILES):
-        raise ConfigError(f"--prompts: no such file: {path}")
+    if not place.is_dir():
+        if not is_hub_id(path) or suffix_of(path) in (*TEXT, *BINARY):
+            raise ConfigError(f"--prompts: no such file: {path}")
+        if (why := unreachable()) not in ("", OFFLINE):  # of which `datasets` would find out in half a minute
+            what = f"no such file, and {why}; with HF_HUB_OFFLINE=1 a dataset is read from the cache"
+            raise ConfigError(f"--prompts: {path}: {what}")
     return load_dataset(path, config, split=split, streaming=streaming or place.is_dir())
-
-
-def _decoded(path: str) -> Iterator[tuple[int, str]]:
-    """Lines of UTF-8 by number, from 1. Not splitlines, for which a form feed or a U+2028 in a prompt ends one, too."""
-    number = 0
-    with Path(path).open("rb") as file:
-        for raw in file:
-            try:
-                text = raw.decode("utf-8" if number else "utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"--prompts: {path} is not UTF-8 text: {error.reason} in line {number + 1}"
-                ) from error
-            for line in text.removesuffix("\n").removesuffix("\r").split("\r"):
-                number += 1
-                yield number, line.strip()
-
-
-def _lines(path: str, column: str) -> Iterator[Row]:
-    for _, line in _decoded(path):
-        yield {"prompt": line} if line else {}
-
-
-def _json_lines(path: str, column: str) -> Iterator[Row]:
-    first: Row = {}
-    for number, line in _decoded(path):
-        row = _row_of(line, column, f"--prompts: {path} line {number}") if line else {}
-        first = first or row
-        if row and row.keys() != first.keys():
-            keys, expected = ", ".join(sorted(row)), ", ".join(sorted(first))
-            raise ConfigError(f"--prompts: {path} line {number} has the keys {keys}, but the first has {expected}")
-        yield row
-
-
-def _row_of(line: str, column: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is no JSON: {getattr(error, 'msg', error)}") from error
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        raise ConfigError(f"{where} is no object with a text under the key '{column}'")
-    if any("\ud800" <= letter <= "\udfff" for letter in row[column]):
-        raise ConfigError(f"{where}: the prompt holds half a surrogate pair, which is no text")
-    _refuse_arguments(row.keys() - {column}, where)
-    return row
-
-
-def _csv(path: str, column: str) -> Iterator[Row]:
-    with _open_csv(path, column) as reader:
-        for batch in reader:
-            yield from batch.to_pylist()
-
-
-def _open_csv(path: str, column: str) -> Any:
-    """Arrow's reader, for which the words NA and null are text like any other (they are missing values for pandas)."""
-    import pyarrow
-    from pyarrow import csv
-
-    return csv.open_csv(
-        path,
-        csv.ReadOptions(block_size=CSV_BLOCK),
-        csv.ParseOptions(newlines_in_values=True),
-        csv.ConvertOptions(column_types={column: pyarrow.string()}),
-    )
 
 
 def _plain(feature: Any) -> bool:
@@ -383,11 +319,6 @@ def _plain(feature: Any) -> bool:
     if isinstance(feature, List | LargeList):
         return _plain(feature.feature)
     return isinstance(feature, Value | ClassLabel) and feature.dtype.startswith(PLAIN)
-
-
-def _refuse_arguments(names: Iterable[str], where: str) -> None:
-    if taken := sorted(ARGUMENTS & set(names)):
-        raise ConfigError(f"{where}: '{taken[0]}' cannot name a column; it is an argument of every reward")
 
 
 def _counted(number: int, noun: str, fate: str) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError, MissingFile, TrainingError
 from dmdr.groups import scored
 from dmdr.protocols import Reward, Submits
 
@@ -68,18 +69,23 @@ class Rewards:
         differentiable: Whether every part is.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[float, Reward]]) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[float, Reward]],
+        flags: Mapping[str, Callable[[str], str]] = MappingProxyType({}),
+    ) -> None:
         """Check and keep the parts.
 
         Args:
             parts: At least one; weights are finite.
+            flags: By name of a part, what the flag for one of its options is called.
 
         Raises:
             ConfigError: If there is none.
         """
         if not parts:
             raise ConfigError("a sum of rewards needs at least one")
-        self.parts = dict(parts)
+        self.parts, self._flags = dict(parts), flags
         self.differentiable = all(reward.differentiable for _, reward in self.parts.values())
 
     @property
@@ -97,6 +103,10 @@ class Rewards:
         for name, (_, reward) in self.parts.items():
             try:
                 reward.prepare(device, dtype)
+            except MissingFile as error:
+                flag = f"--{self._flags[name](error.option)}" if name in self._flags else f"its option '{error.option}'"
+                what = f"{error.what}; download it and give its local path with {flag}"
+                raise ConfigError(f"reward '{name}': {what}") from error
             except (ValueError, OSError) as error:
                 raise ConfigError(f"reward '{name}': {_line(error)}") from error
             except Exception as error:  # a stranger's

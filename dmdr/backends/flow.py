@@ -1,13 +1,14 @@
 """Flow-matching families: rectified flow, shifted times, and the scheduler of the exported student."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dmdr.backends.loading import read_config
+from dmdr.backends.component import ComponentConfig, read_component
 from dmdr.backends.pipeline import PipelineBackend, PipelineOptions
 from dmdr.errors import ConfigError
 from dmdr.paths import RectifiedFlow
@@ -35,21 +36,27 @@ class FlowBackend(PipelineBackend):
 
     Options: ClassVar[type[FlowOptions]] = FlowOptions
     options: FlowOptions
+    latent_scaling: ClassVar[Sequence[str]] = ("scaling_factor", "shift_factor")
 
     def __init__(self, folder: str, options: FlowOptions) -> None:
         """As every pipeline's.
 
         Raises:
-            ConfigError: If the folder's scheduler is another and the options name no shift, too.
+            ConfigError: If the folder's scheduler is another and the options name no shift, too, or it says that the
+                network is told other times than 1000 t of a straight path from noise.
         """
         super().__init__(folder, options)
         self.path = RectifiedFlow()
-        self.scheduler_config = read_config(FlowMatchEulerDiscreteScheduler, self.source, "scheduler")
-        own, known = self.scheduler_config.get("_class_name"), FlowMatchEulerDiscreteScheduler.__name__
+        self.scheduler_config = config = read_component(FlowMatchEulerDiscreteScheduler, self.source, "scheduler")
+        config.require("num_train_timesteps", 1000)
+        config.require("invert_sigmas", False)
+        own, known = config["_class_name"], FlowMatchEulerDiscreteScheduler.__name__
         if own != known:
+            if "prediction_type" in config:
+                config.require("prediction_type", "flow_prediction")
             if options.shift is None:
                 raise ConfigError(f"{folder}/scheduler is a {own}, not a {known}: give its timestep shift with --shift")
-            self.scheduler_config = {}
+            self.scheduler_config = ComponentConfig({}, config.where)
         self.shift = float(options.shift or self.own_shift())
 
     def own_shift(self) -> float:
@@ -59,14 +66,17 @@ class FlowBackend(PipelineBackend):
             the number of image tokens (diffusers' `calculate_shift`, `_time_shift_exponential`, `_time_shift_linear`).
         """
         config = self.scheduler_config
-        if not config.get("use_dynamic_shifting"):
-            return float(config.get("shift", 1.0))
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        if not config["use_dynamic_shifting"]:
+            return config.number("shift", positive=True)
+        few, many = config.whole("base_image_seq_len"), config.whole("max_image_seq_len")
+        low, high = config.number("base_shift"), config.number("max_shift")
+        if few == many:
+            raise config.refused("max_image_seq_len", "another number than base_image_seq_len")
+        config.require("time_shift_type", "exponential", "linear")
         _, height, width = self.latent_shape
         tokens = height * width // self.patch_size**2
         mu = float(low + (high - low) * (tokens - few) / (many - few))
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return mu if config["time_shift_type"] == "linear" else math.exp(mu)
 
     def grid(self, num_inference_steps: int) -> Tensor:
         return time_grid(num_inference_steps, self.shift)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from dmdr.errors import ConfigError, one_line
+from dmdr.hub import cached_only, fetch, is_hub_id, unreachable
 from dmdr.states import refuse_misfits
+
+# Weights files as diffusers and transformers name them: `model.safetensors`, `model.fp16-00001-of-00002.safetensors`.
+SHARD = r"(?:-\d+-of-\d+)?"
+WEIGHTS = re.compile(
+    rf"(?:diffusion_pytorch_model|pytorch_model|model){SHARD}(?:\.([\w-]+?){SHARD})?\.(?:safetensors|bin)"
+)
+logger = logging.getLogger("dmdr")
 
 
 @contextmanager
@@ -58,20 +67,59 @@ class Source:
         """The component's place, for messages."""
         return f"{self.folder}/{subfolder}" if subfolder else self.folder
 
-    def files(self, subfolder: str = "") -> dict[str, str]:
+    def files(self, subfolder: str = "") -> dict[str, Any]:
         """Arguments of `from_pretrained` and `load_config` that say which files are meant."""
-        return {name: value for name, value in (("subfolder", subfolder), ("revision", self.revision)) if value}
+        meant = {name: value for name, value in (("subfolder", subfolder), ("revision", self.revision)) if value}
+        return meant if Path(self.folder).is_dir() else meant | cached_only()
 
-    def weights(self, subfolder: str = "") -> dict[str, str]:
-        """The same of what has weights."""
-        return self.files(subfolder) | ({"variant": self.variant} if self.variant else {})
+    def weights(self, subfolder: str = "") -> dict[str, Any]:
+        """The same of what has weights; logs which are taken where it has none of the variant that was asked for."""
+        variant = self.taken(subfolder)
+        if variant != self.variant:
+            none = f"of --variant {self.variant}" if self.variant else "without a variant"
+            them = f"of variant {variant}" if variant else "without a variant"
+            logger.warning("%s has no weights %s; those %s are loaded", self.place(subfolder), none, them)
+        return self.files(subfolder) | ({"variant": variant} if variant else {})
+
+    def taken(self, subfolder: str) -> str | None:
+        """The variant that is loaded of a component: as asked for, or else those without one, or else its only one."""
+        there = self.variants(subfolder)
+        if self.variant in there or not there:
+            return self.variant
+        if None in there:
+            return None
+        return next(iter(there)) if self.variant is None and len(there) == 1 else self.variant
+
+    def variants(self, subfolder: str) -> set[str | None]:
+        """The variants that a component has weights of, None for those without; empty where nobody can tell."""
+        folder = Path(self.folder)
+        if folder.is_dir():
+            files = [file.name for file in (folder / subfolder).glob("*")]
+        else:
+            paths = map(Path, _hub_files(self.folder, self.revision))
+            files = [path.name for path in paths if path.parent == Path(subfolder)]
+        return {match[1] for match in map(WEIGHTS.fullmatch, files) if match}
 
     def other_variants(self, subfolder: str) -> str:
-        """What to say where local weights are there, but not of the variant that was asked for."""
-        names = [file.name.split(".") for file in (Path(self.folder) / subfolder).glob("*.safetensors")]
-        there = {name[1].split("-0")[0] if len(name) > 2 else None for name in names} - {self.variant}
-        flags = sorted(f"--variant {variant}" if variant else "no --variant" for variant in there)
-        return f"; its weights ask for {' or '.join(flags)}" if flags else ""
+        """What to say where a component's weights are there, but none that `taken` could choose."""
+        there = self.variants(subfolder)
+        if self.taken(subfolder) in there or not there:
+            return ""
+        return f"; its weights ask for {' or '.join(f'--variant {variant}' for variant in sorted(map(str, there)))}"
+
+
+@lru_cache
+def _hub_files(repository: str, revision: str | None) -> Sequence[str]:
+    """The files of a hub id, or those of them that are in the hub's cache where it cannot be asked."""
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    try:
+        if not unreachable():
+            return list_repo_files(repository, revision=revision)
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        return [str(file.relative_to(folder)) for file in folder.rglob("*")]
+    except Exception:  # there is no such repository, or it is not in the cache; whoever loads it says so
+        return ()
 
 
 @contextmanager
@@ -173,9 +221,7 @@ def identity(source: Source, components: Iterable[str]) -> object:
     if folder.is_dir():
         files = sorted(file for name in components for file in (folder / name).rglob("*") if file.is_file())
         return [(str(file.relative_to(folder)), digest(file)) for file in files]
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(source.folder, "model_index.json", revision=source.revision)).parent.name
+    return fetch(source.folder, "model_index.json", source.revision).parent.name
 
 
 def digest(file: Path) -> str:
@@ -199,7 +245,7 @@ def load_pipeline(cls: Any, source: Source, dtype: torch.dtype, **parts: Any) ->
         ConfigError: If another part is missing or damaged.
     """
     with _refusing(f"{source.folder} cannot be loaded as {cls.__name__}"):
-        pipeline = cls.from_pretrained(source.folder, dtype=dtype, **source.weights(), **parts)
+        pipeline = cls.from_pretrained(source.folder, dtype=dtype, **source.files(), **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -212,7 +258,7 @@ def check_there(flag: str, path: str | None) -> None:
     """
     if path is None or Path(path).expanduser().exists():
         return
-    if Path(path).suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or path.count("/") != 1:
+    if Path(path).suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or not is_hub_id(path):
         raise ConfigError(f"{flag} {path}: no such file or folder")
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dmdr.backends.component import check_latent_scaling, latent_statistics, read_component
 from dmdr.backends.images import to_unit_range
 from dmdr.backends.loading import (
     Source,
@@ -123,6 +124,8 @@ class PipelineBackend:
         lora_targets: Modules that get an adapter, as PEFT matches names.
         droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
+        latent_scaling: What the pipeline reads of the VAE's scaling_factor, shift_factor, latents_mean and latents_std.
+        packing: Latent pixels that are one of the network's.
         text_length: Tokens of the longest text encoder, where the pipeline's call asks for them; 0 where it does not.
     """
 
@@ -133,6 +136,8 @@ class PipelineBackend:
     lora_targets: ClassVar[Sequence[str]]
     droppable: ClassVar[Sequence[str]] = ()
     default_size: ClassVar[int] = 128
+    latent_scaling: ClassVar[Sequence[str]] = ("scaling_factor",)
+    packing: ClassVar[int] = 1
     kind: Kind = "velocity"
     path: NoisePath
     shift: float = 1.0
@@ -141,21 +146,27 @@ class PipelineBackend:
         """Read the configuration files of a local folder or hub id; nothing heavy.
 
         Raises:
-            ConfigError: If one is missing, or the options do not fit this model.
+            ConfigError: If one is missing or says what cannot be meant, or the options do not fit this model.
         """
         self.folder, self.options = folder, options
         self.source = Source(folder, options.revision, options.variant)
-        self.index = read_config(self.pipeline_class, self.source)
-        self.network_config = read_config(self.network_class, self.source, self.network_name)
-        self.vae_config = read_config(AutoencoderKL, self.source, "vae")
-        self.vae_scale = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-        size = self.network_config.get("sample_size") or self.default_size
-        resolution = options.resolution or self.vae_scale * size
+        self.index = read_component(self.pipeline_class, self.source)
+        self.network_config = read_component(self.network_class, self.source, self.network_name)
+        self.vae_config = read_component(AutoencoderKL, self.source, "vae")
+        self.vae_config.require("_class_name", AutoencoderKL.__name__)
+        self.vae_scale = 2 ** (len(self.vae_config.wholes("block_out_channels")) - 1)
+        channels = self.vae_config.whole("latent_channels")
+        check_latent_scaling(self.vae_config, channels, self.latent_scaling, self.pipeline_class.__name__)
+        for name in ("in_channels", "out_channels"):
+            wanted = channels * self.packing
+            if self.network_config.get(name) not in (None, wanted):
+                raise self.network_config.refused(name, f"{wanted}, of latents with {channels} channels")
+        resolution = options.resolution or self.vae_scale * self._own_size()
         cell = self.vae_scale * self.patch_size
         if resolution % cell:
             raise ConfigError(f"--resolution {resolution} is no multiple of {cell}, as {folder} needs")
         side = resolution // self.vae_scale
-        self.latent_shape: tuple[int, ...] = (self.vae_config["latent_channels"], side, side)
+        self.latent_shape: tuple[int, ...] = (channels, side, side)
         self.resolution = resolution
         own = min(self.own_call_arguments().get("max_sequence_length", 0), self.text_limit)
         self.text_length: int = options.max_sequence_length or own
@@ -172,12 +183,25 @@ class PipelineBackend:
             settings=(self.pipeline_class.__name__, self.text_length),
         )
 
+    def _own_size(self) -> int:
+        """The network's resolution in latent pixels.
+
+        Raises:
+            ConfigError: If its configuration names one that is no square.
+        """
+        config = self.network_config
+        if not config.get("sample_size"):
+            return self.default_size
+        if isinstance(config["sample_size"], list | tuple):
+            raise config.refused("sample_size", "a single number; say which square is meant with --resolution")
+        return config.whole("sample_size")
+
     # --- What a family says of itself --------------------------------------------------------------------------------
 
     @property
     def patch_size(self) -> int:
         """Latent pixels along a side that the network cannot divide."""
-        return int(self.network_config.get("patch_size") or 1)
+        return self.network_config.whole("patch_size") if self.network_config.get("patch_size") else 1
 
     @property
     def text_limit(self) -> int:
@@ -285,13 +309,15 @@ class PipelineBackend:
         """Say where and in which precision all that is loaded will lie; loads nothing.
 
         Raises:
-            ConfigError: If --reward_vae is of other latents, or a file that is named is not there.
+            ConfigError: If --reward_vae is of other latents, or a file or variant that is named is not there.
         """
         for name in ("student_weights", "teacher_lora"):
             check_there(f"--{name}", getattr(self.options, name))
         if self.reward_decoder:
             self._check_reward_vae(self.reward_decoder)
         self.accelerator, self.device = accelerator, accelerator.device
+        if self.device.type != "meta":
+            self._check_variant()
         self.dtype = dtype_of(accelerator.mixed_precision)
         self.text.prepare(accelerator, self.dtype)
 
@@ -300,10 +326,24 @@ class PipelineBackend:
         """Where the rewards' own decoder is; None where they share the model's."""
         return None if self.options.reward_vae == "none" else self.options.reward_vae
 
+    @property
+    def _saved_parts(self) -> list[str]:
+        """The components that the pipeline was saved with."""
+        return [name for name, value in self.index.items() if isinstance(value, list)]
+
+    def _check_variant(self) -> None:
+        """Refuse a variant that no component has, as the stock pipeline would."""
+        known = {variant for name in self._saved_parts for variant in self.source.variants(name)}
+        if self.options.variant and known and self.options.variant not in known:
+            there = ", ".join(sorted(f"of variant {variant}" if variant else "without one" for variant in known))
+            raise ConfigError(f"--variant {self.options.variant}: all weights of {self.folder} are {there}")
+
     def _check_reward_vae(self, folder: str) -> None:
         """Refuse a decoder of other latents, or to another size."""
-        tiny = load_network(AutoencoderTiny, Source(folder), "", torch.float32, meta=True).config
-        channels, scale = tiny.latent_channels, 2 ** (len(tiny.decoder_block_out_channels) - 1)
+        tiny = read_component(AutoencoderTiny, Source(folder))
+        channels = tiny.whole("latent_channels")
+        scale = 2 ** (len(tiny.wholes("decoder_block_out_channels")) - 1)
+        check_latent_scaling(tiny, channels, ("scaling_factor", "shift_factor"), AutoencoderTiny.__name__)
         if (channels, scale) != (self.latent_shape[0], self.vae_scale):
             raise ConfigError(
                 f"--reward_vae {folder} decodes {channels} channels to {scale}-fold size; the latents of {self.folder} "
@@ -324,7 +364,7 @@ class PipelineBackend:
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:
         """The stock pipeline around our network and these parts; it does without all others but the scheduler."""
-        others = [name for name, value in self.index.items() if isinstance(value, list) and name != "scheduler"]
+        others = [name for name in self._saved_parts if name != "scheduler"]
         given = dict.fromkeys(others) | {self.network_name: network} | parts
         return load_pipeline(self.pipeline_class, self.source, self.dtype, **given)
 
@@ -360,14 +400,14 @@ class PipelineBackend:
 
     @staticmethod
     def _decode(vae: Any, latents: Tensor) -> Tensor:
-        scale, shift = _latent_statistics(vae, latents)
+        scale, shift = latent_statistics(vae, latents)
         return to_unit_range(vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0])
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         with on_device(self.device, self.vae, offload=self.options.cpu_offload):
             latents = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        scale, shift = _latent_statistics(self.vae, latents)
+        scale, shift = latent_statistics(self.vae, latents)
         return (latents - shift) / scale
 
     # --- Roles -------------------------------------------------------------------------------------------------------
@@ -446,7 +486,8 @@ class PipelineBackend:
         return self.call_arguments(sampler)
 
     def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
-        given = {"revision": self.options.revision, "variant": self.options.variant}
+        variants = filter(None, map(self.source.taken, self._saved_parts))
+        given = {"revision": self.options.revision, "variant": self.options.variant or next(variants, None)}
         said = [f'{name}="{value}"' for name, value in given.items() if value]
         said += [f"{name}=None" for name in self.index if name.startswith(TEXT) and name not in self.text.components]
         said += [f"torch_dtype={self.dtype}"] * (self.dtype != torch.float32)
@@ -526,13 +567,3 @@ def compile_blocks(network: Any) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
         block.compile()
-
-
-def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
-    """scale and shift with vae latents = latents * scale + shift: by number, or per channel where the VAE says so."""
-    config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        return 1 / config.scaling_factor, config.get("shift_factor") or 0.0
-    scale, shift = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
-    return scale / config.scaling_factor, shift

@@ -176,7 +176,7 @@ class PromptEncoder:
             diffusers.__version__,
             transformers.__version__,
             identity(self.source, self.components),
-            sorted(self.components.items()),
+            sorted((name, *kind, self.source.taken(name)) for name, kind in self.components.items()),
             self.dtype,
             *self._settings,
         )

@@ -23,12 +23,13 @@ class EvalFlags(RewardFlags):
 
     images: str = flag(
         REQUIRED,
-        "folder of images, by natural order of name (2.png before 10.png); alpha and EXIF rotation do not count",
+        "folder of images with a metadata.jsonl as dmdr-sample writes it, or by natural order of name (2.png before "
+        "10.png); alpha and EXIF rotation do not count",
     )
     prompts: str | None = flag(
-        None, "prompt i of image i: file (text with one a line, .jsonl, .csv, .parquet), or folder or id of a dataset"
+        None, "prompt i of image i, if there is no metadata.jsonl: a file, folder or dataset, as dmdr-train reads them"
     )
-    prompt_column: str = flag("prompt", "column of --prompts that holds them; rewards are given the others by name")
+    prompt_column: str = flag("prompt", "column that holds the prompts; rewards are given the others by name")
     output: str = flag("scores.csv", "CSV file to write")
     batch_size: int = flag(16, "images that are scored at a time")
 
@@ -47,8 +48,7 @@ def run(arguments: list[str]) -> None:
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
     scoring.require_writable(Path(flags.output))
-    paths = scoring.find_images(flags.images)
-    rows = read_rows(flags, chosen, len(paths))
+    paths, rows = find_pairs(flags, chosen)
     rewards, device = open_rewards(flags, chosen)
     found: list[dict[str, Any]] = []
 
@@ -75,14 +75,36 @@ def run(arguments: list[str]) -> None:
     rewards.require_finite(scores)
 
 
-def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[dict[str, Any]]:
-    """One prompt row per image; without `--prompts` the empty prompt, if no reward reads it.
+def find_pairs(flags: EvalFlags, chosen: Sequence[Chosen]) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The images, and a prompt row for each: by the folder's index, or in order.
+
+    With neither an index nor `--prompts` it is the empty prompt, if no reward reads it.
 
     Raises:
-        ConfigError: If there are more or fewer of them, or a reward asks for what they lack.
+        ConfigError: If there are more or fewer prompts than images, or a reward asks for what they lack.
+    """
+    from dmdr.evaluation import image_folder
+    from dmdr.settings.verify import check_columns
+
+    index = image_folder.find_index(flags.images)
+    if index and flags.prompts is not None:
+        raise ConfigError(f"--prompts {flags.prompts}: {index} says the prompt of each image; leave out one of the two")
+    if index:
+        paths, rows = image_folder.indexed_images(index, flags.prompt_column)
+    else:
+        paths = image_folder.find_images(flags.images)
+        rows = rows_in_order(flags, chosen, len(paths))
+    check_columns(chosen, rows)
+    return paths, rows
+
+
+def rows_in_order(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[dict[str, Any]]:
+    """As many prompt rows as there are images.
+
+    Raises:
+        ConfigError: If there are more or fewer, or none although a reward reads them.
     """
     from dmdr.prompts import read_prompts
-    from dmdr.settings.verify import check_columns
 
     rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
     if flags.prompts is not None:
@@ -95,7 +117,6 @@ def read_rows(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[di
     for reward in chosen:
         if flags.prompts is None and getattr(reward.cls, "reads_prompts", True):
             raise ConfigError(f"--prompts is missing: reward '{reward.title}' reads the prompt of each image")
-    check_columns(chosen, rows)
     return list(rows)
 
 

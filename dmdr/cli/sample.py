@@ -1,7 +1,7 @@
 """`dmdr-sample`: few-step images from a run folder or an export."""
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ def arguments() -> CommandParser:
     parser.add_argument("student", help="run folder, or the student/ folder of one")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--prompts", help="one prompt a line, or rows with columns, as dmdr-train reads them")
+    parser.add_argument("--prompt_column", default="prompt", help="column of --prompts that holds the prompts")
     parser.add_argument("--num_images", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed, as torch.manual_seed takes it (default: 0)")
-    parser.add_argument("--output_dir", default="samples", help="folder of the PNG files (default: samples)")
+    parser.add_argument(
+        "--output_dir", default="samples", help="folder of the PNG files and their metadata.jsonl (default: samples)"
+    )
     parser.add_argument("--model", help="folder or hub id of the teacher, if it has moved since the export")
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16", "fp16"), help="precision of the networks (default: the run's)"
@@ -30,52 +33,50 @@ def arguments() -> CommandParser:
 def run(argv: list[str]) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
-    from dmdr.prompts import read_prompts  # torch is imported only after the flags have been found good
+    # torch is imported only after the flags have been found good
+    from dmdr.evaluation import image_folder
+    from dmdr.prompts import read_prompts
+    from dmdr.run.export import is_export, read_export
 
-    folder = next(
-        (f for f in (Path(args.student), Path(args.student) / "student") if (f / "sampling.json").is_file()), None
-    )
+    folder = next(filter(is_export, (Path(args.student), Path(args.student) / "student")), None)
     if folder is None:
         raise ConfigError(f"{args.student} is neither an export nor a run folder with one (no sampling.json)")
     rows = [{"prompt": prompt} for prompt in args.prompt]
-    rows += read_prompts(args.prompts).rows if args.prompts else []
+    rows += read_prompts(args.prompts, column=args.prompt_column, repeated=True).rows if args.prompts else []
     if not rows:
         raise ConfigError("nothing to sample: give --prompt or --prompts")
     if args.num_images < 1:
         raise ConfigError(f"--num_images must be at least 1, not {args.num_images}")
     rows = [row for row in rows for _ in range(args.num_images)]
-    try:
-        about = json.loads((folder / "sampling.json").read_text())
-        missing = {"base_model", "backend", "sample_eta", "grid", "mixed_precision", "options"} - about.keys()
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / 'sampling.json'} is damaged: {error}") from error
-    if missing:
-        raise ConfigError(f"{folder / 'sampling.json'} is damaged: it lacks {', '.join(sorted(missing))}")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise ConfigError(f"--output_dir {args.output_dir} is no folder")
-    prompts = [row["prompt"] for row in rows]
-    columns = {name: [row.get(name) for row in rows] for row in rows for name in row if name != "prompt"}
+    about = read_export(folder)
+    image_folder.check_place(Path(args.output_dir), rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rows = [columns | row for row in rows]
     how = {"mixed_precision": args.mixed_precision, "cpu_offload": args.cpu_offload}
-    for path in draw(folder, about, prompts, args.seed, args.model, Path(args.output_dir), columns, **how):
+    for path in draw(folder, about, rows, args.seed, args.model, Path(args.output_dir), **how):
         print(path)
 
 
 def draw(
     folder: Path,
     about: dict[str, Any],
-    prompts: list[str],
+    rows: Sequence[dict[str, Any]],
     seed: int,
     model: str | None,
     output: Path,
-    columns: dict[str, list[Any]] | None = None,
     *,
     mixed_precision: str | None = None,
     cpu_offload: bool = False,
 ) -> list[Path]:
-    """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does."""
+    """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does.
+
+    Writes the images with an index of their prompt rows (`evaluation.image_folder`).
+    """
     import torch
 
     from dmdr import images
+    from dmdr.evaluation import image_folder
+    from dmdr.prompts import split_columns
     from dmdr.protocols import DrawsNoise, with_options
     from dmdr.run.device import avoid_mps, open_accelerator
     from dmdr.sampling import FewStepSampler
@@ -91,6 +92,8 @@ def draw(
         "torch_compile": False,
         "prompt_cache": "off",
         "cpu_offload": cpu_offload,
+        # As it was trained, also where the model that it is drawn with now has another resolution of its own.
+        "resolution": about["options"].get("resolution") or about["call"].get("height"),
     }
     if model:
         values["revision"] = None  # which was of where it lay before
@@ -101,18 +104,15 @@ def draw(
     backend.load_export(folder)
     sampler = FewStepSampler(backend.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
     torch.manual_seed(seed)
-    shape = (len(prompts), *backend.latent_shape)
+    prompts, columns = split_columns(rows)
+    shape = (len(rows), *backend.latent_shape)
     plainly = lambda step, count: torch.randn(shape, device=accelerator.device)  # noqa: E731
     draw_noise = backend.draw_noise if isinstance(backend, DrawsNoise) else plainly
     with torch.no_grad():
-        cond = backend.encode(prompts, **(columns or {}))
-        noise = [draw_noise(step, len(prompts)) for step in range(sampler.num_inference_steps)]
+        cond = backend.encode(prompts, **columns)
+        noise = [draw_noise(step, len(rows)) for step in range(sampler.num_inference_steps)]
         pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
-    output.mkdir(parents=True, exist_ok=True)
-    paths = [output / f"{i:04d}.png" for i in range(len(prompts))]
-    for picture, path in zip(images.to_pil(pictures.cpu()), paths, strict=True):
-        images.save(picture, path)
-    return paths
+    return image_folder.save_images(output, images.to_pil(pictures.cpu()), rows)
 
 
 def main() -> None:

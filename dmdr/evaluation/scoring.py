@@ -1,9 +1,8 @@
-"""A folder of images and its scores: read in order, streamed through the rewards in batches, and summarised."""
+"""Images and their scores: streamed through the rewards in batches, and summarised."""
 
 import csv
 import io
 import math
-import re
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,72 +10,15 @@ from contextlib import closing
 from itertools import groupby, islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dmdr.errors import ConfigError
+from dmdr.evaluation.image_folder import read_image
 from dmdr.images import can_hold_files
 from dmdr.prompts import Row, split_columns
 from dmdr.rewards import Rewards
-
-
-def find_images(folder: str) -> list[Path]:
-    """The images that lie directly in a folder, by natural order of their names: 2.png before 10.png.
-
-    Images are the files whose suffix Pillow opens, hidden ones aside. Of each no more than the header is read.
-
-    Raises:
-        ConfigError: If there is no such folder, it holds none, or one of them cannot be read.
-    """
-    if not Path(folder).is_dir():
-        raise ConfigError(f"--images: no such folder: {folder}")
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes and path.is_file())
-    paths = sorted((path for path in found if not path.name.startswith(".")), key=_natural)
-    if not paths:
-        raise ConfigError(f"--images: {folder} holds no image")
-    for path in paths:
-        _open(path).close()
-    return paths
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    parts = re.split(r"(\d+)", path.stem)  # text and number in turn
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-    except Exception as error:  # each decoder has its own
-        raise _unreadable(path, error) from error
-    if image.mode.startswith(("I", "F")):
-        image.close()
-        raise ConfigError(f"--images: {path} has more than 8 bits a channel, which RGB would cut off; convert it first")
-    return image
-
-
-def read_image(path: Path) -> Tensor:
-    """An image as [3, H, W] uint8, converted to RGB as in published evaluations: alpha and EXIF rotation are ignored.
-
-    Raises:
-        ConfigError: If it is damaged.
-    """
-    with _open(path) as image:
-        try:
-            pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # each decoder has its own
-            raise _unreadable(path, error) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return ConfigError(f"--images: {path} is no image")
-    return ConfigError(f"--images: {path} cannot be read: {error}")
 
 
 def batches(paths: Sequence[Path], rows: Sequence[Row], size: int) -> Generator[tuple[Tensor, list[Row]]]:

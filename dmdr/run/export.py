@@ -4,11 +4,17 @@ import json
 import shutil
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from dmdr.errors import ConfigError
 from dmdr.protocols import LORA_FILE, Backend, Sampler
+
+ABOUT = "sampling.json"
+KEYS = {"base_model", "backend", "sample_eta", "grid", "call", "mixed_precision", "options"}
 
 CARD = """\
 ---
@@ -61,7 +67,7 @@ def export(
     call = dict(backend.export(partial, sampler))
     about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
     about |= {"mixed_precision": mixed_precision, "options": asdict(backend.options)}
-    (partial / "sampling.json").write_text(json.dumps(about, indent=2) + "\n")
+    (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     card = jinja2.Template(CARD).render(
         name=name,
         steps=len(sampler.t) - 1,
@@ -76,3 +82,34 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export, not a run or a checkpoint."""
+    return (folder / ABOUT).is_file()
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """How an export is sampled, as `export` wrote it.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    file = folder / ABOUT
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        missing = KEYS - about.keys()
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+    if missing:
+        raise ConfigError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
+    for key in ("call", "options"):
+        if not isinstance(about[key], dict):
+            raise ConfigError(f"{file} is damaged: its {key} is no table")
+    grid = about["grid"]
+    numbers = isinstance(grid, list) and len(grid) > 1 and all(isinstance(t, int | float) for t in grid)
+    if not numbers or grid[-1] != 0 or not all(1 >= t > later for t, later in pairwise(grid)):
+        raise ConfigError(f"{file} is damaged: its grid does not fall from 1 or below to 0")
+    if not isinstance(about["sample_eta"], int | float) or not 0 <= about["sample_eta"] <= 1:
+        raise ConfigError(f"{file} is damaged: its sample_eta is not in [0, 1]")
+    return dict(about)

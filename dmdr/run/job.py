@@ -149,4 +149,4 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
             path = model.reward_checkpoint(plugin.name, held_out=plugin.group == "eval_rewards")
             own |= {"checkpoint": str(path)} if path else {}
         parts[plugin.label] = (plugin.weight, plugin.build(**own))
-    return Rewards(parts)
+    return Rewards(parts, {plugin.label: plugin.key for plugin in chosen})

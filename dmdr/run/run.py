@@ -35,6 +35,7 @@ from dmdr.run.checkpoint import (
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
 from dmdr.run.folder import choose_folder, empty, never_trained
+from dmdr.run.initial import differences
 from dmdr.run.job import Job, assemble, own_prompts, planned
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog
@@ -169,6 +170,9 @@ class Run:
         if self.initial is None or self.resume:
             return
         backend = self.job.backend
+        if self.accelerator.is_main_process:
+            for what in differences(self.initial, self.plan.num_inference_steps, getattr(backend, "resolution", None)):
+                logger.warning("--init_student %s %s", self.initial, what)
         if (self.initial / "progress.json").is_file():
             average = (self.initial / "ema.safetensors").is_file()  # what its users got
             load_parameters(self.initial, "ema" if average else "student", backend.parameters("student"))

@@ -45,8 +45,8 @@ class Config(Flags):
     )
     prompts: str | None = flag(
         None,
-        "file of prompts (text with one a line, .jsonl, .csv, .parquet), or folder or hub id of a dataset; rewards get "
-        "the other columns by name; a registered model has prompts of its own",
+        "file of prompts (.txt with one a line, .jsonl, .json, .csv, .tsv, .parquet, .arrow), or folder or hub id of a "
+        "dataset; rewards get the other columns by name; a registered model has prompts of its own",
     )
     prompt_column: str = flag("prompt", "column of --prompts that holds the prompts")
     dataset_config: str | None = flag(None, "configuration of the dataset that --prompts names")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmdr.errors import ConfigError
+from dmdr.hub import fetch, is_hub_id, unreachable
 from dmdr.settings import registry
 
 
@@ -71,7 +72,7 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
         ConfigError: If it is no diffusers pipeline.
     """
     path = Path(folder)
-    if path.exists() or folder.count("/") != 1:
+    if path.exists() or not is_hub_id(folder):
         index = path / "model_index.json"
         if not index.is_file():
             known = ", ".join(registry.plugins("models"))
@@ -83,12 +84,10 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
             return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
-    from huggingface_hub import hf_hub_download
-
     try:
-        index = Path(hf_hub_download(folder, "model_index.json", revision=revision))
+        index = fetch(folder, "model_index.json", revision)
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except Exception as error:  # every hub and network failure; the first line says which
-        raise ConfigError(
-            f"--model {folder}: no such folder, and the hub says: {str(error).splitlines()[0]}"
-        ) from error
+        why = unreachable()
+        said = f"nor is it in the hub's cache ({why})" if why else f"and the hub says: {str(error).splitlines()[0]}"
+        raise ConfigError(f"--model {folder}: no such folder, {said}") from error

@@ -49,11 +49,14 @@ class FluxBackend(FlowBackend):
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
     lora_targets = LORA_TARGETS
+    packing = 4
     patch_size = 2  # of the packing, which the network's configuration does not know of
 
     def __init__(self, folder: str, options: FluxOptions) -> None:
         super().__init__(folder, options)
-        self.distilled = bool(self.network_config.get("guidance_embeds"))
+        self.network_config.require("patch_size", 1)
+        self.network_config.require("guidance_embeds", True, False)
+        self.distilled: bool = self.network_config["guidance_embeds"]
         if self.distilled and options.zero_empty_prompt is not None:
             raise ConfigError(f"--zero_empty_prompt: {folder} takes guidance as an input and reads no empty prompt")
 
@@ -77,8 +80,8 @@ class FluxBackend(FlowBackend):
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         config = self.network_config
-        sequence = self.blank(count, self.text_length, config["joint_attention_dim"])
-        return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
+        sequence = self.blank(count, self.text_length, config.whole("joint_attention_dim"))
+        return {"sequence": sequence, "pooled": self.blank(count, config.whole("pooled_projection_dim"))}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """`cond` may hold the network's `guidance`, [B] float32; it is 1 where it does not."""

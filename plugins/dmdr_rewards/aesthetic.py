@@ -50,7 +50,7 @@ class Aesthetic(ResizingReward):
         path = source.file or source.only(".pt", ".pth")
         head = score_head(read_state(path), "layers", f"checkpoint {path}")
         self._head = frozen(head, device, torch.promote_types(dtype, torch.float32))
-        tower = source if source.folder and not self.clip else Source(self.clip or CLIP)
+        tower = source if source.folder and not self.clip else Source(self.clip or CLIP, "clip")
         self._towers = TransformersCLIP(tower, device, dtype, images_only=True)
         if head[0].in_features != self._towers.width:
             raise ConfigError(

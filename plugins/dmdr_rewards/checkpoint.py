@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, MissingFile
+from dmdr.hub import cached_only, fetch, is_hub_id, unreachable
 from dmdr.states import refuse_misfits
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
 class Source:
@@ -25,8 +26,12 @@ class Source:
         file: The one file that was named, on disk; None where files are looked up by name.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, option: str = "checkpoint") -> None:
         """Look for it; a single file on the hub is fetched.
+
+        Args:
+            checkpoint: What is named.
+            option: The reward's option that names it.
 
         Raises:
             ConfigError: If there is none.
@@ -37,17 +42,18 @@ class Source:
         self.file = path if path.is_file() else None
         if path.exists() and not (self.folder or self.file):
             raise ConfigError(f"{self.name} is neither a file nor a folder")
+        self._option = option
         self._repo = ""
-        self._unreachable = ""  # why the hub could not be asked for what is not in its cache
+        self._refused = ""  # why the hub did not give what it was asked for
         if not path.exists():
-            hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(:.+)?", checkpoint)
-            if not hub_id or (not hub_id[2] and checkpoint.endswith(SUFFIXES)):
+            repo, _, file = checkpoint.partition(":")
+            if not is_hub_id(repo) or (not file and checkpoint.endswith(SUFFIXES)):
                 raise ConfigError(f"{self.name} does not exist; give a local path or a hub id such as org/name")
-            self._repo = hub_id[1]
-            if hub_id[2]:
-                self.file = self._fetch(hub_id[2][1:])
+            self._repo = repo
+            if file:
+                self.file = self._fetch(file)
                 if self.file is None:
-                    raise self.lacks(hub_id[2][1:])
+                    raise self.lacks(file)
 
     @property
     def pretrained(self) -> str:
@@ -61,6 +67,11 @@ class Source:
                 f"{self.name} is a single file; give the folder, or the hub id, that holds its config.json"
             )
         return str(self.folder) if self.folder else self._repo
+
+    @property
+    def where(self) -> dict[str, bool]:
+        """What else it is given, so that it does not wait for a hub that is out of reach."""
+        return cached_only() if self._repo else {}
 
     def find(self, *names: str) -> Path | None:
         """The first of these files that the folder holds, on disk."""
@@ -83,11 +94,9 @@ class Source:
 
     def lacks(self, *names: str) -> ConfigError:
         """The error that none of these files is there."""
-        if self._unreachable:
-            return ConfigError(
-                f"{self.name} is no local path and cannot be fetched from the hub ({self._unreachable}); "
-                "download it and give its local path"
-            )
+        if self._repo and (why := unreachable() or self._refused):
+            what = f"{self.name} is no local path and cannot be fetched from the hub: {' or '.join(names)} ({why})"
+            return MissingFile(what, self._option)
         return ConfigError(f"{self.name} holds none of {', '.join(names)}")
 
     def only(self, *suffixes: str) -> Path:
@@ -105,18 +114,17 @@ class Source:
         return found[0]
 
     def _fetch(self, file: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self._repo, file))
+            return fetch(self._repo, file)
         except LocalEntryNotFoundError as error:  # offline; it may be optional, and the others in the cache
-            self._unreachable = reason(error)
+            self._refused = reason(error)
             return None
         except EntryNotFoundError:
             return None
         except Exception as error:
-            self._unreachable = reason(error)
+            self._refused = reason(error)
             raise self.lacks(file) from error
 
 
@@ -194,13 +202,16 @@ def from_pretrained(kind: Any, source: Source) -> Any:
     from transformers.utils import logging
 
     pretrained = source.pretrained
+    if source.where:  # or transformers would only say that it has no connection
+        source.require("config.json")
+        source.require(*TRANSFORMERS)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its table of missing names would bury our line
     logging.disable_progress_bar()
     try:
         # float32: transformers otherwise follows the dtype that the file's configuration names.
         model, report = kind.from_pretrained(
-            pretrained, dtype=torch.float32, weights_only=True, output_loading_info=True
+            pretrained, dtype=torch.float32, weights_only=True, output_loading_info=True, **source.where
         )
     except Exception as error:
         raise ConfigError(
@@ -225,7 +236,7 @@ def tokenizer_of(source: Source, vocabulary: int) -> Any:
 
     source.require("tokenizer.json", "vocab.json", "vocab.txt")  # without, transformers makes up an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.pretrained)
+        tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **source.where)
     except Exception as error:
         raise ConfigError(
             f"{source.name} has no tokenizer that can be loaded ({reason(error)}); put its files beside the weights"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, MissingFile
 from dmdr.states import load_strict
 from dmdr_rewards.checkpoint import Source, from_pretrained, image_processor, read_state, reason
 from dmdr_rewards.network import ResizingReward, frozen
@@ -233,5 +233,6 @@ def _fetch(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path))
         except Exception as error:
-            raise ConfigError(f"{url} cannot be fetched ({reason(error)}); give a folder with the file") from error
+            what = f"{url}, one of the two files in the folder of a checkpoint, cannot be fetched ({reason(error)})"
+            raise MissingFile(what, "checkpoint") from error
     return path

@@ -78,7 +78,7 @@ class ImageReward(ResizingReward):
         config = None if source.file else source.find("med_config.json")
         model = network_of(read_state(path), read_json(config) if config else {}, f"checkpoint {path}")
         own = not self.tokenizer and source.file is None and source.find("tokenizer.json", "vocab.txt")
-        words = source if own else Source(self.tokenizer or BERT)
+        words = source if own else Source(self.tokenizer or BERT, "tokenizer")
         self._tokenizer = tokenizer_of(words, model.text.config.vocab_size)
         frozen(model, device, dtype)
         model.head.to(torch.promote_types(dtype, torch.float32))

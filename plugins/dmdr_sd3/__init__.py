@@ -25,7 +25,8 @@ class SD3Backend(FlowBackend):
 
     def __init__(self, folder: str, options: FlowOptions) -> None:
         super().__init__(folder, options)
-        longest = int(self.network_config["pos_embed_max_size"]) * self.patch_size * self.vae_scale
+        self.network_config.whole("sample_size")  # its position embeddings are cut from the middle of the table
+        longest = self.network_config.whole("pos_embed_max_size") * self.patch_size * self.vae_scale
         if self.resolution > longest:
             raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} end at {longest}")
 
@@ -43,8 +44,8 @@ class SD3Backend(FlowBackend):
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         config, length = self.network_config, self.text.clip_length() + self.text_length
-        sequence = self.blank(count, length, config["joint_attention_dim"])
-        return {"sequence": sequence, "pooled": self.blank(count, config["pooled_projection_dim"])}
+        sequence = self.blank(count, length, config.whole("joint_attention_dim"))
+        return {"sequence": sequence, "pooled": self.blank(count, config.whole("pooled_projection_dim"))}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = network(

@@ -17,6 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from dmdr.backends.component import ComponentConfig
 from dmdr.backends.loading import quiet, read_config
 from dmdr.backends.pipeline import Network, PipelineBackend, PipelineOptions
 from dmdr.errors import ConfigError, one_line
@@ -36,6 +37,8 @@ SCHEDULE = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     "prediction_type",
 )
+# What the network is told, by the names of the schedulers that could tell it otherwise.
+OWN_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +81,27 @@ class UNetBackend(PipelineBackend):
         """Betas and prediction type of the folder's own scheduler, with the defaults of its class.
 
         Raises:
-            ConfigError: If it is no scheduler of this path.
+            ConfigError: If it is no scheduler of this path, or says that the network is told other times than 0 to 999.
         """
-        where = f"{self.folder}/scheduler"
+        where = f"{self.source.place('scheduler')}/{DDPMScheduler.config_name}"
         given = read_config(DDPMScheduler, self.source, "scheduler")
         try:
             with quiet():
                 own = getattr(diffusers, given["_class_name"]).from_config(given)
                 schedule = {name: own.config[name] for name in SCHEDULE if name in own.config}
-                LCMScheduler(**schedule)  # the export's; it may not know these betas
-                levels = len(getattr(own, "alphas_cumprod", ()))
+                exported: Any = LCMScheduler(**schedule)  # it may not know these betas
+                levels = getattr(own, "alphas_cumprod", torch.empty(0))
         except Exception as error:  # attribute, value and type errors of whatever the file holds
             raise ConfigError(f"{where} cannot be read: {one_line(error)}") from error
-        if levels != 1000:
-            raise ConfigError(f"{where} is a {type(own).__name__} of {levels} noise levels; expected 1000")
-        kind = schedule.setdefault("prediction_type", "epsilon")
-        if kind not in KINDS:
-            raise ConfigError(f"{where}: unknown prediction_type '{kind}'; known are {', '.join(KINDS)}")
-        return schedule
+        if len(levels) != 1000:
+            raise ConfigError(f"{where} is a {type(own).__name__} of {len(levels)} noise levels; expected 1000")
+        config = ComponentConfig(OWN_TIMES | {"prediction_type": "epsilon"} | own.config, where)
+        config.require("prediction_type", *KINDS)
+        for name, expected in OWN_TIMES.items():
+            config.require(name, expected)
+        if not torch.allclose(levels.double(), exported.alphas_cumprod.double(), rtol=0, atol=1e-6):
+            raise ConfigError(f"{where}: its betas alone do not make the noise levels of this {type(own).__name__}")
+        return schedule | {"prediction_type": config["prediction_type"]}
 
     def _lcm(self) -> Any:
         """x0, noised anew: the sampler's step at eta 1, but for the boundary scalings of consistency models.
@@ -141,7 +147,8 @@ class UNetBackend(PipelineBackend):
         return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if part == 'A' else 'up'}.weight"
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        return {"sequence": self.blank(count, self.text.clip_length(), self.network_config["cross_attention_dim"])}
+        width = self.network_config.whole("cross_attention_dim")
+        return {"sequence": self.blank(count, self.text.clip_length(), width)}
 
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """What the network is told beside time and prompt."""
@@ -163,6 +170,11 @@ class SDXLBackend(UNetBackend):
 
     pipeline_class = StableDiffusionXLPipeline
     needed = ("text_encoder", "text_encoder_2")
+    latent_scaling = ("scaling_factor", "latents_mean", "latents_std")
+
+    def __init__(self, folder: str, options: UNetOptions) -> None:
+        super().__init__(folder, options)
+        self.network_config.require("addition_embed_type", "text_time")
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77, D1 + D2] of both encoders, and pooled [B, P] of the second."""
@@ -173,7 +185,8 @@ class SDXLBackend(UNetBackend):
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         config = self.network_config
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        times = 6 * config.whole("addition_time_embed_dim")
+        pooled = config.whole("projection_class_embeddings_input_dim") - times
         return super().blank_embeddings(count) | {"pooled": self.blank(count, pooled)}
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:

@@ -57,13 +57,14 @@ class SiTBackend(FlowBackend):
     pipeline_class = SiTPipeline
     network_class = SiTTransformer2DModel
     lora_targets = LORA_TARGETS
+    latent_scaling = ("scaling_factor",)
 
     def __init__(self, folder: str, options: SiTOptions) -> None:
         super().__init__(folder, options)
-        own = self.vae_scale * self.network_config["sample_size"]
+        own = self.vae_scale * self.network_config.whole("sample_size")
         if self.resolution != own:
             raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} are for {own}")
-        self.num_classes = int(self.network_config["num_classes"])
+        self.num_classes = self.network_config.whole("num_classes")
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:
         # diffusers takes a network of a custom pipeline from its folder only, but ours is loaded already.

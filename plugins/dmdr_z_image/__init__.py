@@ -37,15 +37,18 @@ class ZImageBackend(FlowBackend):
     pipeline_class = ZImagePipeline
     network_class = ZImageTransformer2DModel
     lora_targets = LORA_TARGETS
+    patch_size = 2  # the network's own default, of those that it has
 
-    @property
-    def patch_size(self) -> int:
-        return int(self.network_config["all_patch_size"][0])
+    def __init__(self, folder: str, options: ZImageOptions) -> None:
+        super().__init__(folder, options)
+        for name, taken in (("all_patch_size", self.patch_size), ("all_f_patch_size", 1)):
+            if taken not in self.network_config.wholes(name):
+                raise self.network_config.refused(name, f"{taken} among them")
 
     @property
     def text_limit(self) -> int:
         """Text, in whole blocks, and the image behind it share the first axis of the rotary embedding."""
-        return int(self.network_config["axes_lens"][0]) // BLOCK * BLOCK - BLOCK
+        return self.network_config.wholes("axes_lens")[0] // BLOCK * BLOCK - BLOCK
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, max_sequence_length, D], zero after each prompt's own length [B] int64."""
@@ -59,7 +62,7 @@ class ZImageBackend(FlowBackend):
         return {"sequence": torch.stack(padded), "length": torch.tensor([len(sequence) for sequence in sequences])}
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        sequence = self.blank(count, self.text_length, self.network_config["cap_feat_dim"])
+        sequence = self.blank(count, self.text_length, self.network_config.whole("cap_feat_dim"))
         return {"sequence": sequence, "length": torch.full((count,), self.text_length)}
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -33,12 +33,14 @@ import sdxl
 from dmdr.backends.loading import digest, on_device, read_weights
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
+from dmdr.run.export import export, read_export
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_sd3 import SD3Backend
 from dmdr_sdxl import SDXLBackend
 from family import FAMILIES, Stock
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 COMMIT = "0123abcd" * 5
 BUILDS: dict[str, Any] = {"sd3": sd3.build, "sdxl": sdxl.build}
 BACKENDS: dict[str, Any] = {"sd3": SD3Backend, "sdxl": SDXLBackend}
@@ -193,16 +195,48 @@ def half(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_a_variant_must_be_named(folders: dict[str, Path], half: Path) -> None:
-    said = refusal(half)
-    assert said.startswith(
-        f"{half}/transformer cannot be loaded as SD3Transformer2DModel; its weights ask for --variant"
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_component_falls_back_to_the_weights_that_it_has(
+    folders: dict[str, Path], half: Path, tmp_path: Path, variant: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A transformer of fp16 beside plain files of all others, as one who downloads the least has it."""
+    mixed = Path(shutil.copytree(folders["sd3"], tmp_path / "mixed"))
+    shutil.rmtree(mixed / "transformer")
+    shutil.copytree(half / "transformer", mixed / "transformer")
+    backend, plain = prepared(mixed, variant=variant), prepared(folders["sd3"])
+    tensors = backend.encode(PROMPTS).tensors
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in plain.encode(PROMPTS).tensors.items())
+    others = [f"{mixed}/{name}" for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")]
+    assert caplog.messages == (
+        [f"{name} has no weights of --variant fp16; those without a variant are loaded" for name in others]
+        if variant
+        else [f"{mixed}/transformer has no weights without a variant; those of variant fp16 are loaded"]
     )
-    assert refusal(folders["sd3"], variant="fp16").partition(": ")[0].endswith("its weights ask for no --variant")
-    backend = prepared(half, variant="fp16")
-    plain = prepared(folders["sd3"])
-    for name, tensor in backend.encode(PROMPTS).tensors.items():
-        torch.testing.assert_close(tensor, plain.encode(PROMPTS).tensors[name], rtol=1e-2, atol=1e-2)
+    card = backend.snippet(str(mixed), "seven", FewStepSampler(backend.path, backend.grid(2), 1.0))
+    code = next(line for line in card.splitlines() if "from_pretrained" in line).removeprefix("pipe = ")
+    stock = eval(code, {"StableDiffusion3Pipeline": StableDiffusion3Pipeline})
+    weights = {key.replace(".base_layer", ""): value for key, value in backend.roles.network.state_dict().items()}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in stock.transformer.state_dict().items())
+
+
+def test_a_variant_that_cannot_be_meant(folders: dict[str, Path], half: Path, tmp_path: Path) -> None:
+    said = refusal(folders["sd3"], variant="fp16")
+    assert said == f"--variant fp16: all weights of {folders['sd3']} are without one"
+    two = Path(shutil.copytree(half, tmp_path / "two"))
+    weights = two / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.ema-00001-of-00001.safetensors"))
+    said = f"{two}/transformer cannot be loaded as SD3Transformer2DModel; its weights ask for --variant ema or "
+    assert refusal(two).startswith(f"{said}--variant fp16: ")
+
+
+def test_embeddings_on_disk_are_of_one_variant(folders: dict[str, Path], half: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(folders["sd3"], tmp_path / "both"))
+    shutil.copy(half / "text_encoder" / "model.fp16.safetensors", both / "text_encoder")
+    for variant in (None, "fp16"):
+        backend = made(both, variant=variant, prompt_cache=str(tmp_path / "cache"))
+        backend.connect(SimpleNamespace(mixed_precision="no", device=torch.device("cpu")))
+        assert backend.text.cache.missing(PROMPTS) == PROMPTS
+        backend.text.cache.fill(PROMPTS)
 
 
 def test_a_revision_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -305,8 +339,8 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
     card, about = (student / "README.md").read_text(), json.loads((student / "sampling.json").read_text())
     assert f'from_pretrained("{half}", variant="fp16", torch_dtype=torch.bfloat16)' in card
     assert about["mixed_precision"] == "bf16"
-    draw(student, about, PROMPTS, 0, None, tmp_path / "ours")
-    draw(student, about, PROMPTS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
+    draw(student, about, ROWS, 0, None, tmp_path / "ours")
+    draw(student, about, ROWS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
     stock(student, PROMPTS, tmp_path / "stock")
     for i in range(len(PROMPTS)):
         ours, theirs, exact = (
@@ -315,6 +349,18 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
         )
         assert np.abs(ours - theirs).mean() < 2 and ours.std() > 2
         assert np.abs(ours - exact).mean() > 0
+
+
+def test_an_export_is_drawn_at_the_resolution_of_its_run(folders: dict[str, Path], copy: Path, tmp_path: Path) -> None:
+    """Also where the model that it is drawn with has another one of its own."""
+    backend = prepared(folders["sd3"], max_sequence_length=5)
+    about = {"base": str(folders["sd3"]), "family": None, "name": "", "prompt": "", "objectives": "", "rewards": ""}
+    sampler = FewStepSampler(backend.path, backend.grid(2), 1.0)
+    student = export(tmp_path / "student", backend, sampler, mixed_precision="no", **about)
+    file = copy / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 4}))
+    (picture,) = draw(student, read_export(student), ROWS[:1], 0, str(copy), tmp_path / "drawn")
+    assert Image.open(picture).size == (16, 16)
 
 
 @pytest.mark.parametrize(("flag", "name"), [("teacher_lora", "gone.safetensors"), ("student_weights", "a/b/c")])

@@ -38,6 +38,7 @@ from dmdr_sdxl import SD1Backend, SDXLBackend
 from family import FAMILIES, Family, refuses_unread
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 ZERO_SNR = {"rescale_betas_zero_snr": True}
 ddim = partial(DDIMScheduler, clip_sample=False, steps_offset=1)  # the pipeline warns of anything else
 
@@ -199,7 +200,7 @@ def test_an_export_is_sampled_without_what_only_training_needs(built: Callable[.
     shutil.rmtree(small)
     student = run.output / "student"
     about = json.loads((student / "sampling.json").read_text())
-    assert all(path.is_file() for path in draw(student, about, PROMPTS, 0, None, tmp_path / "drawn"))
+    assert all(path.is_file() for path in draw(student, about, ROWS, 0, None, tmp_path / "drawn"))
 
 
 def tiny_decoder() -> AutoencoderTiny:
@@ -299,7 +300,7 @@ def test_options_that_do_not_fit(built: Callable[..., Path], option: str, value:
     ("scheduler", "message"),
     [
         (ddim(**ZERO_SNR), "rescale_betas_zero_snr"),
-        (ddim(prediction_type="score"), "prediction_type 'score'"),
+        (ddim(prediction_type="score"), 'prediction_type is "score"; expected "epsilon" or'),
         (ddim(num_train_timesteps=500), "500 noise levels; expected 1000"),
         (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler of 0 noise levels"),
     ],

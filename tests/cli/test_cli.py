@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -280,7 +281,7 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"prompts": "none.txt"}, "none.txt"),
         ({"prompts": "."}, "--prompts"),
         ({"prompts": "empty.txt"}, "empty.txt holds no prompt"),
-        ({"prompts": "noise.png"}, "noise.png is not UTF-8 text"),
+        ({"prompts": "noise.png"}, "--prompts: the suffix of noise.png says no format that is read here: "),
         ({"config": "none.yaml"}, "cannot read none.yaml"),
         ({"config": "typo.yaml"}, "unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
         ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
@@ -337,11 +338,23 @@ def test_a_pipeline_folder_without_prompts(refused: Callable[..., str], room: Pa
     assert "--prompts" in refused(*flags(model=str(room), reward="toy"))
 
 
-def test_a_hub_id_that_cannot_be_had(refused: Callable[..., str], room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nobody/nothing", "--model nobody/nothing: no such folder, nor is it in the hub's cache (it does not answer)"),
+        ("./nothing", "--model ./nothing is neither a diffusers pipeline folder (no model_index.json), nor a hub id, "),
+    ],
+)
+def test_a_model_that_is_nowhere(
+    refused: Callable[..., str], room: Path, monkeypatch: pytest.MonkeyPatch, model: str, said: str
+) -> None:
+    """Without a connection, at once, and not when the hub's library has given up."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(room))
+    monkeypatch.setattr("dmdr.hub._silence", lambda: "it does not answer")
+    monkeypatch.setattr(time, "sleep", None)  # as its library does between two tries
     (room / "prompts.txt").write_text("a fox\n")
-    line = refused(*flags(model="nobody/nothing", reward="toy"), "--prompts", "prompts.txt")
-    assert line.startswith("--model nobody/nothing: ")
+    assert refused(*flags(model=model, reward="toy"), "--prompts", "prompts.txt").startswith(said)
 
 
 def test_a_folder_that_holds_a_run(refused: Callable[..., str], finished: Path, room: Path) -> None:
@@ -449,17 +462,29 @@ def pixels(folder: Path) -> list[np.ndarray]:
 
 
 def test_sample_writes_pictures_and_prints_where(call: Call, finished: Path, room: Path) -> None:
-    (room / "prompts.txt").write_text("mode 2\nmode 3\n")
-    arguments = ("--prompt", "mode 0", "--prompts", "prompts.txt", "--num_images", "2")
+    (room / "rows.csv").write_text("text,label\nmode 2,2\nmode 3,3\nmode 2,2\n")
+    arguments = ("--prompt", "mode 0", "--prompts", "rows.csv", "--prompt_column", "text", "--num_images", "2")
     code, out, err = call(sample, str(finished), *arguments)
     assert (code, err) == (0, "")
-    assert out.split() == [f"samples/{i:04d}.png" for i in range(6)]
+    assert out.split() == [f"samples/{i:04d}.png" for i in range(8)]
     found = pixels(room / "samples")
-    assert [picture.shape for picture in found] == [(4, 4, 3)] * 6
-    assert {path.name for path in (room / "samples").iterdir()} == {f"{i:04d}.png" for i in range(6)}
+    assert [picture.shape for picture in found] == [(4, 4, 3)] * 8
+    files = [path.name for path in sorted((room / "samples").iterdir())]
+    assert files == [*(f"{i:04d}.png" for i in range(8)), "metadata.jsonl"]
+    where = {"data_dir": str(room / "samples"), "cache_dir": str(room / "cache")}
+    index = load_dataset("imagefolder", split="train", **where)  # as users load it
+    assert index["prompt"] == [f"mode {mode}" for mode in (0, 0, 2, 2, 3, 3, 2, 2)]
+    assert index["label"] == [None, None, 2, 2, 3, 3, 2, 2]
+    assert all(map(np.array_equal, map(np.asarray, index["image"]), found))
     red = [picture[0, 0, 0] for picture in found]
     assert min(red[:2]) > max(red[2:])  # mode 0 lies to the right, 2 to the left, 3 in between
-    assert max(red[2:4]) < min(red[4:])
+    assert max(red[2:4]) < min(red[4:6])
+    assert call(sample, str(finished), "--prompt", "mode 1", "--num_images", "8")[0] == 0  # in place of the others
+    code, _, err = call(sample, str(finished), "--prompt", "mode 1")
+    said = "--output_dir samples: samples/metadata.jsonl is of other images than the 1 to be drawn; name another folder"
+    assert code == 2 and said in err
+    (room / "rows.jsonl").write_text('{"prompt": "mode 1", "file_name": "a"}\n')
+    assert "'file_name' cannot name a column" in call(sample, str(finished), "--prompts", "rows.jsonl")[2]
 
 
 def test_sample_is_its_seed(call: Call, finished: Path, room: Path) -> None:

@@ -175,6 +175,28 @@ def test_bad_flags_of_the_server(
     assert captured.err.startswith(f"dmdr-reward-server: {said}")
 
 
+def test_an_index_says_the_prompt_of_each_image(room: Path, call: Callable[..., Any]) -> None:
+    """As `dmdr-sample --num_images 2` writes it: each prompt belongs to two images, whatever their names' order."""
+    (room / "mine.py").write_text("def score(image, prompt, label):\n    return label + len(prompt) / 100\n")
+    lines = [json.dumps({"file_name": f"{i}.png", "prompt": "x" * (i // 2), "label": i}) for i in range(COUNT)]
+    index = room / "scans" / "metadata.jsonl"
+    index.write_text("\n".join(reversed(lines)))
+    assert call("--reward=mine.py:score")[0] == 0
+    _, rows = read(room / "scores.csv")
+    assert [row[0] for row in rows] == [f"{i}.png" for i in reversed(range(COUNT))]
+    expected = torch.tensor([i + (i // 2) / 100 for i in reversed(range(COUNT))])
+    torch.testing.assert_close(column(rows, 2), expected)
+    for content, arguments, said in (
+        (lines, ["--prompts=prompts.txt"], "metadata.jsonl says the prompt of each image; leave out one of the"),
+        (lines[2:], [], "metadata.jsonl does not name 2 of the images beside it, such as 0.png"),
+        ([*lines, lines[0].replace("0.png", "x.png")], [], "names x.png, and there is no such image beside it"),
+        ([*lines, '{"prompt": "a"}'], [], f"metadata.jsonl row {COUNT + 1} has no 'file_name' of an image beside it"),
+    ):
+        index.write_text("\n".join(content))
+        code, _, err = call("--reward=mine.py:score", *arguments)
+        assert (code, err.count("\n")) == (2, 1) and said in err
+
+
 # --- Help ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from dmdr.errors import ConfigError
-from dmdr.evaluation import scoring
+from dmdr.evaluation import image_folder, scoring
 from dmdr.prompts import Row
 from dmdr.rewards import RewardError, Rewards
 from dmdr.run.job import build_rewards
@@ -231,16 +231,16 @@ def test_images_come_in_natural_order(tmp_path: Path) -> None:
     (tmp_path / "no suffix").write_text("no image")
     (tmp_path / "._1.png").write_text("what a Mac leaves beside 1.png")
     save(tmp_path / "folder.png" / "3.png")
-    assert [path.name for path in scoring.find_images(str(tmp_path))] == names
+    assert [path.name for path in image_folder.find_images(str(tmp_path))] == names
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match="holds no image"):
-        scoring.find_images(str(tmp_path))
+        image_folder.find_images(str(tmp_path))
     for path in (tmp_path / "none", tmp_path / "notes.txt"):
         with pytest.raises(ConfigError, match=r"--images: no such folder: .*(none|notes\.txt)"):
-            scoring.find_images(str(path))
+            image_folder.find_images(str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"a text file\n", b"\x89PNG\r\n\x1a\n"])
@@ -248,14 +248,14 @@ def test_a_file_that_is_no_image_is_found_by_its_header(tmp_path: Path, content:
     save(tmp_path / "1.png")
     (tmp_path / "2.png").write_bytes(content)
     with pytest.raises(ConfigError, match=r"--images: .*2\.png (is no image|cannot be read)"):
-        scoring.find_images(str(tmp_path))
+        image_folder.find_images(str(tmp_path))
 
 
 def test_an_image_that_is_too_large_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "1.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     with pytest.raises(ConfigError, match=r"1\.png cannot be read: Image size \(16 pixels\)"):
-        scoring.find_images(str(tmp_path))
+        image_folder.find_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"] if features.check("webp") else [".png", ".jpg"])
@@ -265,7 +265,7 @@ def test_a_truncated_image_fails_when_it_is_read(tmp_path: Path, suffix: str) ->
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ConfigError, match=rf"--images: .*1\{suffix} cannot be read"):
-        scoring.read_image(*scoring.find_images(str(tmp_path)))
+        image_folder.read_image(*image_folder.find_images(str(tmp_path)))
 
 
 def test_every_mode_is_converted_to_rgb(tmp_path: Path) -> None:
@@ -277,18 +277,18 @@ def test_every_mode_is_converted_to_rgb(tmp_path: Path) -> None:
     turned[0x0112] = 6  # a quarter turn, which no published evaluation makes
     for name, picture in pictures.items():
         picture.save(tmp_path / name, exif=turned)
-        found = scoring.read_image(tmp_path / name)
+        found = image_folder.read_image(tmp_path / name)
         assert (found.dtype, list(found.shape)) == (torch.uint8, [3, 5, 3])
         with Image.open(tmp_path / name) as image:
             assert np.array_equal(found.permute(1, 2, 0), np.asarray(image.convert("RGB")))
-    assert np.array_equal(scoring.read_image(tmp_path / "rgba.png").permute(1, 2, 0), noise[..., :3])
+    assert np.array_equal(image_folder.read_image(tmp_path / "rgba.png").permute(1, 2, 0), noise[..., :3])
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits_are_refused(tmp_path: Path, dtype: type) -> None:
     Image.fromarray(np.full((4, 4), 300, dtype)).save(tmp_path / "1.tiff")  # RGB of it would be all white
     with pytest.raises(ConfigError, match=r"1\.tiff has more than 8 bits a channel"):
-        scoring.find_images(str(tmp_path))
+        image_folder.find_images(str(tmp_path))
 
 
 # --- The stream ----------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_neighbours_of_one_size_make_a_batch(tmp_path: Path) -> None:
 def test_a_thousand_images_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "1.png", (2, 2), "white")
     decoded: list[weakref.ref[Tensor]] = []
-    read_image = scoring.read_image
+    read_image = image_folder.read_image
 
     def watched(path: Path) -> Tensor:
         image = read_image(path)

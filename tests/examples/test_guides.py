@@ -195,13 +195,13 @@ def run_of_digits(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> Path:
-    """A folder with what the documents take for granted: the examples, prompts, two images."""
+    """A folder with what the documents take for granted: the examples, prompts, two images that nobody drew."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "prompts.txt").write_text("a handwritten seven\na handwritten two\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "seven", "label": 7}\n{"prompt": "two", "label": 2}\n')
-    (tmp_path / "samples").mkdir()
+    (tmp_path / "photos").mkdir()
     for index in range(2):
-        Image.new("RGB", (8, 8), (90 * index, 0, 0)).save(tmp_path / "samples" / f"{index:04d}.png")
+        Image.new("RGB", (8, 8), (90 * index, 0, 0)).save(tmp_path / "photos" / f"{index:04d}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "pipeline_class", pipeline_class)
     return tmp_path

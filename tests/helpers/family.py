@@ -64,6 +64,11 @@ class Family:
     lora_keys: str = r"transformer\..*\.lora_[AB]\.weight"
     variants: Sequence[Mapping[str, Any]] = ({}, {"full_finetune": True}, {"sample_eta": 0.0})
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The prompts as rows."""
+        return [{"prompt": prompt} for prompt in self.prompts]
+
 
 # Kohya's names: stock diffusers and ComfyUI read them.
 UNET_LORA_KEYS = r"lora_unet_\w+\.lora_(down|up)\.weight"

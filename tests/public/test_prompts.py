@@ -1,6 +1,12 @@
 """Prompt files and datasets, and the stream of batches that they become."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -118,17 +124,39 @@ def test_one_object_a_line(tmp_path: Path) -> None:
         ('{"text": "a fox", "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
         ('{"prompt": 3, "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
         (r'{"prompt": "a \ud83e", "label": 1}', "line 3: the prompt holds half a surrogate pair, which is no text"),
-        ('{"prompt": "a fox"}', "line 3 has the keys prompt, but the first has label, prompt"),
-        (
-            '{"prompt": "a", "label": 1, "x": 1}',
-            "line 3 has the keys label, prompt, x, but the first has label, prompt",
-        ),
+        ('{"prompt": "a", "x": 1, "x": 2}', "line 3 is no JSON: 'x' is there twice"),
         ('{"prompt": "a", "images": 1}', "line 3: 'images' cannot name a column; it is an argument of every reward"),
     ],
 )
 def test_a_line_that_is_no_row(tmp_path: Path, line: str, message: str) -> None:
     text = f'{{"prompt": "a fox", "label": 3}}\n\n{line}\n'
     assert message in refusal(write(tmp_path, text.encode(), "prompts.jsonl"))
+
+
+def test_a_key_that_a_row_lacks_is_null(tmp_path: Path) -> None:
+    lines = ['{"prompt": "a"}', '{"prompt": "b", "label": 1}', '{"label": null, "prompt": "a"}']
+    lines.append('{"prompt": "b", "x": ""}')
+    read = read_prompts(write(tmp_path, "\n".join(lines).encode(), "rows.jsonl"))
+    assert read.rows == [
+        {"prompt": "a", "label": None, "x": None},
+        {"prompt": "b", "label": 1, "x": None},
+        {"prompt": "b", "label": None, "x": ""},
+    ]
+    assert str(read) == "3 (1 duplicate left out, 4 rows filled up with null)"
+    path = write(tmp_path, "\n".join(reversed(lines[:2])).encode(), "falling.jsonl")
+    assert stream_prompts(path).first(2) == [{"prompt": "b", "label": 1}, {"prompt": "a", "label": None}]
+    with pytest.raises(ConfigError, match=r"rows\.jsonl line 2 has the key 'label', which the first row lacks: a "):
+        stream_prompts(str(tmp_path / "rows.jsonl")).first(2)
+
+
+def test_objects_in_a_list(tmp_path: Path) -> None:
+    rows = [{"prompt": "a [b]", "label": 1}, {"prompt": "c"}]
+    for text in (json.dumps(rows), "\ufeff\n " + json.dumps(rows, indent=1) + "\n"):
+        read = read_prompts(write(tmp_path, text.encode(), "a.json"))
+        assert read.rows == [rows[0], {"prompt": "c", "label": None}]
+    path = write(tmp_path, b'[\n{"prompt":\n"a"}\n{}]', "b.json")
+    assert "line 4 is no JSON: Expecting ',' delimiter" in refusal(path)
+    assert "row 2 is no object with a text" in refusal(write(tmp_path, b'[\n{"prompt": "a"}, "b"]', "c.json"))
 
 
 def test_rows_need_a_prompt_file_that_holds_some(tmp_path: Path) -> None:
@@ -147,12 +175,19 @@ def as_json(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def as_csv(rows: Sequence[Row]) -> bytes:
-    quoted = [
-        ['"' + str(value).replace('"', '""') + '"' if isinstance(value, str) else str(value) for value in row.values()]
-        for row in rows
-    ]
-    return "\n".join(",".join(line) for line in [list(rows[0]), *quoted]).encode()
+def as_csv(rows: Sequence[Row], delimiter: str = ",") -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_arrow(rows: Sequence[Row], file: Path) -> str:
+    table = pyarrow.Table.from_pylist(list(rows))
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return str(file)
 
 
 def as_parquet(rows: Sequence[Row], file: Path) -> str:
@@ -168,8 +203,11 @@ def everywhere(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     as_parquet(rows, folder / "files" / "train.parquet")
     return {
         "jsonl": write(folder, as_json(rows), "rows.jsonl"),
-        "json": write(folder, as_json(rows), "rows.json"),
+        "json": write(folder, json.dumps(list(rows)).encode(), "rows.json"),
         "csv": write(folder, as_csv(rows), "rows.csv"),
+        "tsv": write(folder, as_csv(rows, "\t"), "rows.TSV"),
+        "arrow": as_arrow(rows, folder / "rows.arrow"),
+        "gz": write(folder, gzip.compress(as_csv(rows)), "rows.csv.gz"),
         "parquet": as_parquet(rows, folder / "a[0] *.PARQUET"),
         "folder": str(folder / "files"),
         "saved": str(folder / "saved"),
@@ -177,7 +215,7 @@ def everywhere(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     }
 
 
-FORMATS = ["jsonl", "json", "csv", "parquet", "folder", "saved", "splits"]
+FORMATS = ["jsonl", "json", "csv", "tsv", "gz", "arrow", "parquet", "folder", "saved", "splits"]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -202,12 +240,12 @@ def test_prompts_under_another_name(tmp_path: Path, kind: str) -> None:
         assert read.first(3) == [{"prompt": f"c{i}", "label": i} for i in range(3)]
     said = refusal(path, column="text")
     if kind.startswith("json"):
-        assert said.endswith("line 1 is no object with a text under the key 'text'")
+        assert said.endswith("1 is no object with a text under the key 'text'")
     else:
         assert said.endswith(
             "has no column 'text'; name that of the prompts with --prompt_column: prompt, caption, label"
         )
-    if not kind.startswith("json") and kind != "csv":  # whose prompts are text, whatever they look like
+    if kind not in ("json", "jsonl", "csv", "tsv", "gz"):  # whose prompts are text, whatever they look like
         assert "the column 'label' of" in refusal(path, column="label")
 
 
@@ -281,20 +319,44 @@ def test_numbers_of_csv(tmp_path: Path) -> None:
     ]
     lines = read_prompts(write(tmp_path, b'prompt\n"one\ntwo"\n', "b.csv")).rows
     assert lines == [{"prompt": "one\ntwo"}]
+    text = "prompt,id,on,big,huge,plus,empty,tag\na,007,True,99999999999999999999,1e999,+49,,NA\nb,1,,3,2,1,,2020-01-01"
+    first, second = ([*row.values()] for row in read_prompts(write(tmp_path, text.encode(), "c.csv")).rows)
+    assert first == ["007", True, 99999999999999999999, "1e999", "+49", None, "NA", "a"]
+    assert second == ["1", None, 3, "2", "1", None, "2020-01-01", "b"]
+
+
+def test_the_start_of_a_streamed_table_says_what_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmdr.prompt_files.TYPED", 2)
+    path = write(tmp_path, b"prompt,x\na,1\nb,2\nc,2.5\nd,e\n", "a.csv")
+    assert [row["x"] for row in read_prompts(path).rows] == ["1", "2", "2.5", "e"]
+    streamed = stream_prompts(path)
+    assert [row["x"] for row in streamed.first(3)] == [1, 2, 2.5]
+    with pytest.raises(ConfigError, match=r"a\.csv line 5: 'e' is no number, as its column holds in the first 2 rows$"):
+        streamed.first(4)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"", "cannot be read: Empty CSV file"),
+        ("a.csv", b"", "holds no prompt"),
         ("a.csv", b"prompt,x\n", "holds no prompt"),
-        ("a.csv", b"prompt\na, b\n", "Expected 1 columns, got 2: a, b"),
-        ("a.csv", b"prompt,x\n\xff,1\n", "invalid UTF8 data"),
+        ("a.csv", b"prompt\n\na, b\n", "a.csv line 3 has 2 cells, its header 1"),
+        ("a.csv", b"prompt,x\na,1\n\xff,1\n", "is not UTF-8 text: invalid start byte in line 3"),
+        ("a.csv", b'prompt,x\na,1\nb,"2\nc,3\n', "a.csv line 3: unexpected end of data"),
+        ("a.csv", b"prompt,x,prompt\na,1,b\n", "a.csv line 1 names two columns 'prompt'"),
+        ("a.tsv", b'prompt\tx\na\t1\n"boat" at sea\t2\n', "a.tsv line 3: '\t' expected after '\"'"),
+        ("a.tsv", b"prompt,x\na,1\n", "has no column 'prompt'; name that of the prompts with --prompt_column: prompt,"),
+        ("a.csv.gz", b"prompt,x\na,1\n", "cannot be read: Not a gzipped file"),
+        ("a.txt.bz2", bz2.compress(b"a\nb\n")[:20], "cannot be read: Compressed file ended before"),
+        ("a.arrow", b"nothing of the kind", "cannot be read: "),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "says no format that is read here: expected .txt, .jsonl, .ndjson, "),
+        ("prompts.xlsx", b"a\n", "(each also with .gz, .bz2, .xz behind it), .parquet or .arrow"),
+        ("prompts", b"a\n", "prompts says no format that is read here: expected .txt, "),
         ("a.csv", b"text,x\na,1\n", "has no column 'prompt'; name that of the prompts with --prompt_column: text, x"),
         ("a.csv", b"prompt,images\na,b\n", "'images' cannot name a column; it is an argument of every reward"),
         ("a.parquet", b"", "cannot be read: Parquet file size is 0 bytes"),
         ("a.parquet", b"nothing of the kind", "cannot be read: Parquet magic bytes not found in footer."),
-        ("a.json", b'[\n{"prompt": "a"}\n]', "line 1 is no JSON: Expecting value"),
+        ("a.jsonl", b'[\n{"prompt": "a"}\n]', "line 1 is no JSON: Expecting value"),
     ],
 )
 def test_unfit_tables_are_refused_in_one_line(
@@ -304,6 +366,69 @@ def test_unfit_tables_are_refused_in_one_line(
     for read in (read_prompts, stream_prompts):
         assert said in refusal(path, read)
     assert capfd.readouterr() == ("", "")
+
+
+LETTERS = [*"ab,\t\n\r \"'\\é\u2028\x0c#;{}[]01.-", "NA", "null", "\r\n", '""', "x"]
+
+
+def any_rows(chance: random.Random) -> list[Row]:
+    """Up to eight rows of texts that parsers stumble over, and of numbers and truth values with gaps."""
+
+    def text() -> str:
+        return "".join(chance.choices(LETTERS, k=chance.randrange(6)))
+
+    def one_of(*values: Any) -> Callable[[], Any]:
+        return lambda: chance.choice(values)
+
+    kinds = [text, one_of(None, 0, -5, 10**15), one_of(0.5, -1e-9, None), one_of(True, False, None)]
+    columns = {f"c {i}": chance.choice(kinds) for i in range(chance.randrange(4))}
+    count = 1 + chance.randrange(8)
+    rows = [{"prompt": text()} | {name: kind() for name, kind in columns.items()} for _ in range(count)]
+    if not any(row["prompt"] for row in rows):
+        rows[0]["prompt"] = "x"
+    for name, kind in columns.items():
+        if kind is text:
+            rows[0][name] += "x"  # or it could be a column of numbers
+    return rows
+
+
+def test_rows_come_back_from_all_formats(tmp_path: Path) -> None:
+    """Random ones, as common writers write them; what is damaged at random is read or refused in one line."""
+    chance = random.Random(0)
+    packs = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, "": bytes}
+    read, refused = 0, []
+    for _ in range(25):
+        rows = any_rows(chance)
+        objects = [row if chance.random() < 0.5 else {k: v for k, v in row.items() if v is not None} for row in rows]
+        filled = [dict.fromkeys({name for each in objects for name in each}) | row for row in objects]
+        texts = [" ".join(row["prompt"].split()) for row in rows]
+        written = {
+            ".jsonl": (as_json(objects), filled),
+            ".json": (json.dumps(objects, indent=chance.choice([None, 1]), ensure_ascii=False).encode(), filled),
+            ".csv": (as_csv(rows), rows),
+            ".tsv": (as_csv(rows, "\t"), rows),
+            ".txt": ("\n".join(texts).encode(), [{"prompt": text} for text in texts if text]),
+        }
+        for suffix, (content, expected) in written.items():
+            packing = chance.choice(list(packs))
+            path = write(tmp_path, packs[packing](content), f"rows{suffix}{packing}")
+            if expected:
+                assert read_prompts(path, repeated=True).rows == expected
+            place, new = chance.randrange(len(content) + 1), chance.choice([b'"', b"{", b"\n", b"a", b"\xff"])
+            damaged = packs[packing](content[:place] + new + content[place:])
+            Path(path).write_bytes(damaged[: -1 - chance.randrange(20)] if chance.random() < 0.2 else damaged)
+            try:
+                read_prompts(path)
+                read += 1
+            except ConfigError as error:
+                refused.append(str(error).removeprefix(f"--prompts: {path}"))
+    for writer in (as_parquet, as_arrow):
+        for _ in range(3):
+            rows = any_rows(chance)
+            suffix = writer.__name__.removeprefix("as_")
+            assert read_prompts(writer(rows, tmp_path / f"rows.{suffix}"), repeated=True).rows == rows
+    assert read > 10 and len(refused) > 10
+    assert not [line for line in refused if "\n" in line or line.startswith("--prompts")]
 
 
 @pytest.mark.parametrize("read", [read_prompts, stream_prompts])
@@ -421,10 +546,18 @@ def test_stream_leaves_global_generators_alone() -> None:
     assert torch.get_rng_state().tolist() == before
 
 
+def test_a_dataset_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not after half a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("dmdr.hub._silence", lambda: "the hub does not answer: it is closed")
+    said = "--prompts: no/such: no such file, and the hub does not answer: it is closed; with HF_HUB_OFFLINE=1 a "
+    assert refusal("no/such").startswith(said)
+
+
 # --- Streamed ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["parquet", "jsonl", "csv", "saved", "shards"])
+@pytest.fixture(params=["parquet", "jsonl", "gz", "saved", "shards"])
 def streamed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rows:
     """Thirty rows, shuffled among ten."""
     monkeypatch.setattr(prompts, "BUFFER", 10)

@@ -1,9 +1,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,8 +32,11 @@ from transformers import (
     Dinov2ForImageClassification,
 )
 
+from dmdr import hub
+from dmdr.errors import ConfigError, MissingFile
 from dmdr.protocols import FeatureReward, Reward
 from dmdr.rewards import RewardError, Rewards
+from dmdr.settings.chosen import Chosen
 from dmdr_digits.text import build_tokenizer
 from dmdr_rewards import dinov2, preprocess, towers
 from dmdr_rewards.aesthetic import Aesthetic
@@ -595,7 +600,7 @@ def test_the_default_is_the_published_file(
         torch.save(load_file(folder / "open_clip_model.safetensors"), folder / "open_clip_pytorch_model.bin")
     fetched = []
 
-    def download(repo: str, name: str) -> str:
+    def download(repo: str, name: str, **where: Any) -> str:
         if name.endswith(".safetensors"):
             raise EntryNotFoundError(name)
         fetched.append(f"{repo}:{name}")
@@ -642,18 +647,58 @@ def test_parts_that_do_not_fit_are_refused_before_a_run(tmp_path: Path) -> None:
         prepared(CLIP("/dev/null"))
 
 
-@pytest.mark.parametrize("kind", [HPS, CLIP, Aesthetic, ImageReward])
-def test_what_the_hub_does_not_give_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
-    def absent(repo: str, name: str) -> str:
-        raise LocalEntryNotFoundError("cannot find the requested files in the disk cache\nand offline mode is on")
+PUBLISHED: dict[str, tuple[Any, str]] = {
+    "hps": (HPS(), "checkpoint xswu/HPSv2:HPS_v2.1_compressed.pt"),
+    "clip": (CLIP(), "checkpoint apple/DFN5B-CLIP-ViT-H-14"),
+    "pickscore": (PickScore(), "checkpoint yuvalkirstain/PickScore_v1"),
+    "aesthetic": (Aesthetic(), "checkpoint trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"),
+    "imagereward": (ImageReward(), "checkpoint THUDM/ImageReward"),
+    "dinov2": (DINOv2(), "checkpoint facebook/dinov2-large-imagenet1k-1-layer"),
+}
+WANTED = {
+    "hps": "HPS_v2.1_compressed.pt",
+    "clip": "open_clip_config.json or config.json",
+    "pickscore": "config.json",
+    "aesthetic": "aesthetic-model.pth",
+    "imagereward": "ImageReward.pt",
+    "dinov2": "config.json",
+}
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"checkpoint \S+ (is no local path and cannot be fetched|cannot be loaded)"
-    ) as e:
-        kind().prepare(CPU, torch.float32)
-    assert "\n" not in str(e.value)
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A hub whose address answers no one, and an empty cache of it."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub._silence.cache_clear()
+    yield address
+    hub._silence.cache_clear()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_checkpoint_without_a_connection(silent_hub: str, name: str) -> None:
+    """Refused at once, by the file and the flag that can name another one."""
+    reward, checkpoint = PUBLISHED[name]
+    rewards = Rewards({name: (1.0, reward)}, {name: Chosen("eval_rewards", name, 1.0, type(reward)).key})
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        rewards.prepare(CPU, torch.float32)
+    assert time.monotonic() - start < 5  # not the half minute that the hub's library tries for
+    assert re.fullmatch(
+        f"reward '{name}': {checkpoint} is no local path and cannot be fetched from the hub: {re.escape(WANTED[name])} "
+        rf"\({silent_hub} does not answer: .*\); download it and give its local path with --eval_{name}_checkpoint",
+        str(error.value),
+    )
+
+
+def test_the_second_part_of_a_checkpoint_without_a_connection(silent_hub: str, tmp_path: Path) -> None:
+    head = next(Path(write_aesthetic(tmp_path)).glob("*.pth"))
+    said = r"openai/clip-vit-large-patch14 is no local path and .* give its local path as 'clip'$"
+    with pytest.raises(MissingFile, match=said):
+        Aesthetic(str(head)).prepare(CPU, torch.float32)
 
 
 class Malicious:

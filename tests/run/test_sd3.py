@@ -110,7 +110,8 @@ def test_stock_diffusers_reproduces_dmdr_sample(digits: Digits, tmp_path: Path, 
     student = run / "student"
     ours, stock = tmp_path / "ours", tmp_path / "stock"
     stock.mkdir()
-    draw(student, json.loads((student / "sampling.json").read_text()), PROMPTS, 5, None, ours)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    draw(student, json.loads((student / "sampling.json").read_text()), rows, 5, None, ours)
     command = [sys.executable, "-c", STOCK, str(digits.folder()), str(student), str(stock), json.dumps(PROMPTS)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     for i in range(len(PROMPTS)):

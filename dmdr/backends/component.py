@@ -1,0 +1,143 @@
+"""The configuration of a component as its class takes it; what cannot be meant is refused by file and name."""
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dmdr.backends.loading import Source, read_config
+from dmdr.errors import ConfigError
+
+
+class ComponentConfig(dict[str, Any]):
+    """What a component's file says, over the defaults of its class.
+
+    Attributes:
+        where: The file, for messages.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+    def refused(self, name: str, expected: str) -> ConfigError:
+        """The error that a value is not what it must be."""
+        return ConfigError(f"{self.where}: {name} is {json.dumps(self.get(name), default=str)}; expected {expected}")
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Refuse all values but these.
+
+        Raises:
+            ConfigError: If it has another.
+        """
+        if self.get(name) not in allowed:
+            raise self.refused(name, " or ".join(map(json.dumps, allowed)))
+
+    def number(self, name: str, *, positive: bool = False) -> float:
+        """A finite number.
+
+        Raises:
+            ConfigError: If it is none, or is not above 0 although it must be `positive`.
+        """
+        if not _is_number(self.get(name), positive):
+            raise self.refused(name, "a number above 0" if positive else "a number")
+        return float(self[name])
+
+    def whole(self, name: str) -> int:
+        """A whole number above 0.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        if not _is_whole(self.get(name)):
+            raise self.refused(name, "a whole number above 0")
+        return int(self[name])
+
+    def wholes(self, name: str) -> list[int]:
+        """Whole numbers above 0, at least one.
+
+        Raises:
+            ConfigError: If it is no list of such.
+        """
+        values = self.get(name)
+        if not isinstance(values, list | tuple) or not values or not all(map(_is_whole, values)):
+            raise self.refused(name, "a list of whole numbers above 0")
+        return list(values)
+
+    def numbers(self, name: str, count: int, *, positive: bool = False) -> list[float]:
+        """So many finite numbers.
+
+        Raises:
+            ConfigError: If it is no list of so many, or one is not above 0 although all must be `positive`.
+        """
+        values = self.get(name)
+        if not isinstance(values, list | tuple) or len(values) != count:
+            raise self.refused(name, f"a list of {count} numbers")
+        if not all(_is_number(value, positive) for value in values):
+            raise self.refused(name, "numbers above 0" if positive else "numbers")
+        return [float(value) for value in values]
+
+
+def read_component(cls: Any, source: Source, subfolder: str = "") -> ComponentConfig:
+    """The configuration of a component, or of the pipeline itself where no subfolder is named.
+
+    Args:
+        cls: Class that it configures, whose defaults hold where the file says nothing.
+        source: Where the pipeline's files are.
+        subfolder: The component's folder there.
+
+    Raises:
+        ConfigError: If it is missing or no JSON.
+    """
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    file = f"{source.place(subfolder)}/{cls.config_name}"
+    return ComponentConfig({"_class_name": cls.__name__} | defaults | read_config(cls, source, subfolder), file)
+
+
+def check_latent_scaling(config: ComponentConfig, channels: int, read: Sequence[str], reader: str) -> None:
+    """Refuse a VAE that its pipeline cannot bring latents to unit variance for, or would otherwise than we do.
+
+    Args:
+        config: The VAE's.
+        channels: Of its latents.
+        read: What the pipeline reads of `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std`.
+        reader: What the pipeline is called.
+
+    Raises:
+        ConfigError: If one of them is no number, or has a value that the pipeline does not read.
+    """
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if name not in read and config.get(name):
+            raise config.refused(name, f"null, because a {reader} does not read it")
+    config.number("scaling_factor", positive=True)
+    if "shift_factor" in read:
+        config.number("shift_factor")
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        config.numbers("latents_mean", channels)
+        config.numbers("latents_std", channels, positive=True)
+
+
+def latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
+    """Scale and shift with VAE latents = latents * scale + shift, for latents [B, C, H, W].
+
+    Numbers, or [1, C, 1, 1] each where the VAE's configuration has them per channel.
+    """
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return 1 / config.scaling_factor, config.get("shift_factor") or 0.0
+    scale, shift = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
+    return scale / config.scaling_factor, shift
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any, positive: bool) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number and (value > 0 or not positive)

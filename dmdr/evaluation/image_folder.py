@@ -1,0 +1,157 @@
+"""A folder of images, and the index that says the prompt row of each: written by `dmdr-sample`, read by `dmdr-eval`.
+
+The index is the metadata file of the `imagefolder` layout of `datasets`, which loads the folder as it is: rows with a
+`file_name`, the prompt and its other columns.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmdr import images
+from dmdr.errors import ConfigError
+from dmdr.prompts import Row, read_prompts
+
+INDEX = "metadata.jsonl"
+INDICES = (INDEX, "metadata.csv", "metadata.parquet")  # as `datasets` takes them
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_place(folder: Path, rows: Sequence[Row]) -> None:
+    """Refuse a folder whose index would lose images to that of the new ones, before these are drawn.
+
+    Raises:
+        ConfigError: If it has an index of other images, or is none, or the rows have a column that an index needs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder} is no folder")
+    if any("file_name" in row for row in rows):
+        raise ConfigError(f"--prompts: 'file_name' cannot name a column: {INDEX} beside the images names them by it")
+    index = find_index(str(folder))
+    if index and not (index.name == INDEX and _named(index) <= set(_names(len(rows)))):
+        what = f"{index} is of other images than the {len(rows)} to be drawn"
+        raise ConfigError(f"--output_dir {folder}: {what}; name another folder, or delete what it holds")
+
+
+def save_images(folder: Path, pictures: Sequence[Image.Image], rows: Sequence[Row]) -> list[Path]:
+    """Write images with their prompt rows, as many of each, and the index at last; returns the images' paths."""
+    names = _names(len(rows))
+    for name, picture in zip(names, pictures, strict=True):
+        images.save(picture, folder / name)
+    lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in zip(names, rows, strict=True)]
+    images.write_atomically(folder / INDEX, "".join(lines).encode())
+    return [folder / name for name in names]
+
+
+def _names(count: int) -> list[str]:
+    return [f"{i:04d}.png" for i in range(count)]
+
+
+def _named(index: Path) -> set[str]:
+    """What an index names; itself where it is no index of ours."""
+    try:
+        return {row["file_name"] for row in _read_index(index, "prompt")}
+    except ConfigError:
+        return {index.name}
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def find_index(folder: str) -> Path | None:
+    """The index of a folder, if it has one."""
+    return next((path for name in INDICES if (path := Path(folder) / name).is_file()), None)
+
+
+def indexed_images(index: Path, column: str) -> tuple[list[Path], list[Row]]:
+    """The images that an index names, in its order, and their prompt rows.
+
+    Args:
+        index: The file.
+        column: That of the prompts.
+
+    Raises:
+        ConfigError: If one of them is missing or cannot be read, or the folder holds images that it does not name.
+    """
+    rows = _read_index(index, column)
+    paths = [index.parent / row.pop("file_name") for row in rows]
+    there = set(find_images(str(index.parent)))
+    if missing := [path for path in paths if path not in there]:
+        raise ConfigError(f"--images: {index} names {missing[0].name}, and there is no such image beside it")
+    if unnamed := sorted(there - set(paths)):
+        what = f"{len(unnamed)} of the images beside it, such as {unnamed[0].name}"
+        raise ConfigError(f"--images: {index} does not name {what}; move them away, or the index")
+    return paths, rows
+
+
+def _read_index(index: Path, column: str) -> list[Row]:
+    rows = read_prompts(str(index), column=column, repeated=True).rows
+    for i, row in enumerate(rows, start=1):
+        name = row.get("file_name")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"--images: {index} row {i} has no 'file_name' of an image beside it")
+    return list(rows)
+
+
+def find_images(folder: str) -> list[Path]:
+    """The images that lie directly in a folder, by natural order of their names: 2.png before 10.png.
+
+    Images are the files whose suffix Pillow opens, hidden ones aside. Of each no more than the header is read.
+
+    Raises:
+        ConfigError: If there is no such folder, it holds none, or one of them cannot be read.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--images: no such folder: {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = (path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    paths = sorted((path for path in found if not path.name.startswith(".")), key=_natural)
+    if not paths:
+        raise ConfigError(f"--images: {folder} holds no image")
+    for path in paths:
+        _open(path).close()
+    return paths
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"(\d+)", path.stem)  # text and number in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except Exception as error:  # each decoder has its own
+        raise _unreadable(path, error) from error
+    if image.mode.startswith(("I", "F")):
+        image.close()
+        raise ConfigError(f"--images: {path} has more than 8 bits a channel, which RGB would cut off; convert it first")
+    return image
+
+
+def read_image(path: Path) -> Tensor:
+    """An image as [3, H, W] uint8, converted to RGB as in published evaluations: alpha and EXIF rotation are ignored.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    with _open(path) as image:
+        try:
+            pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # each decoder has its own
+            raise _unreadable(path, error) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ConfigError(f"--images: {path} is no image")
+    return ConfigError(f"--images: {path} cannot be read: {error}")

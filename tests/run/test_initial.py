@@ -1,0 +1,90 @@
+"""A student that a run starts from, or that is drawn from, and what it was trained for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dmdr.run.run
+from dmdr.errors import ConfigError
+from dmdr.run.checkpoint import find_initial
+from dmdr.run.export import read_export
+from dmdr.run.initial import differences
+from dmdr.run.run import train
+
+FAST: dict[str, Any] = {
+    "model": "toy",
+    "rl": "refl",
+    "reward": "toy",
+    "num_inference_steps": 2,
+    "stage1_steps": 1,
+    "stage2_steps": 1,
+    "fake_updates": 1,
+    "per_device_train_batch_size": 8,
+    "sample_steps": 0,
+    "sample_images": 2,
+    "teacher_steps": 2,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a two-step student."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmdr.run.run, "write_report", lambda folder: None)
+        return train(**FAST, output_dir=str(tmp_path_factory.mktemp("first") / "run"))
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def change(export: Path, key: str, value: Any) -> None:
+    about = json.loads((export / "sampling.json").read_text())
+    (export / "sampling.json").write_text(json.dumps(about | {key: value}))
+
+
+@pytest.mark.parametrize("start", ["", "checkpoints/step-000002", "student"])
+def test_other_steps(finished: Path, start: str) -> None:
+    initial = find_initial(str(finished / start))
+    assert differences(initial, 2, None) == differences(initial, 2, 512) == []
+    assert differences(initial, 7, 512) == ["was trained for 2 steps, and is to take 7 now"]
+
+
+def test_another_resolution(copy: Path) -> None:
+    """By the export, or by the settings of the run that a checkpoint lies in."""
+    change(copy / "student", "call", {"height": 512, "width": 512})
+    settings = copy / "config.yaml"
+    settings.write_text(f"{settings.read_text()}resolution: 512\ntimesteps: [999, 500, 250]\n")
+    for initial, steps in ((copy / "student", 2), (find_initial(str(copy)), 3)):
+        assert differences(initial, steps, 512) == []
+        assert differences(initial, steps, 1024) == ["was trained at a resolution of 512, which is 1024 now"]
+
+
+def test_a_run_says_what_differs(
+    finished: Path, tmp_path: Path, no_report: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"init_student": str(finished / "student"), "num_inference_steps": 1, "eta": 0.0}
+    train(**FAST | given, output_dir=str(tmp_path / "run"))
+    assert f"--init_student {finished / 'student'} was trained for 2 steps, and is to take 1 now" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("grid", None, "its grid does not fall from 1 or below to 0"),
+        ("grid", [1.0, 0.5, 0.5, 0.0], "its grid does not fall from 1 or below to 0"),
+        ("grid", [1.0, "0.5", 0.0], "its grid does not fall from 1 or below to 0"),
+        ("sample_eta", 2, "its sample_eta is not in [0, 1]"),
+        ("options", [], "its options is no table"),
+    ],
+)
+def test_a_damaged_export(copy: Path, key: str, value: Any, said: str) -> None:
+    change(copy / "student", key, value)
+    with pytest.raises(ConfigError) as error:
+        read_export(copy / "student")
+    assert str(error.value) == f"{copy / 'student' / 'sampling.json'} is damaged: {said}"
