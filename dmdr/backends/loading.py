@@ -13,7 +13,6 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -123,8 +122,12 @@ def _hub_files(repository: str, revision: str | None) -> Sequence[str]:
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """A library's failure in one line of ours, and nothing of its own."""
+def refusing(what: str) -> Iterator[None]:
+    """A library's failure in one line of ours, and nothing of its own.
+
+    Raises:
+        ConfigError: For whatever the library raises; begins with `what`.
+    """
     try:
         with quiet():
             yield
@@ -138,7 +141,7 @@ def read_config(cls: Any, source: Source, subfolder: str = "") -> dict[str, Any]
     Raises:
         ConfigError: If it is missing or no JSON.
     """
-    with _refusing(f"{source.place(subfolder)} has no readable configuration"):
+    with refusing(f"{source.place(subfolder)} has no readable configuration"):
         config: dict[str, Any] = dict(cls.load_config(source.folder, **source.files(subfolder)))
     return config
 
@@ -159,9 +162,9 @@ def load_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *
     place = source.place(subfolder)
     if meta:
         config = read_config(cls, source, subfolder)
-        with _refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
+        with refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
             return cls.from_config(config).to(dtype).eval()
-    with _refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
+    with refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
         network, found = cls.from_pretrained(
             source.folder, dtype=dtype, output_loading_info=True, **source.weights(subfolder)
         )
@@ -185,9 +188,9 @@ def load_text_encoder(cls: Any, source: Source, subfolder: str, dtype: torch.dty
     place = source.place(subfolder)
     if meta:
         config = read_text_config(cls, source, subfolder)
-        with _refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
+        with refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
             return cls(config).to(dtype).requires_grad_(False).eval()
-    with _refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
+    with refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
         model, found = cls.from_pretrained(
             source.folder, dtype=dtype, output_loading_info=True, **source.weights(subfolder)
         )
@@ -201,7 +204,7 @@ def read_text_config(cls: Any, source: Source, subfolder: str) -> Any:
     Raises:
         ConfigError: If it is missing or no JSON.
     """
-    with _refusing(f"{source.place(subfolder)} has no readable configuration"):
+    with refusing(f"{source.place(subfolder)} has no readable configuration"):
         return cls.config_class.from_pretrained(source.folder, **source.files(subfolder))
 
 
@@ -211,7 +214,7 @@ def load_tokenizer(cls: Any, source: Source, subfolder: str) -> Any:
     Raises:
         ConfigError: If its files are missing or damaged.
     """
-    with _refusing(f"{source.place(subfolder)} holds no {cls.__name__}"):
+    with refusing(f"{source.place(subfolder)} holds no {cls.__name__}"):
         return cls.from_pretrained(source.folder, **source.files(subfolder))
 
 
@@ -244,7 +247,7 @@ def load_pipeline(cls: Any, source: Source, dtype: torch.dtype, **parts: Any) ->
     Raises:
         ConfigError: If another part is missing or damaged.
     """
-    with _refusing(f"{source.folder} cannot be loaded as {cls.__name__}"):
+    with refusing(f"{source.folder} cannot be loaded as {cls.__name__}"):
         pipeline = cls.from_pretrained(source.folder, dtype=dtype, **source.files(), **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -291,51 +294,6 @@ def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"{path} holds no state dict (tensors by name)")
     return dict(state)
-
-
-def merge_lora(pipeline: Any, network_name: str, path: str) -> dict[str, Tensor]:
-    """Merge a LoRA file into the pipeline's network, as its user would with `load_lora_weights` and `fuse_lora`.
-
-    Returns:
-        The merged layers at full strength, float32: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight`
-        [out, r, ...].
-
-    Raises:
-        ConfigError: If it cannot be read, has no layer of the network, or more than LoRA layers of the network.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    network: nn.Module = getattr(pipeline, network_name)
-    with _refusing(f"--teacher_lora {path} cannot be loaded"):
-        keys = _lora_keys(path)
-    for key in keys:
-        if re.match(r"text_encoder|lora_te|te\d?[._]", key):
-            what = f"adapts a text encoder, too ({key}), which stays as it is here: leave such keys out"
-            raise ConfigError(f"--teacher_lora {path} {what}")
-        if not re.search(r"lora.*[._](A|B|down|up)(\.default)?\.weight$|alpha$", key):
-            what = f"is more than a LoRA ({key}), as a DoRA or one with biases is: merge it into the model first"
-            raise ConfigError(f"--teacher_lora {path} {what}")
-    with _refusing(f"--teacher_lora {path} cannot be loaded"):
-        pipeline.load_lora_weights(path, adapter_name="teacher")
-    layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer) and "teacher" in m.lora_A}
-    if not layers:
-        raise ConfigError(f"--teacher_lora {path}: no key of it belongs to a layer of the {network_name}")
-    merged: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        a, b = (getattr(layer, part)["teacher"].weight.detach().float().cpu() for part in ("lora_A", "lora_B"))
-        merged[f"{name}.lora_A.weight"], merged[f"{name}.lora_B.weight"] = a.clone(), b * layer.scaling["teacher"]
-    with quiet():
-        pipeline.fuse_lora(adapter_names=["teacher"])
-        pipeline.unload_lora_weights()
-    return merged
-
-
-def _lora_keys(path: str) -> list[str]:
-    """Names in a LoRA file as they are, found as pipelines find it; these leave out what they do not know."""
-    names = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
-    given = dict.fromkeys((*names, "weight_name", "user_agent"))
-    state, _ = _fetch_state_dict(path, use_safetensors=True, allow_pickle=True, **given)
-    return sorted(state)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ choice of adapter and scale that the LoRA layers apply. With gradient checkpoint
 backward, when another role may be active; the checkpoint function therefore re-enters the role of its forward.
 """
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -21,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from dmdr.errors import ConfigError
 from dmdr.protocols import Role
 from dmdr.states import load_strict
+
+MUCH_LOST = 0.25  # share of a merged adapter, in the root mean square
+logger = logging.getLogger("dmdr")
 
 Active = tuple[str | None, float]  # adapter and strength; None is the bare network
 
@@ -161,19 +165,12 @@ class LoRARoles:
         """
         if role in self.copies:
             return {name: tensor.float() for name, tensor in self.copies[role].state_dict().items()}
-        adapter = self.folded(role)
         state = {
             name.replace(".base_layer.", "."): tensor.float()
             for name, tensor in self.network.state_dict().items()
             if ".lora_" not in name
         }
-        for name, b in adapter.items():
-            module, _, end = name.partition(".lora_B.")
-            if end:
-                weight = state[f"{module}.weight"]
-                delta = b.flatten(1) @ adapter[f"{module}.lora_A.weight"].flatten(1)
-                state[f"{module}.weight"] = weight + delta.view_as(weight)
-        return state
+        return state | {name: state[name] + delta for name, delta in deltas(self.folded(role), state)}
 
     def unfold(self, role: Role, tensors: Mapping[str, Tensor], what: str) -> None:
         """Load what `folded` gave, `<module>.lora_A.weight` [r, ...] and so on; `what` names its origin in errors.
@@ -205,6 +202,44 @@ def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
         raise ConfigError(f"--lora_target_modules: a {type(network).__name__} has no {', '.join(absent)}")
 
 
+def deltas(adapter: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What an adapter adds to weights, one after the other: B A.
+
+    Args:
+        adapter: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...] at full strength, float32.
+        weights: `<module>.weight` [out, ...] of at least the adapter's modules.
+
+    Yields:
+        `<module>.weight`, and its change in float32 and the weight's shape.
+    """
+    for name, b in adapter.items():
+        module, _, end = name.partition(".lora_B.")
+        if end:
+            delta = b.flatten(1) @ adapter[f"{module}.lora_A.weight"].flatten(1)
+            yield f"{module}.weight", delta.view_as(weights[f"{module}.weight"])
+
+
+def merge(network: nn.Module, adapter: Mapping[str, Tensor], what: str) -> None:
+    """Add an adapter to a network's weights in float32, rounded once to their dtype; warn if that takes much of it.
+
+    Args:
+        network: Has the adapter's modules.
+        adapter: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...] at full strength, float32.
+        what: Where it comes from, for the warning.
+    """
+    weights = network.state_dict()
+    whole = lost = 0.0
+    for name, delta in deltas(adapter, weights):
+        exact = weights[name].float() + delta
+        weights[name].copy_(exact)
+        whole += float(delta.square().sum())
+        lost += float((weights[name].float() - exact).square().sum())
+    if lost > MUCH_LOST**2 * whole:
+        share = (lost / whole) ** 0.5
+        said = "%s: rounding its sum with the weights changes it by %.0f%% (not with --mixed_precision no)"
+        logger.warning(said, what, 100 * share)
+
+
 def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Two adapters of one network as one that adds both: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
 
@@ -233,20 +268,32 @@ def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[st
     return result
 
 
-def parted(both: Mapping[str, Tensor], second: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def parted(
+    both: Mapping[str, Tensor], second: Mapping[str, Tensor], own: Container[str], what: str
+) -> dict[str, Tensor]:
     """The first of two adapters that were `joined`.
 
     Args:
         both: What `joined` returned.
-        second: The second of the two.
-        own: The first as it is to be: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...].
+        second: The second of the two, `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...].
+        own: Names of the first.
+        what: Where `both` comes from, for the message.
+
+    Raises:
+        ConfigError: If the second is not in it.
     """
     if not second:
         return dict(both)
+    theirs = max(a.shape[0] for name, a in second.items() if ".lora_A." in name)
     result = {}
     for name, tensor in both.items():
-        if name in own or name not in second:
-            rank_dim = 0 if ".lora_A." in name else 1
-            rank = own[name].shape[rank_dim] if name in own else tensor.shape[rank_dim]
-            result[name] = tensor.narrow(rank_dim, 0, min(rank, tensor.shape[rank_dim])).contiguous()
+        rank_dim = 0 if ".lora_A." in name else 1
+        rank = tensor.shape[rank_dim] - theirs
+        if rank > 0 and (name in own or name not in second):
+            result[name] = tensor.narrow(rank_dim, 0, rank).contiguous()
+    again = joined(result, second) if result else {}
+    if again.keys() != both.keys() or not all(torch.allclose(again[name], tensor) for name, tensor in both.items()):
+        raise ConfigError(
+            f"{what} was trained without the --teacher_lora of this run: give the one of its own run, or none"
+        )
     return result

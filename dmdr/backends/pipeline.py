@@ -25,13 +25,13 @@ from dmdr.backends.loading import (
     check_there,
     load_network,
     load_pipeline,
-    merge_lora,
     on_device,
     quiet,
     read_config,
     read_weights,
 )
-from dmdr.backends.lora import LoRARoles, check_targets, joined, parted
+from dmdr.backends.lora import LoRARoles, check_targets, joined, merge, parted
+from dmdr.backends.lora_files import read_lora
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.paths import Kind, NoisePath, Prediction
@@ -168,6 +168,7 @@ class PipelineBackend:
         side = resolution // self.vae_scale
         self.latent_shape: tuple[int, ...] = (channels, side, side)
         self.resolution = resolution
+        self._teacher_lora: Mapping[str, Tensor] = {}
         own = min(self.own_call_arguments().get("max_sequence_length", 0), self.text_limit)
         self.text_length: int = options.max_sequence_length or own
         if self.text_length > self.text_limit:
@@ -274,9 +275,7 @@ class PipelineBackend:
         self.reward_vae = self._load_vae(AutoencoderTiny, Source(small)) if small else self.vae
         self.pipeline = self._pipeline(network, vae=self.vae)
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
-        self._teacher_lora: Mapping[str, Tensor] = {}
-        if options.teacher_lora:
-            self._teacher_lora = merge_lora(self.pipeline, self.network_name, options.teacher_lora)
+        merge(network, self._teacher_lora, f"--teacher_lora {options.teacher_lora}")
         network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend, self.blank)
@@ -309,12 +308,16 @@ class PipelineBackend:
         """Say where and in which precision all that is loaded will lie; loads nothing.
 
         Raises:
-            ConfigError: If --reward_vae is of other latents, or a file or variant that is named is not there.
+            ConfigError: If --reward_vae is of other latents, a file or variant that is named is not there, or
+                --teacher_lora is no LoRA of this network.
         """
         for name in ("student_weights", "teacher_lora"):
             check_there(f"--{name}", getattr(self.options, name))
         if self.reward_decoder:
             self._check_reward_vae(self.reward_decoder)
+        if self.options.teacher_lora and not self._teacher_lora:
+            shapes = load_network(self.network_class, self.source, self.network_name, torch.float32, meta=True)
+            self._teacher_lora = read_lora(self.options.teacher_lora, shapes, self.pipeline_class)
         self.accelerator, self.device = accelerator, accelerator.device
         if self.device.type != "meta":
             self._check_variant()
@@ -522,7 +525,7 @@ class PipelineBackend:
         else:
             names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}
             given = {names.get(key, key): value for key, value in load_file(directory / file).items()}
-            student = parted(given, self._teacher_lora, self.parameters("student"))
+            student = parted(given, self._teacher_lora, self.parameters("student"), str(directory / file))
             self.roles.unfold("student", student, str(directory / file))
 
 

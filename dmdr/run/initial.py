@@ -1,7 +1,10 @@
-"""What a student to start from was trained for, where the run uses it otherwise."""
+"""What a student to start from is, and was trained for, where the run uses it otherwise."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from dmdr.errors import ConfigError
 from dmdr.run.export import is_export, read_export
 from dmdr.settings.parse import read_yaml
 
@@ -28,7 +31,31 @@ def _trained_for(initial: Path) -> tuple[int | None, int | None]:
     if is_export(initial):
         about = read_export(initial)
         return len(about["grid"]) - 1, about["call"].get("height")
-    settings = initial.resolve().parents[1] / "config.yaml"
-    given = read_yaml(str(settings)) if settings.is_file() else {}
+    given = _settings_of(initial)
     times = given.get("sigmas") or given.get("timesteps")
     return len(times) if times else given.get("num_inference_steps"), given.get("resolution")
+
+
+def check_kind(initial: Path, options: Any) -> None:
+    """Refuse to start a full student from a LoRA, or a LoRA from a full student.
+
+    Args:
+        initial: Its export, or a checkpoint in its run's folder.
+        options: Of the model family.
+
+    Raises:
+        ConfigError: If it is of the other kind.
+    """
+    given = read_export(initial)["options"] if is_export(initial) else _settings_of(initial)
+    full, wanted = given.get("full_finetune"), getattr(options, "full_finetune", None)
+    both = not full and any(initial.glob("*/*.safetensors"))  # an export of a LoRA with the network that it makes
+    if None not in (full, wanted) and full != wanted and not both:
+        kinds = ("a full network", "a LoRA") if full else ("a LoRA", "a full network")
+        cure = f"--full_finetune {str(full).lower()} goes on with it"
+        raise ConfigError(f"--init_student {initial} is {kinds[0]}, and this run trains {kinds[1]}: {cure}")
+
+
+def _settings_of(checkpoint: Path) -> Mapping[str, Any]:
+    """The settings of a checkpoint's run; none where it has left its folder."""
+    file = checkpoint.resolve().parents[1] / "config.yaml"
+    return read_yaml(str(file)) if file.is_file() else {}

@@ -35,7 +35,7 @@ from dmdr.run.checkpoint import (
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
 from dmdr.run.folder import choose_folder, empty, never_trained
-from dmdr.run.initial import differences
+from dmdr.run.initial import check_kind, differences
 from dmdr.run.job import Job, assemble, own_prompts, planned
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog
@@ -91,6 +91,8 @@ def run(settings: Settings) -> Path:
     initial = find_initial(config.init_student) if config.init_student and not resume else None
     if initial and initial.resolve().is_relative_to(output.resolve()):
         raise ConfigError(f"--overwrite_output_dir would delete the --init_student {config.init_student}")
+    if initial:
+        check_kind(initial, settings.family_options())
     if resume:
         planned(settings, state.num_processes)[0].check_resumable(resume)
     with state.main_process_first():  # which builds what a named model has to build

@@ -30,6 +30,8 @@ LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+# Modules that diffusers finds in Kohya's form by SDXL's original names only.
+ORIGINAL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 ONE_STEP = 0.399  # what a one-step student is told: at 999 an eps-predictor's x0 is its error 15-fold
 KINDS: Mapping[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # What makes a noise schedule, by the names that all schedulers of this path give it.
@@ -111,11 +113,6 @@ class UNetBackend(PipelineBackend):
         """
         return LCMScheduler(**self.schedule, original_inference_steps=1000, timestep_scaling=1e4)
 
-    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
-        super().prepare(accelerator, roles=roles)
-        if any("add_embedding" in name for name in self.roles.layers):
-            raise ConfigError("--lora_target_modules: diffusers cannot load a LoRA file with layers of add_embedding")
-
     def grid(self, num_inference_steps: int) -> Tensor:
         """A straight line; told 999, 750, 500 and 250 with four steps.
 
@@ -144,6 +141,7 @@ class UNetBackend(PipelineBackend):
     def lora_key(self, name: str) -> str:
         """Kohya's form, which diffusers and ComfyUI read; ComfyUI does not know PEFT's names of a UNet's attention."""
         module, part = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        module = ORIGINAL.get(module, module)
         return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if part == 'A' else 'up'}.weight"
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:

@@ -15,10 +15,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmdr.cli.sample import draw
 from dmdr.ema import EMA
+from dmdr.errors import ConfigError
 from dmdr.protocols import with_options
 from dmdr.run.export import export
 from dmdr.run.job import assemble
@@ -186,14 +187,16 @@ def test_an_older_versions_export_is_drawn_from_as_before(folders: dict[str, Pat
 
 
 def test_stock_diffusers_loads_the_lora_in_full(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """A student trained at alpha / rank = 2, layer by layer; keys have the form that loaders look for."""
+    """A student of all layers at alpha / rank = 2, one by one; keys have the form that loaders look for."""
     family = FAMILIES[name]
-    backend = shaken(prepared(folders[name], family))
+    pipe = family.stock(folders[name])
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    layers = [module for module, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    backend = shaken(prepared(folders[name], family, lora_target_modules=layers))
     backend.export(tmp_path, FewStepSampler(backend.path, backend.grid(2), 1.0))
     file = tmp_path / "pytorch_lora_weights.safetensors"
     keys = load_file(file).keys()
     assert keys and all(re.fullmatch(family.lora_keys, key) for key in keys)
-    pipe = family.stock(folders[name])
     pipe.load_lora_weights(file)
     pipe.fuse_lora()
     merged = dict(getattr(pipe, backend.network_name).named_parameters())
@@ -204,8 +207,8 @@ def test_stock_diffusers_loads_the_lora_in_full(folders: dict[str, Path], tmp_pa
         assert theirs is not None
         torch.testing.assert_close(theirs, layer.base_layer.weight + delta, rtol=0, atol=1e-5)
         checked += bool(delta.abs().max() > 1e-3)
-    assert checked == len(keys) // 2
-    other = prepared(folders[name], family, lora_alpha=4.0)
+    assert checked == len(keys) // 2 == len(layers)
+    other = prepared(folders[name], family, lora_alpha=4.0, lora_target_modules=layers)
     other.load_export(tmp_path)
     x_t, t = states(backend)
     cond = backend.encode(family.prompts)
@@ -238,6 +241,8 @@ def test_a_teachers_lora_is_merged_and_exported_with_the_students(
         expected = backend.student(x_t, t, cond).value
         torch.testing.assert_close(again.student(x_t, t, cond).value, expected)
         torch.testing.assert_close(on_published.student(x_t, t, cond).value, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"safetensors was trained without the --teacher_lora of this run: give the"):
+        again.load_export(tmp_path / "teacher")
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from dmdr.backends.lora import LoRARoles
+from dmdr.backends.lora import LoRARoles, joined, parted
 from dmdr.errors import ConfigError
 from dmdr.protocols import Role
 from dmdr_sd3 import LORA_TARGETS
@@ -408,3 +408,22 @@ def test_targets_may_be_chosen() -> None:
     roles = make(target_modules=["to_q"], roles=("student",))
     names = [f"transformer_blocks.{block}.attn.to_q.lora_{part}.weight" for block in (0, 1) for part in "AB"]
     assert list(roles.parameters("student")) == names
+
+
+def test_two_adapters_in_one_come_apart_again() -> None:
+    """The first is what is not the second, whatever rank is expected of it; without the second there is no first."""
+
+    def adapter(rank: int, *modules: str) -> dict[str, Tensor]:
+        shapes = {"A": (rank, 3), "B": (5, rank)}
+        return {f"{m}.lora_{part}.weight": torch.randn(shape) for m in modules for part, shape in shapes.items()}
+
+    first, second = adapter(4, "a", "b"), adapter(3, "b", "c")
+    both = joined(first, second)
+    for m, deltas in {"a": [first], "b": [first, second], "c": [second]}.items():
+        expected = sum(d[f"{m}.lora_B.weight"] @ d[f"{m}.lora_A.weight"] for d in deltas)
+        torch.testing.assert_close(both[f"{m}.lora_B.weight"] @ both[f"{m}.lora_A.weight"], expected)
+    found = parted(both, second, first, "file")
+    assert found.keys() == first.keys() and all(torch.equal(found[name], tensor) for name, tensor in first.items())
+    for other in (adapter(3, "b", "c"), adapter(3, "b"), adapter(7, "b", "c")):
+        with pytest.raises(ConfigError, match="file was trained without the --teacher_lora of this run: give the one"):
+            parted(both, other, first, "file")

@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,60 +18,53 @@ from diffusers import (
     AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
 from test_families import trained
 from torch import nn
 
 import sd3
-import sdxl
 from dmdr.backends.loading import digest, on_device, read_weights
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
+from dmdr.run.checkpoint import Progress
 from dmdr.run.export import export, read_export
+from dmdr.run.run import train
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_sd3 import SD3Backend
-from dmdr_sdxl import SDXLBackend
 from family import FAMILIES, Stock
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 COMMIT = "0123abcd" * 5
-BUILDS: dict[str, Any] = {"sd3": sd3.build, "sdxl": sdxl.build}
-BACKENDS: dict[str, Any] = {"sd3": SD3Backend, "sdxl": SDXLBackend}
-PIPELINES: dict[str, Any] = {"sd3": StableDiffusion3Pipeline, "sdxl": StableDiffusionXLPipeline}
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The pipelines, built once."""
-    built = {name: tmp_path_factory.mktemp("pipelines") / name for name in BUILDS}
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 3, built once."""
+    folder = tmp_path_factory.mktemp("pipelines") / "sd3"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for name, folder in built.items():
-            BUILDS[name](folder)
-    return built
+        sd3.build(folder)
+    return folder
 
 
 @pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+def copy(model: Path, tmp_path: Path) -> Path:
     """A Stable Diffusion 3 to be changed."""
-    return Path(shutil.copytree(folders["sd3"], tmp_path / "copy"))
+    return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
-def made(folder: Path, name: str = "sd3", **options: Any) -> Any:
-    return BACKENDS[name](str(folder), BACKENDS[name].Options(**{"lora_rank": 2, "prompt_cache": "off"} | options))
+def made(folder: Path, **options: Any) -> Any:
+    return SD3Backend(str(folder), SD3Backend.Options(**{"lora_rank": 2, "prompt_cache": "off"} | options))
 
 
-def prepared(folder: Path, name: str = "sd3", precision: str = "no", **options: Any) -> Any:
-    backend = made(folder, name, **options)
+def prepared(folder: Path, precision: str = "no", **options: Any) -> Any:
+    backend = made(folder, **options)
     accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device("cpu"))
     backend.prepare(accelerator, roles=("student", "fake_score"))
     return backend
@@ -92,7 +85,7 @@ def test_another_scheduler_needs_a_shift(copy: Path) -> None:
     UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0).save_pretrained(
         copy / "scheduler"
     )
-    said = "scheduler is a UniPCMultistepScheduler, not a FlowMatchEulerDiscreteScheduler: say its timestep shift with"
+    said = "scheduler is a UniPCMultistepScheduler, not a FlowMatchEulerDiscreteScheduler: give its timestep shift with"
     assert f"{said} --shift" in refusal(copy)
     backend = made(copy, shift=3.0)
     assert backend.grid(2).tolist() == time_grid(2, 3.0).tolist()
@@ -109,101 +102,48 @@ def test_a_dynamic_shift_is_the_stock_schedulers(copy: Path, kind: str) -> None:
     torch.testing.assert_close(made(copy).grid(4).float(), stock.sigmas, rtol=0, atol=1e-6)
 
 
-def test_no_larger_than_the_position_embeddings(folders: dict[str, Path]) -> None:
-    assert made(folders["sd3"], resolution=32).latent_shape == (4, 16, 16)
-    said = refusal(folders["sd3"], resolution=36)
-    assert said == f"--resolution 36: the position embeddings of {folders['sd3']} end at 32"
+def test_no_larger_than_the_position_embeddings(model: Path) -> None:
+    assert made(model, resolution=32).latent_shape == (4, 16, 16)
+    said = refusal(model, resolution=36)
+    assert said == f"--resolution 36: the position embeddings of {model} end at 32"
 
 
 @pytest.mark.parametrize(("channels", "blocks"), [(16, 2), (4, 3)])
-def test_a_small_decoder_of_other_latents(folders: dict[str, Path], tmp_path: Path, channels: int, blocks: int) -> None:
+def test_a_small_decoder_of_other_latents(model: Path, tmp_path: Path, channels: int, blocks: int) -> None:
     tiny = {f"{part}_block_out_channels": (8,) * blocks for part in ("encoder", "decoder")}
     layers = {f"num_{part}_blocks": (1,) * blocks for part in ("encoder", "decoder")}
     AutoencoderTiny(latent_channels=channels, **tiny, **layers).save_pretrained(tmp_path)
     said = f"--reward_vae {tmp_path} decodes {channels} channels to {2 ** (blocks - 1)}-fold size; the latents of "
-    assert refusal(folders["sd3"], reward_vae=str(tmp_path)) == f"{said}{folders['sd3']} have 4, of 2-fold size"
+    assert refusal(model, reward_vae=str(tmp_path)) == f"{said}{model} have 4, of 2-fold size"
 
 
-# --- LoRA files -------------------------------------------------------------------------------------------------------
-
-
-def lora_file(folder: Path, name: str, target: Path, *, text: bool = False, **config: Any) -> Path:
-    """A LoRA file as diffusers' own scripts write it."""
-    pipe = PIPELINES[name].from_pretrained(folder)
-    part = "unet" if name == "sdxl" else "transformer"
-    network = getattr(pipe, part)
-    settings = {"r": 2, "lora_alpha": 2, "init_lora_weights": False}
-    network.add_adapter(LoraConfig(target_modules=["to_q", "to_k"], **settings, **config))
-    given = {f"{part}_lora_layers": get_peft_model_state_dict(network)}
-    if text:
-        pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"], **settings))
-        given["text_encoder_lora_layers"] = get_peft_model_state_dict(pipe.text_encoder)
-    PIPELINES[name].save_lora_weights(target, **given)
-    return target
-
-
-@pytest.mark.parametrize("name", BUILDS)
-def test_a_teachers_lora_that_is_more_than_one(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    plain = lora_file(folders[name], name, tmp_path / "plain")
-    assert prepared(folders[name], name, teacher_lora=str(plain))._teacher_lora
-    for key, config in (("lora_magnitude_vector", {"use_dora": True}), (r"lora_B\.bias", {"lora_bias": True})):
-        file = lora_file(folders[name], name, tmp_path / key[:8], **config)
-        said = refusal(folders[name], name, teacher_lora=str(file))
-        assert re.fullmatch(rf"--teacher_lora \S+ is more than a LoRA \(\S*{key}\S*\), .*merge it .* first", said)
-    text = lora_file(folders[name], name, tmp_path / "text", text=True)
-    said = refusal(folders[name], name, teacher_lora=str(text))
-    assert re.fullmatch(r"--teacher_lora \S+ adapts a text encoder, too \(text_encoder\.\S+\), .*", said)
-
-
-def test_kohyas_dora_and_text_encoders(folders: dict[str, Path], tmp_path: Path) -> None:
-    """diffusers would leave out the scales of such a file, and fall over its text encoders."""
-    network = dict(StableDiffusionXLPipeline.from_pretrained(folders["sdxl"]).unet.named_modules())
-    module = next(name for name in network if name.endswith("to_q"))
-    weight = network[module].weight
-    key = f"lora_unet_{module.replace('.', '_')}"
-    state = {
-        f"{key}.lora_down.weight": torch.randn(2, weight.shape[1]),
-        f"{key}.lora_up.weight": torch.randn(weight.shape[0], 2),
-        f"{key}.alpha": torch.tensor(1.0),
-    }
-    file = tmp_path / "kohya.safetensors"
-    save_file(state, file)
-    assert prepared(folders["sdxl"], "sdxl", teacher_lora=str(file))._teacher_lora
-    save_file(state | {f"{key}.dora_scale": torch.ones(weight.shape[0], 1)}, file)
-    assert f"is more than a LoRA ({key}.dora_scale)" in refusal(folders["sdxl"], "sdxl", teacher_lora=str(file))
-    save_file(state | {"lora_te1_text_model_encoder.lora_up.weight": torch.ones(2, 2)}, file)
-    assert "adapts a text encoder, too (lora_te1_" in refusal(folders["sdxl"], "sdxl", teacher_lora=str(file))
-
-
-def test_targets_that_are_not_there(folders: dict[str, Path]) -> None:
+def test_targets_that_are_not_there(model: Path) -> None:
     given = ("to_q", "to_kk", "transformer_blocks.0.ff.net.2", "ff.nett.2")
-    said = refusal(folders["sd3"], lora_target_modules=given)
+    said = refusal(model, lora_target_modules=given)
     assert said == "--lora_target_modules: a SD3Transformer2DModel has no to_kk, ff.nett.2"
-    assert prepared(folders["sd3"], lora_target_modules=given[::2]).parameters("student")
+    assert prepared(model, lora_target_modules=given[::2]).parameters("student")
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def half(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With weights of the variant fp16 only."""
     folder = tmp_path_factory.mktemp("variant") / "sd3"
-    StableDiffusion3Pipeline.from_pretrained(folders["sd3"], dtype=torch.float16).save_pretrained(
-        folder, variant="fp16"
-    )
+    StableDiffusion3Pipeline.from_pretrained(model, dtype=torch.float16).save_pretrained(folder, variant="fp16")
     return folder
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_component_falls_back_to_the_weights_that_it_has(
-    folders: dict[str, Path], half: Path, tmp_path: Path, variant: str | None, caplog: pytest.LogCaptureFixture
+    model: Path, half: Path, tmp_path: Path, variant: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A transformer of fp16 beside plain files of all others, as one who downloads the least has it."""
-    mixed = Path(shutil.copytree(folders["sd3"], tmp_path / "mixed"))
+    mixed = Path(shutil.copytree(model, tmp_path / "mixed"))
     shutil.rmtree(mixed / "transformer")
     shutil.copytree(half / "transformer", mixed / "transformer")
-    backend, plain = prepared(mixed, variant=variant), prepared(folders["sd3"])
+    backend, plain = prepared(mixed, variant=variant), prepared(model)
     tensors = backend.encode(PROMPTS).tensors
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in plain.encode(PROMPTS).tensors.items())
     others = [f"{mixed}/{name}" for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")]
@@ -219,9 +159,9 @@ def test_a_component_falls_back_to_the_weights_that_it_has(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in stock.transformer.state_dict().items())
 
 
-def test_a_variant_that_cannot_be_meant(folders: dict[str, Path], half: Path, tmp_path: Path) -> None:
-    said = refusal(folders["sd3"], variant="fp16")
-    assert said == f"--variant fp16: all weights of {folders['sd3']} are without one"
+def test_a_variant_that_cannot_be_meant(model: Path, half: Path, tmp_path: Path) -> None:
+    said = refusal(model, variant="fp16")
+    assert said == f"--variant fp16: all weights of {model} are without one"
     two = Path(shutil.copytree(half, tmp_path / "two"))
     weights = two / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
     shutil.copy(weights, weights.with_name("diffusion_pytorch_model.ema-00001-of-00001.safetensors"))
@@ -229,8 +169,8 @@ def test_a_variant_that_cannot_be_meant(folders: dict[str, Path], half: Path, tm
     assert refusal(two).startswith(f"{said}--variant fp16: ")
 
 
-def test_embeddings_on_disk_are_of_one_variant(folders: dict[str, Path], half: Path, tmp_path: Path) -> None:
-    both = Path(shutil.copytree(folders["sd3"], tmp_path / "both"))
+def test_embeddings_on_disk_are_of_one_variant(model: Path, half: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(model, tmp_path / "both"))
     shutil.copy(half / "text_encoder" / "model.fp16.safetensors", both / "text_encoder")
     for variant in (None, "fp16"):
         backend = made(both, variant=variant, prompt_cache=str(tmp_path / "cache"))
@@ -239,10 +179,10 @@ def test_embeddings_on_disk_are_of_one_variant(folders: dict[str, Path], half: P
         backend.text.cache.fill(PROMPTS)
 
 
-def test_a_revision_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_revision_of_the_hub(model: Path, tmp_path: Path) -> None:
     """From a cache of the hub, in a process that is offline: the branch `other` is there, and no `main`."""
     repository = tmp_path / "hub" / "models--org--name"
-    shutil.copytree(folders["sd3"], repository / "snapshots" / COMMIT)
+    shutil.copytree(model, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
     (repository / "refs" / "other").write_text(COMMIT)
     code = f"""
@@ -351,10 +291,10 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
         assert np.abs(ours - exact).mean() > 0
 
 
-def test_an_export_is_drawn_at_the_resolution_of_its_run(folders: dict[str, Path], copy: Path, tmp_path: Path) -> None:
+def test_an_export_is_drawn_at_the_resolution_of_its_run(model: Path, copy: Path, tmp_path: Path) -> None:
     """Also where the model that it is drawn with has another one of its own."""
-    backend = prepared(folders["sd3"], max_sequence_length=5)
-    about = {"base": str(folders["sd3"]), "family": None, "name": "", "prompt": "", "objectives": "", "rewards": ""}
+    backend = prepared(model, max_sequence_length=5)
+    about = {"base": str(model), "family": None, "name": "", "prompt": "", "objectives": "", "rewards": ""}
     sampler = FewStepSampler(backend.path, backend.grid(2), 1.0)
     student = export(tmp_path / "student", backend, sampler, mixed_precision="no", **about)
     file = copy / "transformer" / "config.json"
@@ -364,10 +304,35 @@ def test_an_export_is_drawn_at_the_resolution_of_its_run(folders: dict[str, Path
 
 
 @pytest.mark.parametrize(("flag", "name"), [("teacher_lora", "gone.safetensors"), ("student_weights", "a/b/c")])
-def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded(
-    folders: dict[str, Path], flag: str, name: str
-) -> None:
+def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded(model: Path, flag: str, name: str) -> None:
     options = SD3Backend.Options(full_finetune=flag == "student_weights", **{flag: name})
-    backend = SD3Backend(str(folders["sd3"]), options)
+    backend = SD3Backend(str(model), options)
     with pytest.raises(ConfigError, match=f"^--{flag} {name}: no such file or folder$"):
         backend.connect(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"))
+
+
+@pytest.mark.parametrize(
+    ("full", "said"), [(True, "a full network, and this run trains a LoRA"), (False, "a LoRA, and")]
+)
+@pytest.mark.parametrize("place", ["student", "checkpoints/step-000003", ""])
+def test_a_student_of_the_other_kind_is_refused_before_anything_is_loaded(
+    copy: Path, tmp_path: Path, place: str, full: bool, said: str
+) -> None:
+    for file in copy.rglob("*.safetensors"):
+        file.unlink()
+    run = tmp_path / "run"
+    for folder in ("student", "checkpoints/step-000003"):
+        (run / folder).mkdir(parents=True)
+    (run / "config.yaml").write_text(f"full_finetune: {str(full).lower()}")
+    (run / "student" / "sampling.json").write_text(json.dumps({"options": {"full_finetune": full}}))
+    (run / "checkpoints" / "step-000003" / "progress.json").write_text(json.dumps(asdict(Progress(1, 3, 3, 3))))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = {"prompts": str(tmp_path / "prompts.txt"), "rl": "none", "reward": "none", "report_to": "none"}
+    with pytest.raises(ConfigError) as error:
+        train(
+            model=str(copy), init_student=str(run / place), full_finetune=not full, output_dir=str(tmp_path / "next"),
+            **settings,
+        )  # fmt: skip
+    start = run / (place or "checkpoints/step-000003")
+    assert str(error.value).startswith(f"--init_student {start} is {said}")
+    assert str(error.value).endswith(f": --full_finetune {str(full).lower()} goes on with it")

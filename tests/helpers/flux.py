@@ -8,9 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 import parts
 
 
-def build(folder: Path, *, distilled: bool) -> None:
-    clip, t5 = parts.clip_tokenizer(), parts.t5_tokenizer()
-    transformer = FluxTransformer2DModel(
+def transformer(distilled: bool = True) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
         in_channels=16,  # 2 x 2 pixels of 4 channels
         num_layers=1,
         num_single_layers=1,
@@ -21,8 +20,12 @@ def build(folder: Path, *, distilled: bool) -> None:
         guidance_embeds=distilled,
         axes_dims_rope=(4, 6, 6),
     )
+
+
+def build(folder: Path, *, distilled: bool) -> None:
+    clip, t5 = parts.clip_tokenizer(), parts.t5_tokenizer()
     FluxPipeline(
-        transformer=transformer,
+        transformer=transformer(distilled),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled),
         vae=parts.vae(scaling_factor=1.5, shift_factor=0.06),
         text_encoder=parts.clip_text_encoder(clip, projected=False),

@@ -8,18 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 import parts
 
 
-def build(folder: Path, **absent: None) -> None:
-    """Save it; `text_encoder_3=None, tokenizer_3=None` leaves T5 out."""
-    clip, t5 = parts.clip_tokenizer(), parts.t5_tokenizer()
-    text: dict[str, Any] = {
-        "text_encoder": parts.clip_text_encoder(clip),
-        "tokenizer": clip,
-        "text_encoder_2": parts.clip_text_encoder(clip),
-        "tokenizer_2": clip,
-        "text_encoder_3": parts.t5_text_encoder(t5, 64),
-        "tokenizer_3": t5,
-    }
-    transformer = SD3Transformer2DModel(
+def transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -32,8 +22,21 @@ def build(folder: Path, **absent: None) -> None:
         out_channels=4,
         pos_embed_max_size=8,
     )
+
+
+def build(folder: Path, **absent: None) -> None:
+    """Save it; `text_encoder_3=None, tokenizer_3=None` leaves T5 out."""
+    clip, t5 = parts.clip_tokenizer(), parts.t5_tokenizer()
+    text: dict[str, Any] = {
+        "text_encoder": parts.clip_text_encoder(clip),
+        "tokenizer": clip,
+        "text_encoder_2": parts.clip_text_encoder(clip),
+        "tokenizer_2": clip,
+        "text_encoder_3": parts.t5_text_encoder(t5, 64),
+        "tokenizer_3": t5,
+    }
     StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=parts.vae(scaling_factor=1.5, shift_factor=0.06),
         **(text | absent),

@@ -25,6 +25,24 @@ def tokenizer() -> Any:
     return made
 
 
+def transformer() -> ZImageTransformer2DModel:
+    made = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=parts.WIDTH,
+        axes_dims=(4, 6, 6),
+        axes_lens=(96, 16, 16),
+    )
+    with torch.no_grad():  # a trained network's are not zero
+        for token in (made.x_pad_token, made.cap_pad_token):
+            token.normal_()
+    return made
+
+
 def build(folder: Path) -> None:
     words = tokenizer()
     text = Qwen3Config(
@@ -37,22 +55,8 @@ def build(folder: Path) -> None:
         head_dim=16,
         max_position_embeddings=64,
     )
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=parts.WIDTH,
-        axes_dims=(4, 6, 6),
-        axes_lens=(96, 16, 16),
-    )
-    with torch.no_grad():  # a trained network's are not zero
-        for token in (transformer.x_pad_token, transformer.cap_pad_token):
-            token.normal_()
     ZImagePipeline(
-        transformer=transformer,
+        transformer=transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=parts.vae(scaling_factor=1.5, shift_factor=0.06),
         text_encoder=parts.told_apart(Qwen3Model(text)),
