@@ -18,7 +18,7 @@ from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
 from dmdr.training.scorer import RolloutScorer
-from dmdr.types import Direction, Draw, Rollout
+from dmdr.types import Direction, Draw, Rollout, Term, checked
 
 
 @dataclass
@@ -184,7 +184,7 @@ class Trainer:
         metrics = []
         total = torch.zeros((), dtype=torch.float64, device=draw.x0.device)
         for part in draw.split(self.micro_batch_size):
-            term = self.matching.fake_loss(part, self.backend.fake_score, ctx)
+            term = self.fake_term(part, ctx)
             loss = term.loss.sum() / len(draw)
             ctx.backward(loss)
             total += loss.detach().double()
@@ -197,6 +197,21 @@ class Trainer:
             if not ctx.gather(draw.mask.new_tensor([learner.reached])).any():
                 raise TrainingError(f"{learner.owner}: its learner '{learner.name}' got no gradient from fake_loss")
         self.update(self.fake_learners, ctx)
+
+    def fake_term(self, part: Draw, ctx: StepContext) -> Term:
+        """The matching's loss of the fake score on a micro-batch.
+
+        Raises:
+            TrainingError: If it is not one loss per sample, or says what only an objective can.
+        """
+        try:
+            term = checked(self.matching.fake_loss(part, self.backend.fake_score, ctx), len(part))
+        except TrainingError as error:
+            raise TrainingError(f"the matching's fake_loss: {error}") from error
+        for name in ("valid", "grad", "trains"):
+            if getattr(term, name) is not None:
+                raise TrainingError(f"the matching's fake_loss: Term.{name} is for objectives; leave it out")
+        return term
 
     @torch.no_grad()
     def answer_again(self, draw: Draw, ctx: StepContext) -> Draw:

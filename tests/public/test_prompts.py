@@ -349,7 +349,11 @@ def test_the_start_of_a_streamed_table_says_what_is_a_number(tmp_path: Path, mon
         ("a.csv.gz", b"prompt,x\na,1\n", "cannot be read: Not a gzipped file"),
         ("a.txt.bz2", bz2.compress(b"a\nb\n")[:20], "cannot be read: Compressed file ended before"),
         ("a.arrow", b"nothing of the kind", "cannot be read: "),
-        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "says no format that is read here: expected .txt, .jsonl, .ndjson, "),
+        (
+            "a.parquet.gz",
+            gzip.compress(b"PAR1", mtime=0),
+            "says no format that is read here: expected .txt, .jsonl, .ndjson, ",
+        ),
         ("prompts.xlsx", b"a\n", "(each also with .gz, .bz2, .xz behind it), .parquet or .arrow"),
         ("prompts", b"a\n", "prompts says no format that is read here: expected .txt, "),
         ("a.csv", b"text,x\na,1\n", "has no column 'prompt'; name that of the prompts with --prompt_column: text, x"),

@@ -153,6 +153,23 @@ def test_fake_score_learns_several_times_a_step_each_time_from_new_prompts(updat
     assert running.prompts.consumed == updates
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"valid": torch.ones(8, dtype=torch.bool)}, "Term.valid is for objectives; leave it out"),
+        ({"trains": "head"}, "Term.trains is for objectives; leave it out"),
+        ({"loss": torch.zeros(3)}, r"Term.loss must be one loss per sample, \[8\]"),
+    ],
+)
+def test_a_fake_loss_of_another_form_stops_the_run(more: dict[str, Any], said: str) -> None:
+    class Odd(DMD):
+        def fake_loss(self, *args: Any) -> Term:
+            return replace(super().fake_loss(*args), **more)
+
+    with pytest.raises(TrainingError, match=f"the matching's fake_loss: {said}"):
+        trainer(matching=Odd()).train_step()
+
+
 def test_only_student_and_fake_score_move() -> None:
     backend = prepared(roles=("student", "fake_score", "reference"))
     running = trainer(backend, optimize=adam, objectives=[ReFL()], rewards=Redness(), guidance=(2.0, 3.0))
