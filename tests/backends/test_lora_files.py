@@ -7,6 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from diffusers import (
 )
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import logging
+from hypothesis import given, settings
+from hypothesis.strategies import randoms
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -86,13 +89,8 @@ def factors(weight: Tensor, rank: int = 2, seed: int = 0) -> tuple[Tensor, Tenso
 
 def changed(path: Path, name: str) -> dict[str, Tensor]:
     """The modules that a file changes, with their new weights."""
-    return added(path, network(name), NETWORKS[name][1])
-
-
-def added(path: Path, net: Any, pipeline: Any) -> dict[str, Tensor]:
-    """The modules of a network that a file changes, with their new weights."""
-    own = net.state_dict()
-    adapter = read_lora(str(path), net, pipeline)
+    own = network(name).state_dict()
+    adapter = read_lora(str(path), network(name), NETWORKS[name][1])
     return {key.removesuffix(".weight"): own[key] + delta for key, delta in deltas(adapter, own)}
 
 
@@ -148,10 +146,11 @@ def written(draw: random.Random, folder: Path, name: str) -> tuple[Path, dict[st
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_file_acts_in_full_or_is_refused(name: str, tmp_path: Path) -> None:
-    for seed in range(20):
-        draw, folder = random.Random(f"{name} {seed}"), tmp_path / str(seed)
-        folder.mkdir()
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(draw=randoms(use_true_random=False))
+def test_a_file_acts_in_full_or_is_refused(name: str, draw: random.Random) -> None:
+    with TemporaryDirectory() as place:
+        folder = Path(place)
         file, expected, keys = written(draw, folder, name)
         found = changed(file, name)
         assert found.keys() == expected.keys()
@@ -228,8 +227,7 @@ def test_a_header_that_leaves_the_strength_open(keys: Any, header: dict[str, str
 @pytest.mark.parametrize("whole", [True, False])
 def test_settings_that_diffusers_writes(whole: bool, tmp_path: Path) -> None:
     """Of a pipeline, or of the network alone; with another rank and alpha in some layers."""
-    plain = sd3.transformer()
-    net = deepcopy(plain)
+    net = deepcopy(network("sd3"))
     config = LoraConfig(
         r=4, lora_alpha=2, target_modules=["to_q", "to_k"], rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 6},
         use_rslora=True, init_lora_weights=False,
@@ -241,7 +239,7 @@ def test_settings_that_diffusers_writes(whole: bool, tmp_path: Path) -> None:
         )
     else:
         net.save_lora_adapter(tmp_path, "default")
-    found = added(tmp_path, plain, StableDiffusion3Pipeline)
+    found = changed(tmp_path, "sd3")
     net.fuse_lora()
     assert len(found) == 4
     for module, weight in found.items():

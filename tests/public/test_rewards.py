@@ -682,7 +682,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]
 def test_a_published_checkpoint_without_a_connection(silent_hub: str, name: str) -> None:
     """Refused at once, by the file and the flag that can name another one."""
     reward, checkpoint = PUBLISHED[name]
-    rewards = Rewards({name: (1.0, reward)}, {name: Chosen("eval_rewards", name, 1.0, type(reward)).key})
+    rewards = Rewards({name: (1.0, reward)}, {name: Chosen("eval_rewards", name, name, 1.0, type(reward)).key})
     start = time.monotonic()
     with pytest.raises(ConfigError) as error:
         rewards.prepare(CPU, torch.float32)
