@@ -33,6 +33,7 @@ def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
         ConfigError: Names settings that were typed, and says why they are not read.
     """
     seen = {name for name in TOPICS if getattr(config, name) in OFF}
+    seen |= {plugin.key(name) for plugin in plugins for name, value in plugin.options.items() if value == "none"}
     for holds, names, why in _unread(config, plugins):
         found = {name for word in names.split() for name in _named_by(word, plugins)} - seen if holds else set()
         if typed := found & told.typed:
@@ -71,7 +72,6 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (not rewarded and not c.num_eval_samples, "reward rewards", "without RL, sample weights and evaluation"),
         (roles and not rewarded, "reward_vae", "without a reward that is trained on"),
         (roles.get("full_finetune"), "lora_rank lora_alpha", "with --full_finetune"),
-        (roles and c.init_student, "student_weights", "with --init_student, which replaces them"),
         # Stages
         (not c.stage1_steps, STAGE1, "with --stage1_steps 0"),
         (c.init_student, f"stage1_steps {STAGE1}", "with --init_student, which skips stage 1"),

@@ -77,7 +77,6 @@ FAMILY: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"reward_vae": "x"}, "without a reward that is trained on"),
     ({"full_finetune": True}, {"lora_rank": 3}, "with --full_finetune"),
     ({"full_finetune": True}, {"lora_alpha": 3.0}, "with --full_finetune"),
-    (ALONE | {"full_finetune": True}, {"student_weights": "x"}, "with --init_student, which replaces them"),
 ]
 WITH_MODEL = [("toy", *case) for case in CASES] + [("sd3", *case) for case in FAMILY]
 each_case = pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_every_setting_has_been_thought_of() -> None:
     assert fields - rows == set(ALWAYS.split()) - {"stage2_learning_rate"}
     assert rows - fields == {
         *("objectives", "matchings", "rewards", "eval_rewards", "sample_weights"),
-        *("reward_vae", "lora_rank", "lora_alpha", "student_weights"),
+        *("reward_vae", "lora_rank", "lora_alpha"),
     }
 
 
@@ -179,6 +178,10 @@ def test_every_setting_has_been_thought_of() -> None:
 def test_what_is_read_or_agrees_is_accepted(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     parse(settings={"model": "toy"} | settings)
     assert not caplog.records
+
+
+def test_a_plugin_may_be_told_to_do_without() -> None:
+    assert parse(settings={"model": "sd3", "reward_vae": "none"}).family.options["reward_vae"] == "none"
 
 
 def test_of_a_recipe_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
