@@ -156,6 +156,7 @@ def test_published_models_have_their_published_size(cls: Any, config: Mapping[st
 
 def settings_of(given: Mapping[str, Any], tmp_path: Path) -> dict[str, Any]:
     few = {"num_inference_steps": 2, "lora_rank": 4, "lora_alpha": 8.0, "fake_lora_rank": 2, "fake_updates": 1}
+    few |= {"mixed_precision": "no"}  # as on the CPU that the estimate is compared with
     where = {"output_dir": str(tmp_path / "run"), "report_to": "none"}
     if "sit" not in Path(str(given.get("model"))).name:  # which has no texts
         where["prompt_cache"] = str(tmp_path / "prompts")
@@ -195,7 +196,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     for learner in trainer.learners.values():
         for group in learner.optimizer.param_groups:
             group["foreach"] = True  # as on CUDA
-    trainer.train_step()
+    trainer.train_step(compare=True)
     gc.collect()
 
     static = {name: size for name, size in found.phases[phase].items() if name not in ("gradients", "activations")}
@@ -206,7 +207,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
         assert static["average of the student"] == student
     else:
         assert static["student, LoRA"] == student and static["fake score, LoRA"] == fake
-    allocated = highest(trainer.train_step)
+    allocated = highest(lambda: trainer.train_step(compare=True))  # as in a step that is logged
     assert sum(found.phases[phase].values()) - sum(static.values()) == pytest.approx(allocated, rel=0.02)
 
 
@@ -500,12 +501,13 @@ def test_the_toy_is_built_too() -> None:
         estimate(parse(settings={"model": "toy", "dry_run": True}))
 
 
-def test_a_configuration_that_lacks_a_value_is_refused_in_a_line(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Which the network can do without, and the shapes of its embeddings cannot."""
+def test_a_configuration_that_cannot_run_is_refused_in_a_line(folders: dict[str, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folders["sd3"], tmp_path / "model"))
     file = copy / "transformer" / "config.json"
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "pooled_projection_dim"}))
-    with pytest.raises(ConfigError, match="--dry_run cannot run these settings without weights: KeyError") as refused:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"caption_projection_dim": 7}))
+    with pytest.raises(
+        ConfigError, match="--dry_run cannot run these settings without weights: RuntimeError"
+    ) as refused:
         dry({"model": str(copy)}, tmp_path)
     assert "\n" not in str(refused.value)
 
