@@ -34,7 +34,7 @@ TOY: dict[str, tuple[int, dict[str, Any]]] = {
     "decoupled": (19, {"rl": "none", "matching": "decoupled", "guidance_scale": 3.0}),
     "ac_dmd": (21, {"rl": "none", "matching": "ac_dmd", "guidance_scale": 3.0}),
     "refl": (16, {"rl": "refl"}),
-    "refl, grad_norm": (16, {"rl": "refl", "balance": "grad_norm"}),
+    "refl, grad_norm": (19, {"rl": "refl", "rl_balance": "grad_norm"}),
     "grpo": (37, {"rl": "grpo", "grpo_beta": 0.1, "num_iterations": 2}),
     "dpo": (24, {"rl": "dpo"}),
     "srpo": (21, {"rl": "srpo"} | SRPO),
@@ -88,10 +88,11 @@ def test_model_families(name: str, tmp_path: Path) -> None:
     family, (budget, settings) = FAMILIES[name], FAMILY[name]
     family.build(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(family.prompts))
-    given = {"model": str(tmp_path / "model"), "prompts": str(tmp_path / "prompts.txt"), "rl": "refl", "lora_rank": 4}
+    given = {"model": str(tmp_path / "model"), "prompts": str(tmp_path / "prompts.txt"), "rl": "refl"}
     cache = {} if name == "sit" else {"prompt_cache": str(tmp_path / "cache")}
+    rank = {} if "full_finetune" in settings else {"lora_rank": 4}
     guided = {"guidance_scale": family.guidance, "per_device_train_batch_size": 2}
-    within(budget, waits_of_a_step(**given, **cache, **guided, **family.settings, **settings))
+    within(budget, waits_of_a_step(**given, **cache, **rank, **guided, **family.settings, **settings))
 
 
 def test_the_device_refuses_and_counts() -> None:
