@@ -105,10 +105,10 @@ def interrupt(patch: pytest.MonkeyPatch, total: int) -> None:
     """Ctrl-C during the `total`-th student update of the run."""
     step = Trainer.train_step
 
-    def stepped(self: Trainer) -> dict[str, float]:
+    def stepped(self: Trainer, **how: Any) -> dict[str, float]:
         if self.first_step + self.step + 1 == total:
             signal.raise_signal(signal.SIGINT)
-        return step(self)
+        return step(self, **how)
 
     patch.setattr(Trainer, "train_step", stepped)
 

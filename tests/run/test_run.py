@@ -158,10 +158,10 @@ def interrupt(patch: pytest.MonkeyPatch, total: int, number: signal.Signals) -> 
     """A signal during the `total`-th student update of the run."""
     step = Trainer.train_step
 
-    def stepped(self: Trainer) -> dict[str, float]:
+    def stepped(self: Trainer, **how: Any) -> dict[str, float]:
         if self.first_step + self.step + 1 == total:
             signal.raise_signal(number)
-        return step(self)
+        return step(self, **how)
 
     patch.setattr(Trainer, "train_step", stepped)
 
@@ -543,7 +543,7 @@ def test_the_first_student_is_not_needed_to_resume(
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stuck(self: Trainer) -> dict[str, float]:
+    def stuck(self: Trainer, **how: Any) -> dict[str, float]:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still here")
@@ -687,10 +687,10 @@ def test_a_failure_does_not_spoil_the_checkpoint_before_it(
 def test_a_bug_keeps_its_traceback_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.train_step
 
-    def broken(self: Trainer) -> dict[str, float]:
+    def broken(self: Trainer, **how: Any) -> dict[str, float]:
         if self.step:
             raise ZeroDivisionError
-        return step(self)
+        return step(self, **how)
 
     monkeypatch.setattr(Trainer, "train_step", broken)
     flags = [f"--{name}={value}" for name, value in FAST.items()]
@@ -703,7 +703,7 @@ def test_a_bug_keeps_its_traceback_and_saves(tmp_path: Path, monkeypatch: pytest
 def test_a_run_that_never_trained_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(self: Trainer) -> dict[str, float]:
+    def broken(self: Trainer, **how: Any) -> dict[str, float]:
         raise ZeroDivisionError
 
     folder = tmp_path / "run"
