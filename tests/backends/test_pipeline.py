@@ -324,7 +324,9 @@ def test_a_student_of_the_other_kind_is_refused_before_anything_is_loaded(
     for folder in ("student", "checkpoints/step-000003"):
         (run / folder).mkdir(parents=True)
     (run / "config.yaml").write_text(f"full_finetune: {str(full).lower()}")
-    (run / "student" / "sampling.json").write_text(json.dumps({"options": {"full_finetune": full}}))
+    about = {"base_model": "", "backend": None, "sample_eta": 1.0, "grid": [1.0, 0.0], "mixed_precision": "no"}
+    about |= {"call": {}, "options": {"full_finetune": full}}
+    (run / "student" / "sampling.json").write_text(json.dumps(about))
     (run / "checkpoints" / "step-000003" / "progress.json").write_text(json.dumps(asdict(Progress(1, 3, 3, 3))))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = {"prompts": str(tmp_path / "prompts.txt"), "rl": "none", "reward": "none", "report_to": "none"}

@@ -1,8 +1,5 @@
 """Precision of the networks and of the rewards: what is chosen where nothing is said."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +43,14 @@ def test_the_flag_then_the_launcher_then_the_device(
     assert chosen_precision(given, gpu=gpu) == chosen
 
 
-def test_accelerate_launch_says_the_precision(tmp_path: Path) -> None:
-    """It is shown, and written to the export."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
-    command += ["--mixed_precision", "bf16", "-m", "dmdr.cli.train", "--output_dir", str(tmp_path / "run")]
-    command += [f"--{name}={value}" for name, value in RUN.items()]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "precision: bf16" in done.stderr
-    assert '"mixed_precision": "bf16"' in (tmp_path / "run" / "student" / "sampling.json").read_text()
+def test_accelerate_launch_says_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_report: None
+) -> None:
+    """By the variable that it sets. The precision is shown, and written to the export."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    folder = train(**RUN, output_dir=str(tmp_path / "run"))
+    assert "precision: bf16" in caplog.messages
+    assert '"mixed_precision": "bf16"' in (folder / "student" / "sampling.json").read_text()
 
 
 @pytest.mark.parametrize(("flag", "dtype"), [({}, torch.float32), ({"reward_dtype": "bf16"}, torch.bfloat16)])
