@@ -43,13 +43,11 @@ def test_the_flag_then_the_launcher_then_the_device(
     assert chosen_precision(given, gpu=gpu) == chosen
 
 
-def test_accelerate_launch_says_the_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_report: None
-) -> None:
+def test_accelerate_launch_says_the_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
     """By the variable that it sets. The precision is shown, and written to the export."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     folder = train(**RUN, output_dir=str(tmp_path / "run"))
-    assert "precision: bf16" in caplog.messages
+    assert '"precision": "bf16"' in (folder / "overview.json").read_text()
     assert '"mixed_precision": "bf16"' in (folder / "student" / "sampling.json").read_text()
 
 
