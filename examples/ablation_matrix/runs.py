@@ -22,7 +22,7 @@ from .metrics import short
 
 # What a stage 1 does without, so that cells which differ in nothing else share it; it distils with a dmd_weight of 1.
 STAGE2 = (
-    *("rl", "rl_weight", "rl_weight_schedule", "rl_warmup_steps", "dmd_weight"),
+    *("rl", "rl_weight", "rl_balance", "rl_weight_schedule", "rl_warmup_steps", "dmd_weight"),
     *("stage2_steps", "stage2_learning_rate", "stage2_fake_learning_rate"),
 )
 # What a folder is named after; a digest tells of the rest.
