@@ -63,7 +63,7 @@ def teach(teacher: GuidedDenoiser, renoised: Renoised, draw: Draw, ctx: Context)
     c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
     if ctx.guidance == (1.0, 1.0):
         return c, torch.zeros_like(c)
-    other = ctx.backend.other_guidance if isinstance(ctx.backend, GuidanceInput) else 0.0
+    other = ctx.backend.other_guidance() if isinstance(ctx.backend, GuidanceInput) else 0.0
     towards = (c - teacher(x_t, t, cond, guidance=other, fake_mix=ctx.fake_mix).x0) / (1 - other)
     w = expand(ctx.random.uniform("guidance", draw.sample, *ctx.guidance), c).to(c.dtype)
     return c, -(w - 1) * towards

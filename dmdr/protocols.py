@@ -556,13 +556,10 @@ class TeacherGrid(Protocol):
 
 @runtime_checkable
 class GuidanceInput(Protocol):
-    """A family whose teacher is told its guidance, so that the unconditional answer is not the cheap one.
+    """A family whose teacher is told its guidance, so that the unconditional answer is not the cheap one."""
 
-    Attributes:
-        other_guidance: The scale beside 1 at which the teacher answers in a single pass; 1 where there is none.
-    """
-
-    other_guidance: float
+    def other_guidance(self) -> float:
+        """The scale beside 1 at which the teacher answers in a single pass."""
 
 
 @runtime_checkable

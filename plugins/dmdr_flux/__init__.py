@@ -60,7 +60,6 @@ class FluxBackend(FlowBackend):
         if self.distilled and options.zero_empty_prompt is not None:
             raise ConfigError(f"--zero_empty_prompt: {folder} takes guidance as an input and reads no empty prompt")
 
-    @property
     def other_guidance(self) -> float:
         """The user's scale, beside which F(1) is the only other pass that the direction of guidance takes."""
         return self.options.guidance_scale if self.distilled and self.options.guidance_scale != 1 else 0.0
