@@ -24,6 +24,7 @@ from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 import sd3
 from dmdr.backends import prompt_encoder
@@ -277,6 +278,16 @@ def right(folder: Path, cache: Path, prompts: Sequence[str]) -> None:
             torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
 
 
+def write(backend: Any, prompts: Sequence[str]) -> None:
+    """Fill a cache in a process of its own.
+
+    tqdm's lock is shared with forked processes: one that is killed while it holds it would stop every later progress
+    bar of all others.
+    """
+    tqdm.set_lock(threading.RLock())
+    backend.cache_prompts(ALONE, prompts)
+
+
 def test_writers_that_are_killed_leave_a_usable_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +301,7 @@ def test_writers_that_are_killed_leave_a_usable_cache(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: time.sleep(0.05))  # of a slow disk: half of the deaths meet a write
         for _ in range(10):
-            writer = FORK.Process(target=backend.cache_prompts, args=(ALONE, MANY))
+            writer = FORK.Process(target=write, args=(backend, MANY))
             before, since = files(), time.monotonic()
             writer.start()
             while files() == before and time.monotonic() - since < 60:
@@ -311,7 +322,7 @@ def test_two_that_fill_one_folder(folder: Path, tmp_path: Path) -> None:
     prompts = MANY[:500]
     backend = prepared(folder, tmp_path)
     backend.text.pipeline()
-    writers = [FORK.Process(target=backend.cache_prompts, args=(ALONE, order)) for order in (prompts, prompts[::-1])]
+    writers = [FORK.Process(target=write, args=(backend, order)) for order in (prompts, prompts[::-1])]
     for writer in writers:
         writer.start()
     for writer in writers:
