@@ -8,7 +8,7 @@ class ConfigError(ValueError):
 
 
 class MissingFile(ConfigError):
-    """A file that an option names, or has by default, is not to be had.
+    """A file that an option names, or has by default, cannot be found or fetched.
 
     Attributes:
         what: Which file, and why.

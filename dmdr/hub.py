@@ -1,14 +1,17 @@
-"""The Hugging Face hub. Without a connection its library tries again for half a minute for each file; here it is asked
-once whether it is there.
+"""The Hugging Face hub.
+
+Without a connection, its library tries for half a minute to get each file. Here the hub is asked once whether it
+answers; if it does not, only its cache on this machine is read.
 """
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from dmdr.errors import one_line
 
-SECONDS = 3.0  # after which a hub that has not answered is taken for out of reach
+SECONDS = 3.0  # a hub that does not answer within this time is out of reach
 OFFLINE = "HF_HUB_OFFLINE is set"
 
 
@@ -18,7 +21,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def unreachable() -> str:
-    """Why no more of the hub is to be had than its cache on this machine, in one line; empty if it answers."""
+    """Why only the cache can be read, in one line; empty if the hub answers."""
     from huggingface_hub import constants
 
     return OFFLINE if constants.HF_HUB_OFFLINE else _silence()
@@ -34,6 +37,17 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(repository, file, revision=revision, local_files_only=bool(unreachable())))
+
+
+@cache
+def files(repository: str, revision: str | None = None) -> Sequence[str]:
+    """Paths of a repository's files, or of those in the cache; raises what `huggingface_hub` does."""
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    if not unreachable():
+        return list_repo_files(repository, revision=revision)
+    folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    return [str(file.relative_to(folder)) for file in folder.rglob("*")]
 
 
 @cache

@@ -20,13 +20,8 @@ from dmdr.randomness import Random
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
-COUNTS = {
-    "group_size": 1,
-    "batch_size": 1,
-    "updates_per_rollout": 1,
-    "student_steps": 1,
-    "stochastic_steps": 0,
-}  # of Needs, at least
+# Counts in `Needs`, with the least value of each.
+COUNTS = {"group_size": 1, "batch_size": 1, "updates_per_rollout": 1, "student_steps": 1, "stochastic_steps": 0}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that load_lora_weights looks for
 
 

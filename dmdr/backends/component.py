@@ -1,4 +1,4 @@
-"""The configuration of a component as its class takes it; what cannot be meant is refused by file and name."""
+"""The configuration of a component. It has the defaults of its class; an invalid value is refused by file and name."""
 
 import inspect
 import json

@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from dmdr import hub
 from dmdr.errors import ConfigError, one_line
-from dmdr.hub import cached_only, fetch, is_hub_id, unreachable
 from dmdr.states import refuse_misfits
 
 # Weights files as diffusers and transformers name them: `model.safetensors`, `model.fp16-00001-of-00002.safetensors`.
@@ -69,7 +68,7 @@ class Source:
     def files(self, subfolder: str = "") -> dict[str, Any]:
         """Arguments of `from_pretrained` and `load_config` that say which files are meant."""
         meant = {name: value for name, value in (("subfolder", subfolder), ("revision", self.revision)) if value}
-        return meant if Path(self.folder).is_dir() else meant | cached_only()
+        return meant if Path(self.folder).is_dir() else meant | hub.cached_only()
 
     def weights(self, subfolder: str = "") -> dict[str, Any]:
         """The same of what has weights; logs which are taken where it has none of the variant that was asked for."""
@@ -90,12 +89,15 @@ class Source:
         return next(iter(there)) if self.variant is None and len(there) == 1 else self.variant
 
     def variants(self, subfolder: str) -> set[str | None]:
-        """The variants that a component has weights of, None for those without; empty where nobody can tell."""
+        """The variants that a component has weights of, None for those without; empty where this is not known."""
         folder = Path(self.folder)
         if folder.is_dir():
             files = [file.name for file in (folder / subfolder).glob("*")]
         else:
-            paths = map(Path, _hub_files(self.folder, self.revision))
+            try:
+                paths = [Path(path) for path in hub.files(self.folder, self.revision)]
+            except Exception:  # there is no such repository, or it is not in the cache; whoever loads it says so
+                paths = []
             files = [path.name for path in paths if path.parent == Path(subfolder)]
         return {match[1] for match in map(WEIGHTS.fullmatch, files) if match}
 
@@ -105,20 +107,6 @@ class Source:
         if self.taken(subfolder) in there or not there:
             return ""
         return f"; its weights ask for {' or '.join(f'--variant {variant}' for variant in sorted(map(str, there)))}"
-
-
-@lru_cache
-def _hub_files(repository: str, revision: str | None) -> Sequence[str]:
-    """The files of a hub id, or those of them that are in the hub's cache where it cannot be asked."""
-    from huggingface_hub import list_repo_files, snapshot_download
-
-    try:
-        if not unreachable():
-            return list_repo_files(repository, revision=revision)
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        return [str(file.relative_to(folder)) for file in folder.rglob("*")]
-    except Exception:  # there is no such repository, or it is not in the cache; whoever loads it says so
-        return ()
 
 
 @contextmanager
@@ -224,7 +212,7 @@ def identity(source: Source, components: Iterable[str]) -> object:
     if folder.is_dir():
         files = sorted(file for name in components for file in (folder / name).rglob("*") if file.is_file())
         return [(str(file.relative_to(folder)), digest(file)) for file in files]
-    return fetch(source.folder, "model_index.json", source.revision).parent.name
+    return hub.fetch(source.folder, "model_index.json", source.revision).parent.name
 
 
 def digest(file: Path) -> str:
@@ -261,7 +249,7 @@ def check_there(flag: str, path: str | None) -> None:
     """
     if path is None or Path(path).expanduser().exists():
         return
-    if Path(path).suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or not is_hub_id(path):
+    if Path(path).suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or not hub.is_hub_id(path):
         raise ConfigError(f"{flag} {path}: no such file or folder")
 
 

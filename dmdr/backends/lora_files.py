@@ -22,12 +22,12 @@ from typing import Any, NoReturn
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download, list_repo_files
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dmdr import hub
 from dmdr.backends.loading import quiet, read_weights, refusing
 from dmdr.errors import ConfigError, one_line
 from dmdr.protocols import LORA_FILE
@@ -294,7 +294,7 @@ def _weights_file(path: str) -> Path:
     if given.is_file():
         return given
     with refusing(f"--teacher_lora {path} cannot be loaded"):
-        names = [file.name for file in given.iterdir()] if given.is_dir() else list_repo_files(path)
+        names = [file.name for file in given.iterdir()] if given.is_dir() else hub.files(path)
     known = [name for name in names if name in (LORA_FILE, PEFT_FILE)]
     safe, pickled = (
         [n for n in names if n.endswith(ends) and "/" not in n] for ends in (".safetensors", (".bin", ".pt"))
@@ -307,5 +307,5 @@ def _weights_file(path: str) -> Path:
         return given / found[0]
     with refusing(f"--teacher_lora {path} cannot be loaded"):
         if PEFT_CONFIG in names:
-            hf_hub_download(path, PEFT_CONFIG)
-        return Path(hf_hub_download(path, found[0]))
+            hub.fetch(path, PEFT_CONFIG)
+        return hub.fetch(path, found[0])

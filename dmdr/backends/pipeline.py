@@ -13,27 +13,26 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmdr.backends.component import check_latent_scaling, latent_statistics, read_component
 from dmdr.backends.images import to_unit_range
+from dmdr.backends.kernels import compile_blocks, set_attention_backend
 from dmdr.backends.loading import (
     Source,
     check_there,
     load_network,
     load_pipeline,
     on_device,
-    quiet,
     read_config,
     read_weights,
 )
 from dmdr.backends.lora import LoRARoles, check_targets, joined, merge, parted
 from dmdr.backends.lora_files import read_lora
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
-from dmdr.errors import ConfigError, TrainingError, one_line
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
 from dmdr.states import load_strict
@@ -50,8 +49,6 @@ pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")
 torch.manual_seed(0)
 image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
 image.save("image.png")"""
-
-QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # diffusers' names in attention modules
 
 # A network with its role chosen: keyword arguments in, tuple out.
 Network = Callable[..., Any]
@@ -146,7 +143,7 @@ class PipelineBackend:
         """Read the configuration files of a local folder or hub id; nothing heavy.
 
         Raises:
-            ConfigError: If one is missing or says what cannot be meant, or the options do not fit this model.
+            ConfigError: If one is missing or has an invalid value, or the options do not fit this model.
         """
         self.folder, self.options = folder, options
         self.source = Source(folder, options.revision, options.variant)
@@ -527,46 +524,3 @@ class PipelineBackend:
             given = {names.get(key, key): value for key, value in load_file(directory / file).items()}
             student = parted(given, self._teacher_lora, self.parameters("student"), str(directory / file))
             self.roles.unfold("student", student, str(directory / file))
-
-
-def set_attention_backend(network: Any, name: str, blank: Callable[..., Tensor]) -> None:
-    """Let diffusers compute attention with another kernel.
-
-    Args:
-        blank: Makes a tensor [B, N, H, D] of the device and the dtype of the network.
-
-    Raises:
-        ConfigError: If diffusers does not know it, or this machine, network or dtype cannot be trained with it.
-    """
-    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
-        raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
-    probe = blank(1, 128, 1, 64).zero_().requires_grad_()
-    try:
-        with quiet(), attention_backend():  # which keeps diffusers from making it every other network's kernel, too
-            network.set_attention_backend(name)
-            found = dispatch_attention_fn(probe, probe, probe, backend=AttentionBackendName(name.lower()))
-    except Exception as error:
-        raise ConfigError(f"--attention_backend {name} in {str(probe.dtype)[6:]}: {one_line(error)}") from error
-    if not found.requires_grad:
-        raise ConfigError(f"--attention_backend {name} has no gradient: the student cannot be trained with it")
-    # Most kernels take half precision alone. Values have it under autocast; normed queries and keys would have that of
-    # the norm's weight, float32 in a full student, which is a copy of this network.
-    for norm in [getattr(module, norm, None) for module in network.modules() for norm in QK_NORMS]:
-        if norm is not None:
-            norm.register_forward_hook(lambda norm, given, answer: answer.to(given[0].dtype))
-
-
-def compile_blocks(network: Any) -> None:
-    """Compile the blocks that a network repeats, one graph for all of a kind and a role.
-
-    Raises:
-        ConfigError: If the network does not say which they are.
-    """
-    names = network._repeated_blocks or network._no_split_modules or ()
-    blocks = [module for module in network.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise ConfigError(f"--torch_compile: a {type(network).__name__} does not name its repeated blocks")
-    # Every role, with and without gradient, is a graph of its own; beyond this limit torch would go on uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks:
-        block.compile()

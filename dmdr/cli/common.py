@@ -62,7 +62,7 @@ def open_rewards(flags: "RewardFlags", chosen: "Sequence[Chosen]") -> "tuple[Rew
     """The rewards that a command scores with, loaded, and their device; they resize as published evaluations do.
 
     Raises:
-        ConfigError: If the device, the model or a checkpoint is not to be had.
+        ConfigError: If the device, the model or a checkpoint cannot be used.
     """
     from dmdr.run.job import build_rewards
     from dmdr.settings import registry

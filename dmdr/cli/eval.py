@@ -36,8 +36,6 @@ class EvalFlags(RewardFlags):
     def validate(self) -> None:
         super().validate()
         self._require(self.batch_size >= 1, "batch_size", "at least 1")
-        if self.prompts is None and self.prompt_column != "prompt":
-            raise ConfigError("--prompt_column is not read without --prompts; leave it out")
 
 
 def run(arguments: list[str]) -> None:
@@ -107,6 +105,8 @@ def rows_in_order(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> lis
     from dmdr.prompts import read_prompts
 
     rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
+    if flags.prompts is None and flags.prompt_column != "prompt":
+        raise ConfigError("--prompt_column is not read without --prompts or a metadata.jsonl; leave it out")
     if flags.prompts is not None:
         rows = read_prompts(flags.prompts, column=flags.prompt_column, repeated=True).rows
     if len(rows) != count:

@@ -14,6 +14,7 @@ from dmdr.errors import ConfigError, one_line
 
 T = TypeVar("T")
 logger = logging.getLogger("dmdr")
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 def avoid_mps() -> None:
@@ -23,8 +24,15 @@ def avoid_mps() -> None:
 
 
 def chosen_precision(given: str | None, *, gpu: bool) -> str:
-    """The precision of the networks: the one given, else `accelerate launch`'s, else bf16 on a GPU and no on a CPU."""
-    return given or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if gpu else "no")
+    """The precision of the networks: the one given, else `accelerate launch`'s, else bf16 on a GPU and no on a CPU.
+
+    Raises:
+        ConfigError: If the launcher names one that no network is computed in here.
+    """
+    chosen = given or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if gpu else "no")
+    if chosen not in PRECISIONS:
+        raise ConfigError(f"accelerate launch --mixed_precision {chosen}: expected {', '.join(PRECISIONS)}")
+    return chosen
 
 
 def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:

@@ -57,7 +57,7 @@ class Observer:
         return torch.cat(found)
 
     def draw_grid(self, step: int) -> None:
-        """Add the student's time grid after `step` updates, and before the first one the teacher's."""
+        """Add an image grid of the student after `step` updates, and before the first one the teacher's."""
         rows, distinct = self.rows[: self.config.sample_images], self.job.prompts.size
         few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
         columns = distinct if few else None  # a prompt a column

@@ -209,7 +209,7 @@ class Run:
             try:
                 while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
-                    line = trainer.train_step(compare=self._noted(trainer.step + 1))
+                    line = trainer.train_step(compare=self._noted(trainer.step + 1, self.progress.total + 1))
                     self.progress = Progress(
                         stage.number, trainer.step, stage.first_step + trainer.step, trainer.prompts.consumed
                     )
@@ -238,18 +238,21 @@ class Run:
             logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
             self.interrupts.leave()
 
-    def _noted(self, step: int) -> bool:
-        """Whether this update of the stage gets a line in the log, unless the run is evaluated at it."""
-        return step == 1 or step % self.config.logging_steps == 0
+    def _noted(self, step: int, total: int) -> bool:
+        """Whether an update, so many into the stage and into the run, gets a line in the log."""
+        return step == 1 or step % self.config.logging_steps == 0 or self._evaluated(total)
+
+    def _evaluated(self, total: int) -> bool:
+        """Whether the student is evaluated after so many updates of the run."""
+        return self.config.num_eval_samples > 0 and self.config.eval_steps > 0 and total % self.config.eval_steps == 0
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         bar.update()
-        evaluated = self.config.num_eval_samples > 0 and self._due(self.config.eval_steps)
-        if not (evaluated or self._noted(trainer.step)):
+        if not self._noted(trainer.step, self.progress.total):
             return
         rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
         values = {**line, **rewards, "seconds": seconds}
-        if evaluated and self.accelerator.is_main_process:
+        if self._evaluated(self.progress.total) and self.accelerator.is_main_process:
             with self._averaged(trainer):
                 found = self.observer.measure_student(f"step {self.progress.total}")
             values |= {logged(name): value for name, value in found.items()}

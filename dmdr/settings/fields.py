@@ -220,8 +220,6 @@ class Config(Flags):
             raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
-        if self.dmd_weight == 0 and self.rl_balance != "none":
-            raise ConfigError(f"--rl_balance {self.rl_balance} compares RL with DMD: it needs --dmd_weight above 0")
 
 
 def _topics() -> dict[str, str]:

@@ -25,8 +25,8 @@ from dmdr.testing.common import (
 )
 from dmdr.testing.toy import toy_trainer
 from dmdr.training.context import StepContext
-from dmdr.training.trainer import Trainer
-from dmdr.types import Direction, Draw, Renoised, Term, checked
+from dmdr.training.trainer import Trainer, fake_loss_of
+from dmdr.types import Direction, Draw, Renoised, Term
 
 Build = Callable[[], Matching]
 
@@ -80,16 +80,11 @@ class MatchingBench:
 
     def fake_loss(self, draw: Draw) -> Term:
         """The loss of the fake score, and of learners of the matching's own, on a micro-batch."""
-        term = self.matching.fake_loss(draw, self.trainer.backend.fake_score, self.ctx)
-        if not isinstance(term, Term):
-            raise CannotRun(f"fake_loss returns one Term, not {type(term).__name__}")
-        unread = [name for name in ("valid", "grad", "trains") if getattr(term, name) is not None]
-        if unread:
-            raise CannotRun(f"fake_loss counts every sample, and Term.{unread[0]} is not read: leave it out")
+        fake_score = self.trainer.backend.fake_score
         try:
-            return checked(term, len(draw))
+            return fake_loss_of(self.matching, draw, fake_score, self.ctx)
         except TrainingError as error:
-            raise CannotRun(f"fake_loss: {error}") from error
+            raise CannotRun(str(error)) from error
 
     def direction(self, draw: Draw) -> Direction:
         """Where a micro-batch shall move from."""

@@ -18,7 +18,7 @@ if torch.distributed.is_available():
     import torch.distributed.nn
 
 
-PATIENCE = 50  # updates in a row that a loss scaler may skip; a healthy one skips a few at its start
+MAX_SKIPPED = 50  # updates in a row that a loss scaler may skip; a healthy one skips a few at its start
 Grads = list[Tensor | None]  # a gradient, parameter by parameter
 
 
@@ -127,7 +127,7 @@ def update_together(learners: Sequence[Learner]) -> list[float]:
 
     Raises:
         TrainingError: If one is not finite; no parameter has moved. Under a loss scaler such an update is skipped
-            instead, as usual, but not more than `PATIENCE` in a row.
+            instead, as usual, but not more than `MAX_SKIPPED` in a row.
     """
     norms = [learner.prepare() for learner in learners]
     scaler = learners[0].scaler
@@ -135,7 +135,7 @@ def update_together(learners: Sequence[Learner]) -> list[float]:
         learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
         if learner.skipped and not scaler.is_enabled():
             raise TrainingError(f"the gradient norm of the {learner.name} is {norm}; nothing was updated")
-        if learner.skipped > PATIENCE:
+        if learner.skipped > MAX_SKIPPED:
             raise TrainingError(
                 f"the gradients of the {learner.name} have overflowed float16 in {learner.skipped} updates in a row, "
                 "none of which was made: use --mixed_precision bf16"

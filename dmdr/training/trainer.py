@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream, split_columns
-from dmdr.protocols import Backend, Matching, SampleWeight
+from dmdr.protocols import Backend, Context, Denoiser, Matching, SampleWeight
 from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
 from dmdr.training.balance import Balance
@@ -184,7 +184,7 @@ class Trainer:
         metrics = []
         total = torch.zeros((), dtype=torch.float64, device=draw.x0.device)
         for part in draw.split(self.micro_batch_size):
-            term = self.fake_term(part, ctx)
+            term = fake_loss_of(self.matching, part, self.backend.fake_score, ctx)
             loss = term.loss.sum() / len(draw)
             ctx.backward(loss)
             total += loss.detach().double()
@@ -197,21 +197,6 @@ class Trainer:
             if not ctx.gather(draw.mask.new_tensor([learner.reached])).any():
                 raise TrainingError(f"{learner.owner}: its learner '{learner.name}' got no gradient from fake_loss")
         self.update(self.fake_learners, ctx)
-
-    def fake_term(self, part: Draw, ctx: StepContext) -> Term:
-        """The matching's loss of the fake score on a micro-batch.
-
-        Raises:
-            TrainingError: If it is not one loss per sample, or says what only an objective can.
-        """
-        try:
-            term = checked(self.matching.fake_loss(part, self.backend.fake_score, ctx), len(part))
-        except TrainingError as error:
-            raise TrainingError(f"the matching's fake_loss: {error}") from error
-        for name in ("valid", "grad", "trains"):
-            if getattr(term, name) is not None:
-                raise TrainingError(f"the matching's fake_loss: Term.{name} is for objectives; leave it out")
-        return term
 
     @torch.no_grad()
     def answer_again(self, draw: Draw, ctx: StepContext) -> Draw:
@@ -294,3 +279,22 @@ class Trainer:
         line = {f"reward/{name}": mean for name, mean in means.items()}
         line |= {f"reward_weighted/{name}": rewards.parts[name][0] * mean for name, mean in means.items()}
         return line | {"reward/total": rewards.total(scores).nanmean().item()}
+
+
+def fake_loss_of(matching: Matching, part: Draw, fake: Denoiser, ctx: Context) -> Term:
+    """A matching's loss of the fake score on a micro-batch.
+
+    Raises:
+        TrainingError: If it is not one loss per sample, or says what only an objective can.
+    """
+    term = matching.fake_loss(part, fake, ctx)
+    if not isinstance(term, Term):
+        raise TrainingError(f"the matching's fake_loss must return a Term, not {type(term).__name__}")
+    try:
+        checked(term, len(part))
+    except TrainingError as error:
+        raise TrainingError(f"the matching's fake_loss: {error}") from error
+    for name in ("valid", "grad", "trains"):
+        if getattr(term, name) is not None:
+            raise TrainingError(f"the matching's fake_loss: Term.{name} is for objectives; leave it out")
+    return term

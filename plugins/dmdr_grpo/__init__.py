@@ -128,15 +128,14 @@ class GRPO:
             yield Term(loss.float(), valid, metrics=metrics | {"advantage": advantage.abs()})
 
     def old(self, i: int, prediction: Prediction, draw: Draw, ctx: Context) -> Prediction:
-        """What the student answered at step i before the first update on this rollout."""
-        key = (i, int(draw.sample[0]))
+        """What the student answered at step i in the first use of this rollout; what made it, where it had none."""
         if draw.iteration == 0:
             self.check_replay(i, prediction, draw, ctx)
-            value = prediction.value.detach()
+            first = prediction.value.detach()
             if self.num_iterations > 1:
-                self._first[key] = value
-            return replace(prediction, value=value)
-        if key in self._first:
+                self._first[i, int(draw.sample[0])] = first
+            return replace(prediction, value=first)
+        if (key := (i, int(draw.sample[0]))) in self._first:
             return replace(prediction, value=self._first[key])
         return replace(prediction, value=draw.rollout.x0[i], kind="x0")
 

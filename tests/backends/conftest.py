@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+import sd3
 from family import Stock
 
 STOCK = """
@@ -45,6 +47,16 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
 
         yield draw
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion 3 with random weights, which no test changes."""
+    folder = tmp_path_factory.mktemp("pipelines") / "sd3"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sd3.build(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

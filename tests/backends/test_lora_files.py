@@ -37,7 +37,7 @@ import sd3
 import sdxl
 import sit
 import z_image
-from dmdr.backends import lora_files
+from dmdr import hub
 from dmdr.backends.lora import deltas
 from dmdr.backends.lora_files import read_lora
 from dmdr.errors import ConfigError
@@ -497,23 +497,13 @@ def test_a_folder_of_peft_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _, folder = peft_folder(tmp_path / "hub", LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"]))
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
-    monkeypatch.setattr(
-        lora_files, "list_repo_files", lambda repo: ["README.md", *sorted(f.name for f in folder.iterdir())]
-    )
-    monkeypatch.setattr(lora_files, "hf_hub_download", lambda repo, name: shutil.copy(folder / name, snapshot / name))
+    names = ["README.md", *sorted(f.name for f in folder.iterdir())]
+    monkeypatch.setattr(hub, "files", lambda repo: names)
+    monkeypatch.setattr(hub, "fetch", lambda repo, name: shutil.copy(folder / name, snapshot / name))
     args = network("sd3"), StableDiffusion3Pipeline
     online, local = read_lora("owner/name", *args), read_lora(str(folder), *args)
     assert online.keys() == local.keys()
     assert all(torch.equal(tensor, local[key]) for key, tensor in online.items())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipelines") / "sd3"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sd3.build(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("size", "lost"), [(1.0, False), (0.01, True)])

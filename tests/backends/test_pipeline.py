@@ -25,7 +25,6 @@ from PIL import Image
 from test_families import trained
 from torch import nn
 
-import sd3
 from dmdr.backends.loading import digest, on_device, read_weights
 from dmdr.cli.sample import draw
 from dmdr.errors import ConfigError
@@ -41,16 +40,6 @@ ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 COMMIT = "0123abcd" * 5
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion 3, built once."""
-    folder = tmp_path_factory.mktemp("pipelines") / "sd3"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sd3.build(folder)
-    return folder
 
 
 @pytest.fixture

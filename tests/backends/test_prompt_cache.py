@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import sd3
 from dmdr.backends import prompt_encoder
 from dmdr.backends.prompt_cache import OPEN, SHARD, PromptCache, _key
 from dmdr.errors import ConfigError
@@ -41,13 +40,8 @@ logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pipeline, built once."""
-    folder = tmp_path_factory.mktemp("pipeline") / "sd3"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sd3.build(folder)
-    return folder
+def folder(model: Path) -> Path:
+    return model
 
 
 def accelerator(precision: str = "no", index: int = 0, processes: int = 1, barrier: Any = lambda: None) -> Any:

@@ -186,6 +186,9 @@ def test_an_index_says_the_prompt_of_each_image(room: Path, call: Callable[..., 
     assert [row[0] for row in rows] == [f"{i}.png" for i in reversed(range(COUNT))]
     expected = torch.tensor([i + (i // 2) / 100 for i in reversed(range(COUNT))])
     torch.testing.assert_close(column(rows, 2), expected)
+    index.write_text("\n".join(reversed(lines)).replace('"prompt"', '"caption"'))
+    assert call("--reward=mine.py:score", "--prompt_column=caption")[0] == 0
+    assert read(room / "scores.csv")[1] == rows
     for content, arguments, said in (
         (lines, ["--prompts=prompts.txt"], "metadata.jsonl says the prompt of each image; leave out one of the"),
         (lines[2:], [], "metadata.jsonl does not name 2 of the images beside it, such as 0.png"),
@@ -274,7 +277,8 @@ def test_prompts_are_needed_where_a_reward_reads_them(room: Path, call: Callable
     code, _, err = call("--reward=hps")
     assert (code, err) == (2, "dmdr-eval: --prompts is missing: reward 'hps' reads the prompt of each image\n")
     code, _, err = call("--reward=hps", "--prompt_column=caption")
-    assert (code, err) == (2, "dmdr-eval: --prompt_column is not read without --prompts; leave it out\n")
+    said = "dmdr-eval: --prompt_column is not read without --prompts or a metadata.jsonl; leave it out\n"
+    assert (code, err) == (2, said)
     blind = "from dmdr.backends.toy import Redness\n\nclass Blind(Redness):\n    reads_prompts = False\n"
     (room / "blind.py").write_text(blind)
     assert call("--reward=blind.py:Blind")[0] == 0

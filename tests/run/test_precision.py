@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dmdr import train
+from dmdr.errors import ConfigError
 from dmdr.run.device import chosen_precision
 
 RUN: dict[str, Any] = {
@@ -41,6 +42,12 @@ def test_the_flag_then_the_launcher_then_the_device(
     if launched:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert chosen_precision(given, gpu=gpu) == chosen
+
+
+def test_a_precision_of_the_launcher_that_no_network_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match="accelerate launch --mixed_precision fp8: expected no, bf16, fp16"):
+        chosen_precision(None, gpu=True)
 
 
 def test_accelerate_launch_says_the_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:

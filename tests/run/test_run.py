@@ -248,10 +248,11 @@ def test_evaluations_on_the_way_join_the_line_of_their_step(tmp_path: Path) -> N
 
 
 def test_rewards_that_only_measure_are_in_every_evaluation(tmp_path: Path) -> None:
-    settings = FAST | {"eval_steps": 4, "num_eval_samples": 4, "eval_reward": "0.5*toy", "reward": "green", "seed": 4}
+    settings = FAST | {"eval_steps": 3, "num_eval_samples": 4, "eval_reward": "0.5*toy", "reward": "green", "seed": 4}
     folder = train(**settings, output_dir=str(tmp_path / "run"))
     logged = {line["step"]: line for line in lines(folder) if "eval/green" in line}
-    assert list(logged) == [4, 8]
+    assert list(logged) == [3, 6, 9]
+    assert "rl_ratio/refl" in logged[9]  # as every line of stage 2 has it, also one that only an evaluation makes
     for line in logged.values():
         assert line["eval_reward/total"] == pytest.approx(0.5 * line["eval_reward/toy"])
         assert "eval/toy" not in line
@@ -761,7 +762,7 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
 def test_balancing_by_a_gradient_that_is_switched_off_is_refused(tmp_path: Path) -> None:
     folder = train(**STAGE1, output_dir=str(tmp_path / "run"))
     settings = {"rl_balance": "grad_norm", "init_student": str(folder)}
-    with pytest.raises(ConfigError, match="needs --dmd_weight above 0"):
+    with pytest.raises(ConfigError, match="--rl_balance is not read with --dmd_weight 0; leave it out"):
         train(**RL_ONLY | settings, output_dir=str(tmp_path / "next"))
 
 
