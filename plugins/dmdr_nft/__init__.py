@@ -34,7 +34,7 @@ class DiffusionNFT:
     the gradient is A / 5 times that of the normalised denoising error: good images are learnt and bad ones unlearnt
     alike.
 
-    Errors are means over the latent: the strength beside matching does not depend on its size.
+    Errors are means over the latent: the strength beside matching depends little on its size.
 
     Source: arXiv 2509.16117, Algorithm 1, and its implementation, whose constant factor 5 is left to rl_weight.
     Adapted: predictions are clean images, which at a given x_t are affine in the velocity, so that the mixtures are the

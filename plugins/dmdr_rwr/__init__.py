@@ -25,7 +25,7 @@ class RWR:
     with A the advantage (`dmdr.groups.advantages`), of root mean square 1 over the batch. With one image a prompt, the
     whole batch is one group, and prompts that are easy outweigh those that are hard.
 
-    Errors are means over the latent: the strength beside matching does not depend on its size.
+    Errors are means over the latent: the strength beside matching depends little on its size.
 
     Source: Peters & Schaal 2007, "Reinforcement learning by reward-weighted regression for operational space control";
     w_RWR of arXiv 2305.13301. Adapted: the temperature is not in the reward's own unit, errors are of clean images at

@@ -29,7 +29,8 @@ def written(root: Path) -> dict[str, int]:
     return {file.parent.name: file.stat().st_mtime_ns for file in (root / "out" / "cells").glob("*/report.html")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.verify)])
+@pytest.mark.verify
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_matrix_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     content = yaml.safe_load(TOY.read_text())
     del content["blocks"]["weights"], content["quick"]

@@ -58,6 +58,7 @@ def shell(environment: Path, tmp_path: Path) -> Shell:
 TRAIN = "dmdr-train --model toy --stage1_steps 2 --stage2_steps 2 --per_device_train_batch_size 8"
 
 
+@pytest.mark.verify
 def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path) -> None:
     shell(f"pip install {TEMPLATE}")
     listed = shell("dmdr-plugins")

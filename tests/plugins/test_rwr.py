@@ -151,7 +151,7 @@ def test_climbs_a_reward_without_gradient(cls: type[ToyBackend], dmd_weight: flo
 
 
 def test_a_one_step_student_keeps_its_spread() -> None:
-    """On its own noise its images have no error; on other noise it would learn their mean (std .301 -> .010)."""
+    """On its own noise its images have no error; on other noise it would learn their mean."""
     toy = running(RWR(1e6), prepared(), steps=1, dmd_weight=0.0, optimize=steadily, rl_weight=30.0)
     before = flat(state(toy))
     for _ in range(3):
