@@ -1,7 +1,6 @@
 """The export of a student, which stock diffusers loads without this package."""
 
 import json
-import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
@@ -12,6 +11,7 @@ import jinja2
 
 from dmdr.errors import ConfigError
 from dmdr.protocols import LORA_FILE, Backend, Sampler
+from dmdr.run import durable
 
 ABOUT = "sampling.json"
 KEYS = {"base_model", "backend", "sample_eta", "grid", "call", "mixed_precision", "options"}
@@ -61,9 +61,7 @@ def export(
         mixed_precision: Of the run, and of whoever samples it unless they choose another.
         objectives, rewards: Expressions of the run, for the model card; empty if it had none.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = durable.begin(folder)
     call = dict(backend.export(partial, sampler))
     about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
     about |= {"mixed_precision": mixed_precision, "options": asdict(backend.options)}
@@ -79,8 +77,7 @@ def export(
         stochastic=sampler.eta == 1 and len(sampler.t) > 2,
     )
     (partial / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    durable.finish(partial, folder)
     return folder
 
 

@@ -1,19 +1,25 @@
 """Before a run: which folder, which checkpoint, and what has to go first."""
 
+import hashlib
+import json
 import re
-import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.images import can_hold_files
-from dmdr.run.checkpoint import checkpoints, read_progress
+from dmdr.run import durable
+from dmdr.run.checkpoint import check_whole, checkpoints, newest_whole
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import read_yaml
 from dmdr.settings.registry import registered
 
+SETTINGS, INPUTS = "config.yaml", "inputs.json"
+
 # What a run writes before its first update; the log has a line of that one.
 AT_THE_START = re.compile(
-    r"config\.yaml|overview\.json|samples/(teacher|step-0+)\.png|tensorboard/events\.out\.tfevents\.[^/]+"
+    r"config\.yaml|inputs\.json|overview\.json|samples/(teacher|step-0+)\.png|tensorboard/events\.out\.tfevents\.[^/]+"
 )
 
 
@@ -43,40 +49,85 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
                 f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
                 "holds with --overwrite_output_dir"
             )
-        if held and not _is_run(output):
+        if held and not _is_run(output) and not never_trained(output):
             raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
         return output, None
     if resume == "latest":
         found = checkpoints(output)
-        if not found:
-            raise ConfigError(f"--resume_from_checkpoint latest: {output} holds no checkpoint")
-        return output, found[-1]
-    read_progress(Path(resume))
+        newest = newest_whole(found)
+        if newest is None:
+            raise ConfigError(
+                f"--resume_from_checkpoint latest: {output} holds no {'whole ' if found else ''}checkpoint"
+            )
+        return output, newest
+    check_whole(Path(resume))
+    if Path(resume).resolve().parent.parent != output.resolve() and checkpoints(output):
+        raise ConfigError(
+            f"--output_dir {output} holds checkpoints of another run than --resume_from_checkpoint {resume}"
+        )
     return output, Path(resume)
 
 
 def never_trained(folder: Path) -> bool:
-    """Whether a folder holds a run that ended before its first update, and nothing else."""
-    return _is_run(folder) and all(
-        AT_THE_START.fullmatch(path.relative_to(folder).as_posix())
+    """Whether a folder holds what a run writes before its first update, and nothing else."""
+    ours = _is_run(folder)  # the settings are what a run writes first
+    return all(
+        (ours and AT_THE_START.fullmatch(path.relative_to(folder).as_posix())) or durable.LEFTOVER.fullmatch(path.name)
         for path in folder.rglob("*")
         if path.is_symlink() or not path.is_dir()
     )
 
 
 def empty(folder: Path) -> None:
-    """Delete what a folder holds, and not the folder, which may be a link."""
+    """Delete what a run folder holds, but not the folder, which may be a link, and not yet the settings.
+
+    Without its settings nobody would know a half-deleted run again.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+        if path.name != SETTINGS:
+            durable.delete(path)
+
+
+def check_inputs_survive(output: Path, named: Iterable[tuple[str, Any]]) -> None:
+    """Refuse to overwrite a folder that holds a file which a setting names.
+
+    Args:
+        named: Settings and their values.
+
+    Raises:
+        ConfigError: Names the setting and the file.
+    """
+    for name, value in named:
+        path = Path(value.partition(":")[0] or ".") if isinstance(value, str) else Path()
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"--overwrite_output_dir would delete the --{name} {value}")
+
+
+def changes(output: Path, settings: Mapping[str, Any]) -> list[str]:
+    """How a run that is resumed differs from what it was begun with: its settings, and its file of prompts."""
+    before = read_yaml(str(output / SETTINGS)) if (output / SETTINGS).is_file() else settings
+    found = [
+        f"--{name} is {value} now, and was {before[name]}"
+        for name, value in settings.items()
+        if name in before and before[name] != (list(value) if isinstance(value, tuple) else value)
+    ]
+    inputs = output / INPUTS
+    if inputs.is_file() and inputs.read_text() != inputs_of(settings):
+        found.append(f"--prompts {settings['prompts']} has other content than when the run began")
+    return found
+
+
+def inputs_of(settings: Mapping[str, Any]) -> str:
+    """The hash of the file of prompts, as JSON; null where they are in no single file."""
+    path = Path(settings["prompts"] or ".")
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return json.dumps({"prompts_sha256": found}) + "\n"
 
 
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run of ours, and not just one with a config.yaml."""
     try:
-        return {"model", "matching", "stage1_steps"} <= read_yaml(str(folder / "config.yaml")).keys()
+        return {"model", "matching", "stage1_steps"} <= read_yaml(str(folder / SETTINGS)).keys()
     except ConfigError:
         return False
 

@@ -169,10 +169,10 @@ class Plan:
         return training, FewStepSampler(backend.path, grid, float(sample_eta))
 
     def check_resumable(self, checkpoint: Path) -> None:
-        """Refuse lengths of the stages with which the checkpoint's step would be another.
+        """Refuse lengths of the stages, or a batch, with which the checkpoint's step would be another.
 
         Raises:
-            ConfigError: If its stage began at another step, or is over.
+            ConfigError: If its stage began at another step, or is over, or an update had other images.
         """
         progress = read_progress(checkpoint)
         stage = next((stage for stage in self.stages if stage.number == progress.stage), None)
@@ -180,6 +180,11 @@ class Plan:
             raise ConfigError(
                 f"--resume_from_checkpoint {checkpoint} stands at update {progress.step} of stage {progress.stage}, "
                 f"after {progress.total - progress.step} of stage 1: --stage1_steps and --stage2_steps do not fit"
+            )
+        if progress.batch not in (None, self.batch.whole):
+            raise ConfigError(
+                f"--resume_from_checkpoint {checkpoint}: an update had {progress.batch} images, and would have "
+                f"{self.batch.whole} now; change --per_device_train_batch_size or --gradient_accumulation_steps"
             )
 
 

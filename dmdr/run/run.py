@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -17,16 +16,18 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
 from dmdr.protocols import CachesPrompts, Stateful
+from dmdr.run import durable
 from dmdr.run.checkpoint import (
     Progress,
     Tensors,
     checkpoints,
     find_initial,
     load_parameters,
+    number_of,
     prune,
     read_progress,
     restore,
@@ -34,7 +35,16 @@ from dmdr.run.checkpoint import (
 )
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
 from dmdr.run.export import export
-from dmdr.run.folder import choose_folder, empty, never_trained
+from dmdr.run.folder import (
+    INPUTS,
+    SETTINGS,
+    changes,
+    check_inputs_survive,
+    choose_folder,
+    empty,
+    inputs_of,
+    never_trained,
+)
 from dmdr.run.initial import check_kind, differences
 from dmdr.run.job import Job, assemble, own_prompts, planned
 from dmdr.run.learners import adamw
@@ -89,12 +99,16 @@ def run(settings: Settings) -> Path:
     adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = find_initial(config.init_student) if config.init_student and not resume else None
-    if initial and initial.resolve().is_relative_to(output.resolve()):
-        raise ConfigError(f"--overwrite_output_dir would delete the --init_student {config.init_student}")
+    if not resume:
+        parts = [(part.group.removesuffix("s"), part.name) for part in settings.plugins]
+        check_inputs_survive(output, [*settings.values().items(), *parts])
     if initial:
         check_kind(initial, settings.family_options())
     if resume:
         planned(settings, state.num_processes)[0].check_resumable(resume)
+        if state.is_main_process:
+            for what in changes(output, settings.values()):
+                logger.warning("--resume_from_checkpoint: %s", what)
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings, state.num_processes)
     if state.is_main_process:
@@ -136,7 +150,7 @@ class Run:
             if rewards:
                 rewards.prepare(accelerator.device, dtype_of(config.reward_dtype))
         self._load_initial()
-        progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0)
+        progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0, self.plan.batch.whole)
         stages = [stage for stage in self.plan.stages if stage.number >= progress.stage]
         trainer: Trainer | None = self.trainer(stages[0], progress if self.resume else None)  # or refuse what misfits
         if accelerator.is_main_process:
@@ -183,23 +197,26 @@ class Run:
             backend.load_export(self.initial)
 
     def _open_folder(self, progress: Progress) -> None:
-        """Settings in, and no log line beyond the checkpoint that the run resumes from."""
-        if not self.resume and never_trained(self.output):
-            logger.info("%s held a run that ended before its first update; this one takes its place", self.output)
-            empty(self.output)
-        elif not self.resume and self.config.overwrite_output_dir:
-            empty(self.output)
-        (self.output / "samples").mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(self.job.settings.as_yaml())
+        """Settings in, and nothing beyond the checkpoint that the run resumes from."""
+        if not self.resume:
+            if held := never_trained(self.output) and self.output.is_dir():
+                logger.info("%s held a run that ended before its first update; this one takes its place", self.output)
+            if held or self.config.overwrite_output_dir:
+                empty(self.output)
+        for place in (self.output, self.output / "checkpoints", self.output / "samples"):
+            durable.sweep(place)
+        images.write_atomically(self.output / SETTINGS, self.job.settings.as_yaml().encode())
+        images.write_atomically(self.output / INPUTS, inputs_of(self.job.settings.values()).encode())
+        (self.output / "samples").mkdir(exist_ok=True)
         for later in checkpoints(self.output):  # of a branch that this run leaves
-            if read_progress(later).total > progress.total:
-                shutil.rmtree(later)
+            if number_of(later) > progress.total:
+                durable.discard(later)
         self.log.forget_after(progress.total)
 
     def _train(self, stage: Stage, trainer: Trainer, before: Progress, bar: "tqdm[Any]") -> None:
         config = self.config
         trainer.prompts.skip_to(before.prompts_consumed)
-        self.progress = Progress(stage.number, trainer.step, stage.first_step + trainer.step, before.prompts_consumed)
+        self.progress = self._progress(stage, trainer, before.prompts_consumed)
         if before.stage != stage.number:  # it begins here
             if "reference" in trainer.objectives.needs.roles:
                 self.job.backend.snapshot()
@@ -210,9 +227,7 @@ class Run:
                 while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
                     line = trainer.train_step(compare=self._noted(trainer.step + 1, self.progress.total + 1))
-                    self.progress = Progress(
-                        stage.number, trainer.step, stage.first_step + trainer.step, trainer.prompts.consumed
-                    )
+                    self.progress = self._progress(stage, trainer, trainer.prompts.consumed)
                     self._note(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
                         with self._averaged(trainer):
@@ -220,23 +235,26 @@ class Run:
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
             except Exception:
-                if self.progress.total:  # before the first update there is nothing to go on with
-                    if not (self.output / "checkpoints" / f"step-{self.progress.total:06d}").exists():
-                        self._save(trainer)
-                    logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+                self._save_before_leaving(trainer)
                 raise
-        self._save(trainer, stage_end=trainer.step == stage.steps)
-        if trainer.student.ema and trainer.step == stage.steps:
-            trainer.student.ema.settle()
-        if self.interrupts.signal is None:
-            self._draw_grid()
-            if config.num_eval_samples and self.accelerator.is_main_process:
-                self.observer.evaluate_student(f"stage {stage.number}")
-        else:
+            self._save(trainer, stage_end=trainer.step == stage.steps)
+            stopped = self.interrupts.arrived()
+        if stopped:
             bar.close()
             self.accelerator.end_training()
-            logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+            if self.accelerator.is_main_process:
+                logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
             self.interrupts.leave()
+        if trainer.student.ema:
+            trainer.student.ema.settle()
+        self._draw_grid()
+        if config.num_eval_samples and self.accelerator.is_main_process:
+            self.observer.evaluate_student(f"stage {stage.number}")
+
+    def _progress(self, stage: Stage, trainer: Trainer, consumed: int) -> Progress:
+        return Progress(
+            stage.number, trainer.step, stage.first_step + trainer.step, consumed, batch=self.plan.batch.whole
+        )
 
     def _noted(self, step: int, total: int) -> bool:
         """Whether an update, so many into the stage and into the run, gets a line in the log."""
@@ -310,6 +328,8 @@ class Run:
         if self.resume and resumed:
             tensors, optimizers = self._kept(trainer, with_reference=stage.number == 2)
             extra = restore(self.resume, tensors, optimizers)
+            if missing := {"scaler", "objectives"} - extra.keys():
+                raise ConfigError(f"{self.resume} holds no state of: {', '.join(sorted(missing))}")
             self.scaler.load_state_dict(extra["scaler"])
             trainer.objectives.states = extra["objectives"]
             for name, part in _stateful_parts(trainer).items():
@@ -331,6 +351,17 @@ class Run:
         if trainer.student.ema:
             tensors["ema"] = trainer.student.ema.average
         return tensors, {name: learner.optimizer for name, learner in learners.items()}
+
+    def _save_before_leaving(self, trainer: Trainer) -> None:
+        """What a failing run has learned so far."""
+        if not self.progress.total:
+            return  # before the first update there is nothing to go on with
+        try:
+            self._save(trainer)
+        except TrainingError as error:
+            logger.warning("%s", error)
+        else:
+            logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
 
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         if not self.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the run ends after the current update, in all processes."""
+"""Signals that end a run after the current update, with a checkpoint, in all processes."""
 
 import signal
 import threading
@@ -8,12 +8,15 @@ from typing import NoReturn
 import torch
 from accelerate import Accelerator
 
+# Ctrl-C; kill, and launchers; SLURM before its time limit; a terminal that closes.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
 
 class Interrupts:
     """The signals that arrive while this context is open.
 
     Attributes:
-        signal: The first one, or None. A second one ends the process at once.
+        signal: The first one, or None. A second one, of any kind, ends the process at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -23,7 +26,9 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other handle signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            numbers = [number for number in STOPPING if not (nohup and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -32,8 +37,9 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        # Not the handler before ours: background jobs of a shell start with SIGINT ignored.
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for other in self._before:
+            # Not the handler before ours: background jobs of a shell start with SIGINT ignored.
+            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
 
     def arrived(self) -> bool:
         """Whether any process got one: they all leave after the same step."""
@@ -43,7 +49,12 @@ class Interrupts:
         return self.signal is not None
 
     def leave(self) -> NoReturn:
-        """End as the signal asks: Ctrl-C exits with 130, SIGTERM with 143."""
+        """End with the exit code of a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C.
+            SystemExit: After another signal.
+        """
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + (self.signal or 0))

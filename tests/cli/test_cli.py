@@ -426,7 +426,7 @@ def test_signals_save_and_a_resumed_run_ends_with_the_same_bits(
     for given, after, number, expected in (
         (arguments, 0, signal.SIGINT, 130),
         (resumed, 10, signal.SIGINT, 130),
-        (resumed, 10, signal.SIGTERM, 143),
+        (resumed, 10, signal.SIGUSR1, 138),
     ):
         monkeypatch.setenv("NAP", "0.25")  # a step is slow enough to be hit
         code, err = signalled(given, folder, max(after, reached[-1]), number)
@@ -442,6 +442,7 @@ def test_signals_save_and_a_resumed_run_ends_with_the_same_bits(
             "fake_score.safetensors",
             "training.pt",
             "progress.json",
+            "manifest.json",
         }
         reached.append(json.loads((latest / "progress.json").read_text())["total"])
     assert 0 < reached[1] < 10 < reached[2] < reached[3] < 40

@@ -1,5 +1,6 @@
 """Checkpoints as folders: complete or absent, kept or pruned, and refused where they do not fit."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -14,14 +15,19 @@ from dmdr.errors import ConfigError, TrainingError
 from dmdr.run import checkpoint
 from dmdr.run.checkpoint import (
     Progress,
+    check_whole,
     checkpoints,
+    damage,
     find_initial,
     load_parameters,
+    newest_whole,
     prune,
     read_progress,
     restore,
     save_checkpoint,
 )
+
+PROGRESS = {"stage": 1, "step": 1, "total": 1, "prompts_consumed": 3, "batch": 8}
 
 
 class Roles:
@@ -89,6 +95,7 @@ def test_a_role_that_the_run_lacks_is_not_saved(tmp_path: Path) -> None:
         "fake_score.safetensors",
         "training.pt",
         "progress.json",
+        "manifest.json",
     }
 
 
@@ -97,12 +104,11 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     content = {path.name: path.read_bytes() for path in before.iterdir()}
 
     def full(*_: Any) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    for total in (1, 2):
-        with pytest.raises(OSError, match="no space"):
-            save(tmp_path, total, roles=Roles(seed=1))
+    with pytest.raises(TrainingError, match=r"step-000002 could not be written: .* No space left on device; earlier"):
+        save(tmp_path, 2, roles=Roles(seed=1))
     assert names(tmp_path) == ["step-000001"]
     assert {path.name: path.read_bytes() for path in before.iterdir()} == content
     monkeypatch.undo()
@@ -120,11 +126,72 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    save(tmp_path, 5, stage=1)
-    folder = save(tmp_path, 5, stage=2, roles=Roles(seed=1))
-    assert read_progress(folder).stage == 2
+def test_a_step_is_saved_again_only_if_it_is_damaged(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert save(tmp_path, 5, roles=Roles(seed=1), stage_end=True) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "stage_end"} == written
+    assert (folder / "stage_end").exists()
+    flip(folder / "student.safetensors", -1)
+    save(tmp_path, 5, stage=2)
+    assert damage(folder) is None and read_progress(folder).stage == 2
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def flip(file: Path, where: int) -> None:
+    """One bit, in place."""
+    content = bytearray(file.read_bytes())
+    content[where] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "fake_score.safetensors", "training.pt", "progress.json"])
+@pytest.mark.parametrize("harm", ["first", "middle", "last", "zeros", "cut", "empty", "gone"])
+def test_every_kind_of_damage_is_found_and_the_checkpoint_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: str
+) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    file, whole = bad / name, (bad / name).read_bytes()
+    places = {"first": 0, "middle": len(whole) // 2, "last": len(whole) - 1}
+    if harm in places:
+        flip(file, places[harm])
+    elif harm == "zeros":
+        file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    elif harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[: len(whole) // 2 if harm == "cut" else 0])
+    assert newest_whole(checkpoints(tmp_path)) == good
+    (said,) = caplog.messages
+    assert "step-000002" in said and name in said and "the checkpoint before it is used" in said
+    with pytest.raises(ConfigError, match=f"step-000002.*{re.escape(str(good))} is whole"):
+        check_whole(bad)
+    prune(tmp_path, 1)  # the older one goes only if the newer one is whole
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"student.safetensors": 3}', '{"training.pt": {}}'])
+def test_a_damaged_manifest_is_damage(tmp_path: Path, content: str) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "manifest.json").write_text(content)
+    assert "manifest.json is damaged" in str(damage(folder))
+
+
+def test_a_checkpoint_of_an_older_version_has_no_manifest(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "manifest.json").unlink()
+    assert damage(folder) is None
+    (folder / "training.pt").unlink()
+    assert str(damage(folder)).endswith("is not complete: it lacks training.pt")
+
+
+def test_of_a_link_only_the_link_is_deleted(tmp_path: Path) -> None:
+    far = save(tmp_path / "far", 1)
+    save(tmp_path, 2)
+    save(tmp_path, 3)
+    (tmp_path / "checkpoints" / "step-000001").symlink_to(far)
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["step-000003"] and damage(far) is None
 
 
 def test_only_complete_checkpoints_count_and_by_number(tmp_path: Path) -> None:
@@ -148,7 +215,12 @@ def test_pruning_keeps_the_newest_and_the_ends_of_stages(tmp_path: Path, limit: 
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "3", "{}", '{"stage": 1}', json.dumps({"stage": 1, "step": 1, "steps": 1})]
+    "content",
+    [
+        *(None, "", "{", "[]", "3", "{}", '{"stage": 1}', json.dumps({"stage": 1, "step": 1, "steps": 1})),
+        *(json.dumps(PROGRESS | wrong) for wrong in ({"step": -1}, {"step": "1"}, {"total": None}, {"stage": 1.0})),
+        *(json.dumps(PROGRESS | wrong) for wrong in ({"prompts_consumed": 10**11}, {"total": 0}, {"batch": "8"})),
+    ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
@@ -174,13 +246,51 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path: Pat
 
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     folder, roles = save(tmp_path, 1), Roles()
-    for name in ("student.safetensors", "training.pt"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) // 2])
+    file = folder / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:99])
     with pytest.raises(ConfigError, match=r"student\.safetensors"):
         load_parameters(folder, "student", roles.tensors["student"])
-    with pytest.raises(ConfigError, match=r"training\.pt"):
-        restore(folder, {}, roles.optimizers)
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return print, ("loaded",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK",
+        [],
+        {},
+        None,
+        {"moments": {}},
+        {"moments": None, "extra": {}},
+        {"moments": {}, "extra": 1},
+        Malicious(),
+    ],
+)
+def test_a_training_file_that_holds_something_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any
+) -> None:
+    folder = save(tmp_path, 1)
+    if isinstance(content, bytes):
+        (folder / "training.pt").write_bytes(content)
+    else:
+        torch.save(content, folder / "training.pt")
+    with pytest.raises(ConfigError, match=r"training\.pt (is damaged|holds what no checkpoint holds)") as error:
+        restore(folder, {}, {})
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", [None, [], {0: None}, {0: {"exp_avg": "x"}}])
+def test_moments_that_do_not_fit_are_refused(tmp_path: Path, state: Any) -> None:
+    folder, roles = save(tmp_path, 1), Roles()
+    torch.save({"moments": {"student": state}, "extra": {}}, folder / "training.pt")
+    with pytest.raises(ConfigError, match=r"training\.pt: the optimizer state of the student does not fit"):
+        restore(folder, {}, {"student": roles.optimizers["student"]})
 
 
 # --- Where a student comes from ------------------------------------------------------------------------------------
@@ -213,7 +323,7 @@ def test_each_role_that_is_given_is_a_file(tmp_path: Path) -> None:
         "ema": {"weight": torch.zeros(2)},
     }
     folder = save_checkpoint(tmp_path, Progress(1, 1, 1, 1), tensors, {}, {})
-    files = {"reference.safetensors", "ema.safetensors", "training.pt", "progress.json"}
+    files = {"reference.safetensors", "ema.safetensors", "training.pt", "progress.json", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == files
     found = {role: {"weight": torch.full((2,), 9.0)} for role in tensors}
     assert restore(folder, found, {}) == {}

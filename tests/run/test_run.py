@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from dmdr.errors import ConfigError, TrainingError
 from dmdr.matching import DMD
 from dmdr.run.checkpoint import checkpoints, read_progress
 from dmdr.run.run import Trainer, train
+from dmdr.run.signals import STOPPING
 from dmdr.settings.parse import parse
 from old_files import old_config
 
@@ -174,6 +176,7 @@ def test_run_folder_holds_what_it_promises(whole: Path) -> None:
         "checkpoints",
         "config.yaml",
         "evaluation.json",
+        "inputs.json",
         "metrics.jsonl",
         "overview.json",
         "report.html",
@@ -393,19 +396,19 @@ def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("total", "number"),
-    [(1, signal.SIGINT), (3, signal.SIGINT), (6, signal.SIGTERM), (7, signal.SIGINT), (10, signal.SIGTERM)],
+    [(1, signal.SIGINT), (3, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGHUP), (10, signal.SIGTERM)],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, number: signal.Signals
 ) -> None:
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.getsignal(n) for n in STOPPING}
     with monkeypatch.context() as patch:
         interrupt(patch, total, number)
         expected: type[BaseException] = KeyboardInterrupt if number == signal.SIGINT else SystemExit
         with pytest.raises(expected) as end:
             train(**FAST, output_dir=str(tmp_path / "run"))
     if isinstance(end.value, SystemExit):
-        assert end.value.code == 143
+        assert end.value.code == 128 + number
     assert {n: signal.getsignal(n) for n in handlers} == handlers
     assert kept(tmp_path / "run") == sorted({total, 6} if total > 6 else {total})
     assert not (tmp_path / "run" / "student").exists()
@@ -464,6 +467,7 @@ def test_weight_and_matching_that_keep_a_state_go_on_to_the_same_bits(
     assert saved["extra"].pop("sample_weight")["reward/toy"][0] == 3
     del saved["extra"]["matching"]
     torch.save(saved, older)
+    (older.parent / "manifest.json").unlink()
     train(**settings, resume_from_checkpoint=str(older.parent))
     assert not same(student(copy), student(smooth))
 
@@ -524,7 +528,7 @@ def test_a_torn_log_line_does_not_hinder_resuming(whole: Path, copy: Path) -> No
 def test_a_checkpoint_that_does_not_fit_changes_nothing(copy: Path) -> None:
     (copy / "checkpoints" / "step-000004" / "fake_score.safetensors").unlink()
     before = everything(copy)
-    with pytest.raises(ConfigError, match="holds no fake_score"):
+    with pytest.raises(ConfigError, match="step-000004 is not complete: it lacks fake_score"):
         train(**FAST | {"seed": 9}, resume_from_checkpoint=str(copy / "checkpoints" / "step-000004"))
     assert everything(copy) == before
 
@@ -541,6 +545,37 @@ def test_the_first_student_is_not_needed_to_resume(
     shutil.rmtree(start)
     train(**settings, resume_from_checkpoint="latest")
     assert steps(tmp_path / "run") == [1, 2, 4]
+
+
+def test_a_signal_in_the_save_that_ends_a_stage_waits_for_it(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, folder = dmdr.run.run.save_checkpoint, tmp_path / "run"
+
+    def signalled(*args: Any, **how: Any) -> Path:
+        if how["stage_end"]:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dmdr.run.run, "save_checkpoint", signalled)
+        with pytest.raises(SystemExit) as end:
+            train(**FAST | {"save_steps": 0}, output_dir=str(folder))
+    assert end.value.code == 143 and kept(folder) == [6]
+    train(**FAST, output_dir=str(folder), resume_from_checkpoint="latest")
+    assert same(student(folder), student(whole))
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_of_another_kind_ends_at_once(second: signal.Signals) -> None:
+    program = (
+        "import signal; from accelerate import Accelerator; from dmdr.run.signals import Interrupts\n"
+        "with Interrupts(Accelerator(cpu=True)):\n"
+        f"    signal.raise_signal(signal.SIGUSR1); signal.raise_signal({int(second)})\n"
+        "    print('still here')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == -second and not found.stdout
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,7 +680,9 @@ def test_a_reward_that_raises_stops_the_run(failing: Callable[..., tuple[str, Pa
         assert not (folder / "checkpoints").exists()
         return
     assert kept(folder) == [call - 1]
-    assert len(everything(folder / "checkpoints")) == 4
+    assert {path.name for path in (folder / "checkpoints" / f"step-{call - 1:06d}").iterdir()} == {
+        *("student.safetensors", "fake_score.safetensors", "training.pt", "progress.json", "manifest.json")
+    }
     assert steps(folder) == [step for step in LOGGED if step < call]
 
 

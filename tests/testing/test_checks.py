@@ -834,7 +834,9 @@ def test_what_cannot_run_fails_once(pytester: pytest.Pytester, name: str, lines:
     assert code == 1 and "1 failed, 11 skipped" in out
     assert all(line in out for line in lines)
     assert "runner.py" not in out and "dmdr/testing" not in out
-    assert len(out[out.index("= FAILURES =") :].splitlines()) < 25  # pytest's own heading differs from machine to machine
+    assert (
+        len(out[out.index("= FAILURES =") :].splitlines()) < 25
+    )  # pytest's own heading differs from machine to machine
 
 
 def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> None:

@@ -1,0 +1,126 @@
+"""A program that kills toy runs at each of their changes of files, and goes on with them.
+
+    python kill_points.py FOLDER [--every N] [--resumed]
+
+Every run is a fork of this process. It is killed before its k-th change (a file opened for writing, renamed or deleted,
+a folder made or deleted), for each k, or for every N-th one. The next one goes on with its folder as a user would, and
+must end with the undisturbed run's student, checkpoints and log. With --resumed, it is a resumed run that is killed,
+one that finds the end of a stage saved already.
+
+Prints one JSON object: how many changes a run makes, how many runs were killed, and what went wrong, by k.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of the threads of the process that it comes from
+
+import torch
+
+import dmdr.run.run
+from dmdr import train
+from dmdr.run.checkpoint import checkpoints, damage
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # and "open", for writing
+SETTINGS = {
+    "model": "toy", "rl": "refl", "reward": "toy", "stage1_steps": 3, "stage2_steps": 2, "fake_updates": 1,
+    "per_device_train_batch_size": 8, "num_eval_samples": 8, "save_steps": 1, "save_total_limit": 1,
+    "logging_steps": 1, "sample_steps": 2, "sample_images": 2, "teacher_steps": 2, "report_to": "none", "seed": 3,
+}  # fmt: skip
+TIMES = {"seconds"}
+
+
+def forked(act: Callable[[], Any], kill_at: int = 0) -> tuple[int, int]:
+    """Wait status of a child, and its changes; killed before one of them, unless that is 0."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        _, status = os.waitpid(child, 0)
+        with open(read) as told:
+            return status, int(told.read() or 0)
+    try:
+        changes = 0
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal changes
+            if event in CHANGES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+                changes += 1
+                if changes == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.addaudithook(hook)
+        act()
+        os.write(write, str(changes).encode())
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+        os._exit(1)
+
+
+def go_on(folder: Path) -> None:
+    """As a user would: from the last checkpoint, or else once more."""
+    again = {"resume_from_checkpoint": "latest"} if checkpoints(folder) else {"overwrite_output_dir": folder.exists()}
+    train(**SETTINGS, output_dir=str(folder), **again)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What two runs must have in common."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")),
+        "damaged": [reason for path in checkpoints(folder) if (reason := damage(path))],
+        "student": (folder / "student" / "student.safetensors").read_bytes(),
+        "weights": [(path / "student.safetensors").read_bytes() for path in checkpoints(folder)],
+        "log": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+        "evaluation": (folder / "evaluation.json").read_text(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--resumed", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dmdr.run.run.write_report = lambda folder: (folder / "report.html").write_text("")  # plots take most of the time
+    whole, run = args.folder / "whole", args.folder / "run"
+    go_on(whole)  # here, so that the forks find everything imported
+    _, changes = forked(lambda: go_on(args.folder / "once"))
+    wanted = outcome(whole)
+    if args.resumed:  # as if killed in the evaluation that ends the last stage
+        begun = shutil.copytree(whole, args.folder / "begun")
+        for path in (begun / "report.html", begun / "evaluation.json"):
+            path.unlink()
+        shutil.rmtree(begun / "student")
+        wanted["evaluation"] = ""
+        again = shutil.copytree(begun, args.folder / "again")
+        _, changes = forked(lambda: go_on(again))
+    wrong, killed = {}, 0
+    for k in range(1, changes + 1, args.every):
+        shutil.rmtree(run, ignore_errors=True)
+        if args.resumed:
+            shutil.copytree(begun, run)
+        status, _ = forked(lambda: go_on(run), kill_at=k)
+        killed += os.WIFSIGNALED(status)
+        status, _ = forked(lambda: go_on(run))
+        found = outcome(run) if status == 0 else {}
+        if args.resumed and found:
+            found["evaluation"] = ""
+        if found != wanted:
+            wrong[k] = [name for name in wanted if found.get(name) != wanted[name]]
+    print(json.dumps({"changes": changes, "killed": killed, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main()
