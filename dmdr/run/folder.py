@@ -98,8 +98,8 @@ def check_inputs_survive(output: Path, named: Iterable[tuple[str, Any]]) -> None
         ConfigError: Names the setting and the file.
     """
     for name, value in named:
-        path = Path(value.partition(":")[0] or ".") if isinstance(value, str) else Path()
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+        path = Path(value.partition(":")[0]) if isinstance(value, str) and value else None  # FILE.py:NAME
+        if path and path.exists() and path.resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"--overwrite_output_dir would delete the --{name} {value}")
 
 

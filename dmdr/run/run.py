@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
 from dmdr.protocols import CachesPrompts, Stateful
@@ -113,7 +113,10 @@ def run(settings: Settings) -> Path:
         job = assemble(settings, state.num_processes)
     if state.is_main_process:
         logger.info("prompts: %s", job.prompts)
-    return Run(job, output, resume, initial)()
+    try:
+        return Run(job, output, resume, initial)()
+    except OSError as error:  # a full disk, a folder that was removed, a process that is gone
+        raise TrainingError(f"{error.strerror or one_line(error)}: {error.filename or output}") from error
 
 
 def check_tracker(config: Config) -> None:
