@@ -2,8 +2,9 @@
 
 import io
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 from unittest.mock import patch
@@ -162,6 +163,34 @@ class Silent(Redness):
         silent = (images[:, 0, 0, 0] * 1e4).long() % 3 == 0
         self.unscored += int(silent.sum())
         return torch.where(silent[:, None], torch.nan, super().image_features(images))
+
+
+class Mute(Redness):
+    """A reward that cannot score any image."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features(images) * torch.nan
+
+
+@contextmanager
+def passes_counted(backend: Backend) -> Iterator[Counter[str]]:
+    """How often each network of a backend is asked inside, and how often a gradient comes back to it."""
+    count: Counter[str] = Counter()
+
+    def counted(role: str, call: Callable[..., Prediction]) -> Callable[..., Prediction]:
+        def asked(*args: Any, **kwargs: Any) -> Prediction:
+            found = call(*args, **kwargs)
+            count[f"of the {role}"] += 1
+            if found.value.requires_grad:
+                found.value.register_hook(lambda grad: count.update([f"backward through the {role}"]))
+            return found
+
+        return asked
+
+    with ExitStack() as stack:
+        for role in ("student", "fake_score", "reference", "teacher"):
+            stack.enter_context(patch.object(backend, role, counted(role, getattr(backend, role))))
+        yield count
 
 
 def trained_a_little(trainer: Trainer) -> Trainer:

@@ -1,6 +1,6 @@
 """What an RL objective promises."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,12 +15,14 @@ from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of,
 from dmdr.testing.common import (
     LATE,
     CannotRun,
+    Mute,
     Silent,
     answers_in_bfloat16,
     brings_back_its_state,
     networks,
     numbers_are_new,
     only_read,
+    passes_counted,
     same,
     taken_by_a_run,
     untouched_global_rng,
@@ -263,6 +265,28 @@ def unscored_samples_are_left_out(build: Build, reward: Reward | None = None) ->
     )
 
 
+def passes_do_not_depend_on_the_scores(build: Build, reward: Reward | None = None) -> None:
+    """Processes that share one network (--shard) wait for each other in each pass, forward and backward."""
+    if not build().needs.reward:
+        return
+    counts = []
+    for scores in (Redness(), Mute()):
+        trainer = trainer_of(build(), scores, on_declared=True)
+        ctx = trainer.context(0)
+        draw = drawn(trainer, ctx)
+        with passes_counted(trainer.backend) as count:
+            trainer.objectives.gradient(draw, ctx)
+        counts.append(dict(count))
+    assert counts[0] == counts[1], (
+        f"the passes through the networks depend on the scores: {_listed(counts[0])} where each image has a score, "
+        f"{_listed(counts[1])} where none has; compute the same for all samples, and say in Term.valid which count"
+    )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none"
+
+
 def whole_training_steps_run(build: Build, reward: Reward | None = None) -> None:
     """Two steps with DMD and two without, where it can do without: the student moves, and nothing else does."""
     for dmd_weight in (1.0,) if build().needs.matching else (1.0, 0.0):
@@ -314,6 +338,7 @@ OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     a_sample_does_not_depend_on_its_micro_batch,
     bfloat16_predictions_are_enough,
     unscored_samples_are_left_out,
+    passes_do_not_depend_on_the_scores,
     whole_training_steps_run,
     state_survives_a_checkpoint,
 )

@@ -100,8 +100,8 @@ class Trainer:
             reward_grad = objectives.gradient(draw, ctx, balance)  #    ... and climb the reward; its graphs are freed
 
             for part, r in self.micro_batches(draw, reward_grad):  # 3. the only student graph alive
-                if not self.matches and not r.any():
-                    continue  # the objective has reached the student's parameters itself
+                if not self.matches and not ctx.gather(r.any()[None]).any():
+                    continue  # the objectives of all processes have reached the student's parameters themselves
                 prediction = backend.student(part.x_t, part.t, part.cond)
                 matched = (matching.anchor(prediction, part, ctx) * part.direction).sum() / reward_grad.numel()
                 ctx.backward(self.dmd_weight(self.step) * matched + (prediction.x0 * r).sum())

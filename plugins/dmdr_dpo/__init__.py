@@ -117,32 +117,32 @@ class DPO:
             ctx.backend.snapshot()
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
-        z = draw.x_t.new_zeros(0)  # where there is no pair
         if self.pairs is not None:
-            rows = (draw.sample % 2 == 0).nonzero().flatten()  # a pair is two images, so half as many pairs as samples
-            if len(rows):
-                z = diffusion(*self.stored_pairs(draw, rows, ctx), None, draw, rows, ctx)
-            return self.term(draw, rows, z)
+            rows, found = one_at_least((draw.sample % 2 == 0).nonzero().flatten())  # a pair is two images
+            z = diffusion(*self.stored_pairs(draw, rows, ctx), None, draw, rows, ctx)
+            return self.term(draw, rows, found, z)
         reward = ctx.rewards.total(ctx.scores(draw.rollout))
-        rows, losers = best_and_worst(reward, draw.group, self.margin)
+        best, worst = best_and_worst(reward, draw.group, self.margin)
+        (rows, found), (losers, _) = one_at_least(best), one_at_least(worst)
         both = torch.cat([rows, losers])
         cond = select(draw.cond, both)
-        if len(rows) and self.form_in(ctx) == "transition":
+        if self.form_in(ctx) == "transition":
             z = transition(draw.rollout, both, cond, ctx)
-        elif len(rows):
+        else:
             start = draw.rollout.x_t[0, both] if ctx.sampler.num_inference_steps > 1 else None
             z = diffusion(draw.rollout.final[both], cond, start, draw, rows, ctx)
-        return self.term(draw, rows, z, gap=reward[rows] - reward[losers])
+        return self.term(draw, rows, found, z, gap=reward[rows] - reward[losers])
 
-    def term(self, draw: Draw, rows: Tensor, z: Tensor, **metrics: Tensor) -> Term:
-        """Losses and metrics of the pairs, each [P], in the rows of their winners, [B]."""
+    def term(self, draw: Draw, rows: Tensor, found: bool, z: Tensor, **metrics: Tensor) -> Term:
+        """Losses and metrics of the pairs, each [P], in the rows of their winners, [B]; valid where they are pairs."""
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(len(draw)).index_copy(0, rows, values)
 
         told = {"accuracy": (z > 0).float(), "logit": (self.beta * z).detach().abs(), **metrics}
-        valid = torch.zeros_like(draw.mask).index_fill(0, rows, True)
-        return Term(spread(self.loss(z)), valid, metrics={name: spread(values) for name, values in told.items()})
+        valid = torch.zeros_like(draw.mask).index_fill(0, rows, found)
+        loss = torch.where(valid, spread(self.loss(z)), 0.0)
+        return Term(loss, valid, metrics={name: spread(values) for name, values in told.items()})
 
     def loss(self, z: Tensor) -> Tensor:
         """Loss of each log-ratio z, [P]."""
@@ -200,6 +200,14 @@ def log_ratio(log_p: Callable[[Prediction], Tensor], x_t: Tensor, t: Tensor, con
         reference = log_p(ctx.backend.reference(x_t, t, cond))
     winner, loser = (log_p(ctx.backend.student(x_t, t, cond)) - reference).chunk(2)
     return x_t[0].numel() * (winner - loser)
+
+
+def one_at_least(rows: Tensor) -> tuple[Tensor, bool]:
+    """Rows [P], and whether there were any; the first one stands in where there is none.
+
+    All processes must make the same passes through a network that they share (--shard).
+    """
+    return (rows, True) if len(rows) else (rows.new_zeros(1), False)
 
 
 def stochastic_steps(ctx: Context) -> int:

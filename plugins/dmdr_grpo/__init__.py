@@ -164,8 +164,8 @@ class GRPO:
     def check_replay(self, i: int, prediction: Prediction, draw: Draw, ctx: Context) -> None:
         """Stop if the student with gradient is not the one that made the rollout.
 
-        Another kernel or a compiled graph rounds otherwise; that moves the mean of a step by about a thousandth of its
-        standard deviation (measured on a small compiled SD3 in bf16 on a CPU). Dropout or other weights move it further.
+        Another kernel or a compiled graph rounds otherwise. That moves the mean of a step by about a thousandth of its
+        standard deviation (measured on a small compiled SD3 in bf16, on a CPU). Dropout and other weights move it more.
 
         Raises:
             TrainingError: In every process, if a mean has moved by more than `MOVED` in any.

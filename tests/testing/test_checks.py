@@ -51,6 +51,15 @@ def noisy(draw: Draw, ctx: Context) -> Term:
     return Term(climb(draw, ctx) + 0.1 * torch.rand(len(draw)))
 
 
+def asking_where_scored(draw: Draw, ctx: Context) -> Term:
+    """A pass through the student for samples that have a score, and none where there is no such sample."""
+    score = ctx.scores(draw.rollout)["toy"]
+    loss = draw.leaf.flatten(1).sum(1)  # type: ignore[union-attr]
+    if score.isfinite().any():
+        loss = loss + ctx.backend.student(draw.x_t, draw.t, draw.cond).x0.flatten(1).sum(1)
+    return Term(loss, score.isfinite())
+
+
 def drawing_elsewhere(draw: Draw, ctx: Context) -> Term:
     """What it draws decides nothing, yet others may draw after it."""
     np.random.rand()
@@ -165,6 +174,11 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (noisy, {}, "drew from torch's global random generator"),
         (drawing_elsewhere, {}, "drew from numpy's global random generator"),
         (drawing_in_python, {}, "drew from Python's global random generator"),
+        (
+            asking_where_scored,
+            {"reward": True},
+            "depend on the scores: 1 of the student, 1 backward through the student where .* none where none has",
+        ),
         (everything_valid, {}, "say in Term.valid which samples count"),
         (without_valid, {"steps": "last"}, "say in Term.valid which samples count"),
         (without_valid, {"steps": (-1,)}, "names none of the 4 student steps"),
@@ -716,7 +730,7 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--dmdr-option=scale=3.5")
     assert code == 0, out
     assert "gradient_reaches_the_student_only PASSED" in out
-    assert "12 passed" in out
+    assert "13 passed" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Score", "--dmdr-option=checkpoint=here")
     assert code == 1
     assert "a reward returns [4] float32; this one torch.float64 [4]" in out
@@ -831,7 +845,7 @@ class Captioned:
 def test_what_cannot_run_fails_once(pytester: pytest.Pytester, name: str, lines: list[str]) -> None:
     pytester.makepyfile(odd=ODD)
     code, out = check(pytester, f"--dmdr-plugin=odd.py:{name}")
-    assert code == 1 and "1 failed, 11 skipped" in out
+    assert code == 1 and "1 failed, 12 skipped" in out
     assert all(line in out for line in lines)
     assert "runner.py" not in out and "dmdr/testing" not in out
     assert (
@@ -845,7 +859,7 @@ def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> Non
     assert "TypeError: object of type 'int' has no len()" in out and "1 failed, 7 skipped" in out
     arguments = ["--dmdr-plugin=odd.py:Captioned", "--dmdr-column=caption=[a, bb, c, dd]", "--dmdr-plugin=mine.py:Mine"]
     code, out = check(pytester, *arguments, "--dmdr-option=mine.py:Mine.scale=2", "--dmdr-option=scale=3")
-    assert code == 0 and "20 passed" in out, out
+    assert code == 0 and "21 passed" in out, out
 
 
 TYPED = """
@@ -886,9 +900,9 @@ def test_options_are_read_as_flags_are(pytester: pytest.Pytester) -> None:
 def test_checks_are_collected(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(mine=MINE)
     _, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--collect-only", "-q")
-    assert "collected 12 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
+    assert "collected 13 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "-k", "whole or only_read")
-    assert code == 0 and "2 passed, 10 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
+    assert code == 0 and "2 passed, 11 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
 
 
 def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
