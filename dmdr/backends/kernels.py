@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmdr.backends.loading import quiet
 from dmdr.errors import ConfigError, one_line
@@ -40,14 +40,19 @@ def set_attention_backend(network: Any, name: str, blank: Callable[..., Tensor])
             norm.register_forward_hook(lambda norm, given, answer: answer.to(given[0].dtype))
 
 
+def blocks_of(network: Any) -> list[nn.Module]:
+    """The blocks that a network repeats, as diffusers names them; the outer ones first."""
+    names = network._repeated_blocks or network._no_split_modules or ()
+    return [module for module in network.modules() if type(module).__name__ in names]
+
+
 def compile_blocks(network: Any) -> None:
     """Compile the blocks that a network repeats, one graph for all of a kind and a role.
 
     Raises:
         ConfigError: If the network does not say which they are.
     """
-    names = network._repeated_blocks or network._no_split_modules or ()
-    blocks = [module for module in network.modules() if type(module).__name__ in names]
+    blocks = blocks_of(network)
     if not blocks:
         raise ConfigError(f"--torch_compile: a {type(network).__name__} does not name its repeated blocks")
     # Every role, with and without gradient, is a graph of its own; beyond this limit torch would go on uncompiled.

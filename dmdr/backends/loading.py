@@ -1,5 +1,6 @@
 """Reading what diffusers and transformers saved, strictly: a weight that is missing or unknown is an error."""
 
+import json
 import logging
 import re
 from argparse import Namespace
@@ -12,7 +13,10 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from accelerate import init_empty_weights
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, _add_variant
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -90,16 +94,25 @@ class Source:
 
     def variants(self, subfolder: str) -> set[str | None]:
         """The variants that a component has weights of, None for those without; empty where this is not known."""
+        return {match[1] for match in map(WEIGHTS.fullmatch, self.names(subfolder)) if match}
+
+    def names(self, subfolder: str) -> list[str]:
+        """The files of a component; none where this is not known."""
         folder = Path(self.folder)
         if folder.is_dir():
-            files = [file.name for file in (folder / subfolder).glob("*")]
-        else:
-            try:
-                paths = [Path(path) for path in hub.files(self.folder, self.revision)]
-            except Exception:  # there is no such repository, or it is not in the cache; whoever loads it says so
-                paths = []
-            files = [path.name for path in paths if path.parent == Path(subfolder)]
-        return {match[1] for match in map(WEIGHTS.fullmatch, files) if match}
+            return [file.name for file in (folder / subfolder).glob("*")]
+        try:
+            paths = [Path(path) for path in hub.files(self.folder, self.revision)]
+        except Exception:  # there is no such repository, or it is not in the cache; whoever loads it says so
+            return []
+        return [path.name for path in paths if path.parent == Path(subfolder)]
+
+    def fetch(self, subfolder: str, name: str) -> Path:
+        """One of them, on this machine; raises what `huggingface_hub` does."""
+        local = Path(self.folder)
+        if local.is_dir():
+            return local / subfolder / name
+        return hub.fetch(self.folder, str(Path(subfolder) / name), self.revision)
 
     def other_variants(self, subfolder: str) -> str:
         """What to say where a component's weights are there, but none that `taken` could choose."""
@@ -158,6 +171,40 @@ def load_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *
         )
     refuse_misfits(place, found["missing_keys"], found["unexpected_keys"])
     return network.eval()
+
+
+def open_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -> Any:
+    """A network as `load_network` gives it, but its parameters take no memory and have no values; buffers have theirs.
+
+    Raises:
+        ConfigError: If its configuration cannot be read.
+    """
+    config = read_config(cls, source, subfolder)
+    with refusing(f"{source.place(subfolder)} is no {cls.__name__}"), init_empty_weights(include_buffers=False):
+        network = cls.from_config(config).eval()
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # On the CPU, because PEFT leaves adapters of parameters on the meta device without values.
+            setattr(module, name, nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), False))
+    return network
+
+
+def weight_files(source: Source, subfolder: str) -> dict[str, Path]:
+    """The safetensors file of each tensor of a component, by the tensor's name.
+
+    Raises:
+        ConfigError: If there are none, or the index is damaged.
+    """
+    place, variant = source.place(subfolder), source.taken(subfolder)
+    index, single = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME))
+    with refusing(f"{place} has no readable weights in safetensors files{source.other_variants(subfolder)}"):
+        if index in source.names(subfolder):
+            listed = json.loads(source.fetch(subfolder, index).read_text())["weight_map"]
+            files = {name: source.fetch(subfolder, name) for name in sorted(set(listed.values()))}
+            return {name: files[file] for name, file in listed.items()}
+        file = source.fetch(subfolder, single)
+        with safe_open(file, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
 
 
 def load_text_encoder(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *, meta: bool = False) -> Any:

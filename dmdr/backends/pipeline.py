@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from dmdr.backends.component import check_latent_scaling, latent_statistics, read_component
@@ -26,12 +27,15 @@ from dmdr.backends.loading import (
     load_network,
     load_pipeline,
     on_device,
+    open_network,
     read_config,
     read_weights,
+    weight_files,
 )
 from dmdr.backends.lora import LoRARoles, check_targets, joined, merge, parted
 from dmdr.backends.lora_files import read_lora
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
+from dmdr.backends.sharding import fill, shard
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
@@ -258,22 +262,31 @@ class PipelineBackend:
 
     # --- Loading -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:
         """Load network and VAE onto the device and create the roles; no text encoder yet.
 
+        Args:
+            sharding: Processes that share the network.
+
         Raises:
-            ConfigError: If weights are missing or unexpected, or an option finds nothing to act on.
+            ConfigError: If weights are missing or unexpected, an option finds nothing to act on, or one needs the whole
+                network in each process.
         """
         options = self.options
         self.connect(accelerator)
-        network = self._load(self.network_class, self.source, self.network_name, self.dtype)
+        if sharding is None:
+            network = self._load(self.network_class, self.source, self.network_name, self.dtype)
+        else:
+            self._check_shardable()
+            network = open_network(self.network_class, self.source, self.network_name, self.dtype)
         self.vae = self._load_vae(AutoencoderKL, self.source, "vae")
         small = self.reward_decoder
         self.reward_vae = self._load_vae(AutoencoderTiny, Source(small)) if small else self.vae
         self.pipeline = self._pipeline(network, vae=self.vae)
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
-        merge(network, self._teacher_lora, f"--teacher_lora {options.teacher_lora}")
-        network.to(self.device)
+        if sharding is None:
+            merge(network, self._teacher_lora, f"--teacher_lora {options.teacher_lora}")
+            network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend, self.blank)
         check_targets(network, options.lora_target_modules or ())
@@ -290,7 +303,13 @@ class PipelineBackend:
             full_student=options.full_finetune,
             seed=options.seed,
         )
-        network.to(self.device)  # PEFT leaves the adapters of a network on the meta device on the CPU
+        if sharding is None:
+            network.to(self.device)  # PEFT leaves the adapters of a network on the meta device on the CPU
+        else:
+            adapters = [p for role in roles for p in self.roles.parameters(role).values()]
+            shard(network, sharding, adapters)
+            files = weight_files(self.source, self.network_name)
+            fill(network, files, self.source.place(self.network_name))
         if options.student_weights:
             given = read_weights(options.student_weights)
             load_strict(self.roles.copies["student"].state_dict(), given, options.student_weights)
@@ -300,6 +319,12 @@ class PipelineBackend:
         if options.torch_compile:
             for each in self.roles.networks:
                 compile_blocks(each)
+
+    def _check_shardable(self) -> None:
+        """Refuse options that need the whole network in each process."""
+        for name in ("full_finetune", "teacher_lora"):
+            if getattr(self.options, name):
+                raise ConfigError(f"--{name} needs the whole network in each process: leave out --shard")
 
     def connect(self, accelerator: Any) -> None:
         """Say where and in which precision all that is loaded will lie; loads nothing.

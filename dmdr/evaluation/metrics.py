@@ -146,6 +146,7 @@ def evaluate(
     *,
     chunk: int = 128,
     device: torch.device | None = None,
+    together: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> dict[str, float]:
     """All metrics of one set of images: a column of the metric table.
 
@@ -163,6 +164,7 @@ def evaluate(
         rewards, eval_rewards: The run's rewards, and those that only measure, or None.
         chunk: Images that the judge and the rewards see at a time.
         device: Where they are seen; where `images` lie by default.
+        together: Where several processes each have a share of the images: their values, [B, ...] -> [all, ...].
 
     Raises:
         ValueError: There is no image, or the lengths differ.
@@ -176,16 +178,15 @@ def evaluate(
     metrics: dict[str, float] = {}
 
     if judge is not None:
-        correct = [
-            judge.correct(images[i : i + chunk].to(device), prompts[i : i + chunk]).float().cpu() for i in starts
-        ]
-        metrics["accuracy"] = torch.cat(correct).mean().item()
+        parts = [judge.correct(images[i : i + chunk].to(device), prompts[i : i + chunk]).float().cpu() for i in starts]
+        correct = together(torch.cat(parts))
+        metrics["accuracy"] = correct.mean().item()
         if hasattr(judge, "probabilities"):
-            metrics["inception_score"] = inception_score(_map(judge.probabilities, images, chunk, device))
+            metrics["inception_score"] = inception_score(together(_map(judge.probabilities, images, chunk, device)))
         real = judge.reference()
-        if min(len(images), len(real)) > NEIGHBOURS:
+        if min(len(correct), len(real)) > NEIGHBOURS:
             features, points = (
-                [_map(function, part, chunk, device) for part in (real, images)]
+                [_map(function, real, chunk, device), together(_map(function, images, chunk, device))]
                 for function in (judge.features, judge.embed)
             )
             metrics["frechet_distance"] = frechet_distance(features[0], features[1])
@@ -194,12 +195,12 @@ def evaluate(
     for kind, scorer in (("reward", rewards), ("eval_reward", eval_rewards)):
         if scorer is None:
             continue
-        parts = []
+        scored = []
         for i in starts:
             row = {name: column[i : i + chunk] for name, column in columns.items()}
-            parts.append(scorer.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
+            scored.append(scorer.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
         # The total is taken of all images at once, in case it depends on the statistics of its batch.
-        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        scores = {name: together(torch.cat([part[name] for part in scored])) for name in scored[0]}
         metrics |= {f"{kind}/{name}": _finite_mean(values) for name, values in scores.items()}
         metrics[f"{kind}/total"] = _finite_mean(scorer.total(scores))
     return metrics

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
@@ -64,8 +65,8 @@ class FluxBackend(FlowBackend):
         """The user's scale, beside which F(1) is the only other pass that the direction of guidance takes."""
         return self.options.guidance_scale if self.distilled and self.options.guidance_scale != 1 else 0.0
 
-    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
-        super().prepare(accelerator, roles=roles)
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:
+        super().prepare(accelerator, roles=roles, sharding=sharding)
         _, height, width = self.latent_shape
         place = self.device, self.dtype
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, *place)

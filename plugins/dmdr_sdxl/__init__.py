@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dmdr.backends.component import ComponentConfig
 from dmdr.backends.loading import quiet, read_config
@@ -187,8 +188,8 @@ class SDXLBackend(UNetBackend):
         pooled = config.whole("projection_class_embeddings_input_dim") - times
         return super().blank_embeddings(count) | {"pooled": self.blank(count, pooled)}
 
-    def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
-        super().prepare(accelerator, roles=roles)
+    def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:
+        super().prepare(accelerator, roles=roles, sharding=sharding)
         size = [self.resolution] * 2  # as the pipeline gives them: original, corner of the crop, target
         self.time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
 

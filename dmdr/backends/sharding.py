@@ -1,0 +1,115 @@
+"""A frozen network spread over processes block by block, by torch's FSDP2, and filled from safetensors files.
+
+Adapters stay whole and plain in every process: their gradients, averages, checkpoints and exports are those of a
+network that is not sharded. Every pass through the network gathers its blocks, so all processes of a mesh must make the
+same passes in the same order.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dmdr.backends.kernels import blocks_of
+from dmdr.errors import ConfigError, one_line
+from dmdr.states import refuse_misfits
+
+
+def mesh_of(count: int, accelerator: Any) -> DeviceMesh:
+    """The processes in shares of `count` neighbours; where there are several shares, they are the first dimension."""
+    processes, kind = accelerator.num_processes, accelerator.device.type
+    if count == processes:
+        return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (processes // count, count), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter]) -> None:
+    """Spread the parameters of a network over processes, in place; `fill` gives them values.
+
+    Args:
+        network: As `load_network` opens one without weights; adapters and buffers are where they are needed.
+        mesh: Of one dimension, the processes that share a copy; or of two, copies and the processes that share each.
+        adapters: Parameters that stay whole.
+    """
+    ours = set(adapters)
+    for adapter in ours:
+        adapter.data = adapter.data.to(mesh.device_type)
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in ours:
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    kept = {name: tensor.detach().clone() for name, tensor in _tensors(network).items() if not tensor.is_meta}
+    for module in (*reversed(blocks_of(network)), network):
+        # The root, too, is gathered anew in each pass: what is written to it in between would be ignored otherwise.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ours)
+    network.to_empty(device=mesh.device_type)
+    own = _tensors(network)
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            own[name].copy_(tensor)
+
+
+def fill(network: nn.Module, files: Mapping[str, Path], what: str) -> None:
+    """Read each process's rows of a sharded network, and nothing else, from safetensors.
+
+    Args:
+        files: File of each tensor, by the network's own names.
+        what: Where they come from, for messages.
+
+    Raises:
+        ConfigError: If a tensor is missing, unexpected or of another shape, or a file is damaged.
+    """
+    own: dict[str, Tensor] = {
+        name.replace(".base_layer.", "."): p for name, p in network.named_parameters() if ".lora_" not in name
+    }
+    stored = network.state_dict().keys()
+    own |= {name: buffer for name, buffer in network.named_buffers() if name in stored}
+    refuse_misfits(what, own.keys() - files.keys(), files.keys() - own.keys())
+    misshapen = []
+    with ExitStack() as stack, torch.no_grad():
+        opened: dict[Path, Any] = {}
+        for name, tensor in own.items():
+            file = files[name]
+            try:
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                rows = opened[file].get_slice(name)
+                if list(tensor.shape) == rows.get_shape():
+                    _copy_rows(tensor, rows)
+                else:
+                    misshapen.append(f"{name} {tuple(rows.get_shape())} for {tuple(tensor.shape)}")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{file} cannot be read as safetensors: {one_line(error)}") from error
+    refuse_misfits(what, (), (), misshapen)
+
+
+def whole(tensors: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor] = Tensor.cpu) -> dict[str, Tensor]:
+    """Sharded tensors, each [n, ...], put together one after the other; by all processes of the mesh together.
+
+    Args:
+        keep: What becomes of each whole tensor before the next one is gathered.
+    """
+    return {name: keep(t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors.items()}
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict(network.named_parameters()) | dict(network.named_buffers())
+
+
+def _copy_rows(tensor: Tensor, rows: Any) -> None:
+    """Into a plain tensor everything; into a sharded one the rows of this process."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(rows[...])
+        return
+    local = tensor.to_local()
+    if local.numel():
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local.copy_(rows[offset[0] : offset[0] + len(local)])
