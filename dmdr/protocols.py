@@ -118,7 +118,8 @@ class Backend(Protocol):
     flags (`RoleOptions` is one to inherit from). A field with the name of a setting of the core (`seed`, `revision`,
     `guidance_scale`, ...) is given that setting's value.
 
-    It may also be any of `ChecksPrompts`, `CachesPrompts`, `DrawsNoise`, `TeacherGrid` and `GuidanceInput`.
+    It may also be any of `ChecksPrompts`, `CachesPrompts`, `DrawsNoise`, `TeacherGrid`, `GuidanceInput` and
+    `Shardable`.
     """
 
     options: Any
@@ -523,6 +524,22 @@ class ChecksPrompts(Protocol):
 
 
 @runtime_checkable
+class Shardable(Protocol):
+    """A family whose frozen network several processes can share (--shard).
+
+    Its `prepare` takes `sharding`, a `torch.distributed.device_mesh.DeviceMesh`, beside `roles`. The parameters of the
+    roles stay whole in each process.
+    """
+
+    def check_shardable(self) -> None:
+        """Called before anything is loaded.
+
+        Raises:
+            ConfigError: If its options need the whole network in each process.
+        """
+
+
+@runtime_checkable
 class CachesPrompts(Protocol):
     """A family that stores embeddings, so that its text encoders need not share the memory with its network."""
 
@@ -570,7 +587,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "rewards": (Submits, FeatureReward),
     "matchings": (Stateful, BringsLearners),
     "sample_weights": (Stateful,),
-    "backends": (ChecksPrompts, CachesPrompts, DrawsNoise, TeacherGrid, GuidanceInput),
+    "backends": (ChecksPrompts, CachesPrompts, DrawsNoise, TeacherGrid, GuidanceInput, Shardable),
     "models": (),
 }
 

@@ -277,7 +277,6 @@ class PipelineBackend:
         if sharding is None:
             network = self._load(self.network_class, self.source, self.network_name, self.dtype)
         else:
-            self._check_shardable()
             network = open_network(self.network_class, self.source, self.network_name, self.dtype)
         self.vae = self._load_vae(AutoencoderKL, self.source, "vae")
         small = self.reward_decoder
@@ -320,11 +319,10 @@ class PipelineBackend:
             for each in self.roles.networks:
                 compile_blocks(each)
 
-    def _check_shardable(self) -> None:
-        """Refuse options that need the whole network in each process."""
+    def check_shardable(self) -> None:
         for name in ("full_finetune", "teacher_lora"):
             if getattr(self.options, name):
-                raise ConfigError(f"--{name} needs the whole network in each process: leave out --shard")
+                raise ConfigError(f"--shard: --{name} needs the whole network in each process; leave out one of them")
 
     def connect(self, accelerator: Any) -> None:
         """Say where and in which precision all that is loaded will lie; loads nothing.

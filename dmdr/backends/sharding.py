@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -21,14 +21,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dmdr.backends.kernels import blocks_of
 from dmdr.errors import ConfigError, one_line
 from dmdr.states import refuse_misfits
-
-
-def mesh_of(count: int, accelerator: Any) -> DeviceMesh:
-    """The processes in shares of `count` neighbours; where there are several shares, they are the first dimension."""
-    processes, kind = accelerator.num_processes, accelerator.device.type
-    if count == processes:
-        return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
-    return init_device_mesh(kind, (processes // count, count), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmdr.backends.kernels import blocks_of
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
 from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
@@ -40,7 +41,7 @@ from dmdr.types import Condition, dtype_of
 GIB = 2**30
 META, CPU = torch.device("meta"), torch.device("cpu")
 NETWORK, AVERAGE, OPTIMIZER, GRADIENTS = "network, frozen", "average of the student", "optimizer states", "gradients"
-ENCODERS = "text encoders"
+ENCODERS, GATHERED = "text encoders", "blocks gathered from other processes"
 RUNNING = (AVERAGE, OPTIMIZER, GRADIENTS, REST)
 
 
@@ -55,7 +56,7 @@ class Estimate:
         phases: Bytes by part when each phase of the run needs most, by phase. Gradients and activations are those that
             are alive at that moment, not their own peaks.
         backbones: Full networks that the run keeps: one, or more with a full student.
-        backbone: Bytes of one frozen network in the run's precision.
+        backbone: Bytes of one frozen network in the run's precision, or of a process's share of it.
     """
 
     overview: Mapping[str, str]
@@ -178,15 +179,31 @@ def _simulated(job: Job) -> Estimate:
         phases["image grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
         del trainer
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
-    names = (ENCODERS, *parts, *RUNNING)
+    backbone, shards = sum(t.nbytes for t in parts[NETWORK]), job.plan.shards
+    if shards > 1:
+        text += f", network shared by {shards}"
+        for peak in phases.values():
+            if peak[NETWORK]:
+                peak[NETWORK] -= backbone - backbone // shards
+                peak[GATHERED] = _gathered(backend.roles.network)
+        backbone //= shards
+    names = (ENCODERS, *parts, GATHERED, *RUNNING)
     return Estimate(
         overview(job, trainers.own_learners, precision=precision),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
         backbones=1 + len(backend.roles.copies),
-        backbone=sum(t.nbytes for t in parts[NETWORK]),
+        backbone=backbone,
     )
+
+
+def _gathered(network: nn.Module) -> int:
+    """Bytes of a shared network that are whole at a time: what is in no block, and two blocks, with the next one."""
+    frozen = {p: p.nbytes for name, p in network.named_parameters() if ".lora_" not in name}
+    blocks = [{p for p in block.parameters() if p in frozen} for block in blocks_of(network)]
+    largest = sorted(sum(frozen[p] for p in block) for block in blocks)[-2:]
+    return sum(largest) + sum(frozen[p] for p in frozen.keys() - set().union(*blocks))
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dmdr.errors import ConfigError, one_line
 
@@ -59,6 +60,27 @@ def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate has no autocast to it
         raise ConfigError("--mixed_precision fp16 needs a GPU; a CPU takes bf16 or no")
     return accelerator
+
+
+def mesh_of(count: int, accelerator: Any) -> DeviceMesh:
+    """The processes in shares of `count` neighbours; where there are several shares, they are the first dimension."""
+    processes, kind = accelerator.num_processes, accelerator.device.type
+    if count == processes:
+        return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (processes // count, count), mesh_dim_names=("replicate", "shard"))
+
+
+def refuse_other_engines() -> None:
+    """Refuse a launcher that wants the networks wrapped.
+
+    Raises:
+        ConfigError: Says what to use instead.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ConfigError(
+                f"accelerate launch with {name}: DMDR shards by itself; launch without it, with --shard all"
+            )
 
 
 def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:

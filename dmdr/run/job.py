@@ -6,7 +6,7 @@ from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Rows, read_prompts, split_columns, stream_prompts
-from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel
+from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable
 from dmdr.rewards import Rewards
 from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
@@ -71,6 +71,10 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
     backend: Backend = settings.open_backend(folder)
+    if plan.shards > 1:
+        if not isinstance(backend, Shardable):
+            raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
+        backend.check_shardable()
     if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)

@@ -1,5 +1,6 @@
 """Every length, batch and schedule of a run, computed once."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class Plan:
 
     Attributes:
         batch: Images of an update.
+        shards: Processes that share one copy of the frozen network.
         num_inference_steps: Steps of the student.
         times: The student's time grid without its last time, 0, where the user gives it; None for the model's own.
         matches: Whether distributions are matched and the fake score is trained; without, the run is RL only.
@@ -106,6 +108,7 @@ class Plan:
     """
 
     batch: Batch
+    shards: int
     num_inference_steps: int
     times: tuple[float, ...] | None
     matches: bool
@@ -138,6 +141,7 @@ class Plan:
                 processes,
                 config.num_generations,
             ),
+            shards=_shards(config.shard, processes),
             num_inference_steps=len(times) or config.num_inference_steps,
             times=tuple(times) or None,
             matches=config.dmd_weight > 0,
@@ -186,6 +190,22 @@ class Plan:
                 f"--resume_from_checkpoint {checkpoint}: an update had {progress.batch} images, and would have "
                 f"{self.batch.whole} now; change --per_device_train_batch_size or --gradient_accumulation_steps"
             )
+
+
+def _shards(wanted: str, processes: int) -> int:
+    """Processes that share one copy.
+
+    Raises:
+        ConfigError: If the processes cannot be parted so.
+    """
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # as launchers say it
+    count = {"node": node, "all": processes}.get(wanted) or int(wanted)
+    if processes % count:
+        raise ConfigError(
+            f"--shard {wanted}: {processes} process{'es' * (processes > 1)} cannot be parted into groups of {count}; "
+            "a dry run takes their number from WORLD_SIZE"
+        )
+    return count
 
 
 def _stages(

@@ -33,7 +33,7 @@ from dmdr.run.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dmdr.run.device import avoid_mps, on_main_process, open_accelerator
+from dmdr.run.device import avoid_mps, mesh_of, on_main_process, open_accelerator, refuse_other_engines
 from dmdr.run.export import export
 from dmdr.run.folder import (
     INPUTS,
@@ -90,11 +90,11 @@ def run(settings: Settings) -> Path:
     """
     if settings.config.dry_run:
         raise ConfigError("dry_run=True works on the command line only: dmdr-train --dry_run")
+    refuse_other_engines()
     avoid_mps()
-    # Processes on CPUs find each other only if told that they are. The others wait while the main process draws images
-    # and evaluates, which takes longer than the usual ten minutes.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    config, state = settings.config, PartialState(cpu=cpu, timeout=timedelta(hours=6))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # processes on CPUs find each other only if told that they are
+    config = settings.config
+    state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
     check_tracker(config)
     adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
@@ -148,7 +148,8 @@ class Run:
         config, accelerator, backend = self.config, self.accelerator, self.job.backend
         if isinstance(backend, CachesPrompts) and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
-        backend.prepare(accelerator, roles=self.plan.roles)
+        shared = {"sharding": mesh_of(self.plan.shards, accelerator)} if self.plan.shards > 1 else {}
+        backend.prepare(accelerator, roles=self.plan.roles, **shared)
         for rewards in (self.job.rewards, self.job.eval_rewards):
             if rewards:
                 rewards.prepare(accelerator.device, dtype_of(config.reward_dtype))

@@ -149,6 +149,12 @@ class Config(Flags):
     reward_dtype: Literal["fp32", "bf16", "fp16"] = flag(
         "fp32", "precision of the rewards' networks; fp32 is that of the published scorers"
     )
+    # Several processes
+    shard: str = flag(
+        "1",
+        "how many processes share one copy of the frozen network: a number, 'node' for those of a machine, or 'all'",
+    )
+    ddp_timeout: int = flag(1800, "seconds that a process waits for the others before the run fails")
     # The model
     backend: str | None = flag(
         None, "model family, e.g. package:NAME or my_file.py:NAME; by default that of the pipeline's class"
@@ -178,7 +184,7 @@ class Config(Flags):
     def validate(self) -> None:
         super().validate()
         at_least_one = """num_inference_steps fake_updates num_generations sample_images per_device_train_batch_size
-            gradient_accumulation_steps logging_steps teacher_steps"""
+            gradient_accumulation_steps logging_steps teacher_steps ddp_timeout"""
         for name in at_least_one.split():
             self._require(getattr(self, name) >= 1, name, "at least 1")
         not_negative = """stage1_steps stage2_steps warmup_steps rl_warmup_steps save_steps sample_steps eval_steps
@@ -189,6 +195,8 @@ class Config(Flags):
             adam_epsilon"""
         for name in positive.split():
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
+        number = self.shard.isdecimal() and int(self.shard) >= 1
+        self._require(number or self.shard in ("node", "all"), "shard", "a number of at least 1, 'node' or 'all'")
         for name in ("eta", "dyna_guidance"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):

@@ -110,6 +110,9 @@ class SiTBackend(FlowBackend):
 
     # --- Export: no stock pipeline knows SiT, so that the student brings a whole one ----------------------------------
 
+    def check_shardable(self) -> None:
+        raise ConfigError("--shard: a SiT is exported as a whole network, and fits on one GPU; leave out --shard")
+
     def export(self, directory: Path, sampler: Sampler) -> Mapping[str, Any]:
         """A pipeline folder with its code; `transformer/*.safetensors` has the layout of the published checkpoints.
 

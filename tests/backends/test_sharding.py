@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import sd3
 from dmdr.backends.flow import FlowOptions
-from dmdr.backends.sharding import mesh_of
+from dmdr.run.device import mesh_of
 from dmdr_sd3 import SD3Backend
 
 PROMPTS = ("a handwritten seven", "a handwritten two")
