@@ -64,6 +64,16 @@ METRICS = {
     "reward_weighted": Metric("Weighted rewards", "Each reward times its weight in the sum."),
     "tilt": Metric("RT-DM", "Effective sample size, greatest weight and clipped share of the samples' weights."),
     "dyna": Metric("DynaDG", "Share of the fake score's adapter in the teacher."),
+    "unscored": Metric(
+        "Images without a score",
+        "How many images each reward left without a finite score in the updates since the line before, of all that it "
+        "was asked about.",
+    ),
+    "bad_steps": Metric(
+        "Bad steps",
+        "Updates in a row of which a part was skipped, since a loss or a gradient was not finite. Each has a line; the "
+        "run's messages say why.",
+    ),
     "loss_scale": Metric("Loss scale", "Of float16; it falls with each update that is skipped for an overflow."),
     "learning_rate": Metric("Learning rate", "Of the student."),
     "seconds": Metric("Seconds", "Of a training step."),

@@ -248,7 +248,7 @@ class Run:
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         bar.update()
-        if not self._noted(trainer.step, self.progress.total):
+        if not self._noted(trainer.step, self.progress.total) and not trainer.bad_steps:
             return
         rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
         values = {**line, **rewards, "seconds": seconds}
@@ -345,7 +345,8 @@ class Run:
             self.output / "checkpoints", self.progress, tensors, optimizers, extra, stage_end=stage_end
         )
         logger.debug("saved %s", folder)
-        prune(self.output, self.config.save_total_limit)
+        if not trainer.bad_steps:  # what was saved before them may be worth going back to
+            prune(self.output, self.config.save_total_limit)
 
 
 def _stateful_parts(trainer: Trainer) -> dict[str, Any]:

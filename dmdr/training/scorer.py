@@ -1,7 +1,9 @@
 """Rewards of a rollout's finished images, on all processes."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,7 @@ from dmdr.protocols import Backend
 from dmdr.rewards import RewardError, Rewards
 from dmdr.types import Rollout
 
+logger = logging.getLogger("dmdr")
 PATIENCE = 10  # batches in a row without a scored sample, before the run stops: a small one may have none by chance
 
 
@@ -37,6 +40,7 @@ class RolloutScorer:
         rewards: The run's rewards, prepared.
         micro_batch_size: Images that are decoded and scored at a time.
         silent: Batches in a row that no reward could score.
+        warned: Rewards that have left a sample without a score.
     """
 
     rewards: Rewards
@@ -44,6 +48,7 @@ class RolloutScorer:
     accelerator: Accelerator
     micro_batch_size: int
     silent: int = 0
+    warned: set[str] = field(default_factory=set)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Scores:
@@ -72,3 +77,35 @@ class RolloutScorer:
         if self.silent >= PATIENCE:
             self.rewards.require_finite(everyone)
         return Scores(own, everyone, self.accelerator.gather(rollout.group))
+
+    def means(self, scores: Scores) -> dict[str, Tensor]:
+        """Mean rewards of the global batch, over the finite scores: raw and weighted by name, and their total."""
+        finite = {name: torch.where(s.isfinite(), s, torch.nan) for name, s in scores.everyone.items()}
+        means = {name: score.nanmean() for name, score in finite.items()}
+        line = {f"reward/{name}": mean for name, mean in means.items()}
+        weights = self.rewards.weights
+        line |= {f"reward_weighted/{name}": weights[name] * mean.double() for name, mean in means.items()}
+        return line | {"reward/total": self.rewards.total(finite).nanmean()}
+
+    def warn(self, line: Mapping[str, float], step: int) -> None:
+        """Say of each reward the first time that it left images without a score; the log counts on."""
+        for name in self.rewards.parts:
+            count = line.get(f"unscored/{name}", 0)
+            if count and name not in self.warned:
+                self.warned.add(name)
+                if self.accelerator.is_main_process:
+                    what = "left %d images of step %d without a finite score, and will be counted as unscored/%s"
+                    logger.warning(f"the reward '%s' {what}", name, count, step, name)
+
+
+class Watched(Rewards):
+    """The same rewards, as objectives ask them; `see` is shown all scores."""
+
+    def __init__(self, rewards: Rewards, see: Callable[[Mapping[str, Tensor]], None]) -> None:
+        super().__init__(rewards.parts)
+        self.see = see
+
+    def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
+        scores = super().each(images, prompts, **columns)
+        self.see(scores)
+        return scores

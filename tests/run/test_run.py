@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,36 @@ def test_overwriting_starts_anew(copy: Path) -> None:
 
 def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:
     assert train(**STAGE1 | {"stage1_steps": 1}, output_dir=str(tmp_path)) == tmp_path
+
+
+# --- Steps that are not finite -------------------------------------------------------------------------------------
+
+
+def broken_from(patch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """The fake score's loss is NaN in these updates of a stage."""
+    whole = DMD.fake_loss
+
+    def fake_loss(self: DMD, draw: Any, fake: Any, ctx: Any) -> Any:
+        term = whole(self, draw, fake, ctx)
+        return replace(term, loss=term.loss * float("nan")) if first <= ctx.step + 1 <= last else term
+
+    patch.setattr(DMD, "fake_loss", fake_loss)
+
+
+def test_a_run_gets_over_a_few_bad_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a line of its own."""
+    broken_from(monkeypatch, 3, 5)
+    folder = train(**STAGE1 | {"logging_steps": 4}, output_dir=str(tmp_path / "run"))
+    assert [(line["step"], line.get("bad_steps")) for line in lines(folder)] == [(1, None), (3, 1), (4, 2), (5, 3)]
+    assert all(p.isfinite().all() for p in student(folder).values())
+
+
+def test_bad_steps_push_no_checkpoint_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_from(monkeypatch, 3, 6)
+    settings = STAGE1 | {"save_steps": 1, "save_total_limit": 1, "max_bad_steps": 2}
+    with pytest.raises(TrainingError, match=r"step 5: the fake_score was not updated: .*\(3 steps in a row\)"):
+        train(**settings, output_dir=str(tmp_path / "run"))
+    assert kept(tmp_path / "run") == [2, 3, 4]  # 2 is the last one of a good step
 
 
 # --- Interrupted and resumed ---------------------------------------------------------------------------------------
