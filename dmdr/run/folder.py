@@ -13,7 +13,8 @@ from dmdr.settings.registry import registered
 
 # What a run writes before its first update; the log has a line of that one.
 AT_THE_START = re.compile(
-    r"config\.yaml|overview\.json|samples/(teacher|step-0+)\.png|tensorboard/events\.out\.tfevents\.[^/]+"
+    r"config\.yaml|overview\.json|samples/(teacher|step-0+)\.png"
+    r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
 
 

@@ -12,6 +12,7 @@ from dmdr.protocols import Backend
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
+from dmdr.training.phases import gather
 from dmdr.training.scorer import RolloutScorer, Scores, Watched
 from dmdr.types import Rollout
 
@@ -94,7 +95,7 @@ class StepContext:
         return self.scorer
 
     def gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values)
+        return gather(self.accelerator, values)
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the loss scaler."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
+from dmdr.training.phases import gather, phase
 
 if torch.distributed.is_available():
     # Before a process group is there. Functions of this module have the default group as a default argument: imported
@@ -156,7 +157,7 @@ class Learner:
         names = [name for name, each in zip(self.parameters, finite, strict=True) if not each]
         where = [f"first in {names[0]}"] if names else []
         if self._own_norm is not None:
-            where[:0] = processes(self.accelerator.gather(~self._own_norm.isfinite()[None]))
+            where[:0] = processes(gather(self.accelerator, ~self._own_norm.isfinite()[None]))
         self.optimizer.zero_grad(set_to_none=True)
         return ", ".join(where)
 
@@ -211,6 +212,7 @@ def processes(found: Tensor) -> list[str]:
     return [f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"]
 
 
+@phase("communication")
 def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:
     """Replace gradients by their means over the processes, in place.
 

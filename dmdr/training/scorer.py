@@ -12,6 +12,7 @@ from torch import Tensor
 from dmdr.groups import scored
 from dmdr.protocols import Backend
 from dmdr.rewards import RewardError, Rewards
+from dmdr.training.phases import gather, phase
 from dmdr.types import Rollout
 
 logger = logging.getLogger("dmdr")
@@ -50,6 +51,7 @@ class RolloutScorer:
     silent: int = 0
     warned: set[str] = field(default_factory=set)
 
+    @phase("reward")
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Scores:
         """The scores of its finished images.
@@ -69,14 +71,14 @@ class RolloutScorer:
         except RewardError as error:
             failure = error
         failed = torch.tensor([failure is not None], device=rollout.final.device)
-        if self.accelerator.gather(failed).any():  # all processes stop, and the main one saves
+        if gather(self.accelerator, failed).any():  # all processes stop, and the main one saves
             raise failure or RewardError("a reward failed in another process")
         own = {name: torch.cat(score) for name, score in scores.items()}
-        everyone = {name: self.accelerator.gather(score) for name, score in own.items()}
+        everyone = {name: gather(self.accelerator, score) for name, score in own.items()}
         self.silent = 0 if scored(everyone).any() else self.silent + 1
         if self.silent >= PATIENCE:
             self.rewards.require_finite(everyone)
-        return Scores(own, everyone, self.accelerator.gather(rollout.group))
+        return Scores(own, everyone, gather(self.accelerator, rollout.group))
 
     def means(self, scores: Scores) -> dict[str, Tensor]:
         """Mean rewards of the global batch, over the finite scores: raw and weighted by name, and their total."""
@@ -105,6 +107,7 @@ class Watched(Rewards):
         super().__init__(rewards.parts)
         self.see = see
 
+    @phase("reward")
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
         scores = super().each(images, prompts, **columns)
         self.see(scores)

@@ -18,6 +18,7 @@ from dmdr.training.balance import Balance
 from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
+from dmdr.training.phases import phase
 from dmdr.training.scorer import RolloutScorer
 from dmdr.types import Direction, Draw, Rollout, Term, checked
 
@@ -83,6 +84,12 @@ class Trainer:
         """All that is trained, by name."""
         return {each.name: each for each in (self.student, *self.fake_learners, *self.objectives.own_learners)}
 
+    @property
+    def trained(self) -> list[Learner]:
+        """Of these, all but the fake score where nothing is matched."""
+        return [each for each in self.learners.values() if self.matches or each not in self.fake_learners]
+
+    @phase("student")
     def train_step(self, *, compare: bool = False) -> dict[str, float]:
         """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3).
 
@@ -121,9 +128,8 @@ class Trainer:
             self.learn_fake_score(draw, ctx)
         objectives.after_update(ctx)
         self.step += 1
-        for learner in self.learners.values():
-            if self.matches or learner not in self.fake_learners:
-                learner.scheduler.step()
+        for learner in self.trained:
+            learner.scheduler.step()
         return self.logged(ctx)
 
     # --- The verbs of the step -------------------------------------------------------------------------------------
@@ -143,6 +149,7 @@ class Trainer:
             self.scaler,
         )
 
+    @phase("rollout")
     def rollout(self, ctx: StepContext, shared: Sequence[int] = ()) -> Rollout:
         """Complete trajectories of the next prompts, made without gradient by the student as it is.
 
@@ -187,6 +194,7 @@ class Trainer:
         """A uniformly drawn student step for each sample."""
         return rollout.pick(ctx.random.integers("index", rollout.sample, self.sampler.num_inference_steps))
 
+    @phase("fake")
     def learn_fake_score(self, draw: Draw, ctx: StepContext) -> None:
         """One update of the fake score, and of what the matching trains beside it, on the student's answers."""
         metrics = []
@@ -213,6 +221,7 @@ class Trainer:
         answers = [self.backend.student(p.x_t, p.t, p.cond).x0 for p in draw.split(self.micro_batch_size)]
         return replace(draw, x0=torch.cat(answers), iteration=ctx.iteration)
 
+    @phase("direction")
     @torch.no_grad()
     def direction(self, draw: Draw, ctx: StepContext) -> Tensor:
         """The weighted direction of distribution matching at x0, [B, *latent] float32."""
@@ -283,17 +292,16 @@ class Trainer:
         found = [torch.as_tensor(value, dtype=torch.float64) for value in ctx.metrics.values()]
         line = torch.stack([value.detach().reshape(()).to(device, non_blocking=True) for value in found])
         if self.accelerator.num_processes > 1:
-            line = self.accelerator.reduce(line, "mean")
+            with phase("communication"):
+                line = self.accelerator.reduce(line, "mean")
         values = dict(zip(ctx.metrics, line.tolist(), strict=True)) | self.bad.close(ctx, self.first_step + self.step)
         self.last_context = ctx
         if self.scorer:
             self.scorer.warn(values, self.first_step + self.step)
         if self.scaler.is_enabled():
             values["loss_scale"] = self.scaler.get_scale()
-        return values | {
-            "learning_rate/student": float(self.student.scheduler.get_last_lr()[0]),
-            "dyna/fake_mix": ctx.fake_mix,
-        }
+        rates = {f"learning_rate/{each.name}": float(each.scheduler.get_last_lr()[0]) for each in self.trained}
+        return values | rates | {"dyna/fake_mix": ctx.fake_mix}
 
     def reward_metrics(self) -> dict[str, float]:
         """Mean rewards of the last step's finished images: raw by name, weighted by name, and their total.
