@@ -129,7 +129,7 @@ class Learner:
         health = grads[0].new_zeros(())
         if not self.scaler.is_enabled():
             for loss in losses:
-                health = health + 0 * loss.detach().to(health)  # NaN of a loss that is not finite
+                health = health + (0 * loss.detach()).to(health)  # NaN of a loss that is not finite
         if self.accelerator.num_processes > 1:
             self._own_norm = nn.utils.get_total_norm(grads)
             average([*grads, health])
