@@ -35,6 +35,7 @@ def command(function: Callable[[list[str]], None]) -> int:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # where the first step is skipped
     try:
         function(sys.argv[1:])
     except OSError as error:

@@ -64,9 +64,43 @@ METRICS = {
     "reward_weighted": Metric("Weighted rewards", "Each reward times its weight in the sum."),
     "tilt": Metric("RT-DM", "Effective sample size, greatest weight and clipped share of the samples' weights."),
     "dyna": Metric("DynaDG", "Share of the fake score's adapter in the teacher."),
+    "unscored": Metric(
+        "Images without a score",
+        "How many images each reward left without a finite score in the updates since the line before, of all that it "
+        "was asked about.",
+    ),
+    "bad_steps": Metric(
+        "Bad steps",
+        "Updates in a row of which a part was skipped, since a loss or a gradient was not finite. Each has a line; the "
+        "run's messages say why.",
+    ),
     "loss_scale": Metric("Loss scale", "Of float16; it falls with each update that is skipped for an overflow."),
-    "learning_rate": Metric("Learning rate", "Of the student."),
-    "seconds": Metric("Seconds", "Of a training step."),
+    "learning_rate": Metric("Learning rates", "Of each trained role, for the next update."),
+    "time": Metric(
+        "Shares of time",
+        "What the time since the line before went into, of the main process: rollout, fake (score), direction (of "
+        "matching), reward, student, communication, evaluation and other. From 0 to 1; they add up to 1.",
+    ),
+    "seconds": Metric("Seconds", "Of a training step; the mean since the line before."),
+    "samples_per_second": Metric(
+        "Samples per second",
+        "Images that all processes rolled out, those for the fake score alone included, over the seconds of the steps.",
+    ),
+    "seconds_left": Metric("Seconds left", "Until the last update, if all go on as those of this stage so far."),
+    "peak_memory_gib": Metric(
+        "Peak memory",
+        "Of the main process so far, in GiB: of tensors on a GPU, of its resident set on a CPU.",
+    ),
+}
+TIMES = {  # what follows "time/", in words
+    "rollout": "the student's trajectories",
+    "fake": "updates of the fake score",
+    "direction": "the direction of distribution matching",
+    "reward": "decoding and scoring images",
+    "student": "the student's update and the gradient of RL",
+    "communication": "communication between processes",
+    "evaluation": "evaluations and image grids",
+    "other": "the log and checkpoints",
 }
 CURVES = ("loss", "reward", "eval_reward", "rl_ratio", "grad_norm")  # groups that a report shows open, in this order
 

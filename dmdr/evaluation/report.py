@@ -25,7 +25,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from dmdr.evaluation.names import CURVES, METRICS, meanings, metric
+from dmdr.evaluation.names import CURVES, METRICS, TIMES, meanings, metric
 from dmdr.images import embed, write_atomically
 
 PACKAGES = ("dmdr", "torch", "diffusers", "transformers", "accelerate", "peft", "trl", "numpy")
@@ -54,6 +54,17 @@ class Curve:
     last: str
     svg: Markup
     missing: int
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What the time of a stage went into: parts in words and percent, the greatest first; and how fast it was."""
+
+    stage: int
+    parts: list[tuple[str, str]]
+    seconds: str
+    samples_per_second: str
+    peak_memory_gib: str
 
 
 def write_report(run_folder: Path) -> Path:
@@ -87,6 +98,7 @@ def write_report(run_folder: Path) -> Path:
         columns=list(columns),
         table=table,
         terms=meanings([*(name for name, _, _ in table), *logged]),
+        spent=_times(rows),
         overview=_mapping(json.loads, _text(run_folder / "overview.json")),
         notes={name: value for name, value in evaluation.items() if isinstance(value, str | int | float)},
         curves=curves,
@@ -173,6 +185,37 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, lis
         better = known.better if known else ""
         table.append((name, better, ["\N{EN DASH}" if cell is None else f"{cell:.{digits}f}" for cell in cells]))
     return table
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> list[StageTimes]:
+    """What the time of each stage went into, as far as its lines say so."""
+    found = []
+    updates = np.diff([0, *(row["step"] for row in rows)]).tolist()
+    names = ("seconds", "samples_per_second", "peak_memory_gib", *(f"time/{name}" for name in TIMES))
+    for stage in sorted({row["stage"] for row in rows}):
+        told = [
+            [count, *(row[name] for name in names)]
+            for count, row in zip(updates, rows, strict=True)
+            if row["stage"] == stage and all(isinstance(row.get(name), int | float) for name in names)
+        ]
+        if not told:
+            continue
+        count, seconds, speed, memory, *shares = np.array(told, dtype=float).T
+        steps = count * seconds
+        parts = dict(zip(TIMES, shares, strict=True))
+        whole = steps / (1 - parts["evaluation"] - parts["other"]).clip(1e-3)  # steps are a part of the time
+        percents = {TIMES[name]: 100 * (share * whole).sum() / whole.sum() for name, share in parts.items()}
+        largest = sorted(percents.items(), key=lambda item: -item[1])
+        found.append(
+            StageTimes(
+                stage,
+                [(words, f"{percent:.0f} %") for words, percent in largest if percent >= 0.5],
+                seconds=f"{steps.sum() / count.sum():.3g}",
+                samples_per_second=f"{(speed * steps).sum() / steps.sum():.3g}",
+                peak_memory_gib=f"{memory.max():.1f}",
+            )
+        )
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,17 +57,24 @@ class Observer:
             found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
         return torch.cat(found)
 
-    def draw_grid(self, step: int) -> None:
-        """Add an image grid of the student after `step` updates, and before the first one the teacher's."""
+    def draw_grid(self, step: int) -> dict[str, Image]:
+        """Add an image grid of the student after `step` updates, and before the first one the teacher's.
+
+        Returns:
+            The new ones, by whose they are.
+        """
         rows, distinct = self.rows[: self.config.sample_images], self.job.prompts.size
         few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
         columns = distinct if few else None  # a prompt a column
         folder = self.output / "samples"
+        grids = {}
         if not (folder / "teacher.png").exists():
-            teacher = self.generate(*self.teacher(), rows, "grid")
-            images.save(images.image_grid(teacher, columns), folder / "teacher.png")
+            grids["teacher"] = images.image_grid(self.generate(*self.teacher(), rows, "grid"), columns)
+            images.save(grids["teacher"], folder / "teacher.png")
         student = self.generate(self.job.backend.student, self.sampler, rows, "grid")
-        images.save(images.image_grid(student, columns), folder / f"step-{step:06d}.png")
+        grids["student"] = images.image_grid(student, columns)
+        images.save(grids["student"], folder / f"step-{step:06d}.png")
+        return grids
 
     def measure_student(self, title: str) -> dict[str, float]:
         """Its metrics as it is now."""

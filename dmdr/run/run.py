@@ -48,18 +48,21 @@ from dmdr.run.folder import (
 from dmdr.run.initial import check_kind, differences
 from dmdr.run.job import Job, assemble, own_prompts, planned
 from dmdr.run.learners import adamw
-from dmdr.run.log import RunLog
+from dmdr.run.log import RunLog, beside_the_bar
 from dmdr.run.observer import Observer
 from dmdr.run.overview import overview
+from dmdr.run.pace import Pace
 from dmdr.run.plan import Stage
 from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
+from dmdr.training.phases import phase
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
 
 logger = logging.getLogger("dmdr")
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the time left is ours, that of the log
 
 
 def train(**settings: Any) -> Path:
@@ -140,6 +143,7 @@ class Run:
         self.trainers = Trainers(job, self.accelerator, self.scaler)
         self.observer = Observer(job, self.accelerator, output)
         self.log = RunLog(output, self.accelerator, config.report_to)
+        self.pace = Pace(self.accelerator.device)
         self.interrupts = Interrupts(self.accelerator)
 
     # --- The course of a run ---------------------------------------------------------------------------------------
@@ -160,11 +164,15 @@ class Run:
         if accelerator.is_main_process:
             self._open_folder(progress)
             self._say_plan()
-        self.log.begin()
+        self.log.begin(self.job.settings.values())
         bar = tqdm(
-            total=self.plan.updates, initial=progress.total, desc="train", disable=not accelerator.is_main_process
+            total=self.plan.updates,
+            initial=progress.total,
+            desc="train",
+            disable=not accelerator.is_main_process,
+            bar_format=BAR,
         )
-        with bar:
+        with bar, beside_the_bar():
             for stage in stages:
                 self._train(stage, trainer or self.trainer(stage), progress, bar)
                 trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
@@ -226,7 +234,8 @@ class Run:
                 self.job.backend.snapshot()
             if stage.first_step == 0:
                 self._draw_grid()
-        with closing(trainer.prompts), self.interrupts:
+        self.pace.begin_stage()
+        with closing(trainer.prompts), self.interrupts, self.pace.clock:
             try:
                 while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
@@ -269,22 +278,29 @@ class Run:
         return self.config.num_eval_samples > 0 and self.config.eval_steps > 0 and total % self.config.eval_steps == 0
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
-        bar.update()
-        if not self._noted(trainer.step, self.progress.total):
+        noted = self._noted(trainer.step, self.progress.total)
+        scores = noted and (trainer.sample_weight or trainer.objectives.terms)
+        values = {**line, **(trainer.reward_metrics() if scores else {})}
+        self.pace.add(values, seconds, trainer.rounds * trainer.prompts.batch_size)
+        self._show(values, bar)
+        if not noted and not trainer.bad_steps:
             return
-        rewards = trainer.reward_metrics() if trainer.sample_weight or trainer.objectives.terms else {}
-        values = {**line, **rewards, "seconds": seconds}
         if self._evaluated(self.progress.total) and self.accelerator.is_main_process:
-            with self._averaged(trainer):
+            with phase("evaluation"), self._averaged(trainer):
                 found = self.observer.measure_student(f"step {self.progress.total}")
             values |= {logged(name): value for name, value in found.items()}
-        short = {"stage": self.progress.stage} | {
+        self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))
+
+    def _show(self, values: Mapping[str, float], bar: "tqdm[Any]") -> None:
+        """The update's own values in the progress bar; they have been read already, so that nothing waits for them."""
+        short = {"stage": str(self.progress.stage)} | {
             key.removeprefix("loss/").removesuffix("/total"): f"{value:.3f}"
             for key, value in values.items()
             if key.startswith("loss/") or key == "reward/total"
         }
-        bar.set_postfix(short)
-        self.log.write(self.progress, values)
+        left = self.pace.seconds_left(self.plan.updates - self.progress.total)
+        bar.set_postfix(short | {"left": tqdm.format_interval(left)}, refresh=False)
+        bar.update()
 
     @staticmethod
     def _averaged(trainer: Trainer) -> AbstractContextManager[None]:
@@ -296,7 +312,9 @@ class Run:
 
     def _draw_grid(self) -> None:
         if self.accelerator.is_main_process:
-            self.observer.draw_grid(self.progress.total)
+            with phase("evaluation"):
+                grids = self.observer.draw_grid(self.progress.total)
+            self.log.show({f"samples/{name}": grid for name, grid in grids.items()}, self.progress.total)
 
     def _finish(self) -> None:
         """Teacher's share of the evaluation, export and report."""
@@ -380,7 +398,8 @@ class Run:
             self.output / "checkpoints", self.progress, tensors, optimizers, extra, stage_end=stage_end
         )
         logger.debug("saved %s", folder)
-        prune(self.output, self.config.save_total_limit)
+        if not trainer.bad_steps:  # what was saved before them may be worth going back to
+            prune(self.output, self.config.save_total_limit)
 
 
 def _stateful_parts(trainer: Trainer) -> dict[str, Any]:

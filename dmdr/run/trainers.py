@@ -14,6 +14,7 @@ from dmdr.protocols import OwnLearner
 from dmdr.run.job import Job
 from dmdr.run.learners import adamw, described, own_learners
 from dmdr.run.plan import Stage
+from dmdr.training.bad_steps import BadSteps
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives
 from dmdr.training.schedules import Schedule
@@ -67,6 +68,7 @@ class Trainers:
             guidance=plan.guidance,
             scorer=RolloutScorer(job.rewards, job.backend, accelerator, micro) if job.rewards else None,
             sample_weight=stage.sample_weight,
+            bad=BadSteps(config.max_bad_steps),
             first_step=stage.first_step,
             step=step,
         )

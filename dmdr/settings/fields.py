@@ -140,6 +140,11 @@ class Config(Flags):
         "updates of a stage; 0 keeps none",
     )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    max_bad_steps: int = flag(
+        10,
+        "an update whose loss or gradient is not finite is skipped; the run stops at the next one after so many steps "
+        "in a row with such an update; 0 stops at the first",
+    )
     per_device_train_batch_size: int = flag(4, "images of a process in one pass; divisible by num_generations")
     gradient_accumulation_steps: int = flag(1, "passes of a process before an update")
     num_generations: int = flag(1, "images per prompt")
@@ -188,7 +193,7 @@ class Config(Flags):
         for name in at_least_one.split():
             self._require(getattr(self, name) >= 1, name, "at least 1")
         not_negative = """stage1_steps stage2_steps warmup_steps rl_warmup_steps save_steps sample_steps eval_steps
-            num_eval_samples dmd_weight rl_weight guidance_scale guidance_jitter weight_decay seed"""
+            max_bad_steps num_eval_samples dmd_weight rl_weight guidance_scale guidance_jitter weight_decay seed"""
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "at least 0")
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm

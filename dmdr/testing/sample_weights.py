@@ -158,7 +158,7 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
         if _needs(bench.weight).reward:
             raise
         raise CannotRun("it asks for a reward, which a run may not have: declare needs = Needs(reward=True)") from error
-    asked = bench.ctx._scores is not None
+    asked = bench.ctx.scored is not None
     assert asked or not _needs(bench.weight).reward, (
         "needs.reward is declared, but no score was asked for: declare reward=False, so that it runs without --reward"
     )

@@ -12,7 +12,8 @@ from dmdr.protocols import Backend
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
-from dmdr.training.scorer import RolloutScorer, Scores
+from dmdr.training.phases import gather
+from dmdr.training.scorer import RolloutScorer, Scores, Watched
 from dmdr.types import Rollout
 
 
@@ -23,6 +24,9 @@ class StepContext:
     Attributes:
         first_random: The numbers of its first use.
         iteration: How often it has been used before.
+        scored: The scores of its images, once they were asked for.
+        unscored: How many images each reward left without a finite score, of all that it was asked about in this
+            process; int64 scalars.
     """
 
     backend: Backend
@@ -38,7 +42,8 @@ class StepContext:
     rollout: Rollout | None = None
     iteration: int = 0
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
-    _scores: Scores | None = None
+    scored: Scores | None = None
+    unscored: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def random(self) -> Random:
@@ -46,26 +51,43 @@ class StepContext:
 
     @property
     def rewards(self) -> Rewards:
-        return self._scorer().rewards
+        return Watched(self._scorer().rewards, self._count_unscored)
 
     def scores(self, rollout: Rollout) -> dict[str, Tensor]:
-        scores = self._scored().own
+        scores = self.all_scores().own
         assert self.rollout is not None
         rows = rollout.sample - self.rollout.sample[0]
         return {name: score[rows] for name, score in scores.items()}
 
     def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
-        scores = self._scored()
+        scores = self.all_scores()
         return scores.everyone, scores.group
 
-    def _scored(self) -> Scores:
-        """The scores of the whole rollout, computed when first asked for."""
+    def all_scores(self) -> Scores:
+        """The scores of the whole rollout, computed and logged when first asked for."""
         scorer = self._scorer()
         if self.rollout is None:
             raise TrainingError("scores were asked for before the first rollout")
-        if self._scores is None:
-            self._scores = scorer(self.rollout)
-        return self._scores
+        if self.scored is None:
+            self.scored = scorer(self.rollout)
+            self.log(scorer.means(self.scored))
+            self._count_unscored(self.scored.own)
+        return self.scored
+
+    def _count_unscored(self, scores: Mapping[str, Tensor]) -> None:
+        for name, score in scores.items():
+            count = (~score.detach().isfinite()).sum()
+            self.unscored[name] = self.unscored[name] + count if name in self.unscored else count
+            self.log(
+                {f"unscored/{name}": self.accelerator.num_processes * self.unscored[name]}
+            )  # whose mean is the sum
+
+    def unscored_everywhere(self) -> dict[str, Tensor]:
+        """`unscored` of each process, [P] int64, by reward; all processes must ask together."""
+        if not self.unscored:
+            return {}
+        counts = self.gather(torch.stack([*self.unscored.values()])[None])
+        return dict(zip(self.unscored, counts.T, strict=True))
 
     def _scorer(self) -> RolloutScorer:
         if self.scorer is None:
@@ -73,7 +95,7 @@ class StepContext:
         return self.scorer
 
     def gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values)
+        return gather(self.accelerator, values)
 
     def backward(self, loss: Tensor) -> None:
         """Backward through the loss scaler."""

@@ -1,8 +1,9 @@
 """A trained role: parameters, optimizer, schedule, and the average that follows them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
+from dmdr.training.phases import gather, phase
 
 if torch.distributed.is_available():
     # Before a process group is there. Functions of this module have the default group as a default argument: imported
@@ -20,6 +22,21 @@ if torch.distributed.is_available():
 
 MAX_SKIPPED = 50  # updates in a row that a loss scaler may skip; a healthy one skips a few at its start
 Grads = list[Tensor | None]  # a gradient, parameter by parameter
+
+
+class Update(NamedTuple):
+    """What became of an update.
+
+    Attributes:
+        norm: Of the gradient before clipping; NaN where a loss is not finite.
+        skipped: Whether it was left out, since a loss or the gradient is not finite. What a loss scaler skips is not.
+        fault: Then the first parameter whose gradient is not finite, and the processes that brought it; "" where the
+            gradient is finite.
+    """
+
+    norm: float
+    skipped: bool = False
+    fault: str = ""
 
 
 class Learner:
@@ -42,7 +59,8 @@ class Learner:
     ) -> None:
         self.name, self.parameters, self.optimizer, self.scheduler = name, dict(parameters), optimizer, scheduler
         self.accelerator, self.scaler, self.max_grad_norm, self.ema = accelerator, scaler, max_grad_norm, ema
-        self.skipped = 0  # updates in a row, since their gradients were not finite
+        self.skipped = 0  # updates in a row that the loss scaler has skipped
+        self._own_norm: Tensor | None = None  # of this process's gradient, before it was averaged
         self.owner = owner  # the plugin that brought it, for messages; "" for student and fake score
 
     @property
@@ -93,16 +111,34 @@ class Learner:
         """Whether a parameter has got a gradient since the last update."""
         return any(parameter.grad is not None for parameter in self.parameters.values())
 
-    def prepare(self) -> float:
-        """Average, unscale and clip the gradients; returns their norm before clipping."""
+    def prepare(self, losses: Iterable[Tensor] = ()) -> float:
+        """Average, unscale and clip the gradients; without a wait for the device but for the norm.
+
+        Args:
+            losses: That the gradients are of, each a scalar.
+
+        Returns:
+            The norm before clipping, the same in all processes. It is NaN where a loss is not finite in one of them,
+            unless there is a loss scaler, which judges by the gradients. What is not finite is not clipped.
+        """
         parameters = list(self.parameters.values())
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        health = grads[0].new_zeros(())
+        if not self.scaler.is_enabled():
+            for loss in losses:
+                health = health + (0 * loss.detach()).to(health)  # NaN of a loss that is not finite
         if self.accelerator.num_processes > 1:
-            average([parameter.grad for parameter in parameters if parameter.grad is not None])
+            self._own_norm = nn.utils.get_total_norm(grads)
+            average([*grads, health])
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+        norm = nn.utils.get_total_norm(grads)
+        found = (norm + health).item()
+        if math.isfinite(found):
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        return found
 
     def step(self) -> None:
         """Move the parameters, and their average."""
@@ -111,41 +147,72 @@ class Learner:
             self.ema.update(seen=self.scheduler.last_epoch)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def skip(self) -> str:
+        """Drop a prepared gradient. Parameters, their average and the optimizer's state stay as they are.
+
+        Returns:
+            `Update.fault`; all processes must ask for it together.
+        """
+        finite = torch.stack([grad.isfinite().all() for grad in self.grads if grad is not None]).tolist()
+        names = [name for name, each in zip(self.parameters, finite, strict=True) if not each]
+        where = [f"first in {names[0]}"] if names else []
+        if self._own_norm is not None:
+            where[:0] = processes(gather(self.accelerator, ~self._own_norm.isfinite()[None]))
+        self.optimizer.zero_grad(set_to_none=True)
+        return ", ".join(where)
+
     def update(self) -> float:
         """`update_together` of this learner alone; returns its gradient norm before clipping."""
-        (norm,) = update_together([self])
-        return norm
+        (update,) = update_together([self])
+        return update.norm
 
 
-def update_together(learners: Sequence[Learner]) -> list[float]:
+def update_together(learners: Sequence[Learner], losses: Sequence[Iterable[Tensor]] | None = None) -> list[Update]:
     """Average, unscale and clip the gradients of learners that had their backward passes together, then step them.
 
-    A loss scaler changes once, after all of them. Their averages take the new parameters in.
+    A loss scaler changes once, after all of them. Their averages take the new parameters in. A learner whose loss or
+    gradient is not finite is skipped, and the others are not.
 
-    Returns:
-        The gradient norm of each before clipping.
+    Args:
+        losses: Of each learner, each a scalar; left out, gradients alone are looked at.
 
     Raises:
-        TrainingError: If one is not finite; no parameter has moved. Under a loss scaler such an update is skipped
-            instead, as usual, but not more than `MAX_SKIPPED` in a row.
+        TrainingError: If a loss scaler has skipped more than `MAX_SKIPPED` updates in a row.
     """
-    norms = [learner.prepare() for learner in learners]
+    norms = [each.prepare(own) for each, own in zip(learners, losses or [()] * len(learners), strict=True)]
     scaler = learners[0].scaler
+    updates = []
     for learner, norm in zip(learners, norms, strict=True):
-        learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
-        if learner.skipped and not scaler.is_enabled():
-            raise TrainingError(f"the gradient norm of the {learner.name} is {norm}; nothing was updated")
+        finite = math.isfinite(norm)
+        learner.skipped = learner.skipped + 1 if scaler.is_enabled() and not finite else 0
         if learner.skipped > MAX_SKIPPED:
             raise TrainingError(
                 f"the gradients of the {learner.name} have overflowed float16 in {learner.skipped} updates in a row, "
                 "none of which was made: use --mixed_precision bf16"
             )
-    for learner in learners:
-        learner.step()
+        updates.append(Update(norm, skipped=not finite and not scaler.is_enabled()))
+    for index, learner in enumerate(learners):
+        if updates[index].skipped:
+            updates[index] = updates[index]._replace(fault=learner.skip())
+        else:
+            learner.step()
     scaler.update()
-    return norms
+    return updates
 
 
+def processes(found: Tensor) -> list[str]:
+    """Those of which something is true, in words; none if it is true of all of several or of none.
+
+    Args:
+        found: By process, [P] bool.
+    """
+    ranks = found.nonzero()[:, 0].tolist()
+    if not ranks or len(ranks) == len(found):
+        return []
+    return [f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"]
+
+
+@phase("communication")
 def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:
     """Replace gradients by their means over the processes, in place.
 

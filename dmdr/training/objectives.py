@@ -297,6 +297,11 @@ class Objectives:
         """All that objectives have brought."""
         return [learner for learners in self.own.values() for learner in learners]
 
+    @property
+    def own_losses(self) -> dict[str, Learner]:
+        """What each of them is trained by: names in the log."""
+        return {f"loss/{term}/{learner.name}": learner for term, own in self.own.items() for learner in own}
+
     def after_update(self, ctx: StepContext) -> None:
         """The updates of a step are done."""
         for term in self.terms:

@@ -1,7 +1,7 @@
 """The training step. Read `Trainer.train_step` first: it is the algorithm."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from dmdr.prompts import PromptStream, split_columns
 from dmdr.protocols import Backend, Context, Denoiser, Matching, SampleWeight
 from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
+from dmdr.training.bad_steps import BadSteps
 from dmdr.training.balance import Balance
 from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
+from dmdr.training.phases import phase
 from dmdr.training.scorer import RolloutScorer
 from dmdr.types import Direction, Draw, Rollout, Term, checked
 
@@ -42,6 +44,7 @@ class Trainer:
         guidance: Range of the teacher's guidance, drawn per sample.
         scorer: The run's rewards, or None.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
+        bad: Counts the steps whose updates are skipped, since a loss or a gradient is not finite.
         step: Steps so far in this stage; `first_step` those before it.
         last_context: Of the last step, for its log line.
     """
@@ -66,15 +69,27 @@ class Trainer:
     guidance: tuple[float, float] = (1.0, 1.0)
     scorer: RolloutScorer | None = None
     sample_weight: SampleWeight | None = None
+    bad: BadSteps = field(default_factory=lambda: BadSteps(0))
     first_step: int = 0
     step: int = 0
     last_context: StepContext | None = None
+
+    @property
+    def bad_steps(self) -> int:
+        """How many steps in a row have just had an update skipped, since a loss or a gradient was not finite."""
+        return self.bad.in_a_row
 
     @property
     def learners(self) -> Mapping[str, Learner]:
         """All that is trained, by name."""
         return {each.name: each for each in (self.student, *self.fake_learners, *self.objectives.own_learners)}
 
+    @property
+    def trained(self) -> list[Learner]:
+        """Of these, all but the fake score where nothing is matched."""
+        return [each for each in self.learners.values() if self.matches or each not in self.fake_learners]
+
+    @phase("student")
     def train_step(self, *, compare: bool = False) -> dict[str, float]:
         """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3).
 
@@ -113,9 +128,8 @@ class Trainer:
             self.learn_fake_score(draw, ctx)
         objectives.after_update(ctx)
         self.step += 1
-        for learner in self.learners.values():
-            if self.matches or learner not in self.fake_learners:
-                learner.scheduler.step()
+        for learner in self.trained:
+            learner.scheduler.step()
         return self.logged(ctx)
 
     # --- The verbs of the step -------------------------------------------------------------------------------------
@@ -135,6 +149,7 @@ class Trainer:
             self.scaler,
         )
 
+    @phase("rollout")
     def rollout(self, ctx: StepContext, shared: Sequence[int] = ()) -> Rollout:
         """Complete trajectories of the next prompts, made without gradient by the student as it is.
 
@@ -179,6 +194,7 @@ class Trainer:
         """A uniformly drawn student step for each sample."""
         return rollout.pick(ctx.random.integers("index", rollout.sample, self.sampler.num_inference_steps))
 
+    @phase("fake")
     def learn_fake_score(self, draw: Draw, ctx: StepContext) -> None:
         """One update of the fake score, and of what the matching trains beside it, on the student's answers."""
         metrics = []
@@ -205,6 +221,7 @@ class Trainer:
         answers = [self.backend.student(p.x_t, p.t, p.cond).x0 for p in draw.split(self.micro_batch_size)]
         return replace(draw, x0=torch.cat(answers), iteration=ctx.iteration)
 
+    @phase("direction")
     @torch.no_grad()
     def direction(self, draw: Draw, ctx: StepContext) -> Tensor:
         """The weighted direction of distribution matching at x0, [B, *latent] float32."""
@@ -243,9 +260,25 @@ class Trainer:
         ctx.log({f"rl_ratio/{name}": ratio for name, ratio in ratios.items()})
 
     def update(self, learners: Sequence[Learner], ctx: StepContext) -> None:
-        """Update learners that had their backward passes together."""
-        norms = update_together(learners)
-        ctx.log({f"grad_norm/{learner.name}": norm for learner, norm in zip(learners, norms, strict=True)})
+        """Update learners that had their backward passes together, but for those whose loss or gradient is not finite.
+
+        Raises:
+            TrainingError: If that happens in too many steps in a row.
+        """
+        losses = [self.losses_of(learner, ctx) for learner in learners]
+        updates = update_together(learners, [own.values() for own in losses])
+        ctx.log({f"grad_norm/{learner.name}": update.norm for learner, update in zip(learners, updates, strict=True)})
+        for learner, update, own in zip(learners, updates, losses, strict=True):
+            if update.skipped:
+                self.bad.note(learner, update, own, ctx, self.first_step + self.step + 1)
+
+    def losses_of(self, learner: Learner, ctx: StepContext) -> dict[str, Tensor]:
+        """What has been logged of the losses that train it, by name."""
+        own, device = self.objectives.own_losses, self.accelerator.device
+        names = [name for name in ctx.metrics if name.startswith("loss/") and own.get(name, self.student) is learner]
+        if learner in self.fake_learners:
+            names = ["loss/fake"]
+        return {name: torch.as_tensor(ctx.metrics[name]).to(device, non_blocking=True) for name in names}
 
     def micro_batches(self, draw: Draw, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
         """Micro-batches of a draw and of tensors that go with it."""
@@ -259,26 +292,30 @@ class Trainer:
         found = [torch.as_tensor(value, dtype=torch.float64) for value in ctx.metrics.values()]
         line = torch.stack([value.detach().reshape(()).to(device, non_blocking=True) for value in found])
         if self.accelerator.num_processes > 1:
-            line = self.accelerator.reduce(line, "mean")
-        values = dict(zip(ctx.metrics, line.tolist(), strict=True))
+            with phase("communication"):
+                line = self.accelerator.reduce(line, "mean")
+        values = dict(zip(ctx.metrics, line.tolist(), strict=True)) | self.bad.close(ctx, self.first_step + self.step)
         self.last_context = ctx
+        if self.scorer:
+            self.scorer.warn(values, self.first_step + self.step)
         if self.scaler.is_enabled():
             values["loss_scale"] = self.scaler.get_scale()
-        return values | {
-            "learning_rate/student": float(self.student.scheduler.get_last_lr()[0]),
-            "dyna/fake_mix": ctx.fake_mix,
-        }
+        rates = {f"learning_rate/{each.name}": float(each.scheduler.get_last_lr()[0]) for each in self.trained}
+        return values | rates | {"dyna/fake_mix": ctx.fake_mix}
 
     def reward_metrics(self) -> dict[str, float]:
-        """Mean rewards of the last step's finished images: raw by name, weighted by name, and their total."""
+        """Mean rewards of the last step's finished images: raw by name, weighted by name, and their total.
+
+        Images are scored now if nothing has asked for it in the step; all processes must call this together.
+        """
         ctx = self.last_context
         if self.scorer is None or ctx is None or ctx.rollout is None:
             return {}
-        rewards, (scores, _) = self.scorer.rewards, ctx.global_scores()
-        means = {name: score.nanmean().item() for name, score in scores.items()}
-        line = {f"reward/{name}": mean for name, mean in means.items()}
-        line |= {f"reward_weighted/{name}": rewards.parts[name][0] * mean for name, mean in means.items()}
-        return line | {"reward/total": rewards.total(scores).nanmean().item()}
+        means = self.scorer.means(ctx.all_scores())
+        missing = {f"unscored/{name}": counts.sum() for name, counts in ctx.unscored_everywhere().items()}
+        line = {name: value.item() for name, value in {**means, **missing}.items()}
+        self.scorer.warn(line, self.first_step + self.step)
+        return line
 
 
 def fake_loss_of(matching: Matching, part: Draw, fake: Denoiser, ctx: Context) -> Term:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dmdr.evaluation.names import TIMES
 from dmdr.evaluation.report import _running_mean, _thin, write_report
 from dmdr.images import image_grid, save
 
@@ -124,6 +125,27 @@ def test_report_of_a_complete_run(run: Path) -> None:
     assert command in words
     assert "torch " + torch.__version__.split("+")[0] in words
     assert html == check(run)[0]  # the same files give the same report
+
+
+def test_the_time_of_each_stage_in_words(run: Path) -> None:
+    """A line speaks of as many updates as there are since the one before, and evaluations are no part of a step."""
+    shares = dict.fromkeys((f"time/{name}" for name in TIMES), 0.0)
+    first = shares | {"samples_per_second": 16.0, "peak_memory_gib": 1.5}
+    log(
+        run,
+        [
+            row(1, **first | {"time/rollout": 1.0}),
+            row(6, **first | {"time/fake": 0.5, "time/rollout": 0.3, "time/evaluation": 0.2}),
+            row(8),  # of an older version
+        ],
+    )
+    words = " ".join(check(run)[1].text.split())
+    # of 0.5 s and 2.5 s / 0.8
+    assert (
+        "Stage 1 took 0.5 s a step and rolled out 16 images a second, in at most 1.5 GiB of memory. Its time went into "
+        "updates of the fake score (43 %), the student's trajectories (40 %) and evaluations and image grids (17 %)."
+    ) in words
+    assert "Stage 2 took" not in words
 
 
 def test_grids_are_the_last_of_each_stage_also_between_logged_steps(run: Path) -> None:

@@ -19,6 +19,7 @@ from dmdr import train
 from dmdr.cli import common
 from dmdr.cli import train as train_command
 from dmdr_digits import Digits
+from log_lines import untimed
 
 FAST: dict[str, Any] = {
     "model": "digits",
@@ -100,8 +101,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> No
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The log, but for the time that steps took."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+    return [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def student(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,71 @@
+"""Time, speed and memory of a run, for its log and its progress bar."""
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from dmdr.training.phases import Clock
+
+GIB = 2**30
+SUMS = "unscored/"  # counts, of which none between two lines may be lost
+
+
+class Pace:
+    """What there is to say of the updates since the last line of the log, and of those to come.
+
+    Attributes:
+        clock: Runs during the training of a stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.clock = device, Clock(device)
+        self._updates = self._images = 0
+        self._seconds = 0.0
+        self._sums: Counter[str] = Counter()
+        self.begin_stage()
+
+    def begin_stage(self) -> None:
+        """Updates may take another time from here on."""
+        self._began, self._done = time.perf_counter(), 0
+
+    def add(self, values: Mapping[str, float], seconds: float, images: int) -> None:
+        """Count an update in.
+
+        Args:
+            values: What it logs.
+            images: Rolled out, by all processes.
+        """
+        self._updates, self._images, self._seconds = self._updates + 1, self._images + images, self._seconds + seconds
+        self._sums.update({name: value for name, value in values.items() if name.startswith(SUMS)})
+        self._done += 1
+
+    def seconds_left(self, updates: int) -> float:
+        """Of a run with so many updates to come, if all go on as those of this stage, evaluations and all."""
+        return updates * (time.perf_counter() - self._began) / max(self._done, 1)
+
+    def line(self, updates_left: int) -> dict[str, float]:
+        """The means since the last line, for this one; there is an update in it."""
+        values = {
+            **self._sums,
+            "seconds": self._seconds / self._updates,
+            "samples_per_second": self._images / self._seconds,
+            "seconds_left": self.seconds_left(updates_left),
+            "peak_memory_gib": peak_memory(self.device) / GIB,
+            **{f"time/{name}": share for name, share in self.clock.read().items()},
+        }
+        self._updates = self._images = 0
+        self._seconds = 0.0
+        self._sums.clear()
+        return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far in bytes: of tensors on a GPU, else of the process (its resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
