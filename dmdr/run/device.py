@@ -83,7 +83,7 @@ def refuse_other_engines() -> None:
             )
 
 
-def on_main_process(state: PartialState, decide: Callable[[], T]) -> T:
+def on_main_process(state: PartialState | Accelerator, decide: Callable[[], T]) -> T:
     """What the main process decided, or the ConfigError that it met, in every process."""
     answer: list[Any] = [None]
     if state.is_main_process:

@@ -1,6 +1,8 @@
 """Image grids and evaluations written during a run, of student and teacher, from the same noise each time."""
 
 import json
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Denoiser, TeacherGrid
 from dmdr.randomness import Random
+from dmdr.run.device import on_main_process
 from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
 
 
 class Observer:
     """Draws with the networks as they are, and writes `samples/` and `evaluation.json` of the run folder.
+
+    All processes must call each method together: each draws a share, and the main one writes.
 
     Attributes:
         sampler: The student's, as its users run it.
@@ -39,20 +44,36 @@ class Observer:
         times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
         return denoiser, FewStepSampler(backend.path, times, 0.0)
 
+    def own(self, rows: Sequence[Row]) -> list[int]:
+        """Indices of the rows that this process draws: one share of neighbours for each process.
+
+        All shares are as long, the last row filling up the last ones: processes that share a network (--shard) make the
+        same passes.
+        """
+        length = math.ceil(len(rows) / self.accelerator.num_processes)
+        start = self.accelerator.process_index * length
+        return [min(index, len(rows) - 1) for index in range(start, start + length)]
+
+    def together(self, values: Tensor, count: int) -> Tensor:
+        """The values of all processes' shares, in the order of the `count` rows, [B, ...] -> [count, ...]."""
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.gather(values.to(self.accelerator.device)).to(values.device)
+        return values[:count]
+
     @torch.no_grad()
     def generate(
         self, denoiser: Denoiser, sampler: FewStepSampler, rows: list[Row], purpose: str, title: str | None = None
     ) -> Tensor:
-        """Images of prompt rows on the CPU, [N, 3, H, W] in [0, 1], the same for the same seed and purpose."""
+        """Images of this process's rows on the CPU, [B, 3, H, W] in [0, 1], the same for the same seed and purpose."""
         backend, random = self.job.backend, Random(self.config.seed, 0, purpose)
-        size = self.config.per_device_train_batch_size
+        size, own = self.config.per_device_train_batch_size, self.own(rows)
+        silent = title is None or not self.accelerator.is_main_process
         found = []
-        for start in tqdm(range(0, len(rows), size), desc=title, disable=title is None, leave=False):
-            part = rows[start : start + size]
-            sample = torch.arange(start, start + len(part), device=self.accelerator.device)
+        for start in tqdm(range(0, len(own), size), desc=title, disable=silent, leave=False):
+            sample = torch.tensor(own[start : start + size], device=self.accelerator.device)
             shape = (sampler.num_inference_steps, *backend.latent_shape)
             noise = random.normal("noise", sample, shape).transpose(0, 1)
-            prompts, columns = split_columns(part)
+            prompts, columns = split_columns([rows[index] for index in own[start : start + size]])
             cond = backend.encode(prompts, **columns)
             found.append(backend.decode(sampler.rollout(denoiser, noise, cond).final, exact=True).cpu())
         return torch.cat(found)
@@ -61,19 +82,23 @@ class Observer:
         """Add an image grid of the student after `step` updates, and before the first one the teacher's.
 
         Returns:
-            The new ones, by whose they are.
+            The new ones in the main process, by whose they are.
         """
         rows, distinct = self.rows[: self.config.sample_images], self.job.prompts.size
         few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
         columns = distinct if few else None  # a prompt a column
         folder = self.output / "samples"
-        grids = {}
-        if not (folder / "teacher.png").exists():
-            grids["teacher"] = images.image_grid(self.generate(*self.teacher(), rows, "grid"), columns)
-            images.save(grids["teacher"], folder / "teacher.png")
-        student = self.generate(self.job.backend.student, self.sampler, rows, "grid")
-        grids["student"] = images.image_grid(student, columns)
-        images.save(grids["student"], folder / f"step-{step:06d}.png")
+
+        def draw(whose: str, denoiser: Denoiser, sampler: FewStepSampler, file: str) -> None:
+            pictures = self.together(self.generate(denoiser, sampler, rows, "grid"), len(rows))
+            if self.accelerator.is_main_process:
+                grids[whose] = images.image_grid(pictures, columns)
+                images.save(grids[whose], folder / file)
+
+        grids: dict[str, Image] = {}
+        if not on_main_process(self.accelerator, (folder / "teacher.png").exists):
+            draw("teacher", *self.teacher(), "teacher.png")
+        draw("student", self.job.backend.student, self.sampler, f"step-{step:06d}.png")
         return grids
 
     def measure_student(self, title: str) -> dict[str, float]:
@@ -97,7 +122,7 @@ class Observer:
         rows = self.rows[: self.config.num_eval_samples]
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
-        prompts, columns = split_columns(rows)
+        prompts, columns = split_columns([rows[index] for index in self.own(rows)])
         return evaluate(
             pictures,
             prompts,
@@ -106,9 +131,12 @@ class Observer:
             self.job.rewards,
             self.job.eval_rewards,
             device=self.accelerator.device,
+            together=partial(self.together, count=len(rows)),
         )
 
     def _write_column(self, title: str, metrics: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
         file = self.output / "evaluation.json"
         found: dict[str, Any] = {"samples": self.config.num_eval_samples, "columns": {}}
         if file.exists():

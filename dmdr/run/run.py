@@ -261,7 +261,7 @@ class Run:
         if trainer.student.ema:
             trainer.student.ema.settle()
         self._draw_grid()
-        if config.num_eval_samples and self.accelerator.is_main_process:
+        if config.num_eval_samples:
             self.observer.evaluate_student(f"stage {stage.number}")
 
     def _progress(self, stage: Stage, trainer: Trainer, consumed: int) -> Progress:
@@ -285,7 +285,7 @@ class Run:
         self._show(values, bar)
         if not noted and not trainer.bad_steps:
             return
-        if self._evaluated(self.progress.total) and self.accelerator.is_main_process:
+        if self._evaluated(self.progress.total):
             with phase("evaluation"), self._averaged(trainer):
                 found = self.observer.measure_student(f"step {self.progress.total}")
             values |= {logged(name): value for name, value in found.items()}
@@ -311,16 +311,15 @@ class Run:
         return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
 
     def _draw_grid(self) -> None:
-        if self.accelerator.is_main_process:
-            with phase("evaluation"):
-                grids = self.observer.draw_grid(self.progress.total)
-            self.log.show({f"samples/{name}": grid for name, grid in grids.items()}, self.progress.total)
+        with phase("evaluation"):
+            grids = self.observer.draw_grid(self.progress.total)
+        self.log.show({f"samples/{name}": grid for name, grid in grids.items()}, self.progress.total)
 
     def _finish(self) -> None:
         """Teacher's share of the evaluation, export and report."""
+        if self.config.num_eval_samples:
+            self.observer.evaluate_teacher()
         if self.accelerator.is_main_process:
-            if self.config.num_eval_samples:
-                self.observer.evaluate_teacher()
             objectives = "" if not self.job.objectives else self.config.rl
             export(
                 self.output / "student",

@@ -28,6 +28,7 @@ import torch
 import dmdr.run.run
 from dmdr import train
 from dmdr.run.checkpoint import checkpoints, damage
+from log_lines import untimed
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # and "open", for writing
 SETTINGS = {
@@ -35,7 +36,6 @@ SETTINGS = {
     "per_device_train_batch_size": 8, "num_eval_samples": 8, "save_steps": 1, "save_total_limit": 1,
     "logging_steps": 1, "sample_steps": 2, "sample_images": 2, "teacher_steps": 2, "report_to": "none", "seed": 3,
 }  # fmt: skip
-TIMES = {"seconds"}
 
 
 def forked(act: Callable[[], Any], kill_at: int = 0) -> tuple[int, int]:
@@ -81,7 +81,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "damaged": [reason for path in checkpoints(folder) if (reason := damage(path))],
         "student": (folder / "student" / "student.safetensors").read_bytes(),
         "weights": [(path / "student.safetensors").read_bytes() for path in checkpoints(folder)],
-        "log": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+        "log": [untimed(line) for line in lines],
         "evaluation": (folder / "evaluation.json").read_text(),
     }
 
