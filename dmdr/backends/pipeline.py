@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +35,7 @@ from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
-from dmdr.states import load_strict
+from dmdr.states import load_strict, read_tensors, refuse_infinite
 from dmdr.types import Condition, dtype_of
 
 SNIPPET = """\
@@ -518,9 +518,10 @@ class PipelineBackend:
             given = load_network(
                 self.network_class, Source(str(directory)), self.network_name, torch.float32
             ).state_dict()
+            refuse_infinite(given, str(directory / file))
             load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
         else:
             names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}
-            given = {names.get(key, key): value for key, value in load_file(directory / file).items()}
+            given = {names.get(key, key): value for key, value in read_tensors(directory / file).items()}
             student = parted(given, self._teacher_lora, self.parameters("student"), str(directory / file))
             self.roles.unfold("student", student, str(directory / file))

@@ -31,9 +31,8 @@ class Model:
             ConfigError: If a registered model cannot be used.
         """
         head = registry.registered("models", typed)
-        if head is None:
-            return cls(typed)
-        return cls(typed, registry.load("models", typed), registry.find("models", head).distribution)
+        found = registry.load_installed("models", typed) if head else None
+        return cls(typed, found, registry.find("models", head).distribution) if head and found else cls(typed)
 
     def family(self, backend: str | None, revision: str | None, architecture: str | None) -> tuple[str, type]:
         """Name and class of the backend that trains it.
@@ -56,7 +55,7 @@ class Model:
             return backend, registry.load("backends", backend)
         known = self.cls and not architecture
         name = self.cls.pipeline if known else pipeline_class(architecture or self.typed, revision)  # type: ignore[union-attr]
-        if not registry.registered("backends", name):
+        if not registry.is_installed("backends", name):  # a stranger's folder names no file or module
             raise ConfigError(
                 f"--model {self.typed} is a {name}, which no backend trains; there are backends for "
                 f"{', '.join(registry.plugins('backends'))} (name another with --backend; a package adds one under the "
