@@ -273,7 +273,9 @@ def imported(plugin: Plugin) -> Any:
             raise PluginError(f"{plugin} has no module '{error.name}': reinstall {plugin.distribution}") from error
         extras = f": pip install '{plugin.distribution}[{','.join(plugin.extras)}]'" if plugin.extras else ""
         raise PluginError(f"{plugin} needs the module '{error.name}', which is not installed{extras}") from error
-    except (Exception, SystemExit) as error:  # what a stranger's module may do when it is imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a stranger's module may do when it is imported
         raise PluginError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
         with _refusing(str(plugin)):
