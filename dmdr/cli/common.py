@@ -45,14 +45,17 @@ def command(function: Callable[[list[str]], None]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        function(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            function(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # here, where it may fail in one line
     except BrokenPipeError:  # who reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it when it ends
+        _forget_output()
         return 0
     except OSError as error:
         if not _is_of_the_machine(error):
             raise
+        _forget_output()
         where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
         _say(f"{error.strerror}{where}")
         return 1 if error.errno in FULL else 2
@@ -62,6 +65,14 @@ def command(function: Callable[[list[str]], None]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _forget_output() -> None:
+    """What could not be written stays in the buffer, of which Python would complain when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_of_the_machine(error: OSError) -> bool:

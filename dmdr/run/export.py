@@ -1,6 +1,8 @@
 """The export of a student, which stock diffusers loads without this package."""
 
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import jinja2
+import yaml
 
-from dmdr.errors import ConfigError, one_line
+from dmdr.errors import ConfigError, one_line, printable
 from dmdr.protocols import LORA_FILE, Backend, Sampler
 from dmdr.settings.fields import typed
 
@@ -21,19 +24,19 @@ KEYS = {"base_model", "backend", "sample_eta", "grid", "call", "mixed_precision"
 
 CARD = """\
 ---
-base_model: {{ name }}
+{{ base_model }}
 library_name: diffusers
 tags: [distillation, dmd, {{ "lora" if lora else "full-finetune" }}]
 ---
-# A {{ steps }}-step student of {{ name }}
+# A {{ steps }}-step student of {{ name | code }}
 
-Distilled{% if objectives %} and aligned ({{ objectives }} on {{ rewards }}){% endif %} with DMDR {{ version }}.
-It inherits the licence of {{ name }}
+Distilled{% if aligned %} and aligned ({{ aligned }}){% endif %} with DMDR {{ version }}.
+It inherits the licence of {{ name | code }}
 {%- if rewards %}; the rewards it was tuned on have licences of their own{% endif %}.
 
-```python
+{{ fence }}python
 {{ snippet }}
-```
+{{ fence }}
 
 `sampling.json` holds the call arguments that no scheduler configuration can hold; the student was trained on exactly
 that grid. Sampling {{ "draws fresh noise at every step" if stochastic else "is deterministic given the first noise" }}.
@@ -71,20 +74,38 @@ def export(
     about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
     about |= {"mixed_precision": mixed_precision, "options": asdict(backend.options)}
     (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    card = jinja2.Template(CARD).render(
+    text = jinja2.Environment()
+    text.filters["code"] = code_span
+    snippet = backend.snippet(base, prompt, sampler)
+    card = text.from_string(CARD).render(
         name=name,
+        base_model=yaml.safe_dump({"base_model": name}, width=math.inf).strip(),
         steps=len(sampler.t) - 1,
-        objectives=objectives,
+        aligned=" on ".join(code_span(names) for names in (objectives, rewards) if names) if objectives else "",
         rewards=rewards,
         version=version("dmdr"),
-        snippet=backend.snippet(base, prompt, sampler),
+        snippet=snippet,
+        fence="`" * max(3, _longest_run(snippet) + 1),
         lora=(partial / LORA_FILE).exists(),
         stochastic=sampler.eta == 1 and len(sampler.t) > 2,
     )
-    (partial / "README.md").write_text(card)
+    (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
+
+
+def code_span(text: str) -> str:
+    """Text as Markdown shows it letter by letter, whatever it holds: names are users' own."""
+    text = printable(" ".join(text.split()))
+    fence = "`" * (_longest_run(text) + 1)
+    edge = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{edge}{text}{edge}{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """Backticks in a row."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def is_export(folder: Path) -> bool:

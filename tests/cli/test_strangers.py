@@ -139,6 +139,53 @@ def test_a_run_that_is_resumed_says_nothing_of_other_places(
     assert f"run/config.yaml sets '{setting}'" in line
 
 
+EXITING = """
+import sys
+from dataclasses import dataclass
+from dmdr.protocols import Needs
+
+calls = []
+
+def score(images, prompts):
+    calls.append(1)
+    return sys.exit(7) if len(calls) > 1 else [0.5] * len(images)
+
+@dataclass
+class Objective:
+    needs = Needs()
+    def __call__(self, draw, ctx):
+        sys.exit(7)
+
+@dataclass
+class Late:
+    needs = Needs()
+    def __call__(self, draw, ctx):
+        raise StopIteration
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"reward": "exiting.py:score", "rl": "grpo"}, "reward 'exiting.py:score' failed: SystemExit: 7"),
+        ({"reward": "toy", "rl": "exiting.py:Objective"}, "objective 'exiting.py:Objective' failed: SystemExit: 7"),
+        ({"reward": "toy", "rl": "exiting.py:Late"}, "objective 'exiting.py:Late' failed: StopIteration"),
+    ],
+)
+def test_what_a_stranger_raises_does_not_end_the_process(
+    room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], line: str
+) -> None:
+    """The run saves what it has, and says whose fault it was."""
+    (room / "exiting.py").write_text(EXITING)
+    settings = FAST | {"stage2_steps": 1, "num_generations": 2, "output_dir": "run"} | settings
+    monkeypatch.setattr(sys, "argv", ["dmdr-train", *(f"--{name}={value}" for name, value in settings.items())])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"dmdr-train: {line}")
+    assert (room / "run" / "checkpoints" / "step-000001").is_dir()
+
+
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
 NUMBER = "is damaged: its grid does not fall from 1 or below to 0"
