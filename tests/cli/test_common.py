@@ -66,15 +66,13 @@ def test_a_bug_keeps_its_traceback(said: Said, error: BaseException) -> None:
     assert caught.value is error
 
 
-@pytest.mark.parametrize(
-    ("place", "code", "said"), [("/dev/full", 1, "dmdr-train: No space left on device\n"), ("", 0, "")]
-)
+@pytest.mark.parametrize(("place", "code", "said"), [("/dev/full", 1, "-c: No space left on device\n"), ("", 0, "")])
 def test_a_reader_that_has_seen_enough_and_a_full_disk(place: str, code: int, said: str) -> None:
     read, write = os.pipe()
     os.close(read)
     with open(place, "w") if place else os.fdopen(write, "w") as output:
-        command = [sys.executable, "-m", "dmdr.cli.train", "--help", "all"]
-        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+        script = "import sys; from dmdr.cli.common import command; sys.exit(command(lambda arguments: print('x')))"
+        done = subprocess.run([sys.executable, "-c", script], stdout=output, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (code, said)
 
 
