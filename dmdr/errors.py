@@ -11,6 +11,9 @@ BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u
 class ConfigError(ValueError):
     """Bad input: one line that says what, where and what to do. Exit code 2; nothing was written."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names of files and models may hold ends of lines
+
 
 class MissingFile(ConfigError):
     """A file that an option names, or has by default, cannot be found or fetched.

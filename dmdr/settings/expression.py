@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dmdr.errors import ConfigError
-from dmdr.settings.fields import LARGEST
+from dmdr.settings.fields import HEAVIEST
 
 _QUOTED = r"""'[^']*'|"[^"]*\""""
 _NAME = re.compile(r"[\w./~][\w./:~-]*")
@@ -98,6 +98,6 @@ def _parse(term: str, what: str) -> Term:
     if not _WEIGHT.fullmatch(written.strip()):
         raise ValueError(f"{written.strip()!r} is no weight; a number comes first, as in 0.5*name")
     weight = float(written)
-    if not 0 < weight <= LARGEST:
-        raise ValueError(f"the weight {written.strip()} of {name!r} is not a positive number within {LARGEST:g}")
+    if not 0 < weight <= HEAVIEST:
+        raise ValueError(f"the weight {written.strip()} of {name!r} is not a positive number of at most {HEAVIEST}")
     return Term(weight, name, label)

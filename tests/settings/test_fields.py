@@ -607,7 +607,11 @@ def test_numbers_beyond_all_use_are_refused(name: str, value: Any) -> None:
         ({"num_eval_samples": 2**40}, "--num_eval_samples must be at most 1048576"),
         ({"gradient_accumulation_steps": 2**19}, "the images of an update are at most 1048576"),
         ({"stage2_fake_learning_rate": 1e29}, "--stage2_fake_learning_rate must be at most 1000"),
-        ({"rl": "1e31*refl"}, "is not a positive number within 1e+30"),
+        ({"rl_weight": 1e7}, "--rl_weight must be at most 1000000"),
+        ({"guidance_scale": 1e30}, "--guidance_scale must be at most 1000"),
+        ({"model": "x" * 300}, "is neither a diffusers pipeline folder"),
+        ({"model": "a\nb"}, "--model a b is neither"),
+        ({"rl": "1e31*refl"}, "is not a positive number of at most 1000000"),
         ({"output_dir": "a\0b"}, "--output_dir must be text"),
         (
             {"sigmas": [1e38]},
