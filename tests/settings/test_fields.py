@@ -609,8 +609,6 @@ def test_numbers_beyond_all_use_are_refused(name: str, value: Any) -> None:
         ({"stage2_fake_learning_rate": 1e29}, "--stage2_fake_learning_rate must be at most 1000"),
         ({"rl_weight": 1e7}, "--rl_weight must be at most 1000000"),
         ({"guidance_scale": 1e30}, "--guidance_scale must be at most 1000"),
-        ({"model": "x" * 300}, "is neither a diffusers pipeline folder"),
-        ({"model": "a\nb"}, "--model a b is neither"),
         ({"rl": "1e31*refl"}, "is not a positive number of at most 1000000"),
         ({"output_dir": "a\0b"}, "--output_dir must be text"),
         (
@@ -622,6 +620,14 @@ def test_numbers_beyond_all_use_are_refused(name: str, value: Any) -> None:
 )
 def test_limits(settings: dict[str, Any], said: str) -> None:
     assert said in refusal(**settings)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb", "x/" * 3000, "[" * 99])
+def test_a_name_of_no_file(name: str) -> None:
+    for source in ({"settings": {"model": name}}, {"arguments": ["--model", name]}):
+        with pytest.raises(ConfigError) as error:
+            parse(**source)
+        assert " is neither a diffusers pipeline folder" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_numbers_of_numpy_are_kept_as_pythons_own() -> None:
