@@ -74,7 +74,8 @@ SMALL: dict[str, list[Any]] = {
 }
 NUMBERS = [0, 1, 2, 3, -1, 2**31, 2**63, -(2**63) - 1, 2**64, 10**400]
 REALS = [0.0, -0.0, 0.5, 1, 1.5, 2, -1.0, 5e-324, 1e-30, 1e-8, 1e30, 1e31, 1e300, 10**400, float("nan"), float("inf")]
-TEXTS = ["", " ", "none", "a\0b", "\ud83d", "x" * 300, "a\nb", "\x1b[31m", "--", "[", "1", "*", "'", "../..", "~"]
+# No folder above the room: datasets would read all that is there.
+TEXTS = ["", " ", "none", "a\0b", "\ud83d", "x" * 300, "a\nb", "\x1b[31m", "--", "[", "1", "*", "'", "~"]
 OTHERS = [None, True, False, [], [1], [[1]], {}, {"a": 1}, b"x", datetime.date(2020, 1, 1), 1.5, "1", object, 1j]
 SLOW = {"fake_updates", "stage1_steps", "stage2_steps", "eval_steps", "num_eval_samples"}  # each counts work
 HINTS = typing.get_type_hints(Config)
