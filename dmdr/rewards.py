@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -67,25 +68,28 @@ class Rewards:
     Attributes:
         parts: name -> (weight, reward), in the order of the sum.
         differentiable: Whether every part is.
+        there: Further columns of the prompt rows; None where they are not known.
     """
 
     def __init__(
         self,
         parts: Mapping[str, tuple[float, Reward]],
         flags: Mapping[str, Callable[[str], str]] = MappingProxyType({}),
+        there: Sequence[str] | None = None,
     ) -> None:
         """Check and keep the parts.
 
         Args:
             parts: At least one; weights are finite.
             flags: By name of a part, what the flag for one of its options is called.
+            there: Further columns of the prompt rows, where they are known.
 
         Raises:
             ConfigError: If there is none.
         """
         if not parts:
             raise ConfigError("a sum of rewards needs at least one")
-        self.parts, self._flags = dict(parts), flags
+        self.parts, self._flags, self.there = dict(parts), flags, there
         self.differentiable = all(reward.differentiable for _, reward in self.parts.values())
 
     @property
@@ -97,7 +101,8 @@ class Rewards:
         """Load the weights of every part, frozen.
 
         Raises:
-            ConfigError: If a part refuses its settings or its checkpoint (a ValueError or OSError); names the reward.
+            ConfigError: If a part refuses its settings or its checkpoint (a ValueError or OSError), or now knows of a
+                column that it needs and the prompts lack; names the reward.
             RewardError: If it fails in another way.
         """
         for name, (_, reward) in self.parts.items():
@@ -109,9 +114,13 @@ class Rewards:
                 raise ConfigError(f"reward '{name}': {what}") from error
             except (ValueError, OSError) as error:
                 raise ConfigError(f"reward '{name}': {_line(error)}") from error
-            except Exception as error:  # a stranger's
-                failed = f"{type(error).__name__}: {_line(error)} ({_place(error)})"
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a stranger's, who may exit, too
+                failed = f"{_said(error)} ({_place(error)})"
                 raise RewardError(f"reward '{name}' cannot be prepared: {failed}") from error
+            if self.there is not None:
+                require_columns(name, reward, self.there)
 
     @sharing()
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
@@ -138,10 +147,14 @@ class Rewards:
         try:
             for name, (_, reward) in self.parts.items():
                 if isinstance(reward, Submits):
-                    with _named(name):
-                        waiting[name] = reward.submit(images, prompts, **columns)
+                    with _Named(name):
+                        answer = reward.submit(images, prompts, **columns)
+                    if not isinstance(answer, Future):
+                        what = f"{type(answer).__name__} from submit; expected a concurrent.futures.Future"
+                        raise RewardError(f"reward '{name}' returned {what}")
+                    waiting[name] = answer
             for name in [*(name for name in self.parts if name not in waiting), *waiting]:
-                with _named(name):
+                with _Named(name):
                     local = self.parts[name][1]
                     score = waiting[name].result() if name in waiting else local(images, prompts, **columns)
                 if not isinstance(score, Tensor) or score.shape != (count,) or score.dtype != torch.float32:
@@ -178,20 +191,50 @@ class Rewards:
             raise RewardError(f"no image has a finite score of every reward: {', '.join(scores)}")
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        where = f" ({_place(error)})" if not isinstance(error, ConfigError | TrainingError) else ""
-        raise RewardError(f"reward '{name}' failed: {type(error).__name__}: {_line(error)}{where}") from error
+def require_columns(title: str, reward: Any, there: Sequence[str]) -> None:
+    """Refuse a reward that needs a column which the prompt rows lack.
+
+    Args:
+        title: How users named it.
+        reward: The reward, or its class.
+        there: Further columns of the rows.
+
+    Raises:
+        ConfigError: Names the reward, the column and the columns that are there.
+    """
+    for name in getattr(reward, "columns", ()):
+        if name not in there:
+            has = ", ".join(there) or "none"
+            raise ConfigError(f"reward '{title}' needs the prompts to have a column '{name}'; they have {has}")
 
 
-def _place(error: Exception) -> str:
+@dataclass
+class _Named:
+    """Around a reward's own code: whatever it raises, a RewardError names it. Only Ctrl-C is not its own.
+
+    No generator, which would let a StopIteration pass.
+    """
+
+    name: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt):  # SystemExit, too: nothing could be saved
+            where = f" ({_place(error)})" if not isinstance(error, ConfigError | TrainingError) else ""
+            raise RewardError(f"reward '{self.name}' failed: {_said(error)}{where}") from error
+
+
+def _place(error: BaseException) -> str:
     """File and line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"
 
 
-def _line(error: Exception) -> str:
+def _said(error: BaseException) -> str:
+    return ": ".join(filter(None, (type(error).__name__, _line(error))))
+
+
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

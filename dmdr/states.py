@@ -2,12 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError, TrainingError, one_line
 
 PLAIN = (bool, int, float, str, bytes, type(None), torch.Size, torch.dtype, torch.device)  # with weights_only
 
@@ -69,3 +72,32 @@ def load_strict(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: st
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a student's safetensors file, by name, of any shape.
+
+    Raises:
+        ConfigError: If it is missing or damaged, or holds a number that is not finite.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the last two of a dtype that torch lacks
+        raise ConfigError(f"{file} is damaged: {one_line(error)}") from error
+    refuse_infinite(tensors, str(file))
+    return tensors
+
+
+def refuse_infinite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights of which a student could draw nothing.
+
+    Args:
+        tensors: By name, of any shape.
+        what: Where they come from, for the message.
+
+    Raises:
+        ConfigError: If one holds a number that is not finite; names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ConfigError(f"{what} is damaged: {name} holds numbers that are not finite")

@@ -30,6 +30,7 @@ SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(
     rf"(?:diffusion_pytorch_model|pytorch_model|model){SHARD}(?:\.([\w-]+?){SHARD})?\.(?:safetensors|bin)"
 )
+CODELESS = {"trust_remote_code": False}  # or transformers would ask on a terminal whether to run a folder's code
 logger = logging.getLogger("dmdr")
 
 
@@ -227,7 +228,7 @@ def load_text_encoder(cls: Any, source: Source, subfolder: str, dtype: torch.dty
             return cls(config).to(dtype).requires_grad_(False).eval()
     with refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
         model, found = cls.from_pretrained(
-            source.folder, dtype=dtype, output_loading_info=True, **source.weights(subfolder)
+            source.folder, dtype=dtype, output_loading_info=True, **CODELESS, **source.weights(subfolder)
         )
     refuse_misfits(place, found["missing_keys"], ())
     return model.requires_grad_(False).eval()
@@ -240,7 +241,7 @@ def read_text_config(cls: Any, source: Source, subfolder: str) -> Any:
         ConfigError: If it is missing or no JSON.
     """
     with refusing(f"{source.place(subfolder)} has no readable configuration"):
-        return cls.config_class.from_pretrained(source.folder, **source.files(subfolder))
+        return cls.config_class.from_pretrained(source.folder, **CODELESS, **source.files(subfolder))
 
 
 def load_tokenizer(cls: Any, source: Source, subfolder: str) -> Any:
@@ -250,7 +251,7 @@ def load_tokenizer(cls: Any, source: Source, subfolder: str) -> Any:
         ConfigError: If its files are missing or damaged.
     """
     with refusing(f"{source.place(subfolder)} holds no {cls.__name__}"):
-        return cls.from_pretrained(source.folder, **source.files(subfolder))
+        return cls.from_pretrained(source.folder, **CODELESS, **source.files(subfolder))
 
 
 def identity(source: Source, components: Iterable[str]) -> object:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +39,7 @@ from dmdr.backends.sharding import fill, shard
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
-from dmdr.states import load_strict
+from dmdr.states import load_strict, read_tensors, refuse_infinite
 from dmdr.types import Condition, dtype_of
 
 SNIPPET = """\
@@ -47,7 +47,7 @@ import json, torch
 from diffusers import {imports}
 
 student = "path/to/this/folder"
-pipe = {pipeline}.from_pretrained("{base}"{given})
+pipe = {pipeline}.from_pretrained({base}{given})
 {load}
 pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")
 torch.manual_seed(0)
@@ -511,8 +511,9 @@ class PipelineBackend:
     def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
         variants = filter(None, map(self.source.taken, self._saved_parts))
         given = {"revision": self.options.revision, "variant": self.options.variant or next(variants, None)}
-        said = [f'{name}="{value}"' for name, value in given.items() if value]
-        said += [f"{name}=None" for name in self.index if name.startswith(TEXT) and name not in self.text.components]
+        said = [f"{name}={_literal(value)}" for name, value in given.items() if value]
+        left_out = [name for name in self.index if name.startswith(TEXT) and name not in self.text.components]
+        said += [f"{name}=None" for name in left_out if name.isidentifier()]  # a folder's own index is no code
         said += [f"torch_dtype={self.dtype}"] * (self.dtype != torch.float32)
         pipeline, network, scheduler = (
             kind.__name__ for kind in (self.pipeline_class, self.network_class, type(self.scheduler(sampler)))
@@ -527,7 +528,7 @@ class PipelineBackend:
             pipeline=pipeline,
             scheduler=scheduler,
             given="".join(f", {argument}" for argument in said),
-            base=base,
+            base=_literal(base),
             prompt=prompt,
             load=load,
         )
@@ -541,9 +542,16 @@ class PipelineBackend:
             given = load_network(
                 self.network_class, Source(str(directory)), self.network_name, torch.float32
             ).state_dict()
+            refuse_infinite(given, str(directory / file))
             load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
         else:
             names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}
-            given = {names.get(key, key): value for key, value in load_file(directory / file).items()}
+            given = {names.get(key, key): value for key, value in read_tensors(directory / file).items()}
             student = parted(given, self._teacher_lora, self.parameters("student"), str(directory / file))
             self.roles.unfold("student", student, str(directory / file))
+
+
+def _literal(text: str) -> str:
+    """Text as Python writes it, in double quotes where it holds none."""
+    found = repr(text)
+    return found if set("'\"") & set(text) else f'"{found[1:-1]}"'

@@ -94,20 +94,30 @@ class PromptEncoder:
         cached = self.components and self.prompt_cache != "off"
         self.cache = PromptCache(self._folder(), self.encode) if cached else None
 
+    def _class(self, name: str) -> Any:
+        """The class of a text encoder or tokenizer.
+
+        Raises:
+            ConfigError: If the pipeline's index names one that transformers does not have.
+        """
+        called = self.components[name][1]
+        if not isinstance(getattr(transformers, called, None), type):
+            where = f"{self.source.folder}/model_index.json"
+            raise ConfigError(f"{where}: {name} is a {called}, which transformers does not have")
+        return getattr(transformers, called)
+
     def clip_length(self) -> int:
         """Tokens of the CLIP text encoder; 77 without one, as pipelines have it."""
         if "text_encoder" not in self.components:
             return 77
-        cls = getattr(transformers, self.components["text_encoder"][1])
+        cls = self._class("text_encoder")
         return int(read_text_config(cls, self.source, "text_encoder").max_position_embeddings)
 
     def load_encoders(self) -> dict[str, Any]:
         """The text encoders by name; loaded anew by each call."""
         return {
-            name: load_text_encoder(
-                getattr(transformers, cls), self.source, name, self.dtype, meta=self.device.type == "meta"
-            )
-            for name, (library, cls) in self.components.items()
+            name: load_text_encoder(self._class(name), self.source, name, self.dtype, meta=self.device.type == "meta")
+            for name, (library, _) in self.components.items()
             if library == "transformers" and name.startswith("text_encoder")
         }
 
@@ -116,9 +126,9 @@ class PromptEncoder:
         if self._pipeline is None:
             place = "cpu" if self.cpu_offload else self.device
             parts = {name: encoder.to(place) for name, encoder in self.load_encoders().items()}
-            for name, (_, cls) in self.components.items():
+            for name in self.components:
                 if name not in parts:
-                    parts[name] = load_tokenizer(getattr(transformers, cls), self.source, name)
+                    parts[name] = load_tokenizer(self._class(name), self.source, name)
             self._pipeline = self._open_pipeline(**parts)
         return self._pipeline
 

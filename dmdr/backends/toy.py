@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmdr.backends.images import to_unit_range
@@ -22,6 +22,7 @@ from dmdr.errors import TrainingError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
 from dmdr.protocols import Role, Sampler, require
 from dmdr.sampling import time_grid
+from dmdr.states import load_strict, read_tensors
 from dmdr.types import Condition
 
 CENTRES = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]])
@@ -175,7 +176,8 @@ class ToyBackend:
         return "# the toy has no stock pipeline: dmdr-sample draws from it"
 
     def load_export(self, directory: Path) -> None:
-        self.residuals["student"].load_state_dict(load_file(directory / "student.safetensors"))
+        file = directory / "student.safetensors"
+        load_strict(self.residuals["student"].state_dict(), read_tensors(file), str(file))
 
 
 class Toy:

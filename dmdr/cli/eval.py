@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
     scoring.require_writable(Path(flags.output))
     paths, rows = find_pairs(flags, chosen)
-    rewards, device = open_rewards(flags, chosen)
+    rewards, device = open_rewards(flags, chosen, rows)
     found: list[dict[str, Any]] = []
 
     def write() -> dict[str, Any]:

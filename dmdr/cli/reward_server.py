@@ -54,7 +54,8 @@ def run(arguments: list[str]) -> None:
             raise
 
     limits = {name: getattr(flags, name) for name in LIMITS}
-    serve(score, host=flags.host, port=flags.port, name=flags.reward, **limits)
+    columns = dict.fromkeys(name for reward in chosen for name in getattr(reward.cls, "columns", ()))
+    serve(score, host=flags.host, port=flags.port, name=flags.reward, columns=tuple(columns), **limits)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
 
+MOST = 100_000  # images of a prompt, which are drawn as one batch
+
 
 def arguments() -> CommandParser:
     parser = CommandParser(prog="dmdr-sample", description=__doc__)
@@ -21,6 +23,9 @@ def arguments() -> CommandParser:
         "--output_dir", default="samples", help="folder of the PNG files and their metadata.jsonl (default: samples)"
     )
     parser.add_argument("--model", help="folder or hub id of the teacher, if it has moved since the export")
+    parser.add_argument(
+        "--backend", help="model family that was trained, if it is in a file or module, e.g. my_file.py:NAME"
+    )
     parser.add_argument(
         "--mixed_precision", choices=("no", "bf16", "fp16"), help="precision of the networks (default: the run's)"
     )
@@ -45,14 +50,16 @@ def run(argv: list[str]) -> None:
     rows += read_prompts(args.prompts, column=args.prompt_column, repeated=True).rows if args.prompts else []
     if not rows:
         raise ConfigError("nothing to sample: give --prompt or --prompts")
-    if args.num_images < 1:
-        raise ConfigError(f"--num_images must be at least 1, not {args.num_images}")
+    if not 1 <= args.num_images <= MOST:
+        raise ConfigError(f"--num_images must be between 1 and {MOST:,}, not {args.num_images}")
+    if not -(2**63) <= args.seed < 2**64:
+        raise ConfigError(f"--seed must be between -2**63 and 2**64 - 1, not {args.seed}")
     rows = [row for row in rows for _ in range(args.num_images)]
     about = read_export(folder)
     image_folder.check_place(Path(args.output_dir), rows)
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [columns | row for row in rows]
-    how = {"mixed_precision": args.mixed_precision, "cpu_offload": args.cpu_offload}
+    how = {name: getattr(args, name) for name in ("backend", "mixed_precision", "cpu_offload")}
     for path in draw(folder, about, rows, args.seed, args.model, Path(args.output_dir), **how):
         print(path)
 
@@ -65,6 +72,7 @@ def draw(
     model: str | None,
     output: Path,
     *,
+    backend: str | None = None,
     mixed_precision: str | None = None,
     cpu_offload: bool = False,
 ) -> list[Path]:
@@ -77,11 +85,10 @@ def draw(
     from dmdr import images
     from dmdr.evaluation import image_folder
     from dmdr.prompts import split_columns
-    from dmdr.protocols import DrawsNoise, with_options
+    from dmdr.protocols import DrawsNoise
     from dmdr.run.device import avoid_mps, open_accelerator
+    from dmdr.run.export import read_options
     from dmdr.sampling import FewStepSampler
-    from dmdr.settings import registry
-    from dmdr.settings.models import pipeline_class
 
     avoid_mps()
     base = model or about["base_model"]
@@ -97,22 +104,47 @@ def draw(
     }
     if model:
         values["revision"] = None  # which was of where it lay before
-    family = registry.load("backends", about["backend"] or pipeline_class(base, values.get("revision")))
-    backend = family(base, with_options(family.Options, **values))
+    cls = family_of(folder, about, backend, base, values.get("revision"))
+    family = cls(base, read_options(folder, cls.Options, values))
     accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
-    backend.prepare(accelerator, roles=("student",))
-    backend.load_export(folder)
-    sampler = FewStepSampler(backend.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
+    family.prepare(accelerator, roles=("student",))
+    family.load_export(folder)
+    sampler = FewStepSampler(family.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
     torch.manual_seed(seed)
     prompts, columns = split_columns(rows)
-    shape = (len(rows), *backend.latent_shape)
+    shape = (len(rows), *family.latent_shape)
     plainly = lambda step, count: torch.randn(shape, device=accelerator.device)  # noqa: E731
-    draw_noise = backend.draw_noise if isinstance(backend, DrawsNoise) else plainly
+    draw_noise = family.draw_noise if isinstance(family, DrawsNoise) else plainly
     with torch.no_grad():
-        cond = backend.encode(prompts, **columns)
+        cond = family.encode(prompts, **columns)
         noise = [draw_noise(step, len(rows)) for step in range(sampler.num_inference_steps)]
-        pictures = backend.decode(sampler.rollout(backend.student, noise, cond).final, exact=True)
+        pictures = family.decode(sampler.rollout(family.student, noise, cond).final, exact=True)
     return image_folder.save_images(output, images.to_pil(pictures.cpu()), rows)
+
+
+def family_of(folder: Path, about: dict[str, Any], named: str | None, base: str, revision: str | None) -> Any:
+    """The class of the model family: the one that the user names, or else an installed one.
+
+    Args:
+        folder, about: The export, and what it says of itself.
+        named: By the user.
+        base, revision: The teacher.
+
+    Raises:
+        ConfigError: If the export or the teacher's folder names a file or module, whose code may be a stranger's.
+    """
+    from dmdr.run.export import ABOUT
+    from dmdr.settings import registry
+    from dmdr.settings.models import pipeline_class
+    from dmdr.settings.trust import require_installed
+
+    if named:
+        return registry.load("backends", named)
+    told = about["backend"]
+    name = told or pipeline_class(base, revision)
+    place = folder / ABOUT if told else f"{base}/model_index.json"
+    require_installed("backends", name, place, f"if you trust its code, name it yourself with --backend {name}")
+    return registry.load("backends", name)
 
 
 def main() -> None:

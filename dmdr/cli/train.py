@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from dmdr.cli.common import command
+from dmdr.cli.common import Line, command
 from dmdr.settings.parse import parse
 
 
@@ -20,7 +20,9 @@ def run(arguments: list[str]) -> None:
 
         print(f"{estimate(settings)}\nnothing was loaded, nothing was written")
         return
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Line("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("dmdr").setLevel(logging.INFO)
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -49,6 +49,7 @@ class RemoteReward:
     DMDR_REWARD_TOKEN.
 
     Attributes:
+        columns: Those that the prompts must have, as the server says once it has been asked.
         reward_timeout: Seconds to go on trying a server that does not answer, before the run saves and stops.
         request_timeout: Seconds that one try may take.
 
@@ -60,6 +61,7 @@ class RemoteReward:
     url: ClassVar[str] = ""
     reward_timeout: float = 600.0
     request_timeout: float = 120.0
+    columns: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     @classmethod
     def at(cls, address: str) -> type["RemoteReward"]:
@@ -115,8 +117,12 @@ class RemoteReward:
             raise ConfigError(f"{self.url} asks for a token, and {TOKEN} {'is another' if token else 'is not set'}")
         try:
             self._limit = int(about["max_request_bytes"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{self.url} does not give its limits on /health") from error
+        columns = about.get("columns", [])  # which a server of an earlier version does not say
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            raise ConfigError(f"{self.url} does not give its columns on /health as a list of names")
+        self.columns = tuple(columns)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         """[B, 3, H, W] in [0, 1], prompts and further columns -> [B] float32, NaN where the server cannot score.

@@ -13,6 +13,7 @@ with: `pip install --no-deps dmdr`, and starlette, uvicorn, safetensors and torc
 
 import asyncio
 import hmac
+import inspect
 import logging
 import math
 import os
@@ -20,13 +21,14 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import h11
 import torch
 import uvicorn
 from starlette.applications import Starlette
@@ -35,15 +37,16 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dmdr.errors import ConfigError
-from dmdr.remote.wire import SERVICE, TOKEN, VERSION, Request, merge
+from dmdr.remote.wire import SERVICE, TOKEN, VERSION, Request, merge, numbers_of
 
 logger = logging.getLogger("dmdr")
 
 Score = Callable[..., Any]
 Scores = list[float | None]
+HEADER_SECONDS = 10.0  # in which the head of a request must have come, or its connection is closed
 
 
 @dataclass(eq=False)
@@ -128,25 +131,12 @@ class Scorer:
             self.batches += 1
             with torch.no_grad():
                 scores = self.score(part.images.float() / 255, list(part.prompts), **part.columns)
-            numbers = _numbers(scores)
-            if len(numbers) != len(part):
-                raise TypeError(f"the reward returned {len(numbers)} scores for {len(part)} images")
-            found += numbers
+            try:
+                numbers = numbers_of(scores, len(part))
+            except TypeError as error:
+                raise TypeError(f"the reward {error}") from error
+            found += [number if math.isfinite(number) else None for number in numbers]  # as JSON has them
         return found
-
-
-def _numbers(scores: Any) -> Scores:
-    """Scores as JSON has them: None for an image without a score."""
-    listed = _listed(scores)
-    for score in listed:
-        if score is not None and not hasattr(score, "__float__"):  # float() takes text, too
-            raise TypeError(f"the reward returned no number, but {score!r}")
-    numbers = [math.nan if score is None else float(score) for score in listed]
-    return [number if math.isfinite(number) else None for number in numbers]
-
-
-def _listed(scores: Any) -> list[Any]:
-    return scores.tolist() if isinstance(scores, Tensor) else list(scores)
 
 
 def _refusal(error: BaseException) -> HTTPException:
@@ -169,6 +159,7 @@ class _Service:
     max_request_mb: float
     request_timeout: float
     token: str | None
+    columns: Sequence[str]
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_queue", "max_request_mb", "request_timeout"):
@@ -191,7 +182,12 @@ class _Service:
         if known:
             limits = ("name", "max_batch_size", "max_queue", "max_request_bytes", "request_timeout")
             about |= {name: getattr(self, name) for name in limits}
-            about |= {"requests": self.requests, "images": self.images, "queue": self.inside}
+            about |= {
+                "columns": list(self.columns),
+                "requests": self.requests,
+                "images": self.images,
+                "queue": self.inside,
+            }
             about |= {"batches": self.scorer.batches}
         return JSONResponse(about)
 
@@ -204,6 +200,8 @@ class _Service:
         try:
             async with asyncio.timeout(self.request_timeout):
                 asked = Request.read(await self._body(request))
+                if lacking := [name for name in self.columns if name not in asked.columns]:
+                    raise ValueError(f"the reward needs the prompts to have a column '{lacking[0]}'")
                 scores = await _unless_gone(request, self.scorer.submit(asked))
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
@@ -272,14 +270,15 @@ def application(
     max_request_mb: float = 64.0,
     request_timeout: float = 120.0,
     token: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Starlette:
     """The reward server as an ASGI application.
 
     `POST /score` takes what `dmdr.remote.wire` writes. It answers 200 with the scores, or {"error": ...} of one line:
     400 for no such body, 401 for the token, 413 for the size, 422 where the reward raised a ValueError, 500 where it
     raised anything else; and, worth another try, 503 for a full queue or a server that leaves, 504 for time that is
-    up. `GET /health` says which service and version this is, to anyone; name, limits and counters only to those with
-    the token.
+    up. `GET /health` says which service and version this is, to anyone; name, limits, columns and counters only to
+    those with the token.
 
     Args:
         score: As `serve` describes it; called in one thread only. A score must not depend on the rest of the batch, in
@@ -290,13 +289,57 @@ def application(
         max_request_mb: Size of a body, in MiB.
         request_timeout: Seconds until a request that is not scored is given up.
         token: Bearer token that a request must have; None for none.
+        columns: Columns that the prompts must have; by default the parameters of `score` without a default.
 
     Raises:
         ConfigError: For a limit that is not above 0.
     """
-    service = _Service(score, name, max_batch_size, max_queue, max_request_mb, request_timeout, token)
+    needed = _required(score) if columns is None else tuple(columns)
+    service = _Service(score, name, max_batch_size, max_queue, max_request_mb, request_timeout, token, needed)
     routes = [Route("/health", service.health), Route("/score", service.answer, methods=["POST"])]
     return Starlette(routes=routes, lifespan=service.lifespan, exception_handlers={HTTPException: _as_line})
+
+
+def _required(score: Score) -> tuple[str, ...]:
+    """The columns that a function asks for by name and cannot do without."""
+    try:
+        parameters = inspect.signature(score).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return ()
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    columns = [*by_place[2:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    return tuple(p.name for p in columns if p.default is p.empty)
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection on which no whole head of a request comes in time: uvicorn would hold it for ever."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._calm()
+
+    def _watch(self) -> None:
+        """Wait for a head, from the connection's start or its first byte on; and for no body of what is answered."""
+        answered = self.cycle is not None and self.cycle.response_complete
+        if self.conn.their_state is not h11.IDLE and not answered:
+            self._calm()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _calm(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
 
 class _Server(uvicorn.Server):
@@ -342,6 +385,7 @@ def serve(score: Score, host: str = "127.0.0.1", port: int = 8000, **settings: A
         logger.warning("anyone who reaches %s can use this server: it asks for no token", _url(bound))
     config = uvicorn.Config(
         app,
+        http=_Protocol,
         log_level="warning",
         access_log=False,
         lifespan="on",

@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,8 @@ class Request:
             raise ValueError(f"images must be torch.uint8 [B, 3, H, W], not {dtype} {shape}")
         if not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError("prompts must all be text")
-        if taken := {"images", "prompts"} & self.columns.keys():
-            raise ValueError(f"no column may be called '{taken.pop()}'")
+        if taken := sorted({"self", "images", "prompts"} & self.columns.keys()):  # arguments of every reward
+            raise ValueError(f"no column may be called '{taken[0]}'")
         for name, column in {"prompts": self.prompts, **self.columns}.items():
             if len(column) != len(self):
                 raise ValueError(f"{len(self)} images, but {len(column)} {name}")
@@ -111,7 +113,40 @@ def read_scores(body: bytes, count: int) -> list[float]:
 
 
 def _is_score(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and not sys.float_info.max < abs(value) < math.inf)  # whole ones have any size
+
+
+def numbers_of(scores: Any, count: int) -> list[float]:
+    """What a reward returned for some images as numbers; NaN where it is None: an image that it cannot score.
+
+    Args:
+        scores: A list, tuple, array, tensor, series or iterator of numbers. What has no order of the images, such as a
+            dict or a set, is none; nor is text.
+        count: Of the images.
+
+    Raises:
+        TypeError: If it is not a number or None for each image; goes on from what the reward is called.
+    """
+    listed = hasattr(scores, "tolist") or isinstance(scores, Sequence | Iterator)
+    found = (scores.tolist() if hasattr(scores, "tolist") else list(scores)) if listed else None
+    if not isinstance(found, list) or isinstance(scores, str | bytes | bytearray):
+        raise TypeError(f"returned {type(scores).__name__}; it must return a list of a number, or None, for each image")
+    if len(found) != count:
+        raise TypeError(f"returned {len(found)} scores for {count} images")
+    return [_number(score, i) for i, score in enumerate(found)]
+
+
+def _number(score: Any, i: int) -> float:
+    kind = getattr(getattr(score, "dtype", None), "kind", "f")  # numpy's text and complex numbers become floats, too
+    if score is None:
+        return math.nan
+    try:
+        if isinstance(score, complex) or kind not in "biuf":
+            raise TypeError
+        return float(score.__float__())  # float() takes text, too
+    except Exception as error:  # each type has its own
+        raise TypeError(f"returned no number for image {i}, but {reprlib.repr(score)}") from error
 
 
 def _list(metadata: Mapping[str, str], name: str) -> list[Any]:

@@ -1,36 +1,42 @@
 """The export of a student, which stock diffusers loads without this package."""
 
 import json
-from dataclasses import asdict
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jinja2
+import yaml
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, one_line, printable
 from dmdr.protocols import LORA_FILE, Backend, Sampler
 from dmdr.run import durable
+from dmdr.settings.fields import typed
 
 ABOUT = "sampling.json"
 KEYS = {"base_model", "backend", "sample_eta", "grid", "call", "mixed_precision", "options"}
 
 CARD = """\
 ---
-base_model: {{ name }}
+{{ base_model }}
 library_name: diffusers
 tags: [distillation, dmd, {{ "lora" if lora else "full-finetune" }}]
 ---
-# A {{ steps }}-step student of {{ name }}
+# A {{ steps }}-step student of {{ name | code }}
 
-Distilled{% if objectives %} and aligned ({{ objectives }} on {{ rewards }}){% endif %} with DMDR {{ version }}.
-It inherits the licence of {{ name }}
+Distilled{% if aligned %} and aligned ({{ aligned }}){% endif %} with DMDR {{ version }}.
+It inherits the licence of {{ name | code }}
 {%- if rewards %}; the rewards it was tuned on have licences of their own{% endif %}.
 
-```python
+{{ fence }}python
 {{ snippet }}
-```
+{{ fence }}
 
 `sampling.json` holds the call arguments that no scheduler configuration can hold; the student was trained on exactly
 that grid. Sampling {{ "draws fresh noise at every step" if stochastic else "is deterministic given the first noise" }}.
@@ -66,19 +72,37 @@ def export(
     about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
     about |= {"mixed_precision": mixed_precision, "options": asdict(backend.options)}
     (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    card = jinja2.Template(CARD).render(
+    text = jinja2.Environment()
+    text.filters["code"] = code_span
+    snippet = backend.snippet(base, prompt, sampler)
+    card = text.from_string(CARD).render(
         name=name,
+        base_model=yaml.safe_dump({"base_model": name}, width=math.inf).strip(),
         steps=len(sampler.t) - 1,
-        objectives=objectives,
+        aligned=" on ".join(code_span(names) for names in (objectives, rewards) if names) if objectives else "",
         rewards=rewards,
         version=version("dmdr"),
-        snippet=backend.snippet(base, prompt, sampler),
+        snippet=snippet,
+        fence="`" * max(3, _longest_run(snippet) + 1),
         lora=(partial / LORA_FILE).exists(),
         stochastic=sampler.eta == 1 and len(sampler.t) > 2,
     )
-    (partial / "README.md").write_text(card)
+    (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text
     durable.finish(partial, folder)
     return folder
+
+
+def code_span(text: str) -> str:
+    """Text as Markdown shows it letter by letter, whatever it holds: names are users' own."""
+    text = printable(" ".join(text.split()))
+    fence = "`" * (_longest_run(text) + 1)
+    edge = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{edge}{text}{edge}{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """Backticks in a row."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def is_export(folder: Path) -> bool:
@@ -96,17 +120,56 @@ def read_export(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
         missing = KEYS - about.keys()
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} is damaged: {error}") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} is damaged: {one_line(error)}") from error
     if missing:
         raise ConfigError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
-    for key in ("call", "options"):
-        if not isinstance(about[key], dict):
-            raise ConfigError(f"{file} is damaged: its {key} is no table")
-    grid = about["grid"]
-    numbers = isinstance(grid, list) and len(grid) > 1 and all(isinstance(t, int | float) for t in grid)
-    if not numbers or grid[-1] != 0 or not all(1 >= t > later for t, later in pairwise(grid)):
-        raise ConfigError(f"{file} is damaged: its grid does not fall from 1 or below to 0")
-    if not isinstance(about["sample_eta"], int | float) or not 0 <= about["sample_eta"] <= 1:
-        raise ConfigError(f"{file} is damaged: its sample_eta is not in [0, 1]")
+    for what, holds in _sound(about).items():
+        if not holds:
+            raise ConfigError(f"{file} is damaged: its {what}")
     return dict(about)
+
+
+def _sound(about: Mapping[str, Any]) -> dict[str, bool]:
+    """What can be wrong with an export's file, and whether it is right."""
+    grid, eta, call = (about[key] for key in ("grid", "sample_eta", "call"))
+    falls = isinstance(grid, list) and len(grid) > 1 and all(map(_is_number, grid)) and grid[0] <= 1
+    height = call.get("height") if isinstance(call, dict) else None
+    return {
+        "base_model is no text": isinstance(about["base_model"], str),
+        "backend is neither a name nor null": isinstance(about["backend"], str | None),
+        "mixed_precision is none of no, bf16 and fp16": about["mixed_precision"] in ("no", "bf16", "fp16"),
+        "call is no table": isinstance(call, dict),
+        "options is no table": isinstance(about["options"], dict),
+        "call has a height that is no whole number above 0": height is None or (type(height) is int and height > 0),
+        "grid does not fall from 1 or below to 0": falls and grid[-1] == 0 and all(a > b for a, b in pairwise(grid)),
+        "sample_eta is not in [0, 1]": _is_number(eta) and 0 <= eta <= 1,
+    }
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold; JSON has truth values, NaN and whole numbers of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def read_options(folder: Path, kind: Any, values: Mapping[str, Any]) -> Any:
+    """The options of a model family, from those that an export keeps; others than the family's are left out.
+
+    Args:
+        folder: The export.
+        kind: The family's `Options`.
+        values: By name.
+
+    Raises:
+        ConfigError: If one is missing, of another type, or refused by the family.
+    """
+    file, hints, given = folder / ABOUT, get_type_hints(kind), {}
+    for f in fields(kind):
+        if f.init and f.name in values:
+            given[f.name] = typed(f"{file} is damaged: its option {f.name}", values[f.name], hints[f.name])
+        elif f.init and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"{file} is damaged: it lacks the option {f.name}")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error

@@ -32,8 +32,13 @@ def _trained_for(initial: Path) -> tuple[int | None, int | None]:
         about = read_export(initial)
         return len(about["grid"]) - 1, about["call"].get("height")
     given = _settings_of(initial)
-    times = given.get("sigmas") or given.get("timesteps")
-    return len(times) if times else given.get("num_inference_steps"), given.get("resolution")
+    times = next((value for key in ("sigmas", "timesteps") if isinstance(value := given.get(key), list)), [])
+    return len(times) or _whole(given.get("num_inference_steps")), _whole(given.get("resolution"))
+
+
+def _whole(value: Any) -> int | None:
+    """What a file of another version, or of anybody, has in the place of a whole number."""
+    return value if type(value) is int else None
 
 
 def check_kind(initial: Path, options: Any) -> None:
@@ -58,4 +63,4 @@ def check_kind(initial: Path, options: Any) -> None:
 def _settings_of(checkpoint: Path) -> Mapping[str, Any]:
     """The settings of a checkpoint's run; none where it has left its folder."""
     file = checkpoint.resolve().parents[1] / "config.yaml"
-    return read_yaml(str(file)) if file.is_file() else {}
+    return read_yaml(str(file), "--init_student") if file.is_file() else {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.prompts import Prompts, Rows, read_prompts, split_columns, stream_prompts
+from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable
 from dmdr.rewards import Rewards
 from dmdr.run.plan import Plan
@@ -81,7 +81,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         backend.check_prompts(own_prompts(objectives))
     checkpoints = None if config.dry_run else model  # which builds them
     rewards, eval_rewards = (
-        build_rewards(settings.of(group), checkpoints) if settings.of(group) else None
+        build_rewards(settings.of(group), checkpoints, rows=prompts.first(1)) if settings.of(group) else None
         for group in ("rewards", "eval_rewards")
     )
     samplers = plan.samplers(backend, config)
@@ -136,7 +136,9 @@ def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Cho
     raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
 
 
-def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults: Any) -> Rewards:
+def build_rewards(
+    chosen: Sequence[Chosen], model: NamedModel | None, rows: Sequence[Row] = (), **defaults: Any
+) -> Rewards:
     """The weighted sum of the named rewards; a named model supplies their checkpoints unless a flag does.
 
     Rewards that only measure get checkpoints of its that were trained on other data.
@@ -144,6 +146,7 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
     Args:
         chosen: At least one.
         model: The named model, if any.
+        rows: Prompt rows; none where they are not known.
         defaults: Values of options that were left unset (None), for the rewards that have them.
     """
     parts: dict[str, tuple[float, Any]] = {}
@@ -153,4 +156,5 @@ def build_rewards(chosen: Sequence[Chosen], model: NamedModel | None, **defaults
             path = model.reward_checkpoint(plugin.name, held_out=plugin.group == "eval_rewards")
             own |= {"checkpoint": str(path)} if path else {}
         parts[plugin.label] = (plugin.weight, plugin.build(**own))
-    return Rewards(parts, {plugin.label: plugin.key for plugin in chosen})
+    there = list(split_columns(rows)[1]) if rows else None
+    return Rewards(parts, {plugin.label: plugin.key for plugin in chosen}, there)

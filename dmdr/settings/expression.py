@@ -1,11 +1,11 @@
 """Sums of names as users write them: `--reward "0.3*hps+0.3*clip"`, `--rl "grpo as fast + 0.1*refl"`."""
 
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from dmdr.errors import ConfigError
+from dmdr.settings.fields import HEAVIEST
 
 _QUOTED = r"""'[^']*'|"[^"]*\""""
 _NAME = re.compile(r"[\w./~][\w./:~-]*")
@@ -98,6 +98,6 @@ def _parse(term: str, what: str) -> Term:
     if not _WEIGHT.fullmatch(written.strip()):
         raise ValueError(f"{written.strip()!r} is no weight; a number comes first, as in 0.5*name")
     weight = float(written)
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"the weight {written.strip()} of {name!r} is not a positive, finite number")
+    if not 0 < weight <= HEAVIEST:
+        raise ValueError(f"the weight {written.strip()} of {name!r} is not a positive number of at most {HEAVIEST}")
     return Term(weight, name, label)

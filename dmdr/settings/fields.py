@@ -1,7 +1,7 @@
 """The settings of a run in one dataclass, with Hugging Face's names, and which values are allowed."""
 
 import dataclasses
-import math
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,6 +10,19 @@ from typing import Any, Literal
 from dmdr.errors import ConfigError
 
 REQUIRED = dataclasses.MISSING
+LARGEST = 1e30  # of numbers that a float32 holds, with room for products
+HEAVIEST = 10**6  # of a loss or a reward
+MOST_IMAGES = 2**20  # of an update, an evaluation or a grid
+LIMITS = {  # what is above is a slip, which torch would answer with a traceback or the machine with silence
+    "num_inference_steps teacher_steps": 1000,
+    "per_device_train_batch_size num_generations gradient_accumulation_steps": MOST_IMAGES,
+    "sample_images num_eval_samples": MOST_IMAGES,
+    "learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate weight_decay": 1000,
+    "guidance_scale guidance_jitter": 1000,
+    "dmd_weight rl_weight": HEAVIEST,
+}
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
 
 
 def flag(default: Any, help: str) -> Any:
@@ -196,6 +209,13 @@ class Config(Flags):
             max_bad_steps num_eval_samples dmd_weight rl_weight guidance_scale guidance_jitter weight_decay seed"""
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "at least 0")
+        for names, most in LIMITS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                self._require(value is None or value <= most, name, f"at most {most}")
+        update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        what = f"such that the images of an update are at most {MOST_IMAGES}"
+        self._require(update <= MOST_IMAGES, "gradient_accumulation_steps", what)
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
             adam_epsilon"""
         for name in positive.split():
@@ -273,7 +293,7 @@ def check_types(config: Any) -> None:
     """Values from YAML or Python keep the types that flags would have.
 
     Raises:
-        ConfigError: For a value of another type, or a number that is not finite.
+        ConfigError: For a value of another type, or one that no run could use.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         setattr(config, name, typed(f"--{name}", getattr(config, name), hint))
@@ -283,27 +303,50 @@ def typed(name: str, value: Any, hint: Any) -> Any:
     """A value of this type, as its flag would give it.
 
     Raises:
-        ConfigError: If it is of another type, or a number that is not finite; names it by `name`.
+        ConfigError: If it is of another type, or one that no run could use; names it by `name`.
     """
     if hint in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        value = str(value) if abs(value) <= LARGEST else value
     if not _fits(value, hint):
-        raise ConfigError(f"{name} must be {_wanted(hint)}, not {value!r}{_norway(value, hint)}")
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and hint in (float, float | None) else value
+        raise ConfigError(f"{name} must be {_wanted(hint)}, not {shown(value)}{_why(value, hint)}")
+    return _plain(value, hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in arguments
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if arguments:
         return any(_fits(value, argument) for argument in arguments)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value  # which no path may hold
+    return isinstance(value, hint)
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A value that fits, of Python's own types: subclasses, such as numpy's, are none that YAML could keep."""
+    arguments = typing.get_args(hint)
+    if isinstance(value, list):
+        item = next((typing.get_args(kind)[0] for kind in (hint, *arguments) if typing.get_origin(kind) is list), Any)
+        return [_plain(each, item) for each in value]
+    if float in (hint, *arguments) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return value if kind is None else kind(value)
+
+
+def shown(value: Any) -> str:
+    """A value in a message: in short, however large it is."""
+    try:
+        return SHORT.repr(value)
+    except Exception:  # a number with more digits than Python writes; the code of a stranger's type
+        return f"such a {type(value).__name__}"
 
 
 def _wanted(hint: Any) -> str:
@@ -315,10 +358,20 @@ def _wanted(hint: Any) -> str:
         return f"a list, each item {_wanted(arguments[0])}"
     if arguments:
         return " or ".join(map(_wanted, arguments))
-    words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+    words = {
+        float: "a finite number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return words.get(hint, str(hint))
 
 
-def _norway(value: Any, hint: Any) -> str:
-    quoted = value is False and "no" in typing.get_args(hint)
-    return " (YAML reads an unquoted no as false: write 'no')" if quoted else ""
+def _why(value: Any, hint: Any) -> str:
+    """What else to say of a value that does not fit, in brackets; "" if it speaks for itself."""
+    if value is False and "no" in typing.get_args(hint):
+        return " (YAML reads an unquoted no as false: write 'no')"
+    items = value if isinstance(value, list) else [value]
+    large = [isinstance(item, int | float) and not -(2**63) <= item < 2**63 for item in items]
+    return f" (whole numbers have 64 bits, others are within {LARGEST:g})" if any(large) else ""

@@ -5,9 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import math
 import re
-import reprlib
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +40,9 @@ def load_object(target: str) -> Any:
         if module.endswith(".py"):
             hint = ", neither among the installed packages nor in the folder that you are in"
         raise ConfigError(f"'{target}' cannot be imported: {error}{hint}") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's, who may exit, too
         raise ConfigError(f"'{target}' cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(found, name):
         raise ConfigError(f"'{target}': there is no '{name}' in {module}")
@@ -159,21 +159,12 @@ class _Function:
         """
         import torch
 
-        found = results if self.single else results[0]
+        from dmdr.remote.wire import numbers_of
+
         try:
-            found = list(found.tolist() if hasattr(found, "tolist") else found)
+            numbers = numbers_of(results if self.single else results[0], len(images))
         except TypeError as error:
-            raise ValueError(f"'{self.target}' returned {type(found).__name__}, no list of scores") from error
-        if len(found) != len(images):
-            raise ValueError(f"'{self.target}' returned {len(found)} scores for {len(images)} images")
-        numbers = []
-        for i, score in enumerate(found):
-            try:
-                numbers.append(math.nan if score is None else score.__float__())  # float() takes text, too
-            except Exception as error:  # each type has its own
-                raise ValueError(
-                    f"'{self.target}' returned no number for image {i}, but {reprlib.repr(score)}"
-                ) from error
+            raise ValueError(f"'{self.target}' {error}") from error
         return torch.tensor(numbers, dtype=torch.float32, device=images.device)
 
 

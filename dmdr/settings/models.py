@@ -1,6 +1,7 @@
 """Which model is meant by `--model`, and which family trains it: known before anything is built or loaded."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,8 @@ class Model:
             ConfigError: If a registered model cannot be used.
         """
         head = registry.registered("models", typed)
-        if head is None:
-            return cls(typed)
-        return cls(typed, registry.load("models", typed), registry.find("models", head).distribution)
+        found = registry.load_installed("models", typed) if head else None
+        return cls(typed, found, registry.find("models", head).distribution) if head and found else cls(typed)
 
     def family(self, backend: str | None, revision: str | None, architecture: str | None) -> tuple[str, type]:
         """Name and class of the backend that trains it.
@@ -46,9 +46,9 @@ class Model:
         Raises:
             ConfigError: If there is no such pipeline, or nobody trains it.
         """
-        if revision and (self.cls or Path(self.typed).exists()):
+        if revision and (self.cls or os.path.exists(self.typed)):
             raise ConfigError(f"--revision {revision}: --model {self.typed} is not on the hub, where revisions are")
-        if architecture and not (Path(architecture) / "model_index.json").is_file():
+        if architecture and not os.path.isfile(Path(architecture) / "model_index.json"):
             raise ConfigError(f"--architecture {architecture} is no pipeline's folder (no model_index.json)")
         if backend:
             if not self.cls:
@@ -56,7 +56,7 @@ class Model:
             return backend, registry.load("backends", backend)
         known = self.cls and not architecture
         name = self.cls.pipeline if known else pipeline_class(architecture or self.typed, revision)  # type: ignore[union-attr]
-        if not registry.registered("backends", name):
+        if not registry.is_installed("backends", name):  # a stranger's folder names no file or module
             raise ConfigError(
                 f"--model {self.typed} is a {name}, which no backend trains; there are backends for "
                 f"{', '.join(registry.plugins('backends'))} (name another with --backend; a package adds one under the "
@@ -71,10 +71,9 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
     Raises:
         ConfigError: If it is no diffusers pipeline.
     """
-    path = Path(folder)
-    if path.exists() or not is_hub_id(folder):
-        index = path / "model_index.json"
-        if not index.is_file():
+    if os.path.exists(folder) or not is_hub_id(folder):  # Path.exists raises for a name that is too long
+        index = Path(folder) / "model_index.json"
+        if not os.path.isfile(index):
             known = ", ".join(registry.plugins("models"))
             raise ConfigError(
                 f"--model {folder} is neither a diffusers pipeline folder (no model_index.json), nor a hub id, nor a "
@@ -82,7 +81,7 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
             )
         try:
             return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"--model {folder}: model_index.json is damaged: {error}") from error
     try:
         index = fetch(folder, "model_index.json", revision)

@@ -12,10 +12,11 @@ import yaml
 from dmdr.errors import ConfigError
 from dmdr.settings import registry
 from dmdr.settings.chosen import ALONE, SUMS, Chosen, load, named_in, parts_of
-from dmdr.settings.fields import Config, Flags
+from dmdr.settings.fields import Config, Flags, typed
 from dmdr.settings.leftovers import left_out
 from dmdr.settings.models import Model
 from dmdr.settings.parser import Parser, Sources, Told, as_argparse_reads, first_look, parse_flags
+from dmdr.settings.trust import check_config
 from dmdr.settings.unread import check_read
 
 EPILOG = (
@@ -110,7 +111,7 @@ def resolve(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = 
         ConfigError: For anything unknown, malformed or contradictory.
         SystemExit: After printing `--help`.
     """
-    arguments, settings = as_argparse_reads(arguments), dict(settings or {})
+    arguments, settings = as_argparse_reads(arguments), _names(settings or {})
     first = first_look(arguments, *ASKED, *FOLDERS)
     in_file = _in_file(first, settings)
     recipe = {"architecture": in_file.pop("architecture")} if "architecture" in in_file else {}  # which it lies beside
@@ -143,22 +144,36 @@ def resolve(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = 
 
 
 def _in_file(first: Namespace, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `--config`, or else of the run that is resumed; paths of a recipe lie beside it."""
-    resume, output = (_first_given(getattr(first, key), settings.get(key)) for key in FOLDERS)
+    """The settings of `--config`, or else of the run that is resumed; paths of a recipe lie beside it.
+
+    Raises:
+        ConfigError: If the folder of that run says what only the user may.
+    """
+    given = {key: _first_given(getattr(first, key), settings.get(key)) for key in (*ASKED, *FOLDERS)}
+    resume, output = (given[key] for key in FOLDERS)
     file = first.config or (resume and _config_of(resume, output))
     if not file:
         return {}
-    values = read_yaml(file)
+    values = _names(read_yaml(file, "--config" if first.config else "--resume_from_checkpoint"))
+    if not first.config:
+        check_config(file, values, {key: value for key, value in values.items() if given.get(key) is None})
     if isinstance(values.get("architecture"), str):
         values["architecture"] = str(Path(file).parent / values["architecture"])
     return values
 
 
-def _find_model(typed: Any) -> Model:
+def _names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, of which those that are names of parts and places are text: they are looked at before all others."""
+    text = {f.name: f.type for f in dataclasses.fields(Config) if f.name in (*ASKED, *FOLDERS) and f.type is not bool}
+    given = {key: values[key] for key in text.keys() & values.keys() if values[key] is not None}
+    return {**values, **{key: typed(f"--{key}", value, text[key]) for key, value in given.items()}}
+
+
+def _find_model(name: Any) -> Model:
     """The model of this name, folder or id, or else the default one."""
-    if typed is None:  # of several models of the default's name, nobody has typed a stranger's
-        typed = registry.typed_names("models")[registry.find("models", Config.model, own="dmdr")]
-    return Model.find(str(typed))
+    if name is None:  # of several models of the default's name, nobody has typed a stranger's
+        name = registry.typed_names("models")[registry.find("models", Config.model, own="dmdr")]
+    return Model.find(str(name))
 
 
 def _choose(sums: Mapping[str, str], own: Mapping[str, str]) -> list[Chosen]:
@@ -175,7 +190,8 @@ def _choose(sums: Mapping[str, str], own: Mapping[str, str]) -> list[Chosen]:
 
 def _family(model: Model, asked: Mapping[str, Any], architecture: Any) -> Chosen:
     """The model family that trains; only --dry_run reads the architecture."""
-    dry = str(asked["dry_run"]).lower() in ("true", "1", "yes", "y", "t")
+    said = asked["dry_run"]
+    dry = said.lower() in ("true", "1", "yes", "y", "t") if isinstance(said, str) else said is True
     place = (asked["backend"], asked["revision"], architecture if dry else None)
     name, cls = model.family(*(None if value is None else str(value) for value in place))
     return Chosen("backends", name, name, 1.0, cls)
@@ -230,22 +246,44 @@ def _first_given(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML keeps the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"the key '{key.value}' of line {lines[name]} is there again in line {line}")
+            lines[name] = line
+        return node
+
+
+def read_yaml(path: str, flag: str = "--config") -> dict[str, Any]:
     """A mapping of settings.
 
+    Args:
+        path: The file.
+        flag: What led to it, for messages.
+
     Raises:
-        ConfigError: If the file is missing or holds no mapping.
+        ConfigError: If the file is missing, holds no mapping, or has a key twice.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Strict)
     except OSError as error:
-        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{flag}: cannot read {path}: {error.strerror}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{flag}: {path} is no YAML of settings: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter of bytes that are no text, and of impossible dates
+        raise ConfigError(f"{flag}: {path} is no YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config: {path} must hold a mapping of settings")
+        raise ConfigError(f"{flag}: {path} must hold a mapping of settings")
     return values
 
 

@@ -186,8 +186,38 @@ def registered(group: str, name: str) -> str | None:
     return next((head for head in heads if any(_is_called(plugin, head) for plugin in found)), None)
 
 
+def is_installed(group: str, name: str) -> bool:
+    """Whether this is the name, or the full name, of an offer of the group, and no address of one."""
+    return any(_is_called(plugin, name) for plugin in offers(group))
+
+
 def load(group: str, name: str, own: str | None = None) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
+
+    Args:
+        own: As in `find`.
+
+    Raises:
+        ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.
+    """
+    found = load_installed(group, name, own)
+    if found is not None:
+        return found
+    distribution = name.partition(":")[0]
+    offered = [p.full_name for p in offers(group) if _canonical(p.distribution) == _canonical(distribution)]
+    if offered:
+        raise PluginError(f"{distribution} offers no {group[:-1]} of that name, but {', '.join(offered)}")
+    try:
+        found = load_object(name)
+    except ConfigError as error:
+        rest = name.partition(":")[2]
+        meant = suggest(name, [p.full_name for p in offers(group) if p.name == rest])
+        raise type(error)(f"{error}{meant}") from error
+    return _checked(group, found, f"{group[:-1]} '{name}'", name)
+
+
+def load_installed(group: str, name: str, own: str | None = None) -> Any | None:
+    """The class of an installed plugin; None for what could only be a file or a module.
 
     A class with a classmethod `at(address) -> type` is registered under what its addresses begin with, up to the colon
     (`http` for http://127.0.0.1:8000, `sit-xl-2` for sit-xl-2:PATH). It is asked for the class of the whole name.
@@ -199,24 +229,13 @@ def load(group: str, name: str, own: str | None = None) -> Any:
         ConfigError: If it is unknown, cannot be imported, is not what its group promises, or no address of its kind.
     """
     head = registered(group, name)
-    if head or ":" not in name:
-        plugin = find(group, head or name, own)
-        found = imported(plugin)
-        if inspect.ismethod(getattr(found, "at", None)):
-            return found.at(plugin.name + name[len(head or name) :])
-        if name == head:
-            return found
-    distribution = name.partition(":")[0]
-    offered = [p.full_name for p in offers(group) if _canonical(p.distribution) == _canonical(distribution)]
-    if offered and name != head:
-        raise PluginError(f"{distribution} offers no {group[:-1]} of that name, but {', '.join(offered)}")
-    try:
-        found = load_object(name)
-    except ConfigError as error:
-        rest = name.partition(":")[2]
-        meant = suggest(name, [p.full_name for p in offers(group) if p.name == rest])
-        raise type(error)(f"{error}{meant}") from error
-    return _checked(group, found, f"{group[:-1]} '{name}'", name)
+    if not head and ":" in name:
+        return None
+    plugin = find(group, head or name, own)
+    found = imported(plugin)
+    if inspect.ismethod(getattr(found, "at", None)):
+        return found.at(plugin.name + name[len(head or name) :])
+    return found if name == head else None
 
 
 def problem(plugin: Plugin) -> str | None:
@@ -254,7 +273,9 @@ def imported(plugin: Plugin) -> Any:
             raise PluginError(f"{plugin} has no module '{error.name}': reinstall {plugin.distribution}") from error
         extras = f": pip install '{plugin.distribution}[{','.join(plugin.extras)}]'" if plugin.extras else ""
         raise PluginError(f"{plugin} needs the module '{error.name}', which is not installed{extras}") from error
-    except (Exception, SystemExit) as error:  # what a stranger's module may do when it is imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a stranger's module may do when it is imported
         raise PluginError(f"{plugin} cannot be imported: {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
         with _refusing(str(plugin)):

@@ -6,6 +6,7 @@ from typing import Any
 from dmdr.errors import ConfigError
 from dmdr.prompts import Row
 from dmdr.protocols import Needs
+from dmdr.rewards import require_columns
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
 
@@ -75,9 +76,4 @@ def check_columns(chosen: Sequence[Chosen], rows: Sequence[Row]) -> None:
     """
     there = [name for name in rows[0] if name != "prompt"]
     for reward in chosen:
-        for name in getattr(reward.cls, "columns", ()):
-            if name not in there:
-                raise ConfigError(
-                    f"reward '{reward.title}' needs the prompts to have a column '{name}'; they have "
-                    f"{', '.join(there) or 'none'}"
-                )
+        require_columns(reward.title, reward.cls, there)

@@ -1,14 +1,14 @@
 """The RL half of the loss: objectives, added up by weight, each a mean over the samples that it acts on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dmdr.errors import TrainingError
+from dmdr.errors import TrainingError, not_exiting, one_line
 from dmdr.protocols import FollowsUpdates, Needs, RewardObjective, SetsUp, SharesNoise, Stateful
 from dmdr.rewards import RewardError
 from dmdr.training.balance import Balance
@@ -42,6 +42,12 @@ class WeightedObjective:
             raise
         except TrainingError as error:
             raise TrainingError(f"objective '{self.name}': {error}") from error
+        except (SystemExit, StopIteration) as error:  # GeneratorExit is ours: nobody asks for the rest
+            raise TrainingError(f"objective '{self.name}' failed: {one_line(error)}") from error
+
+    def event(self) -> AbstractContextManager[None]:
+        """Around every other call of the objective."""
+        return not_exiting(f"objective '{self.name}'")
 
     def declared(self, draw: Draw, last: int) -> Tensor:
         """Samples whose student step the objective acts on, [B] bool."""
@@ -137,8 +143,11 @@ class Objectives:
 
     def shared_noise(self, ctx: StepContext) -> Sequence[int]:
         """The noises that every objective with an opinion wants the images of a group to share."""
-        parts = (term.objective for term in self.terms)
-        wanted = [set(part.shared_noise(ctx)) for part in parts if isinstance(part, SharesNoise)]
+        wanted = []
+        for term in self.terms:
+            if isinstance(term.objective, SharesNoise):
+                with term.event():
+                    wanted.append(set(term.objective.shared_noise(ctx)))
         return sorted(set.intersection(*wanted)) if wanted else ()
 
     def gradient(self, draw: Draw, ctx: StepContext, balance: Balance | None = None) -> Tensor:
@@ -286,10 +295,12 @@ class Objectives:
             return
         for term in self.terms:
             if isinstance(term.objective, SetsUp):
-                term.objective.setup(ctx)
+                with term.event():
+                    term.objective.setup(ctx)
         for term in self.terms:
             if isinstance(term.objective, Stateful) and term.name in self.states:
-                term.objective.load_state_dict(self.states[term.name])
+                with term.event():
+                    term.objective.load_state_dict(self.states[term.name])
         self._set_up = True
 
     @property
@@ -306,7 +317,8 @@ class Objectives:
         """The updates of a step are done."""
         for term in self.terms:
             if isinstance(term.objective, FollowsUpdates):
-                term.objective.after_update(ctx)
+                with term.event():
+                    term.objective.after_update(ctx)
 
     def state_dict(self) -> Mapping[str, Any]:
         """For a checkpoint; what the last one held as long as no objective has been set up since."""

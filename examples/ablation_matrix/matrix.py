@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dmdr.errors import ConfigError
 from dmdr.settings import registry
 from dmdr.settings.parse import read_yaml
@@ -94,21 +92,6 @@ class Matrix:
     told: Set[str]
 
 
-class OneOfEach(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, of which YAML would keep the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-            if name in lines:
-                where = f"--config: {key.start_mark.name}"
-                raise ConfigError(f"{where}: the key '{key.value}' of line {lines[name]} is there again in line {line}")
-            lines[name] = line
-        return node
-
-
 def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) -> Matrix:
     """Read a matrix and check every setting of every cell; an entry with nothing in it is as if it were left out.
 
@@ -122,7 +105,7 @@ def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) ->
     Raises:
         ConfigError: For whatever is unknown or cannot be meant, with its place.
     """
-    content = mapping(read(file), "the matrix", ("settings", "seeds", "blocks", "noise", "quick"))
+    content = mapping(read_yaml(str(file)), "the matrix", ("settings", "seeds", "blocks", "noise", "quick"))
     if not mapping(content.get("blocks"), "blocks"):
         raise ConfigError(f"{file} has no blocks: a mapping of figures and tables")
     instead = mapping(content.get("quick"), "quick", ("settings", "seeds", "blocks"))
@@ -140,18 +123,6 @@ def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) ->
     except ConfigError as error:
         raise ConfigError(f"quick: {error}") from error
     return part if quick else whole
-
-
-def read(file: Path) -> dict[str, Any]:
-    """The content of a YAML.
-
-    Raises:
-        ConfigError: It is no mapping, or has a key twice.
-    """
-    content = read_yaml(str(file))
-    with file.open(encoding="utf-8") as stream:
-        yaml.compose(stream, Loader=OneOfEach)
-    return content
 
 
 def shortened(content: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:

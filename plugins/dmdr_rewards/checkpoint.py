@@ -236,7 +236,8 @@ def tokenizer_of(source: Source, vocabulary: int) -> Any:
 
     source.require("tokenizer.json", "vocab.json", "vocab.txt")  # without, transformers makes up an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **source.where)
+        # without code of the folder's, about which transformers would ask on a terminal
+        tokenizer = AutoTokenizer.from_pretrained(source.pretrained, trust_remote_code=False, **source.where)
     except Exception as error:
         raise ConfigError(
             f"{source.name} has no tokenizer that can be loaded ({reason(error)}); put its files beside the weights"

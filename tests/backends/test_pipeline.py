@@ -1,5 +1,6 @@
 """What the backends of all pipelines read, refuse and write, on a small Stable Diffusion 3 and XL."""
 
+import ast
 import json
 import os
 import shutil
@@ -327,3 +328,13 @@ def test_a_student_of_the_other_kind_is_refused_before_anything_is_loaded(
     start = run / (place or "checkpoints/step-000003")
     assert str(error.value).startswith(f"--init_student {start} is {said}")
     assert str(error.value).endswith(f": --full_finetune {str(full).lower()} goes on with it")
+
+
+@pytest.mark.parametrize("name", ["a'b", 'a"b', "a'\"b", "a\\b", "a\nb", "`a`", "{a}", "\u202ea", "\ud83da"])
+def test_the_snippet_is_python_whatever_the_names(model: Path, name: str) -> None:
+    backend = prepared(model, max_sequence_length=5)
+    backend.index = {**backend.index, "text_encoder; import os": ["a", "b"], "text_encoder_9": ["a", "b"]}
+    snippet = backend.snippet(name, name, FewStepSampler(backend.path, backend.grid(2), 1.0))
+    found = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
+    assert found.count(name) == 2
+    assert "import os" not in snippet and "text_encoder_9=None" in snippet

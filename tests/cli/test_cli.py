@@ -543,7 +543,10 @@ def test_a_strangers_family_is_trained_and_sampled(call: Call, room: Path) -> No
     assert call(train, *few, "--output_dir", "refused")[:2] == (2, "")
     assert call(train, *few, "--output_dir", "run", "--depth", "0")[0] == 0
     assert json.loads((room / "run" / "student" / "sampling.json").read_text())["options"]["depth"] == 0
-    assert call(sample, "run", "--prompt", "mode 0")[0] == 0
+    code, _, err = call(sample, "run", "--prompt", "mode 0")
+    said = "run/student/sampling.json names the model family 'deep.py:Deep', which is no installed one; if you trust"
+    assert code == 2 and err == f"dmdr-sample: {said} its code, name it yourself with --backend deep.py:Deep\n"
+    assert call(sample, "run", "--prompt", "mode 0", "--backend", "deep.py:Deep")[0] == 0
     (picture,) = pixels(room / "samples")
     assert picture[0, 0].tolist() == [128, 128, 128]  # as far right as left
 

@@ -796,7 +796,7 @@ class Fake:
             raise ValueError("no such\nfile")
 
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
-        if isinstance(self.result, Exception):
+        if isinstance(self.result, BaseException):
             raise self.result
         return images[:, 0].mean((1, 2)) if self.result is None else self.result
 
@@ -824,6 +824,14 @@ def test_rewards_add_up_and_stay_visible() -> None:
     ("result", "message"),
     [
         (KeyError("x\ny"), rf"reward 'odd' failed: KeyError: 'x\ny' ({__file__}, line LINE)"),
+        (SystemExit(3), f"reward 'odd' failed: SystemExit: 3 ({__file__}, line LINE)"),
+        (GeneratorExit(), f"reward 'odd' failed: GeneratorExit ({__file__}, line LINE)"),
+        (StopIteration("on"), f"reward 'odd' failed: StopIteration: on ({__file__}, line LINE)"),
+        ({"a": 1.0}, "reward 'odd' returned dict; expected torch.float32 [3]"),
+        (
+            torch.zeros(3, dtype=torch.complex64),
+            "reward 'odd' returned torch.complex64 [3]; expected torch.float32 [3]",
+        ),
         (OSError("a\n b"), f"reward 'odd' failed: OSError: a b ({__file__}, line LINE)"),
         (torch.zeros(3, 1), r"reward 'odd' returned torch.float32 [3, 1]; expected torch.float32 [3]"),
         (torch.zeros(3).double(), "reward 'odd' returned torch.float64 [3]; expected torch.float32 [3]"),

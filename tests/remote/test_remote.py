@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import to_pil
 from dmdr.protocols import Reward
+from dmdr.remote import server as server_module
 from dmdr.remote.client import TOKEN, RemoteError, RemoteReward
 from dmdr.remote.server import Scorer, application, serve
 from dmdr.remote.wire import SERVICE, VERSION, Request, eight_bits, merge, read_scores
@@ -66,7 +67,9 @@ def serving(app: Starlette, port: int = 0, patience: int = 5) -> Iterator[str]:
     """The address of an application in a thread of this process; at its end, requests have `patience` seconds left."""
     bound = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=patience)
+        uvicorn.Config(
+            app, http=server_module._Protocol, log_level="critical", lifespan="on", timeout_graceful_shutdown=patience
+        )
     )
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
@@ -291,6 +294,9 @@ def test_what_nobody_waits_for_is_not_scored(busy: Scorer, gate: Gate) -> None:
     assert gate.calls == [1, 1]
 
 
+LIST = "it must return a list of a number, or None, for each image"
+
+
 @pytest.mark.parametrize(
     ("scores", "found"),
     [
@@ -299,8 +305,13 @@ def test_what_nobody_waits_for_is_not_scored(busy: Scorer, gate: Gate) -> None:
         (np.array([0.5, np.inf]), [0.5, None]),
         ((None, 1), [None, 1.0]),
         ([1.0], "TypeError: the reward returned 1 scores for 2 images"),
-        (None, "TypeError: 'NoneType' object is not iterable"),
-        (["0.5", 1], "TypeError: the reward returned no number, but '0.5'"),
+        (None, f"TypeError: the reward returned NoneType; {LIST}"),
+        ({"a": 1, "b": 2}, f"TypeError: the reward returned dict; {LIST}"),
+        ({0.5, 1.0}, f"TypeError: the reward returned set; {LIST}"),
+        ("12", f"TypeError: the reward returned str; {LIST}"),
+        (["0.5", 1], "TypeError: the reward returned no number for image 0, but '0.5'"),
+        ([1j, 1], "TypeError: the reward returned no number for image 0, but 1j"),
+        (torch.zeros(2, 1), "TypeError: the reward returned no number for image 0, but [0.0]"),
     ],
 )
 def test_what_a_reward_may_return(scores: Any, found: Any) -> None:
@@ -337,6 +348,7 @@ def test_health_says_who_it_is_and_what_it_did() -> None:
             "max_queue": 9,
             "max_request_bytes": 3 * 2**19,
             "request_timeout": 120.0,
+            "columns": [],
             "requests": 1,
             "images": 3,
             "queue": 0,
@@ -344,6 +356,67 @@ def test_health_says_who_it_is_and_what_it_did() -> None:
         }
         assert requests.get(f"{url}/other", timeout=20).json() == {"error": "Not Found"}
         assert requests.get(f"{url}/score", timeout=20).status_code == 405
+
+
+def labelled(images: Tensor, prompts: list[str], label: list[int], weight: Any = None, *, size: Any) -> list[int]:
+    return label
+
+
+def test_the_columns_that_it_needs_are_asked_for_at_the_start() -> None:
+    with serving(application(labelled)) as url:
+        assert health(url)["columns"] == ["label", "size"]
+        reward = registry.load("rewards", url)()
+        rewards = Rewards({"far": (1.0, reward)}, there=("label", "other"))
+        with pytest.raises(
+            ConfigError, match=r"^reward 'far' needs the prompts to have a column 'size'; they have label,"
+        ):
+            rewards.prepare(CPU, torch.float32)
+        Rewards({"far": (1.0, reward)}, there=("label", "size")).prepare(CPU, torch.float32)
+        Rewards({"far": (1.0, reward)}).prepare(CPU, torch.float32)  # nobody knows the prompts yet
+        answer = post(url, asked().to_bytes())
+        assert (answer.status_code, answer.json()) == (
+            400,
+            {"error": "the reward needs the prompts to have a column 'label'"},
+        )
+    with serving(application(labelled, columns=("x",))) as url:
+        assert health(url)["columns"] == ["x"]
+    assert server_module._required(min) == ()
+
+
+def test_no_column_takes_the_place_of_an_argument() -> None:
+    with pytest.raises(ValueError, match=r"^no column may be called 'self'$"):
+        Request(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ["a"], {"self": [1]})
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /sco",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX-",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\na",
+    ],
+)
+def test_half_a_request_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.2)
+    with serving(application(redness)) as url, ExitStack() as stack:
+        port = int(url.rpartition(":")[2])
+        many = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(20)]
+        for each in many:
+            each.sendall(sent)
+        for each in many:
+            while each.recv(4096):  # the answer, if there is one, and then the end
+                pass
+        assert post(url, asked().to_bytes()).status_code == 200
+
+
+def test_a_request_that_is_scored_for_long_is_no_half_one(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.1)
+    threading.Timer(0.4, gate.open.set).start()
+    with serving(application(gate)) as url, requests.Session() as session:
+        for _ in range(2):  # on one connection
+            body = asked(1).to_bytes()
+            assert session.post(f"{url}/score", data=body, timeout=20).status_code == 200
 
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:

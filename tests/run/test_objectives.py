@@ -357,7 +357,7 @@ def test_a_finished_run_that_is_resumed_keeps_the_state_of_its_objective() -> No
 
     folder = train(**FAST, reward="toy", rl="my_file.py:Counting", output_dir="run")
     assert count(folder) == {"calls": 4}
-    train(output_dir="run", resume_from_checkpoint="latest")
+    train(output_dir="run", resume_from_checkpoint="latest", rl="my_file.py:Counting")
     assert count(folder) == {"calls": 4}
 
 

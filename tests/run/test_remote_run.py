@@ -136,6 +136,6 @@ def test_a_run_whose_server_stays_away_saves_and_stops(
     assert 1 < saved < 5 and (Path("run") / "checkpoints" / f"step-{saved:06d}").is_dir()
     operator.attentive = True
     operator.start()
-    train(resume_from_checkpoint="latest", output_dir="run")
+    train(resume_from_checkpoint="latest", output_dir="run", reward=operator.url)
     assert [line["step"] for line in lines(Path("run"))] == [1, 2, 3, 4, 5]
     assert student(Path("run"))

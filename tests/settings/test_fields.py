@@ -6,8 +6,9 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import yaml
 
@@ -463,6 +464,13 @@ def test_a_weight_with_a_leading_minus_is_refused_in_one_line(flag: str) -> None
         ("seed: [", "is no YAML"),
         ("seed: !!python/object:os.system {}", "is no YAML"),
         ("seed: 1\n\x07", "is no YAML"),
+        ("seed: 1\nrl: none\nseed: 2", "the key 'seed' of line 1 is there again in line 3"),
+        ("lora: {a: 1, a: 2}", "the key 'a' of line 1 is there again in line 1"),
+        ("seed: " + "[" * 3000, "is nested too deeply"),
+        ("seed: " + "{a: " * 3000, "is nested too deeply"),
+        ("seed: 2020-13-45", "is no YAML"),
+        ("seed: " + "1" * 5000, "is no YAML"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nseed: &c [*b, *b]", "unknown setting 'a'"),
     ],
 )
 def test_bad_yaml(file: Path, text: str, said: str) -> None:
@@ -574,6 +582,61 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
 )
 def test_values_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
     assert said in refusal(**settings)
+
+
+HUGE = [10**400, -(10**400), 2**63, -(2**63) - 1, 10**5000, 1e38, -1e300]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: f"{type(value).__name__}-{value > 0}")
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+def test_numbers_beyond_all_use_are_refused(name: str, value: Any) -> None:
+    """Of whatever kind the setting is, in one line that stays short."""
+    kind = get_type_hints(Config)[name]
+    if abs(value) <= 1e30 and (kind in (str, str | None) or (kind in (float, float | None) and value > 0)):
+        return
+    with pytest.raises(ConfigError) as error:
+        parse(settings={"model": "toy", "output_dir": "x", name: value})
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_inference_steps": 10**6}, "--num_inference_steps must be at most 1000"),
+        ({"teacher_steps": 2**40}, "--teacher_steps must be at most 1000"),
+        ({"num_eval_samples": 2**40}, "--num_eval_samples must be at most 1048576"),
+        ({"gradient_accumulation_steps": 2**19}, "the images of an update are at most 1048576"),
+        ({"stage2_fake_learning_rate": 1e29}, "--stage2_fake_learning_rate must be at most 1000"),
+        ({"rl_weight": 1e7}, "--rl_weight must be at most 1000000"),
+        ({"guidance_scale": 1e30}, "--guidance_scale must be at most 1000"),
+        ({"rl": "1e31*refl"}, "is not a positive number of at most 1000000"),
+        ({"output_dir": "a\0b"}, "--output_dir must be text"),
+        (
+            {"sigmas": [1e38]},
+            "--sigmas must be a list, each item a finite number or null, not [1e+38] (whole numbers have",
+        ),
+    ],
+    ids=str,
+)
+def test_limits(settings: dict[str, Any], said: str) -> None:
+    assert said in refusal(**settings)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb", "x/" * 3000, "[" * 99])
+def test_a_name_of_no_file(name: str) -> None:
+    for source in ({"settings": {"model": name}}, {"arguments": ["--model", name]}):
+        with pytest.raises(ConfigError) as error:
+            parse(**source)
+        assert " is neither a diffusers pipeline folder" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_kept_as_pythons_own() -> None:
+    """YAML keeps no others."""
+    found = parse(settings={"model": "toy", "learning_rate": np.float64(1e-3), "sigmas": [np.float64(1), 0.5]})
+    assert "learning_rate: 0.001\n" in found.as_yaml()
+    assert type(found.config.learning_rate) is type(found.config.sigmas[0]) is float
+    assert "--learning_rate must be" in refusal(learning_rate=np.ones(2))
+    assert "--lr_scheduler_type must be" in refusal(lr_scheduler_type=np.array(["linear", "cosine"]))
 
 
 @pytest.mark.parametrize("flag", ["--sigmas", "--rl_weight", "--learning_rate", "--guidance_scale"])

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,10 @@ def test_no_graph_is_left(grad: bool, images: Tensor) -> None:
         torch.tensor([1, math.nan, 0.5]).double(),
         np.array([1, math.nan, 0.5]),
         iter([1.0, None, 0.5]),
+        (value for value in (1, None, 0.5)),
+        [np.float16(1), None, np.array(0.5)],
+        [torch.tensor(1), torch.tensor(math.nan), torch.tensor([0.5])],
+        (np.int64(1), np.float32(math.nan), Fraction(1, 2)),
     ],
 )
 def test_numbers_of_any_kind_and_none_where_it_cannot_judge(result: Any, images: Tensor) -> None:
@@ -213,14 +218,30 @@ def test_none_of_a_single_image(images: Tensor) -> None:
         assert score(function, images) == pytest.approx([1.0, math.nan, 1.0], nan_ok=True)
 
 
+LIST = "it must return a list of a number, or None, for each image"
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [
         ([1.0], "returned 1 scores for 3 images"),
-        (torch.zeros(()), "returned Tensor, no list of scores"),
-        (None, "returned NoneType, no list of scores"),
+        (torch.zeros(()), f"returned Tensor; {LIST}"),
+        (None, f"returned NoneType; {LIST}"),
+        ({"a": 1.0, "b": 2.0, "c": 0.0}, f"returned dict; {LIST}"),
+        ({0: 1.0, 1: 2.0, 2: 0.0}, f"returned dict; {LIST}"),
+        ({1.0, 2.0, 3.0}, f"returned set; {LIST}"),
+        (frozenset((1, 2, 3)), f"returned frozenset; {LIST}"),
+        (b"123", f"returned bytes; {LIST}"),
+        (0.5, f"returned float; {LIST}"),
+        ({1: 0.0, 2: 1.0, 3: 0.5}.values(), f"returned dict_values; {LIST}"),
+        ([1j, 1.0, 1.0], "returned no number for image 0, but 1j"),
+        ([np.complex64(1), 1.0, 1.0], "returned no number for image 0, but np.complex64(1+0j)"),
+        (np.ones(3, complex), "returned no number for image 0, but (1+0j)"),
+        ([np.str_("1"), 1.0, 1.0], "returned no number for image 0, but np.str_('1')"),
+        (np.array(["1", "2", "3"]), "returned no number for image 0, but '1'"),
+        ([[0.0, 1.0, 2.0]], "returned 1 scores for 3 images"),
         ([0.0, "good", 1.0], "returned no number for image 1, but 'good'"),
-        ("123", "returned no number for image 0, but '1'"),
+        ("123", f"returned str; {LIST}"),
         ([0.0, 1.0, [0.5]], "returned no number for image 2, but [0.5]"),
         (torch.zeros(3, 1), "returned no number for image 0, but [0.0]"),
     ],
