@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.run import durable
-from dmdr.states import check_storable, load_strict
+from dmdr.states import check_storable, load_strict, read_tensors
 
 PATTERN = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"  # name -> size and hash of each file
@@ -223,11 +223,7 @@ def load_parameters(checkpoint: Path, role: str, parameters: Mapping[str, torch.
     if not file.is_file():
         what = "average of the student (--ema_decay)" if role == "ema" else role
         raise ConfigError(f"{checkpoint} holds no {what} to go on with")
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is damaged: {error}") from error
-    load_strict(parameters, state, str(file))
+    load_strict(parameters, read_tensors(file), str(file))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.errors import ConfigError, TrainingError, one_line
+from dmdr.errors import ConfigError, TrainingError, not_exiting, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
 from dmdr.protocols import CachesPrompts, Stateful
@@ -57,6 +57,7 @@ from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
+from dmdr.settings.trust import check_config
 from dmdr.training.phases import phase
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
@@ -239,7 +240,8 @@ class Run:
             try:
                 while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
-                    line = trainer.train_step(compare=self._noted(trainer.step + 1, self.progress.total + 1))
+                    with not_exiting("a plugin"):  # such as a matching; objectives and rewards are named
+                        line = trainer.train_step(compare=self._noted(trainer.step + 1, self.progress.total + 1))
                     self.progress = self._progress(stage, trainer, trainer.prompts.consumed)
                     self._note(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
@@ -256,7 +258,7 @@ class Run:
             bar.close()
             self.accelerator.end_training()
             if self.accelerator.is_main_process:
-                logger.warning("stopped at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+                logger.warning("stopped at step %d; go on with %s", self.progress.total, self._how_to_go_on())
             self.interrupts.leave()
         if trainer.student.ema:
             trainer.student.ema.settle()
@@ -382,7 +384,17 @@ class Run:
         except TrainingError as error:
             logger.warning("%s", error)
         else:
-            logger.warning("saved at step %d; go on with --resume_from_checkpoint latest", self.progress.total)
+            logger.warning("saved at step %d; go on with %s", self.progress.total, self._how_to_go_on())
+
+    def _how_to_go_on(self) -> str:
+        """The flags that resume this run."""
+        file, values = self.output / SETTINGS, self.job.settings.values()
+        flags = f"--output_dir {self.output} --resume_from_checkpoint latest"
+        try:
+            check_config(str(file), values, values)
+        except ConfigError:  # a part of the user's own, which no folder may name by itself
+            flags += f" --config {file}"
+        return flags
 
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         if not self.accelerator.is_main_process:
