@@ -39,9 +39,10 @@ def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: st
         "teacher's guidance": guidance,
         "precision": precision,
     }
+    shared = f", {plan.shards} of which share one copy of the network" if plan.shards > 1 else ""
+    lines["processes"] = f"{plan.batch.processes}{shared}"
     if device:
-        several = f"{plan.batch.processes} processes, the first on " if plan.batch.processes > 1 else ""
-        lines["device"] = several + device
+        lines["device"] = device
     lines |= {f"stage {stage.number}": _stage(job, stage) for stage in plan.stages}
     return lines | {"evaluation": _evaluation(job)}
 
