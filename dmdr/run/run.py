@@ -153,11 +153,11 @@ class Run:
         config, accelerator, backend = self.config, self.accelerator, self.job.backend
         if isinstance(backend, CachesPrompts) and self.job.prompts.size is not None:
             backend.cache_prompts(accelerator, self._upcoming_prompts(self.job.prompts.size))
-        shared = {"sharding": mesh_of(self.plan.shards, accelerator)} if self.plan.shards > 1 else {}
-        backend.prepare(accelerator, roles=self.plan.roles, **shared)
-        for rewards in (self.job.rewards, self.job.eval_rewards):
+        for rewards in (self.job.rewards, self.job.eval_rewards):  # first, as what they refuse is found soonest
             if rewards:
                 rewards.prepare(accelerator.device, dtype_of(config.reward_dtype))
+        shared = {"sharding": mesh_of(self.plan.shards, accelerator)} if self.plan.shards > 1 else {}
+        backend.prepare(accelerator, roles=self.plan.roles, **shared)
         self._load_initial()
         progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0, self.plan.batch.whole)
         stages = [stage for stage in self.plan.stages if stage.number >= progress.stage]

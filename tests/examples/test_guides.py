@@ -31,7 +31,7 @@ DOCUMENTS = [
 COVERED = ["plugins/README.md", "examples/plugin_template/README.md"]  # test_plugin_template.py runs their commands
 LINKED = [*DOCUMENTS, *COVERED, "CONTRIBUTING.md", "CHANGELOG.md", "examples/reward_servers/image_reward/README.md"]
 LANGUAGES = {"sh", "python", "yaml", "toml", "bibtex"}
-PROGRAMS = ("dmdr-", "pytest", "python", "make", "pip", "git", "accelerate", "torchrun", "hf")
+PROGRAMS = ("dmdr-", "pytest", "python", "make", "pip", "git", "accelerate", "torchrun", "hf", "WORLD_SIZE=")
 
 # Each command belongs to the first pattern that it matches, and each pattern has a command.
 EXCEPTED = {
@@ -46,7 +46,7 @@ PARSED = {
     r"torchrun .*": "test_objectives.py runs it with two processes",
     r"dmdr-reward-server .*": "it waits for requests; test_remote.py runs it",
     r"dmdr-train .*http://.*": "it needs a server",
-    r"dmdr-train .*--dry_run": "networks of full size; test_estimate.py runs it",
+    r"(WORLD_SIZE=\d+ )?dmdr-train .*--dry_run": "networks of full size; test_estimate.py runs it",
     r"dmdr-train .*--model (?!toy|digits)\S+[/:].*": "a model of the hub, or a checkpoint",
     r"python -m examples\.ablation_matrix (?!--dry_run).*": "an hour; test_ablation_run.py runs it on the toy",
 }
@@ -158,7 +158,8 @@ def known() -> set[str]:
 def test_flags_in_the_text_exist(document: str, known: set[str]) -> None:
     """A flag is the name of a field, perhaps after that of its plugin."""
     prose = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
-    others = {"dmdr_plugin", "dmdr_model", "dmdr_option", "no_deps", "num_processes"}  # of pytest, pip and accelerate
+    others = {"dmdr_plugin", "dmdr_model", "dmdr_option", "no_deps", "num_processes"}  # of pytest, pip, accelerate
+    others |= {"shutdown_timeout", "signals_to_handle"}  # of torchrun
     for flag in {flag.replace("-", "_") for flag in re.findall(r"--(\w[\w-]*\w)", prose)} - others:
         parts = flag.split("_")
         assert any("_".join(parts[start:]) in known for start in range(len(parts))), flag
@@ -260,7 +261,7 @@ EXECUTE: dict[str, Callable[[Command], None]] = {
 
 def parse_only(command: Command) -> str | None:
     """Read its flags; where a run would go, if it says so."""
-    program, *words = command.words
+    program, *words = (word for word in command.words if not word.startswith("WORLD_SIZE="))
     if program == "dmdr-reward-server":
         parse_command(reward_server.ServerFlags, words, prog=program, description="")
         return None

@@ -1,0 +1,101 @@
+"""Kill short runs at random moments, go on, and compare with the run that nobody disturbed.
+
+    python examples/torture/kill.py                                # 100 runs of the toy
+    python examples/torture/kill.py --runs 20 --model digits       # a real pipeline
+
+Each run is killed with SIGKILL at a random moment of its life, saves included, and goes on from its newest checkpoint
+until it is finished, being killed up to three times. Prints how many ended with the same student, checkpoints and log
+to the last bit, how many kills fell into which part of a run, and exits with 1 if one did not.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, Any] = {
+    "rl": "refl", "stage1_steps": 12, "stage2_steps": 8, "per_device_train_batch_size": 8, "save_steps": 2,
+    "logging_steps": 1, "sample_steps": 5, "sample_images": 2, "num_eval_samples": 8, "teacher_steps": 2,
+    "ema_decay": 0.9, "report_to": "none", "fake_updates": 1,
+}  # fmt: skip
+CLOCKED = ("seconds", "samples_per_second", "peak_memory_gib", "time/")
+MOST_KILLS = 3
+
+
+def begin(folder: Path, model: str) -> "subprocess.Popen[bytes]":
+    """A run, or its continuation."""
+    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    kept = any((folder / "checkpoints").glob("step-*"))
+    again = ["--resume_from_checkpoint", "latest"] if kept else ["--overwrite_output_dir", "true"] * folder.exists()
+    reward = ["--reward", "toy"] if model == "toy" else []
+    command = ["--model", model, *reward, *flags, "--output_dir", str(folder), *again]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dmdr.cli.train", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What an undisturbed run and a killed one must have in common."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    weights = sorted(folder.rglob("*.safetensors"))
+    return {
+        "log": [{name: value for name, value in line.items() if not name.startswith(CLOCKED)} for line in lines],
+        "weights": {path.relative_to(folder).as_posix(): path.read_bytes() for path in weights},
+        "evaluation": json.loads((folder / "evaluation.json").read_text()),
+    }
+
+
+def stands(folder: Path) -> str:
+    """How far a run has come."""
+    if list((folder / "checkpoints").glob(".*")):
+        return "in a save"
+    if not (folder / "metrics.jsonl").exists():
+        return "before the first update"
+    return "between updates" if not (folder / "student").exists() else "after the last update"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--model", default="toy", choices=("toy", "digits"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/torture"))
+    args = parser.parse_args()
+    chance, whole = random.Random(args.seed), args.output_dir / "whole"
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    started = time.monotonic()
+    assert begin(whole, args.model).wait() == 0
+    length, wanted = time.monotonic() - started, outcome(whole)
+    moments: Counter[str] = Counter()
+    wrong = []
+    for run in range(args.runs):
+        folder = args.output_dir / f"run-{run}"
+        for kills in range(MOST_KILLS + 1):
+            process = begin(folder, args.model)
+            try:
+                _, said = process.communicate(timeout=chance.uniform(0.2, 1) * length if kills < MOST_KILLS else None)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                moments[stands(folder)] += 1
+                continue
+            break
+        if process.returncode or outcome(folder) != wanted:
+            wrong.append(run)
+            print(f"run {run}: exit code {process.returncode}\n{said.decode()[-2000:]}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
+    killed = ", ".join(f"{count} {moment}" for moment, count in moments.items())
+    print(f"{args.runs - len(wrong)} of {args.runs} runs of {args.model} ended as if undisturbed; kills: {killed}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
