@@ -3,9 +3,9 @@
     python examples/torture/kill.py                                # 100 runs of the toy
     python examples/torture/kill.py --runs 20 --model digits       # a real pipeline
 
-Each run is killed with SIGKILL at a random moment of its life, saves included, and goes on from its newest checkpoint
-until it is finished, being killed up to three times. Prints how many ended with the same student, checkpoints and log
-to the last bit, how many kills fell into which part of a run, and exits with 1 if one did not.
+Each run is killed with SIGKILL up to three times, each time a random moment after a random update: in an update, a
+save, an image grid or an evaluation. Then it goes on from its newest checkpoint. Prints how many ended with the same
+student, checkpoints and log to the last bit, and where the kills fell; exits with 1 if one run did not.
 """
 
 import argparse
@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 CLOCKED = ("seconds", "samples_per_second", "peak_memory_gib", "time/")
 MOST_KILLS = 3
+LONGEST = 0.3  # seconds from an update to the kill
 
 
 def begin(folder: Path, model: str) -> "subprocess.Popen[bytes]":
@@ -52,6 +53,23 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
+def updates(folder: Path) -> int:
+    """As the log has them."""
+    log = folder / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def ends_alone(process: "subprocess.Popen[bytes]", folder: Path, update: int, delay: float) -> bool:
+    """Wait for an update and a moment more; whether the run was finished by then."""
+    while process.poll() is None and updates(folder) < update:
+        time.sleep(0.005)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def stands(folder: Path) -> str:
     """How far a run has come."""
     if list((folder / "checkpoints").glob(".*")):
@@ -70,23 +88,21 @@ def main() -> int:
     args = parser.parse_args()
     chance, whole = random.Random(args.seed), args.output_dir / "whole"
     shutil.rmtree(args.output_dir, ignore_errors=True)
-    started = time.monotonic()
     assert begin(whole, args.model).wait() == 0
-    length, wanted = time.monotonic() - started, outcome(whole)
+    wanted = outcome(whole)
     moments: Counter[str] = Counter()
     wrong = []
     for run in range(args.runs):
         folder = args.output_dir / f"run-{run}"
-        for kills in range(MOST_KILLS + 1):
+        for update in sorted(chance.sample(range(len(wanted["log"]) + 1), MOST_KILLS)):
             process = begin(folder, args.model)
-            try:
-                _, said = process.communicate(timeout=chance.uniform(0.2, 1) * length if kills < MOST_KILLS else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                moments[stands(folder)] += 1
-                continue
-            break
+            if ends_alone(process, folder, update, chance.uniform(0, LONGEST)):
+                break
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            moments[stands(folder)] += 1
+        process = begin(folder, args.model)
+        _, said = process.communicate()
         if process.returncode or outcome(folder) != wanted:
             wrong.append(run)
             print(f"run {run}: exit code {process.returncode}\n{said.decode()[-2000:]}", file=sys.stderr)

@@ -1,12 +1,18 @@
 """Runs that are killed at one of their changes of files: nothing is lost, and they go on to the same bits."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from safetensors.torch import load_file
+
+import sd3
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "kill_points.py"
 FULL = pytest.mark.verify
@@ -33,3 +39,42 @@ def test_a_run_that_is_killed_twice_keeps_the_end_of_its_stage(tmp_path: Path, e
     found = killed(str(tmp_path), "--resumed", "--every", str(every))
     assert found["killed"] == len(range(1, found["changes"] + 1, every)) > 2
     assert not found["wrong"]
+
+
+@FULL
+def test_runs_that_are_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "torture" / "kill.py"
+    command = [sys.executable, str(script), "--runs", "10", "--output_dir", str(tmp_path / "torture")]
+    found = subprocess.run(command, capture_output=True, text=True)
+    print("\n" + found.stdout)
+    assert found.returncode == 0, found.stderr
+
+
+@FULL
+def test_a_dead_process_ends_those_that_share_its_network(tmp_path: Path) -> None:
+    """Within a minute, and torchrun goes on from the last checkpoint to the same bits."""
+    sd3.build(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("seven\ntwo\nfour\n")
+    settings = "--stage1_steps 8 --stage2_steps 0 --per_device_train_batch_size 2 --resolution 16 --fake_updates 1"
+    settings += " --save_steps 1 --logging_steps 1 --report_to none --sample_images 2 --teacher_steps 1 --shard all"
+    given = ["--model", str(tmp_path / "sd3"), "--prompts", str(tmp_path / "prompts.txt"), *settings.split()]
+
+    def begun(name: str, *more: str) -> "subprocess.Popen[bytes]":
+        program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dmdr.cli.train"]
+        command = [*program, *given, "--output_dir", str(tmp_path / name), *more]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    assert begun("whole").wait() == 0
+    process = begun("run")
+    while len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = [child for child in psutil.Process(process.pid).children() if "dmdr.cli.train" in child.cmdline()]
+    workers[-1].kill()
+    killed = time.monotonic()
+    assert process.wait(60) != 0
+    print(f"\nended {time.monotonic() - killed:.1f} s after a process was killed")
+    assert not any(worker.is_running() for worker in workers)
+    assert begun("run", "--resume_from_checkpoint", "latest").wait() == 0
+    students = [load_file(tmp_path / f / "student" / "pytorch_lora_weights.safetensors") for f in ("whole", "run")]
+    assert all(tensor.equal(students[1][name]) for name, tensor in students[0].items())
