@@ -318,6 +318,8 @@ def test_a_student_of_the_other_kind_is_refused_before_anything_is_loaded(
     about |= {"call": {}, "options": {"full_finetune": full}}
     (run / "student" / "sampling.json").write_text(json.dumps(about))
     (run / "checkpoints" / "step-000003" / "progress.json").write_text(json.dumps(asdict(Progress(1, 3, 3, 3))))
+    for name in ("student.safetensors", "training.pt"):  # nobody has opened them by then
+        (run / "checkpoints" / "step-000003" / name).touch()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = {"prompts": str(tmp_path / "prompts.txt"), "rl": "none", "reward": "none", "report_to": "none"}
     with pytest.raises(ConfigError) as error:

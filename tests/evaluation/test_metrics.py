@@ -1,5 +1,6 @@
 """Metrics against closed forms and hand-made sets; images against the rounding of diffusers."""
 
+import errno
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_save_is_complete_or_absent_and_embed_bounds_the_size(tmp_path: Path, mo
     before = path.read_bytes()
 
     def fail(*_: object) -> None:
-        raise OSError("disk is full")
+        raise OSError(errno.ENOSPC, "disk is full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk is full"):

@@ -140,7 +140,7 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     "Your first objective in ten minutes": (
         ["dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"],
         {
-            f"pytest --dmdr-plugin {BEST}": ["12 passed"],
+            f"pytest --dmdr-plugin {BEST}": ["13 passed"],
             "runs/best/metrics.jsonl": [f'"loss/{BEST}"', f'"{BEST}/best"'],
             f"dmdr-train --rl {BEST} --help": ["How hard the student is pulled."],
             "pytest best-of-n": ["3 passed"],  # of the package that was written and installed
@@ -149,7 +149,7 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     ),
     "How student, teacher and reference are called": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {NEAR}": ["12 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
+        {f"pytest --dmdr-plugin {NEAR}": ["13 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
     ),
     "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["8 passed"]}),
     "A sample weight": (
@@ -158,7 +158,7 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     ),
     "Parameters of your own": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {SURROGATE}": ["12 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},
+        {f"pytest --dmdr-plugin {SURROGATE}": ["13 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},
     ),
     "A model family": ([], {"my_options.py": []}),
 }

@@ -18,7 +18,6 @@ from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.settings.parse import parse
 from dmdr_digits import Digits
-from log_lines import untimed
 
 FAST: dict[str, Any] = {
     "model": "toy",
@@ -266,28 +265,7 @@ def test_a_function_that_breaks_its_promise_is_named() -> None:
         train(**FAST, rl="grpo", reward="my_file.py:short", output_dir="run")
 
 
-# --- Resuming ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rl": "grpo", "policy_steps": "random:2", "grpo_beta": 0.5, "num_iterations": 2},
-        {"rl": "grpo+0.1*refl", "ema_decay": 0.9, "refl_steps": "last"},
-        {"rl": "nft+rwr", "old_decay_ramp": 0.2, "kl_beta": 0.1},
-    ],
-)
-def test_a_resumed_run_goes_on_to_the_same_bits(settings: dict[str, Any]) -> None:
-    whole = train(**FAST | settings, reward="toy", output_dir="whole", save_steps=1, save_total_limit=None)
-    (at,) = (path for path in (whole / "checkpoints").iterdir() if path.name == "step-000005")
-    for later in ("step-000006", "step-000007"):
-        (whole / "checkpoints" / later).rename(whole / later)
-    before = (whole / "metrics.jsonl").read_text()
-    train(output_dir="whole", resume_from_checkpoint=str(at))
-    for file in (whole / "step-000007").glob("*.safetensors"):
-        now, then = load_file(whole / "checkpoints" / "step-000007" / file.name), load_file(file)
-        assert all(torch.equal(now[name], then[name]) for name in then), file.name
-    assert [untimed(json.loads(line)) for line in before.splitlines()] == [untimed(line) for line in lines(whole)]
+# --- The average of the student ----------------------------------------------------------------------------------------
 
 
 def test_the_average_is_what_users_get() -> None:

@@ -283,7 +283,7 @@ def test_export_says_how_it_is_sampled(whole: Path) -> None:
     card = (whole / "student" / "README.md").read_text()
     assert card.startswith("---\n")
     assert "4-step student" in card
-    assert "refl on toy" in card
+    assert "`refl` on `toy`" in card
 
 
 def test_report_is_one_page(whole: Path) -> None:
@@ -426,6 +426,15 @@ def test_bad_steps_push_no_checkpoint_out(tmp_path: Path, monkeypatch: pytest.Mo
 # --- Interrupted and resumed ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """A run that nohup started ignores a terminal that closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize(
     ("total", "number"),
     [(1, signal.SIGINT), (3, signal.SIGUSR1), (6, signal.SIGTERM), (7, signal.SIGHUP), (10, signal.SIGTERM)],
