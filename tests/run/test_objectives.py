@@ -265,7 +265,7 @@ def test_a_function_that_breaks_its_promise_is_named() -> None:
         train(**FAST, rl="grpo", reward="my_file.py:short", output_dir="run")
 
 
-# --- The average of the student ----------------------------------------------------------------------------------------
+# --- The average of the student --------------------------------------------------------------------------------------
 
 
 def test_the_average_is_what_users_get() -> None:
