@@ -25,7 +25,7 @@ def killed(*arguments: str) -> dict[str, Any]:
     return dict(json.loads(found.stdout))
 
 
-@pytest.mark.parametrize("every", [12, pytest.param(1, marks=FULL)])
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=FULL)])
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path, every: int) -> None:
     """Saves, prunes, the ends of both stages, image grids, the export and the report are among the changes."""
     found = killed(str(tmp_path), "--every", str(every))
@@ -34,7 +34,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path, every: in
     assert not found["wrong"]
 
 
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=FULL)])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=FULL)])
 def test_a_run_that_is_killed_twice_keeps_the_end_of_its_stage(tmp_path: Path, every: int) -> None:
     found = killed(str(tmp_path), "--resumed", "--every", str(every))
     assert found["killed"] == len(range(1, found["changes"] + 1, every)) > 2
