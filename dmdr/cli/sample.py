@@ -78,7 +78,8 @@ def draw(
 ) -> list[Path]:
     """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does.
 
-    Writes the images with an index of their prompt rows (`evaluation.image_folder`).
+    Each process draws a share; the main one writes the images with an index of their prompt rows
+    (`evaluation.image_folder`), and returns their paths.
     """
     import torch
 
@@ -86,7 +87,7 @@ def draw(
     from dmdr.evaluation import image_folder
     from dmdr.prompts import split_columns
     from dmdr.protocols import DrawsNoise
-    from dmdr.run.device import avoid_mps, open_accelerator
+    from dmdr.run.device import avoid_mps, open_accelerator, share_of, together
     from dmdr.run.export import read_options
     from dmdr.sampling import FewStepSampler
 
@@ -111,15 +112,17 @@ def draw(
     family.load_export(folder)
     sampler = FewStepSampler(family.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
     torch.manual_seed(seed)
-    prompts, columns = split_columns(rows)
+    own = share_of(accelerator, len(rows))
+    prompts, columns = split_columns([rows[index] for index in own])
     shape = (len(rows), *family.latent_shape)
     plainly = lambda step, count: torch.randn(shape, device=accelerator.device)  # noqa: E731
     draw_noise = family.draw_noise if isinstance(family, DrawsNoise) else plainly
     with torch.no_grad():
         cond = family.encode(prompts, **columns)
-        noise = [draw_noise(step, len(rows)) for step in range(sampler.num_inference_steps)]
+        noise = [draw_noise(step, len(rows))[own] for step in range(sampler.num_inference_steps)]
         pictures = family.decode(sampler.rollout(family.student, noise, cond).final, exact=True)
-    return image_folder.save_images(output, images.to_pil(pictures.cpu()), rows)
+    pictures = together(accelerator, pictures.cpu(), len(rows))
+    return image_folder.save_images(output, images.to_pil(pictures), rows) if accelerator.is_main_process else []
 
 
 def family_of(folder: Path, about: dict[str, Any], named: str | None, base: str, revision: str | None) -> Any:

@@ -1,6 +1,7 @@
 """Device and precision of a process, and messages between the processes of a run."""
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dmdr.errors import ConfigError, one_line
@@ -96,3 +98,21 @@ def on_main_process(state: PartialState | Accelerator, decide: Callable[[], T]) 
         raise answer[0]
     decided: T = answer[0]
     return decided
+
+
+def share_of(accelerator: Accelerator, count: int) -> list[int]:
+    """Indices of the images that this process draws of `count`: neighbours.
+
+    All shares are as long, the last image filling up the last ones: processes that share a network (--shard) make the
+    same passes.
+    """
+    length = math.ceil(count / accelerator.num_processes)
+    start = accelerator.process_index * length
+    return [min(index, count - 1) for index in range(start, start + length)]
+
+
+def together(accelerator: Accelerator, values: Tensor, count: int) -> Tensor:
+    """The values of all processes' shares of `count` images in their order, [B, ...] -> [count, ...]."""
+    if accelerator.num_processes > 1:
+        values = accelerator.gather(values.to(accelerator.device)).to(values.device)
+    return values[:count]

@@ -1,8 +1,6 @@
 """Image grids and evaluations written during a run, of student and teacher, from the same noise each time."""
 
 import json
-import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Denoiser, TeacherGrid
 from dmdr.randomness import Random
-from dmdr.run.device import on_main_process
+from dmdr.run.device import on_main_process, share_of, together
 from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
 
@@ -44,29 +42,13 @@ class Observer:
         times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
         return denoiser, FewStepSampler(backend.path, times, 0.0)
 
-    def own(self, rows: Sequence[Row]) -> list[int]:
-        """Indices of the rows that this process draws: one share of neighbours for each process.
-
-        All shares are as long, the last row filling up the last ones: processes that share a network (--shard) make the
-        same passes.
-        """
-        length = math.ceil(len(rows) / self.accelerator.num_processes)
-        start = self.accelerator.process_index * length
-        return [min(index, len(rows) - 1) for index in range(start, start + length)]
-
-    def together(self, values: Tensor, count: int) -> Tensor:
-        """The values of all processes' shares, in the order of the `count` rows, [B, ...] -> [count, ...]."""
-        if self.accelerator.num_processes > 1:
-            values = self.accelerator.gather(values.to(self.accelerator.device)).to(values.device)
-        return values[:count]
-
     @torch.no_grad()
     def generate(
         self, denoiser: Denoiser, sampler: FewStepSampler, rows: list[Row], purpose: str, title: str | None = None
     ) -> Tensor:
         """Images of this process's rows on the CPU, [B, 3, H, W] in [0, 1], the same for the same seed and purpose."""
         backend, random = self.job.backend, Random(self.config.seed, 0, purpose)
-        size, own = self.config.per_device_train_batch_size, self.own(rows)
+        size, own = self.config.per_device_train_batch_size, share_of(self.accelerator, len(rows))
         silent = title is None or not self.accelerator.is_main_process
         found = []
         for start in tqdm(range(0, len(own), size), desc=title, disable=silent, leave=False):
@@ -90,7 +72,7 @@ class Observer:
         folder = self.output / "samples"
 
         def draw(whose: str, denoiser: Denoiser, sampler: FewStepSampler, file: str) -> None:
-            pictures = self.together(self.generate(denoiser, sampler, rows, "grid"), len(rows))
+            pictures = together(self.accelerator, self.generate(denoiser, sampler, rows, "grid"), len(rows))
             if self.accelerator.is_main_process:
                 grids[whose] = images.image_grid(pictures, columns)
                 images.save(grids[whose], folder / file)
@@ -122,7 +104,7 @@ class Observer:
         rows = self.rows[: self.config.num_eval_samples]
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
-        prompts, columns = split_columns([rows[index] for index in self.own(rows)])
+        prompts, columns = split_columns([rows[index] for index in share_of(self.accelerator, len(rows))])
         return evaluate(
             pictures,
             prompts,
@@ -131,7 +113,7 @@ class Observer:
             self.job.rewards,
             self.job.eval_rewards,
             device=self.accelerator.device,
-            together=partial(self.together, count=len(rows)),
+            together=partial(together, self.accelerator, count=len(rows)),
         )
 
     def _write_column(self, title: str, metrics: dict[str, float]) -> None:

@@ -102,7 +102,8 @@ def run(settings: Settings) -> Path:
     check_tracker(config)
     adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
-    initial = find_initial(config.init_student) if config.init_student and not resume else None
+    start = None if resume else config.init_student
+    initial = on_main_process(state, lambda: find_initial(start) if start else None)
     if not resume:
         parts = [(part.group.removesuffix("s"), part.name) for part in settings.plugins]
         check_inputs_survive(output, [*settings.values().items(), *parts])

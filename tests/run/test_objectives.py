@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmdr import train
+from dmdr.cli import sample
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run.job import assemble
 from dmdr.run.run import Run
@@ -377,6 +378,15 @@ def test_two_processes_are_one_run(room: Path) -> None:
     for name, tensor in apart[0].items():
         torch.testing.assert_close(apart[1][name], tensor, rtol=0, atol=1e-5)
     assert len(lines(room / "two")) == len(lines(one))
+
+    given = ["--prompt=mode 0", "--prompt=mode 1", "--prompt=mode 2"]  # 3 images, shares of 2
+    sample.run([str(one), *given, "--output_dir=drawn"])
+    again = [*launch, "-m", "dmdr.cli.sample", str(one), *given, "--output_dir=shared"]
+    shared = subprocess.run(again, capture_output=True, text=True, env=environment | {"ACCELERATE_USE_CPU": "true"})
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.split() == [f"shared/{i:04d}.png" for i in range(3)]
+    drawn = [{file.name: file.read_bytes() for file in (room / name).iterdir()} for name in ("drawn", "shared")]
+    assert drawn[0] == drawn[1]
 
 
 # --- On real adapters -------------------------------------------------------------------------------------------------
