@@ -38,6 +38,12 @@ def chosen_precision(given: str | None, *, gpu: bool) -> str:
     return chosen
 
 
+def join_processes(**options: Any) -> PartialState:
+    """The group of this process: it finds the others, and is told where it computes."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # processes on CPUs find each other only if told that they are
+    return PartialState(cpu=cpu, **options)
+
+
 def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
     """An accelerator of this precision, or of the default one, whatever an earlier run of this process had.
 
@@ -46,7 +52,7 @@ def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator
     Raises:
         ConfigError: If the device cannot compute in it.
     """
-    gpu = PartialState().device.type != "cpu"
+    gpu = join_processes().device.type != "cpu"
     mixed_precision = chosen_precision(mixed_precision, gpu=gpu)
     if gpu:
         torch.set_float32_matmul_precision("high")

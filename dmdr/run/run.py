@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from dmdr import images
@@ -33,7 +32,7 @@ from dmdr.run.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dmdr.run.device import avoid_mps, mesh_of, on_main_process, open_accelerator, refuse_other_engines
+from dmdr.run.device import avoid_mps, join_processes, mesh_of, on_main_process, open_accelerator, refuse_other_engines
 from dmdr.run.export import export
 from dmdr.run.folder import (
     INPUTS,
@@ -96,9 +95,8 @@ def run(settings: Settings) -> Path:
         raise ConfigError("dry_run=True works on the command line only: dmdr-train --dry_run")
     refuse_other_engines()
     avoid_mps()
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # processes on CPUs find each other only if told that they are
     config = settings.config
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=config.ddp_timeout))
+    state = join_processes(timeout=timedelta(seconds=config.ddp_timeout))
     check_tracker(config)
     adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
