@@ -5,7 +5,7 @@ network that is not sharded. Every pass through the network gathers its blocks, 
 same passes in the same order.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,6 @@ def fill(network: nn.Module, files: Mapping[str, Path], what: str) -> None:
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{file} cannot be read as safetensors: {one_line(error)}") from error
     refuse_misfits(what, (), (), misshapen)
-
-
-def whole(tensors: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor] = Tensor.cpu) -> dict[str, Tensor]:
-    """Sharded tensors, each [n, ...], put together one after the other; by all processes of the mesh together.
-
-    Args:
-        keep: What becomes of each whole tensor before the next one is gathered.
-    """
-    return {name: keep(t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors.items()}
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

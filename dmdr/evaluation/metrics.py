@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmdr.protocols import Judge
+from dmdr.rewards import RewardError
 
 NEIGHBOURS = 3  # k of the precision and recall that papers report
 
@@ -168,6 +169,7 @@ def evaluate(
 
     Raises:
         ValueError: There is no image, or the lengths differ.
+        RewardError: In all processes, if a reward fails in one.
     """
     lengths = {"prompts": len(prompts)} | {name: len(column) for name, column in columns.items()}
     wrong = [f"{length} {name}" for name, length in lengths.items() if length != len(images)]
@@ -195,10 +197,15 @@ def evaluate(
     for kind, scorer in (("reward", rewards), ("eval_reward", eval_rewards)):
         if scorer is None:
             continue
-        scored = []
-        for i in starts:
-            row = {name: column[i : i + chunk] for name, column in columns.items()}
-            scored.append(scorer.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
+        scored, failure = [], None
+        try:
+            for i in starts:
+                row = {name: column[i : i + chunk] for name, column in columns.items()}
+                scored.append(scorer.each(images[i : i + chunk].to(device), prompts[i : i + chunk], **row))
+        except RewardError as error:  # the others would wait for this process
+            failure = error
+        if together(torch.full((len(images),), failure is not None)).any():
+            raise failure or RewardError("a reward failed in another process")
         # The total is taken of all images at once, in case it depends on the statistics of its batch.
         scores = {name: together(torch.cat([part[name] for part in scored])) for name in scored[0]}
         metrics |= {f"{kind}/{name}": _finite_mean(values) for name, values in scores.items()}

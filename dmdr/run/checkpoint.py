@@ -35,6 +35,7 @@ class Progress:
         step: Student updates done in this stage; `total` in the whole run.
         prompts_consumed: Batches read from the prompt stream.
         batch: Images of an update, of all processes; None where an older version did not say.
+        torn: Whether the next update had begun, and failed: what it changed is in the checkpoint, too.
     """
 
     stage: int
@@ -42,12 +43,15 @@ class Progress:
     total: int
     prompts_consumed: int
     batch: int | None = None
+    torn: bool = False
 
     def __post_init__(self) -> None:
         """Raises:
         ValueError: If no run can stand there.
         """
         for name, value in asdict(self).items():
+            if name == "torn" and type(value) is bool:
+                continue
             if type(value) is not int and (name, value) != ("batch", None):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
         if not (0 <= self.stage <= 2 and 0 <= self.step <= self.total):
@@ -99,9 +103,7 @@ def save_checkpoint(
         if stage_end:
             (final / STAGE_END).touch()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say of a full disk what they like
-        raise TrainingError(
-            f"{final} could not be written: {one_line(error)}; earlier checkpoints are whole"
-        ) from error
+        raise TrainingError(f"{final} could not be written: {one_line(error)}; earlier ones are untouched") from error
     return final
 
 
@@ -237,11 +239,16 @@ def number_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def prune(folder: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, if the newest is whole; those that end a stage stay."""
-    ordinary = [path for path in checkpoints(folder) if not (path / STAGE_END).exists()]
+def prune(folder: Path, limit: int | None, whole: Path | None = None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, if the newest is whole; those that end a stage stay.
+
+    Args:
+        whole: A checkpoint that has just been read, and need not be read again.
+    """
+    found = checkpoints(folder)
+    ordinary = [path for path in found if not (path / STAGE_END).exists()]
     surplus = ordinary[:-limit] if limit else []
-    if surplus and damage(checkpoints(folder)[-1]) is None:
+    if surplus and (found[-1] == whole or damage(found[-1]) is None):
         for path in surplus:
             durable.discard(path)
 

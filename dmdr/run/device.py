@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dmdr.errors import ConfigError, one_line
+from dmdr.errors import ConfigError, TrainingError, one_line
 
 T = TypeVar("T")
 logger = logging.getLogger("dmdr")
@@ -92,15 +92,24 @@ def refuse_other_engines() -> None:
 
 
 def on_main_process(state: PartialState | Accelerator, decide: Callable[[], T]) -> T:
-    """What the main process decided, or the ConfigError that it met, in every process."""
+    """What the main process decided, in every process.
+
+    Raises:
+        ConfigError, TrainingError: In every process, if the main one met it. Of another error the main process has the
+            error itself, and the others a TrainingError.
+    """
     answer: list[Any] = [None]
+    failure: Exception | None = None
     if state.is_main_process:
         try:
             answer = [decide()]
-        except ConfigError as error:
-            answer = [error]
+        except Exception as error:  # which the others would wait for
+            failure = error
+            answer = [ConfigError(str(error)) if isinstance(error, ConfigError) else TrainingError(one_line(error))]
     broadcast_object_list(answer)
-    if isinstance(answer[0], ConfigError):
+    if failure:
+        raise failure
+    if isinstance(answer[0], ConfigError | TrainingError):
         raise answer[0]
     decided: T = answer[0]
     return decided

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from dmdr.errors import ConfigError
 from dmdr.images import can_hold_files
 from dmdr.run import durable
-from dmdr.run.checkpoint import check_whole, checkpoints, newest_whole
+from dmdr.run.checkpoint import check_whole, checkpoints, newest_whole, read_progress
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import read_yaml
 from dmdr.settings.registry import registered
@@ -22,6 +23,8 @@ AT_THE_START = re.compile(
     r"config\.yaml|inputs\.json|overview\.json|samples/(teacher|step-0+)\.png"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
+
+FIRST_FILE = re.compile(rf"\.{re.escape(SETTINGS)}\.\d+\.tmp")  # of a run that was killed before it had settings
 
 
 def choose_folder(config: Config) -> tuple[Path, Path | None]:
@@ -71,11 +74,12 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
 
 def never_trained(folder: Path) -> bool:
     """Whether a folder holds what a run writes before its first update, and nothing else."""
-    ours = _is_run(folder)  # the settings are what a run writes first
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if not _is_run(folder):  # the settings are what a run writes first
+        return bool(files) and all(path.parent == folder and FIRST_FILE.fullmatch(path.name) for path in files)
     return all(
-        (ours and AT_THE_START.fullmatch(path.relative_to(folder).as_posix())) or durable.LEFTOVER.fullmatch(path.name)
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
+        AT_THE_START.fullmatch(path.relative_to(folder).as_posix()) or durable.LEFTOVER.fullmatch(path.name)
+        for path in files
     )
 
 
@@ -100,19 +104,22 @@ def check_inputs_survive(output: Path, named: Iterable[tuple[str, Any]]) -> None
     """
     for name, value in named:
         path = Path(value.partition(":")[0]) if isinstance(value, str) and value else None  # FILE.py:NAME
-        if path and path.exists() and path.resolve().is_relative_to(output.resolve()):
+        if path and os.path.exists(path) and path.resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"--overwrite_output_dir would delete the --{name} {value}")
 
 
-def changes(output: Path, settings: Mapping[str, Any]) -> list[str]:
-    """How a run that is resumed differs from what it was begun with: its settings, and its file of prompts."""
-    before = read_yaml(str(output / SETTINGS)) if (output / SETTINGS).is_file() else settings
+def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
+    """How a run that goes on from a checkpoint differs from the one that wrote it; what makes it inexact, too."""
+    run = checkpoint.resolve().parents[1]
+    before = read_yaml(str(run / SETTINGS)) if (run / SETTINGS).is_file() else settings
     found = [
         f"--{name} is {value} now, and was {before[name]}"
         for name, value in settings.items()
         if name in before and before[name] != (list(value) if isinstance(value, tuple) else value)
     ]
-    inputs = output / INPUTS
+    if read_progress(checkpoint).torn:
+        found.append(f"{checkpoint} was saved when an update had failed half-way: not every bit will be as it would be")
+    inputs = run / INPUTS
     if inputs.is_file() and inputs.read_text() != inputs_of(settings):
         found.append(f"--prompts {settings['prompts']} has other content than when the run began")
     return found

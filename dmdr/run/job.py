@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from dmdr.errors import ConfigError
@@ -72,7 +73,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     folder = bare or (str(model.folder()) if model else config.model)
     backend: Backend = settings.open_backend(folder)
     if plan.shards > 1:
-        if not isinstance(backend, Shardable):
+        if not isinstance(backend, Shardable) or "sharding" not in signature(backend.prepare).parameters:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
         backend.check_shardable()
     if isinstance(backend, ChecksPrompts):

@@ -19,13 +19,14 @@ class Pace:
 
     Attributes:
         clock: Runs during the training of a stage.
+        sums: Counts since the last line, by name; a checkpoint keeps them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.clock = device, Clock(device)
         self._updates = self._images = 0
         self._seconds = 0.0
-        self._sums: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
         self.begin_stage()
 
     def begin_stage(self) -> None:
@@ -40,7 +41,7 @@ class Pace:
             images: Rolled out, by all processes.
         """
         self._updates, self._images, self._seconds = self._updates + 1, self._images + images, self._seconds + seconds
-        self._sums.update({name: value for name, value in values.items() if name.startswith(SUMS)})
+        self.sums.update({name: value for name, value in values.items() if name.startswith(SUMS)})
         self._done += 1
 
     def seconds_left(self, updates: int) -> float:
@@ -50,7 +51,7 @@ class Pace:
     def line(self, updates_left: int) -> dict[str, float]:
         """The means since the last line, for this one; there is an update in it."""
         values = {
-            **self._sums,
+            **self.sums,
             "seconds": self._seconds / self._updates,
             "samples_per_second": self._images / self._seconds,
             "seconds_left": self.seconds_left(updates_left),
@@ -59,7 +60,7 @@ class Pace:
         }
         self._updates = self._images = 0
         self._seconds = 0.0
-        self._sums.clear()
+        self.sums.clear()
         return values
 
 

@@ -198,8 +198,8 @@ def _shards(wanted: str, processes: int) -> int:
     Raises:
         ConfigError: If the processes cannot be parted so.
     """
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # as launchers say it
-    count = {"node": node, "all": processes}.get(wanted) or int(wanted)
+    node = os.environ.get("LOCAL_WORLD_SIZE") or processes  # as launchers say it
+    count = int({"node": node, "all": processes}.get(wanted, wanted))
     if processes % count:
         raise ConfigError(
             f"--shard {wanted}: {processes} process{'es' * (processes > 1)} cannot be parted into groups of {count}; "

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ from dmdr.run.pace import Pace
 from dmdr.run.plan import Stage
 from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
+from dmdr.settings.chosen import SUMS
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
 from dmdr.settings.trust import check_config
@@ -102,16 +105,16 @@ def run(settings: Settings) -> Path:
     output, resume = on_main_process(state, lambda: choose_folder(config))
     start = None if resume else config.init_student
     initial = on_main_process(state, lambda: find_initial(start) if start else None)
-    if not resume:
-        parts = [(part.group.removesuffix("s"), part.name) for part in settings.plugins]
+    if not resume and config.overwrite_output_dir:
+        parts = [(SUMS.get(part.group, "backend"), part.name) for part in settings.plugins]
         check_inputs_survive(output, [*settings.values().items(), *parts])
     if initial:
         check_kind(initial, settings.family_options())
     if resume:
         planned(settings, state.num_processes)[0].check_resumable(resume)
-        if state.is_main_process:
-            for what in changes(output, settings.values()):
-                logger.warning("--resume_from_checkpoint: %s", what)
+        changed = on_main_process(state, lambda: changes(resume, settings.values()))
+        for what in changed if state.is_main_process else ():
+            logger.warning("--resume_from_checkpoint: %s", what)
     with state.main_process_first():  # which builds what a named model has to build
         job = assemble(settings, state.num_processes)
     if state.is_main_process:
@@ -145,6 +148,7 @@ class Run:
         self.log = RunLog(output, self.accelerator, config.report_to)
         self.pace = Pace(self.accelerator.device)
         self.interrupts = Interrupts(self.accelerator)
+        self._in_update = False
 
     # --- The course of a run ---------------------------------------------------------------------------------------
 
@@ -239,8 +243,10 @@ class Run:
             try:
                 while trainer.step < stage.steps and not self.interrupts.arrived():
                     started = time.perf_counter()
+                    self._in_update = True
                     with not_exiting("a plugin"):  # such as a matching; objectives and rewards are named
                         line = trainer.train_step(compare=self._noted(trainer.step + 1, self.progress.total + 1))
+                    self._in_update = False
                     self.progress = self._progress(stage, trainer, trainer.prompts.consumed)
                     self._note(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
@@ -255,6 +261,7 @@ class Run:
             stopped = self.interrupts.arrived()
         if stopped:
             bar.close()
+            self.accelerator.wait_for_everyone()  # a launcher ends all with the code of the first that leaves
             self.accelerator.end_training()
             if self.accelerator.is_main_process:
                 logger.warning("stopped at step %d; go on with %s", self.progress.total, self._how_to_go_on())
@@ -354,6 +361,8 @@ class Run:
                 raise ConfigError(f"{self.resume} holds no state of: {', '.join(sorted(missing))}")
             self.scaler.load_state_dict(extra["scaler"])
             trainer.objectives.states = extra["objectives"]
+            trainer.bad.in_a_row = extra.get("bad_steps", 0)
+            self.pace.sums.update(extra.get("unscored", {}))
             for name, part in _stateful_parts(trainer).items():
                 if name in extra:
                     part.load_state_dict(extra[name])
@@ -376,10 +385,11 @@ class Run:
 
     def _save_before_leaving(self, trainer: Trainer) -> None:
         """What a failing run has learned so far."""
-        if not self.progress.total:
+        if not self.progress.total or not self.accelerator.is_main_process:
             return  # before the first update there is nothing to go on with
+        self.progress = replace(self.progress, torn=self._in_update)
         try:
-            self._save(trainer)
+            self._write_checkpoint(trainer)
         except TrainingError as error:
             logger.warning("%s", error)
         else:
@@ -388,19 +398,23 @@ class Run:
     def _how_to_go_on(self) -> str:
         """The flags that resume this run."""
         file, values = self.output / SETTINGS, self.job.settings.values()
-        flags = f"--output_dir {self.output} --resume_from_checkpoint latest"
+        flags = f"--output_dir {shlex.quote(str(self.output))} --resume_from_checkpoint latest"
         try:
             check_config(str(file), values, values)
         except ConfigError:  # a part of the user's own, which no folder may name by itself
-            flags += f" --config {file}"
+            flags += f" --config {shlex.quote(str(file))}"
         return flags
 
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        """A checkpoint, or in all processes the reason why there is none."""
+        on_main_process(self.accelerator, lambda: self._write_checkpoint(trainer, stage_end=stage_end))
+
+    def _write_checkpoint(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         extra = {
             "scaler": self.scaler.state_dict(),
             "objectives": trainer.objectives.state_dict(),
+            "bad_steps": trainer.bad_steps,
+            "unscored": dict(self.pace.sums),
             **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
         }
         tensors, optimizers = self._kept(trainer)
@@ -409,7 +423,7 @@ class Run:
         )
         logger.debug("saved %s", folder)
         if not trainer.bad_steps:  # what was saved before them may be worth going back to
-            prune(self.output, self.config.save_total_limit)
+            prune(self.output, self.config.save_total_limit, folder)
 
 
 def _stateful_parts(trainer: Trainer) -> dict[str, Any]:

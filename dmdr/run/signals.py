@@ -16,12 +16,12 @@ class Interrupts:
     """The signals that arrive while this context is open.
 
     Attributes:
-        signal: The first one, or None. A second one, of any kind, ends the process at once.
+        signal: The one for which all processes leave, or 0.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.signal: int | None = None
+        self.signal = self._own = 0  # the own one may arrive at any moment, also while processes agree
 
     def __enter__(self) -> "Interrupts":
         self._before = {}
@@ -36,17 +36,21 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._own = number
         for other in self._before:
             # Not the handler before ours: background jobs of a shell start with SIGINT ignored.
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
 
     def arrived(self) -> bool:
-        """Whether any process got one: they all leave after the same step."""
+        """Whether any process got one: they all leave after the same step.
+
+        A second signal of any kind ends a process at once.
+        """
+        self.signal = self._own
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(self.signal or 0, device=self.accelerator.device)
-            self.signal = int(self.accelerator.gather(flag[None]).max()) or None
-        return self.signal is not None
+            flag = torch.tensor([self.signal], device=self.accelerator.device)
+            self.signal = int(self.accelerator.gather(flag).max())
+        return self.signal != 0
 
     def leave(self) -> NoReturn:
         """End with the exit code of a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM.
@@ -57,4 +61,4 @@ class Interrupts:
         """
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + (self.signal or 0))
+        raise SystemExit(128 + self.signal)

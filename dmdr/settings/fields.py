@@ -14,7 +14,7 @@ LARGEST = 1e30  # of numbers that a float32 holds, with room for products
 HEAVIEST = 10**6  # of a loss or a reward
 MOST_IMAGES = 2**20  # of an update, an evaluation or a grid
 LIMITS = {  # what is above is a slip, which torch would answer with a traceback or the machine with silence
-    "num_inference_steps teacher_steps": 1000,
+    "num_inference_steps teacher_steps fake_updates": 1000,
     "per_device_train_batch_size num_generations gradient_accumulation_steps": MOST_IMAGES,
     "sample_images num_eval_samples": MOST_IMAGES,
     "learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate weight_decay": 1000,

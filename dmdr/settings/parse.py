@@ -16,7 +16,7 @@ from dmdr.settings.fields import Config, Flags, typed
 from dmdr.settings.leftovers import left_out
 from dmdr.settings.models import Model
 from dmdr.settings.parser import Parser, Sources, Told, as_argparse_reads, first_look, parse_flags
-from dmdr.settings.trust import check_config
+from dmdr.settings.trust import PLACES, check_config
 from dmdr.settings.unread import check_read
 
 EPILOG = (
@@ -51,7 +51,7 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """Every setting by its full name, but for where the run is written to."""
         values = dataclasses.asdict(self.config)
-        for name in ("dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+        for name in PLACES:
             del values[name]
         for plugin in self.plugins:
             values |= {plugin.key(name): value for name, value in plugin.options.items()}

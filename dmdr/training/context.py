@@ -45,6 +45,11 @@ class StepContext:
     scored: Scores | None = None
     unscored: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.scorer:  # in every process, whether it asks for scores or not: they are added up over all
+            zero = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+            self.unscored = dict.fromkeys(self.scorer.rewards.parts, zero)
+
     @property
     def random(self) -> Random:
         return replace(self.first_random, iteration=self.iteration)
@@ -76,11 +81,7 @@ class StepContext:
 
     def _count_unscored(self, scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
-            count = (~score.detach().isfinite()).sum()
-            self.unscored[name] = self.unscored[name] + count if name in self.unscored else count
-            self.log(
-                {f"unscored/{name}": self.accelerator.num_processes * self.unscored[name]}
-            )  # whose mean is the sum
+            self.unscored[name] = self.unscored[name] + (~score.detach().isfinite()).sum()
 
     def unscored_everywhere(self) -> dict[str, Tensor]:
         """`unscored` of each process, [P] int64, by reward; all processes must ask together."""

@@ -156,7 +156,7 @@ class Objectives:
         Args:
             balance: Takes down the gradient of each objective.
         """
-        self._begin(ctx)
+        self.set_up(ctx)
         total = torch.zeros_like(draw.x0)
         for term in self.terms:
             mask = term.declared(draw, ctx.sampler.num_inference_steps - 1)
@@ -289,7 +289,7 @@ class Objectives:
 
     # --- Events and states -------------------------------------------------------------------------------------------
 
-    def _begin(self, ctx: StepContext) -> None:
+    def set_up(self, ctx: StepContext) -> None:
         """Before the first call: set up, and take the checkpoint's states."""
         if self._set_up:
             return

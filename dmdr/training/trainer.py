@@ -289,6 +289,8 @@ class Trainer:
     def logged(self, ctx: StepContext) -> dict[str, float]:
         """This step's log line: plain numbers, averaged over the processes."""
         device = self.accelerator.device
+        processes = self.accelerator.num_processes  # times which a mean over them is the sum
+        ctx.log({f"unscored/{name}": processes * count for name, count in ctx.unscored.items()})
         found = [torch.as_tensor(value, dtype=torch.float64) for value in ctx.metrics.values()]
         line = torch.stack([value.detach().reshape(()).to(device, non_blocking=True) for value in found])
         if self.accelerator.num_processes > 1:

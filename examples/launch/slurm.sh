@@ -29,7 +29,7 @@ export MASTER_ADDR MASTER_PORT
 # SLURM sends USR1 to each task ten minutes before the end: all finish their step, and the main one saves.
 srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
-    export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+    export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     exec dmdr-train "$@"' task "$@" --output_dir "$folder" "${begin[@]}"
 code=$?
 if [ "$code" -eq 138 ]; then # 128 + SIGUSR1: saved, not finished

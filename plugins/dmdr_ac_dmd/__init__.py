@@ -94,7 +94,7 @@ class ACDMD(DMD):
         if not self.consistency:
             return Term(error)
         gap = self.gap(prediction, draw, fake, ctx)
-        # What is not finite stays so: the gradient's norm then stops the run, or a loss scaler skips the update.
+        # What is not finite stays so: the update is then skipped.
         return Term(error + self.consistency * gap, metrics={"consistency": gap.detach()})
 
     def gap(self, prediction: Prediction, draw: Draw, fake: Denoiser, ctx: Context) -> Tensor:

@@ -165,7 +165,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_bits(folder: Path, shared: int
     ("settings", "message"),
     [
         ({"model": "toy", "shard": "all"}, "cannot share a model of ToyBackend"),
-        ({"shard": "all", "full_finetune": True}, "--shard: --full_finetune needs the whole network in each process"),
+        ({"shard": "all", "full_finetune": True}, "--shard: --full_finetune wants the whole network in each process"),
         ({"shard": "3"}, "2 processes cannot be parted into groups of 3"),
     ],
 )

@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 # What the script asks of SLURM. One task writes its number down, so that a test can send it the signal.
 SRUN = """#!/bin/bash
 shift
-export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1
+export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1
 echo $$ > "$FAKE_SLURM/pid"
 exec "$@"
 """

@@ -140,6 +140,33 @@ def test_what_killed_processes_left_is_removed(run: Path) -> None:
     assert not any(path.exists() for path in [*left, *folders])
 
 
+def test_a_branch_is_compared_with_the_run_that_it_leaves(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    step = str(run / "checkpoints" / "step-000003")
+    train(output_dir=str(run.parent / "branch"), resume_from_checkpoint=step, seed=9)
+    assert "--resume_from_checkpoint: --seed is 9 now, and was 0" in caplog.messages
+
+
+def test_a_checkpoint_of_a_failed_update_says_that_it_is_not_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing, done = Trainer.direction, []
+
+    def third(self: Trainer, *given: Any) -> Any:
+        done.append(1)
+        if len(done) == 3:
+            raise TrainingError("it went astray")
+        return failing(self, *given)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "direction", third)
+        with pytest.raises(TrainingError, match="astray"):
+            train(**SETTINGS | {"save_steps": 0}, output_dir=str(folder))
+    assert names(folder) == ["step-000002"]
+    train(output_dir=str(folder), resume_from_checkpoint="latest")
+    assert any("was saved when an update had failed half-way" in line for line in caplog.messages)
+
+
 # --- Beginning --------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +175,26 @@ def test_a_folder_in_which_a_run_was_killed_at_once_is_taken_over(tmp_path: Path
     assert (
         train(**SETTINGS | {"stage1_steps": 1, "stage2_steps": 0, "rl": "none"}, output_dir=str(tmp_path)) == tmp_path
     )
+
+
+def test_an_empty_folder_held_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = SETTINGS | {"stage1_steps": 1, "stage2_steps": 0, "rl": "none", "output_dir": str(tmp_path)}
+    train(**settings)
+    assert not [line for line in caplog.messages if "held a run" in line]
+
+
+def test_others_files_of_such_names_are_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / ".mine.partial").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        train(**SETTINGS, output_dir=str(tmp_path))
+    assert (tmp_path / ".mine.partial").exists()
+
+
+def test_a_setting_that_is_too_long_for_a_path_is_none(tmp_path: Path) -> None:
+    settings = {name: value for name, value in SETTINGS.items() if name != "rl"}
+    text = {"rl": "srpo", "positive": ["Red"], "negative": ["Green"], "template": "{word} {prompt}" + "!" * 400}
+    folder = train(**settings | text, output_dir=str(tmp_path / "run"))
+    train(**settings | text, output_dir=str(folder), overwrite_output_dir=True)
 
 
 @pytest.mark.parametrize("kind", ["prompts", "reward", "init_student"])

@@ -177,7 +177,7 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (
             asking_where_scored,
             {"reward": True},
-            "depend on the scores: 1 of the student, 1 backward through the student where .* none where none has",
+            "depend on the samples: 1 of the student, 1 backward through the student where .*; none where none has",
         ),
         (everything_valid, {}, "say in Term.valid which samples count"),
         (without_valid, {"steps": "last"}, "say in Term.valid which samples count"),

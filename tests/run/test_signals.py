@@ -1,0 +1,33 @@
+"""Signals that end a run: none is lost, whenever it arrives."""
+
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmdr.run.signals import Interrupts
+
+
+@pytest.mark.parametrize("during", [True, False])
+def test_a_signal_that_arrives_while_processes_agree_is_noticed_the_next_time(during: bool) -> None:
+    """A process waits in the gather while the main one saves; that is when a signal arrives."""
+
+    def gather(own: Tensor) -> Tensor:
+        if during and not calls:
+            signal.raise_signal(signal.SIGUSR1)
+        calls.append(own.item())
+        return torch.cat([own, torch.tensor([0])])
+
+    calls: list[Any] = []
+    accelerator: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
+    with Interrupts(accelerator) as interrupts:
+        assert not interrupts.arrived()
+        assert interrupts.arrived() == during
+        if during:
+            with pytest.raises(SystemExit) as end:
+                interrupts.leave()
+            assert end.value.code == 138
+    assert calls == [0, signal.SIGUSR1 if during else 0]
