@@ -78,3 +78,32 @@ def test_a_dead_process_ends_those_that_share_its_network(tmp_path: Path) -> Non
     assert begun("run", "--resume_from_checkpoint", "latest").wait() == 0
     students = [load_file(tmp_path / f / "student" / "pytorch_lora_weights.safetensors") for f in ("whole", "run")]
     assert all(tensor.equal(students[1][name]) for name, tensor in students[0].items())
+
+
+FAILING = """
+import os
+
+def score(images, prompts):
+    if os.environ["RANK"] == "1":
+        raise ValueError("no judge today")
+    return images.mean((1, 2, 3))
+"""
+
+
+@FULL
+@pytest.mark.parametrize("where", ["--reward", "--eval_reward"])
+def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, where: str) -> None:
+    (tmp_path / "mine.py").write_text(FAILING)
+    settings = "--model toy --rl grpo --num_generations 2 --stage1_steps 0 --stage2_steps 4 --logging_steps 1"
+    settings += " --per_device_train_batch_size 4 --num_eval_samples 4 --eval_steps 2 --report_to none --ddp_timeout 60"
+    other = ["--reward", "toy"] if where == "--eval_reward" else []
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "dmdr.cli.train"]
+    command = [*program, *settings.split(), where, "mine.py:score", *other, "--output_dir", "run"]
+    started = time.monotonic()
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 1 and time.monotonic() - started < 120
+    assert "dmdr-train: reward 'mine.py:score' failed: ValueError: no judge today" in found.stderr
+    assert "dmdr-train: a reward failed in another process" in found.stderr
+    assert "Connection closed by peer" not in found.stderr
+    saved = [path.name for path in (tmp_path / "run").glob("checkpoints/*")]
+    assert saved == (["step-000002"] if where == "--eval_reward" else [])
