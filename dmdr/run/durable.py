@@ -18,7 +18,10 @@ def begin(folder: Path) -> Path:
 
 def finish(partial: Path, folder: Path) -> None:
     """Give the folder its name; one that has it already is deleted only when the new one is in its place."""
+    mode = partial.stat().st_mode & 0o666  # what the user's umask leaves; safetensors writes for its owner alone
     for file in partial.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
         _sync(file)
     _sync(partial)
     if os.path.lexists(folder):

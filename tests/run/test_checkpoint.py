@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,15 @@ def test_a_role_that_the_run_lacks_is_not_saved(tmp_path: Path) -> None:
         "progress.json",
         "manifest.json",
     }
+
+
+def test_who_may_read_a_checkpoint_is_for_the_umask_to_say(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
