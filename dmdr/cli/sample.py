@@ -122,6 +122,7 @@ def draw(
         noise = [draw_noise(step, len(rows))[own] for step in range(sampler.num_inference_steps)]
         pictures = family.decode(sampler.rollout(family.student, noise, cond).final, exact=True)
     pictures = together(accelerator, pictures.cpu(), len(rows))
+    accelerator.end_training()  # or a thread between processes may outlive the interpreter, and abort it
     return image_folder.save_images(output, images.to_pil(pictures), rows) if accelerator.is_main_process else []
 
 

@@ -34,6 +34,7 @@ def test_accelerate_reads_its_files(file: str) -> None:
     assert set(yaml.safe_load((LAUNCH / file).read_text())) <= set(config.to_dict()) | {"main_process_port"}
 
 
+@pytest.mark.verify
 def test_a_slurm_job_is_queued_again_until_it_is_finished(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
