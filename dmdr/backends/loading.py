@@ -183,6 +183,10 @@ def open_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -
     config = read_config(cls, source, subfolder)
     with refusing(f"{source.place(subfolder)} is no {cls.__name__}"), init_empty_weights(include_buffers=False):
         network = cls.from_config(config).eval()
+    kept = network.state_dict().keys()
+    for name, buffer in network.named_buffers():
+        if name in kept and buffer.is_floating_point():  # as `from_pretrained` does with what the file holds
+            buffer.data = buffer.to(dtype)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # On the CPU, because PEFT leaves adapters of parameters on the meta device without values.

@@ -322,7 +322,7 @@ class PipelineBackend:
     def check_shardable(self) -> None:
         for name in ("full_finetune", "teacher_lora", "torch_compile"):
             if getattr(self.options, name):
-                raise ConfigError(f"--shard: --{name} wants the whole network in each process; leave out one of them")
+                raise ConfigError(f"--shard: --{name} does not work with it yet; leave out one of them")
 
     def connect(self, accelerator: Any) -> None:
         """Say where and in which precision all that is loaded will lie; loads nothing.

@@ -46,14 +46,17 @@ class Progress:
     torn: bool = False
 
     def __post_init__(self) -> None:
-        """Raises:
-        ValueError: If no run can stand there.
+        """Refuse what no run can have written.
+
+        Raises:
+            ValueError: Says what is wrong.
         """
-        for name, value in asdict(self).items():
-            if name == "torn" and type(value) is bool:
-                continue
-            if type(value) is not int and (name, value) != ("batch", None):
-                raise ValueError(f"{name} must be a whole number, not {value!r}")
+        for name, kinds in {"torn": (bool,), "batch": (int, type(None))}.items():
+            if type(getattr(self, name)) not in kinds:
+                raise ValueError(f"{name} must not be {getattr(self, name)!r}")
+        for name in ("stage", "step", "total", "prompts_consumed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         if not (0 <= self.stage <= 2 and 0 <= self.step <= self.total):
             raise ValueError(f"step {self.step} of stage {self.stage}, {self.total} in all")
         if not 0 <= self.prompts_consumed <= MOST_ROUNDS * (self.total + 1):
@@ -97,7 +100,7 @@ def save_checkpoint(
             moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
             torch.save({"moments": moments, "extra": dict(extra)}, partial / "training.pt")
             (partial / "progress.json").write_text(json.dumps(asdict(progress)))
-            files = {path.name: _identity(path) for path in partial.iterdir()}
+            files = {path.name: identity(path) for path in partial.iterdir()}
             (partial / MANIFEST).write_text(json.dumps(files, indent=2))
             durable.finish(partial, final)
         if stage_end:
@@ -107,7 +110,7 @@ def save_checkpoint(
     return final
 
 
-def _identity(file: Path) -> dict[str, Any]:
+def identity(file: Path) -> dict[str, Any]:
     """Size and hash of a file as it is on the disk."""
     with file.open("rb") as content:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
@@ -125,11 +128,11 @@ def damage(checkpoint: Path) -> str | None:
         return f"{checkpoint} is not complete: it lacks {missing[0]}" if missing else None
     try:
         wanted = json.loads(manifest.read_text())
-        for name, identity in wanted.items():
+        for name, saved in wanted.items():
             file = checkpoint / name
             if not file.is_file():
                 return f"{checkpoint} is not complete: it lacks {name}"
-            if file.stat().st_size != identity["size"] or _identity(file) != identity:
+            if file.stat().st_size != saved["size"] or identity(file) != saved:
                 return f"{file} is damaged: it is not as it was saved"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{manifest} is damaged: {one_line(error)}"

@@ -1,6 +1,5 @@
 """Before a run: which folder, which checkpoint, and what has to go first."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 from dmdr.errors import ConfigError
 from dmdr.images import can_hold_files
 from dmdr.run import durable
-from dmdr.run.checkpoint import check_whole, checkpoints, newest_whole, read_progress
+from dmdr.run.checkpoint import check_whole, checkpoints, identity, newest_whole, read_progress
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import read_yaml
 from dmdr.settings.registry import registered
@@ -118,7 +117,7 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
         if name in before and before[name] != (list(value) if isinstance(value, tuple) else value)
     ]
     if read_progress(checkpoint).torn:
-        found.append(f"{checkpoint} was saved when an update had failed half-way: not every bit will be as it would be")
+        found.append(f"{checkpoint} was saved in the middle of an update that failed; the run goes on, but not exactly")
     inputs = run / INPUTS
     if inputs.is_file() and inputs.read_text() != inputs_of(settings):
         found.append(f"--prompts {settings['prompts']} has other content than when the run began")
@@ -126,10 +125,9 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
 
 
 def inputs_of(settings: Mapping[str, Any]) -> str:
-    """The hash of the file of prompts, as JSON; null where they are in no single file."""
+    """Size and hash of the file of prompts, as JSON; null where they are in no single file."""
     path = Path(settings["prompts"] or ".")
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return json.dumps({"prompts_sha256": found}) + "\n"
+    return json.dumps({"prompts": identity(path) if path.is_file() else None}) + "\n"
 
 
 def _is_run(folder: Path) -> bool:

@@ -196,13 +196,13 @@ def _shards(wanted: str, processes: int) -> int:
     """Processes that share one copy.
 
     Raises:
-        ConfigError: If the processes cannot be parted so.
+        ConfigError: If the processes cannot be split so.
     """
     node = os.environ.get("LOCAL_WORLD_SIZE") or processes  # as launchers say it
     count = int({"node": node, "all": processes}.get(wanted, wanted))
     if processes % count:
         raise ConfigError(
-            f"--shard {wanted}: {processes} process{'es' * (processes > 1)} cannot be parted into groups of {count}; "
+            f"--shard {wanted}: {processes} process{'es' * (processes > 1)} cannot be split into groups of {count}; "
             "a dry run takes their number from WORLD_SIZE"
         )
     return count

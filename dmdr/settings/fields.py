@@ -358,13 +358,7 @@ def _wanted(hint: Any) -> str:
         return f"a list, each item {_wanted(arguments[0])}"
     if arguments:
         return " or ".join(map(_wanted, arguments))
-    words = {
-        float: "a finite number",
-        int: "a whole number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-    }
+    words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(hint, str(hint))
 
 

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_a_failed_update_says_that_it_is_not_exact(
             train(**SETTINGS | {"save_steps": 0}, output_dir=str(folder))
     assert names(folder) == ["step-000002"]
     train(output_dir=str(folder), resume_from_checkpoint="latest")
-    assert any("was saved when an update had failed half-way" in line for line in caplog.messages)
+    assert any("was saved in the middle of an update that failed" in line for line in caplog.messages)
 
 
 # --- Beginning --------------------------------------------------------------------------------------------------------
@@ -194,7 +194,8 @@ def test_a_setting_that_is_too_long_for_a_path_is_none(tmp_path: Path) -> None:
     settings = {name: value for name, value in SETTINGS.items() if name != "rl"}
     text = {"rl": "srpo", "positive": ["Red"], "negative": ["Green"], "template": "{word} {prompt}" + "!" * 400}
     folder = train(**settings | text, output_dir=str(tmp_path / "run"))
-    train(**settings | text, output_dir=str(folder), overwrite_output_dir=True)
+    again = train(**settings | text, output_dir=str(folder), overwrite_output_dir=True)
+    assert names(again) == names(folder) != []
 
 
 @pytest.mark.parametrize("kind", ["prompts", "reward", "init_student"])
