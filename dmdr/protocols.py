@@ -525,10 +525,11 @@ class ChecksPrompts(Protocol):
 
 @runtime_checkable
 class Shardable(Protocol):
-    """A family whose frozen network several processes can share (--shard).
+    """A family whose network several processes can share (--shard).
 
-    Its `prepare` takes `sharding`, a `torch.distributed.device_mesh.DeviceMesh`, beside `roles`. The parameters of the
-    roles stay whole in each process.
+    Its `prepare` takes `sharding`, a `torch.distributed.device_mesh.DeviceMesh`, beside `roles`. Adapters stay whole in
+    each process. The parameters of a role that is a whole network may be `DTensor`s (`dmdr.states.is_shared`); their
+    gradients are then averaged over all processes as they arrive.
     """
 
     def check_shardable(self) -> None:
@@ -537,6 +538,9 @@ class Shardable(Protocol):
         Raises:
             ConfigError: If its options need the whole network in each process.
         """
+
+    def gather(self) -> None:
+        """Called in all processes before the main one exports: bring what they share of the student there."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""States in checkpoints: errors name what cannot be stored, and what does not fit when it is loaded."""
+"""Named tensors, whole or shared by processes: how they are stored and loaded; errors name what does not fit."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dmdr.errors import ConfigError, TrainingError, one_line
 
@@ -71,7 +73,7 @@ def load_strict(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: st
     refuse_misfits(what, own.keys() - given.keys(), given.keys() - own.keys(), misshapen)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(given[name])
+            own_rows(tensor).copy_(rows_of(tensor, given[name]))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -101,3 +103,37 @@ def refuse_infinite(tensors: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ConfigError(f"{what} is damaged: {name} holds numbers that are not finite")
+
+
+# --- Tensors that processes share (--shard): each has some rows of them -----------------------------------------------
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether each process has some rows of it only."""
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of any shape with all its rows. All processes that share it must ask together."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of this process, as a plain tensor on the same memory; all of a tensor that is not shared."""
+    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def rows_of(tensor: Tensor, source: Any) -> Tensor:
+    """The rows of another tensor that belong to those of this process.
+
+    Args:
+        tensor: Of any shape, shared or not.
+        source: Of the same shape, whole: a tensor, or a slice of a safetensors file, of which only the rows are read.
+    """
+    if not isinstance(tensor, DTensor):
+        found: Tensor = source[...]
+        return found
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return source[offset[0] : offset[0] + shape[0]] if shape[0] else own_rows(tensor)

@@ -52,8 +52,7 @@ def compile_blocks(network: Any) -> None:
     Raises:
         ConfigError: If the network does not say which they are.
     """
-    blocks = blocks_of(network)
-    if not blocks:
+    if not (blocks := blocks_of(network)):
         raise ConfigError(f"--torch_compile: a {type(network).__name__} does not name its repeated blocks")
     # Every role, with and without gradient, is a graph of its own; beyond this limit torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmdr.errors import ConfigError
 from dmdr.protocols import Role
-from dmdr.states import load_strict
+from dmdr.states import load_strict, own_rows, rows_of
 
 MUCH_LOST = 0.25  # share of a merged adapter, in the root mean square
 logger = logging.getLogger("dmdr")
@@ -60,8 +60,7 @@ class LoRARoles:
         self.roles = tuple(roles)
         self._active: Active = (None, 0.0)
         if full_student:
-            # In float32, buffers such as position embeddings, too: what is added to them is then summed up in float32.
-            self.copies = {role: deepcopy(network).float() for role in roles if role != "fake_score"}
+            self.copies = {role: _full_copy(network) for role in roles if role != "fake_score"}
             self.copies["student"].requires_grad_(True)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -190,6 +189,19 @@ class LoRARoles:
             parameter.copy_(student[name])
 
 
+def _full_copy(network: nn.Module) -> Any:
+    """In float32, buffers such as position embeddings, too: what is added to them is then summed up in float32.
+
+    Parameters that take no memory (`open_network`) take none in the copy.
+    """
+    copies = {}
+    for parameter in network.parameters():
+        empty = parameter.untyped_storage().nbytes() < parameter.nbytes
+        value = torch.zeros(()).expand(parameter.shape) if empty else parameter.detach().to(torch.float32, copy=True)
+        copies[id(parameter)] = nn.Parameter(value, requires_grad=False)
+    return deepcopy(network, copies).float()
+
+
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
     """Refuse module names of a user that no module of the network has; PEFT is content if one of them matches.
 
@@ -216,26 +228,27 @@ def deltas(adapter: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iter
         module, _, end = name.partition(".lora_B.")
         if end:
             delta = b.flatten(1) @ adapter[f"{module}.lora_A.weight"].flatten(1)
-            yield f"{module}.weight", delta.view_as(weights[f"{module}.weight"])
+            yield f"{module}.weight", delta.view(weights[f"{module}.weight"].shape)
 
 
-def merge(network: nn.Module, adapter: Mapping[str, Tensor], what: str) -> None:
-    """Add an adapter to a network's weights in float32, rounded once to their dtype; warn if that takes much of it.
+@torch.no_grad()
+def merge(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], what: str) -> None:
+    """Add an adapter to weights in float32, rounded once to their dtype; warn if that takes much of it.
 
     Args:
-        network: Has the adapter's modules.
+        weights: `<module>.weight` [out, ...] of at least the adapter's modules; processes may share them.
         adapter: `<module>.lora_A.weight` [r, ...] and `<module>.lora_B.weight` [out, r, ...] at full strength, float32.
         what: Where it comes from, for the warning.
     """
-    weights = network.state_dict()
-    whole = lost = 0.0
+    all_of_it = lost = 0.0
     for name, delta in deltas(adapter, weights):
-        exact = weights[name].float() + delta
-        weights[name].copy_(exact)
-        whole += float(delta.square().sum())
-        lost += float((weights[name].float() - exact).square().sum())
-    if lost > MUCH_LOST**2 * whole:
-        share = (lost / whole) ** 0.5
+        rows, added = own_rows(weights[name]), rows_of(weights[name], delta)
+        exact = rows.float() + added
+        rows.copy_(exact)
+        all_of_it += float(added.square().sum())
+        lost += float((rows.float() - exact).square().sum())
+    if lost > MUCH_LOST**2 * all_of_it:
+        share = (lost / all_of_it) ** 0.5
         said = "%s: rounding its sum with the weights changes it by %.0f%% (not with --mixed_precision no)"
         logger.warning(said, what, 100 * share)
 

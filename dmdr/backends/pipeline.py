@@ -35,11 +35,11 @@ from dmdr.backends.loading import (
 from dmdr.backends.lora import LoRARoles, check_targets, joined, merge, parted
 from dmdr.backends.lora_files import read_lora
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
-from dmdr.backends.sharding import fill, shard
+from dmdr.backends.sharding import copy, fill, shard, stored
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
-from dmdr.states import load_strict, read_tensors, refuse_infinite
+from dmdr.states import load_strict, own_rows, read_tensors, refuse_infinite, whole
 from dmdr.types import Condition, dtype_of
 
 SNIPPET = """\
@@ -269,8 +269,7 @@ class PipelineBackend:
             sharding: Processes that share the network.
 
         Raises:
-            ConfigError: If weights are missing or unexpected, an option finds nothing to act on, or one needs the whole
-                network in each process.
+            ConfigError: If weights are missing or unexpected, or an option finds nothing to act on.
         """
         options = self.options
         self.connect(accelerator)
@@ -282,9 +281,10 @@ class PipelineBackend:
         small = self.reward_decoder
         self.reward_vae = self._load_vae(AutoencoderTiny, Source(small)) if small else self.vae
         self.pipeline = self._pipeline(network, vae=self.vae)
+        self._gathered: dict[str, Tensor] = {}
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
         if sharding is None:
-            merge(network, self._teacher_lora, f"--teacher_lora {options.teacher_lora}")
+            merge(network.state_dict(), self._teacher_lora, f"--teacher_lora {options.teacher_lora}")
             network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend, self.blank)
@@ -302,27 +302,32 @@ class PipelineBackend:
             full_student=options.full_finetune,
             seed=options.seed,
         )
+        for each in self.roles.networks:
+            if options.gradient_checkpointing:
+                each.enable_gradient_checkpointing(self.roles.checkpoint_function())
+            if options.torch_compile:
+                compile_blocks(each)
         if sharding is None:
             network.to(self.device)  # PEFT leaves the adapters of a network on the meta device on the CPU
         else:
-            adapters = [p for role in roles for p in self.roles.parameters(role).values()]
-            shard(network, sharding, adapters)
-            files = weight_files(self.source, self.network_name)
-            fill(network, files, self.source.place(self.network_name))
+            self._share(sharding)
         if options.student_weights:
             given = read_weights(options.student_weights)
             load_strict(self.roles.copies["student"].state_dict(), given, options.student_weights)
-        if options.gradient_checkpointing:
-            for each in self.roles.networks:
-                each.enable_gradient_checkpointing(self.roles.checkpoint_function())
-        if options.torch_compile:
-            for each in self.roles.networks:
-                compile_blocks(each)
+
+    def _share(self, mesh: DeviceMesh) -> None:
+        """Spread the network, and a full student like it, over processes, and read the weights."""
+        network, copies = self.roles.network, self.roles.copies
+        adapters = [p for role in self.roles.roles if role not in copies for p in self.parameters(role).values()]
+        shard(network, mesh, adapters)
+        fill(network, weight_files(self.source, self.network_name), self.source.place(self.network_name))
+        merge(stored(network), self._teacher_lora, f"--teacher_lora {self.options.teacher_lora}")
+        for each in copies.values():
+            shard(each, mesh)
+            copy(network, each)
 
     def check_shardable(self) -> None:
-        for name in ("full_finetune", "teacher_lora", "torch_compile"):
-            if getattr(self.options, name):
-                raise ConfigError(f"--shard: --{name} does not work with it yet; leave out one of them")
+        """All options work with shares."""
 
     def connect(self, accelerator: Any) -> None:
         """Say where and in which precision all that is loaded will lie; loads nothing.
@@ -499,7 +504,7 @@ class PipelineBackend:
         A merged teacher's LoRA is part of the student's file, which thus acts on the model as published.
         """
         if self.options.full_finetune:
-            self.roles.copies["student"].save_pretrained(directory / self.network_name)
+            self._whole_network().save_pretrained(directory / self.network_name)
         else:
             layers = joined(self.roles.folded("student"), self._teacher_lora)
             directory.mkdir(parents=True, exist_ok=True)
@@ -507,6 +512,20 @@ class PipelineBackend:
             save_file(keyed, directory / LORA_FILE, {"format": "pt"})
         self.scheduler(sampler).save_pretrained(directory / "scheduler")
         return self.call_arguments(sampler)
+
+    def gather(self) -> None:
+        """All the student's weights onto the CPU of the main process, for its `export`."""
+        shared = self.roles.copies["student"].state_dict() if self.options.full_finetune else {}
+        for name, tensor in shared.items():
+            value = whole(tensor)
+            if self.accelerator.is_main_process:
+                self._gathered[name] = value.cpu()
+
+    def _whole_network(self) -> Any:
+        """The student's network as diffusers knows it, on the CPU or the device: to be saved."""
+        network = load_network(self.network_class, self.source, self.network_name, torch.float32, meta=True)
+        network.load_state_dict(self._gathered or self.roles.merged("student"), assign=True)
+        return network
 
     def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
         variants = filter(None, map(self.source.taken, self._saved_parts))
@@ -539,11 +558,9 @@ class PipelineBackend:
         if not (directory / file).exists():
             raise ConfigError(f"{directory} holds no {file}: {kind} is needed (--full_finetune says which)")
         if full:
-            given = load_network(
-                self.network_class, Source(str(directory)), self.network_name, torch.float32
-            ).state_dict()
-            refuse_infinite(given, str(directory / file))
-            load_strict(self.roles.copies["student"].state_dict(), given, str(directory / file))
+            student, place = self.roles.copies["student"], Source(str(directory))
+            fill(student, weight_files(place, self.network_name), str(directory / file))
+            refuse_infinite({name: own_rows(tensor) for name, tensor in stored(student).items()}, str(directory / file))
         else:
             names = {self.lora_key(name): name for name in (*self.parameters("student"), *self._teacher_lora)}
             given = {names.get(key, key): value for key, value in read_tensors(directory / file).items()}

@@ -1,8 +1,9 @@
-"""A frozen network spread over processes block by block, by torch's FSDP2, and filled from safetensors files.
+"""A network spread over processes block by block, by torch's FSDP2, and filled from safetensors files.
 
 Adapters stay whole and plain in every process: their gradients, averages, checkpoints and exports are those of a
-network that is not sharded. Every pass through the network gathers its blocks, so all processes of a mesh must make the
-same passes in the same order.
+network that is not sharded. What is trained of a sharded network itself, a full student, gets its gradients averaged
+over all processes as they arrive. Every pass through the network gathers its blocks, so all processes of a mesh must
+make the same passes, forward and backward, in the same order.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,19 +16,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dmdr.backends.kernels import blocks_of
 from dmdr.errors import ConfigError, one_line
-from dmdr.states import refuse_misfits
+from dmdr.states import own_rows, refuse_misfits, rows_of
 
 
-def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter]) -> None:
-    """Spread the parameters of a network over processes, in place; `fill` gives them values.
+def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter] = ()) -> None:
+    """Spread the parameters of a network over processes, in place; `fill` or `copy` gives them values.
 
     Args:
-        network: As `load_network` opens one without weights; adapters and buffers are where they are needed.
+        network: As `open_network` gives one; adapters and buffers have values.
         mesh: Of one dimension, the processes that share a copy; or of two, copies and the processes that share each.
         adapters: Parameters that stay whole.
     """
@@ -37,7 +36,7 @@ def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter]) ->
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in ours:
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+                setattr(module, name, nn.Parameter(parameter.to("meta"), parameter.requires_grad))
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(network).items() if not tensor.is_meta}
     for module in (*reversed(blocks_of(network)), network):
         # The root, too, is gathered anew in each pass: what is written to it in between would be ignored otherwise.
@@ -59,11 +58,7 @@ def fill(network: nn.Module, files: Mapping[str, Path], what: str) -> None:
     Raises:
         ConfigError: If a tensor is missing, unexpected or of another shape, or a file is damaged.
     """
-    own: dict[str, Tensor] = {
-        name.replace(".base_layer.", "."): p for name, p in network.named_parameters() if ".lora_" not in name
-    }
-    stored = network.state_dict().keys()
-    own |= {name: buffer for name, buffer in network.named_buffers() if name in stored}
+    own = stored(network)
     refuse_misfits(what, own.keys() - files.keys(), files.keys() - own.keys())
     misshapen = []
     with ExitStack() as stack, torch.no_grad():
@@ -75,7 +70,7 @@ def fill(network: nn.Module, files: Mapping[str, Path], what: str) -> None:
                     opened[file] = stack.enter_context(safe_open(file, framework="pt"))
                 rows = opened[file].get_slice(name)
                 if list(tensor.shape) == rows.get_shape():
-                    _copy_rows(tensor, rows)
+                    own_rows(tensor).copy_(rows_of(tensor, rows))
                 else:
                     misshapen.append(f"{name} {tuple(rows.get_shape())} for {tuple(tensor.shape)}")
             except (OSError, SafetensorError) as error:
@@ -83,16 +78,28 @@ def fill(network: nn.Module, files: Mapping[str, Path], what: str) -> None:
     refuse_misfits(what, (), (), misshapen)
 
 
+@torch.no_grad()
+def copy(network: nn.Module, into: nn.Module) -> None:
+    """Give a copy of a network, of any dtype, its values.
+
+    Args:
+        network: May have adapters, which are left out.
+        into: Without adapters, over the same mesh.
+    """
+    given = stored(network)
+    for name, tensor in stored(into).items():
+        own_rows(tensor).copy_(own_rows(given[name]))
+
+
+def stored(network: nn.Module) -> dict[str, Tensor]:
+    """What the files of a network hold, by the names that it has without adapters: parameters and buffers."""
+    kept = network.state_dict().keys()
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in _tensors(network).items()
+        if name in kept and ".lora_" not in name
+    }
+
+
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict(network.named_parameters()) | dict(network.named_buffers())
-
-
-def _copy_rows(tensor: Tensor, rows: Any) -> None:
-    """Into a plain tensor everything; into a sharded one the rows of this process."""
-    if not isinstance(tensor, DTensor):
-        tensor.copy_(rows[...])
-        return
-    local = tensor.to_local()
-    if local.numel():
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        local.copy_(rows[offset[0] : offset[0] + len(local)])

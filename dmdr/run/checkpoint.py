@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,16 +15,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.run import durable
-from dmdr.states import check_storable, load_strict, read_tensors
+from dmdr.run.shares import load_shares, names_of, save_shares
+from dmdr.states import check_storable, is_shared, load_strict, own_rows, read_tensors, refuse_misfits, rows_of
 
 PATTERN = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"  # name -> size and hash of each file
 STAGE_END = "stage_end"
+WEIGHTS = "weights"  # before the names of parameters, where a role's shares are weights and moments
 MOST_ROUNDS = 1000  # batches of prompts for each update; a larger count is no count
-Tensors = Mapping[str, Mapping[str, torch.Tensor]]  # role -> name -> tensor
+Tensors = Mapping[str, Mapping[str, Tensor]]  # role -> name -> tensor
+Moments = dict[int, dict[str, Any]]  # number of the parameter -> name of the moment -> tensor
+Once = Callable[[Callable[[], Any]], Any]
 logger = logging.getLogger("dmdr")
 
 
@@ -63,6 +70,11 @@ class Progress:
             raise ValueError(f"{self.prompts_consumed} batches of prompts for {self.total} updates")
 
 
+def alone(act: Callable[[], Any]) -> Any:
+    """Have this process act by itself (`Once`)."""
+    return act()
+
+
 def save_checkpoint(
     folder: Path,
     progress: Progress,
@@ -71,6 +83,7 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     *,
     stage_end: bool = False,
+    once: Once = alone,
 ) -> Path:
     """Write `folder/step-<total>`, under another name until it is complete.
 
@@ -78,10 +91,13 @@ def save_checkpoint(
 
     Args:
         folder: The run's `checkpoints/`.
-        tensors: Weights by role, and the student's average as "ema"; each role is a file.
+        tensors: Weights by role, and the student's average as "ema"; each role is a file, or a folder of shares with
+            their moments.
         optimizers: By role; their moments are kept, their settings come from the configuration on resuming.
         extra: Further state of plain containers and tensors (objectives, loss scaler).
         stage_end: Keep it whatever `prune` is asked to.
+        once: Has the main process act, and tells all what came of it (`device.on_main_process`), where all processes
+            save together. Left out, this process saves alone, what the processes do not share.
 
     Raises:
         TrainingError: If `extra` holds what could not be loaded again, or the disk does not take it. What was there is
@@ -90,24 +106,71 @@ def save_checkpoint(
     for name, state in extra.items():
         check_storable(state, f"state_dict() of {name}")
     final = folder / f"step-{progress.total:06d}"
-    try:
-        if damage(final) is not None:
-            partial = durable.begin(final)
+    moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
+    shared = {role: named for role, named in tensors.items() if any(map(is_shared, named.values()))}
+
+    def begin() -> Path | None:
+        with _reported(final):
+            return None if damage(final) is None else durable.begin(final)
+
+    def finish(partial: Path) -> None:
+        with _reported(final):
             for role, named in tensors.items():
-                save_file(
-                    {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, _file(partial, role)
-                )
-            moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
-            torch.save({"moments": moments, "extra": dict(extra)}, partial / "training.pt")
+                if role not in shared:
+                    own = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+                    save_file(own, _file(partial, role))
+            torch.save({"moments": _plain(moments), "extra": dict(extra)}, partial / "training.pt")
             (partial / "progress.json").write_text(json.dumps(asdict(progress)))
-            files = {path.name: identity(path) for path in partial.iterdir()}
+            written = sorted(path for path in partial.rglob("*") if path.is_file())
+            names = [path.relative_to(partial).as_posix() for path in written]
+            with ThreadPoolExecutor() as pool:
+                files = dict(zip(names, pool.map(identity, written), strict=True))
             (partial / MANIFEST).write_text(json.dumps(files, indent=2))
             durable.finish(partial, final)
-        if stage_end:
+
+    def mark() -> None:
+        with _reported(final):
             (final / STAGE_END).touch()
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say of a full disk what they like
-        raise TrainingError(f"{final} could not be written: {one_line(error)}; earlier ones are untouched") from error
+
+    if partial := once(begin):
+        for role, named in shared.items():
+            save_shares(partial / role, _named(named, moments.get(role, {})))
+        once(lambda: finish(partial))
+    if stage_end:
+        once(mark)
     return final
+
+
+@contextmanager
+def _reported(final: Path) -> Iterator[None]:
+    """A failure of the disk in one line; torch and safetensors say of a full one what they like.
+
+    Raises:
+        TrainingError: In its place.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"{final} could not be written: {one_line(error)}; earlier ones are untouched") from error
+
+
+def _named(tensors: Mapping[str, Tensor], moments: Moments) -> dict[str, Tensor]:
+    """A role's shared tensors and moments by one name each: `weights.<name>`, `exp_avg.<name>`."""
+    found = {f"{WEIGHTS}.{name}": tensor for name, tensor in tensors.items()}
+    for index, name in enumerate(tensors):
+        found |= {f"{key}.{name}": value for key, value in moments.get(index, {}).items() if is_shared(value)}
+    return found
+
+
+def _plain(moments: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Without what processes share."""
+    return {
+        role: {
+            index: {key: value for key, value in state.items() if not is_shared(value)}
+            for index, state in states.items()
+        }
+        for role, states in moments.items()
+    }
 
 
 def identity(file: Path) -> dict[str, Any]:
@@ -176,12 +239,44 @@ def restore(checkpoint: Path, tensors: Tensors, optimizers: Mapping[str, torch.o
     for role, optimizer in optimizers.items():
         if role not in moments:
             raise ConfigError(f"{checkpoint} holds no optimizer state of the {role}")
-        own = optimizer.state_dict()
+        state, own = moments[role], optimizer.state_dict()
         try:
-            optimizer.load_state_dict({"state": moments[role], "param_groups": own["param_groups"]})
+            if any(map(is_shared, tensors.get(role, {}).values())):
+                state = _as_shares(state, list(tensors[role].values()))
+            if (checkpoint / role).is_dir():
+                _load_moments(checkpoint / role, state, tensors[role])
+            optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file}: the optimizer state of the {role} does not fit: {one_line(error)}") from error
     return extra
+
+
+def _as_shares(state: Moments, parameters: Sequence[Tensor]) -> Moments:
+    """Moments that were saved whole, shared as the parameters are."""
+    return {
+        index: {
+            key: _share(value, parameters[index]) if value.shape == parameters[index].shape else value
+            for key, value in own.items()
+        }
+        for index, own in state.items()
+    }
+
+
+def _share(value: Tensor, parameter: Tensor) -> Tensor:
+    found = torch.zeros_like(parameter.detach())
+    own_rows(found).copy_(rows_of(found, value))
+    return found
+
+
+def _load_moments(folder: Path, state: Moments, parameters: Mapping[str, Tensor]) -> None:
+    """Add the moments among a role's shares to its state."""
+    numbers, into = {name: index for index, name in enumerate(parameters)}, {}
+    for each in names_of(folder):
+        key, _, name = each.partition(".")
+        if key != WEIGHTS:
+            into[each] = torch.zeros_like(parameters[name].detach())
+            state.setdefault(numbers[name], {})[key] = into[each]
+    load_shares(folder, into)
 
 
 def _read_training(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,7 +319,12 @@ def load_parameters(checkpoint: Path, role: str, parameters: Mapping[str, torch.
     Raises:
         ConfigError: If the file is missing or damaged, or names or shapes differ; says which.
     """
-    file = _file(checkpoint, role)
+    file, folder = _file(checkpoint, role), checkpoint / role
+    if folder.is_dir():
+        named = {f"{WEIGHTS}.{name}": tensor for name, tensor in parameters.items()}
+        refuse_misfits(str(folder), (), {each for each in names_of(folder) if each.startswith(WEIGHTS)} - named.keys())
+        load_shares(folder, named)
+        return
     if not file.is_file():
         what = "average of the student (--ema_decay)" if role == "ema" else role
         raise ConfigError(f"{checkpoint} holds no {what} to go on with")
@@ -254,6 +354,11 @@ def prune(folder: Path, limit: int | None, whole: Path | None = None) -> None:
     if surplus and (found[-1] == whole or damage(found[-1]) is None):
         for path in surplus:
             durable.discard(path)
+
+
+def holds(checkpoint: Path, role: str) -> bool:
+    """Whether there are weights of a role, or the student's average ("ema"), in a checkpoint."""
+    return _file(checkpoint, role).is_file() or (checkpoint / role).is_dir()
 
 
 def find_initial(path: str) -> Path:

@@ -76,6 +76,8 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         if not isinstance(backend, Shardable) or "sharding" not in signature(backend.prepare).parameters:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
         backend.check_shardable()
+        if config.optim != "adamw_torch" and getattr(backend.options, "full_finetune", False):
+            raise ConfigError(f"--shard: --optim {config.optim} cannot train a full student in shares; use adamw_torch")
     if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)

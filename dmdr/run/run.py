@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from dmdr import images
 from dmdr.errors import ConfigError, TrainingError, not_exiting, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
-from dmdr.protocols import CachesPrompts, Stateful
+from dmdr.protocols import CachesPrompts, Shardable, Stateful
 from dmdr.run import durable
 from dmdr.run.checkpoint import (
+    Once,
     Progress,
     Tensors,
+    alone,
     checkpoints,
     find_initial,
+    holds,
     load_parameters,
     number_of,
     prune,
@@ -60,6 +64,7 @@ from dmdr.settings.chosen import SUMS
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
 from dmdr.settings.trust import check_config
+from dmdr.states import is_shared
 from dmdr.training.phases import phase
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
@@ -206,8 +211,8 @@ class Run:
             for what in differences(self.initial, self.plan.num_inference_steps, getattr(backend, "resolution", None)):
                 logger.warning("--init_student %s %s", self.initial, what)
         if (self.initial / "progress.json").is_file():
-            average = (self.initial / "ema.safetensors").is_file()  # what its users got
-            load_parameters(self.initial, "ema" if average else "student", backend.parameters("student"))
+            role = "ema" if holds(self.initial, "ema") else "student"  # what its users got
+            load_parameters(self.initial, role, backend.parameters("student"))
             load_parameters(self.initial, "fake_score", backend.parameters("fake_score"))
         else:
             backend.load_export(self.initial)
@@ -327,6 +332,8 @@ class Run:
         """Teacher's share of the evaluation, export and report."""
         if self.config.num_eval_samples:
             self.observer.evaluate_teacher()
+        if isinstance(self.job.backend, Shardable) and self.plan.shards > 1:
+            self.job.backend.gather()
         if self.accelerator.is_main_process:
             objectives = "" if not self.job.objectives else self.config.rl
             export(
@@ -387,6 +394,10 @@ class Run:
         """What a failing run has learned so far."""
         if not self.progress.total or not self.accelerator.is_main_process:
             return  # before the first update there is nothing to go on with
+        if any(map(is_shared, trainer.student.parameters.values())):
+            how = self._how_to_go_on()
+            logger.warning("one process cannot save the student that all share; go on from before with %s", how)
+            return
         self.progress = replace(self.progress, torn=self._in_update)
         try:
             self._write_checkpoint(trainer)
@@ -407,9 +418,9 @@ class Run:
 
     def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
         """A checkpoint, or in all processes the reason why there is none."""
-        on_main_process(self.accelerator, lambda: self._write_checkpoint(trainer, stage_end=stage_end))
+        self._write_checkpoint(trainer, partial(on_main_process, self.accelerator), stage_end=stage_end)
 
-    def _write_checkpoint(self, trainer: Trainer, *, stage_end: bool = False) -> None:
+    def _write_checkpoint(self, trainer: Trainer, once: Once = alone, *, stage_end: bool = False) -> None:
         extra = {
             "scaler": self.scaler.state_dict(),
             "objectives": trainer.objectives.state_dict(),
@@ -418,12 +429,10 @@ class Run:
             **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
         }
         tensors, optimizers = self._kept(trainer)
-        folder = save_checkpoint(
-            self.output / "checkpoints", self.progress, tensors, optimizers, extra, stage_end=stage_end
-        )
-        logger.debug("saved %s", folder)
+        folder = self.output / "checkpoints"
+        saved = save_checkpoint(folder, self.progress, tensors, optimizers, extra, stage_end=stage_end, once=once)
         if not trainer.bad_steps:  # what was saved before them may be worth going back to
-            prune(self.output, self.config.save_total_limit, folder)
+            once(lambda: prune(self.output, self.config.save_total_limit, saved))
 
 
 def _stateful_parts(trainer: Trainer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dmdr.states import whole
 from dmdr.training.learner import Grads, Learner, average
 
 
@@ -79,7 +80,7 @@ class Balance:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Norm of a gradient, parameter by parameter."""
-    return torch.stack([tensor.norm() for tensor in tensors]).norm()
+    return torch.stack([whole(tensor.norm()) for tensor in tensors]).norm()
 
 
 def _weighted(factors: Tensor, tensors: Sequence[Tensor]) -> Tensor:

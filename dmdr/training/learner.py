@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
+from dmdr.states import is_shared, own_rows, whole
 from dmdr.training.phases import gather, phase
 
 if torch.distributed.is_available():
@@ -42,7 +43,8 @@ class Update(NamedTuple):
 class Learner:
     """One trained role: its parameters, optimizer and learning-rate schedule.
 
-    Gradients are averaged over the processes here, once per update: no wrapper has to know which role is active.
+    Gradients are averaged over the processes here, once per update: no wrapper has to know which role is active. Those
+    of parameters that the processes share have been averaged as they arrived.
     """
 
     def __init__(
@@ -126,15 +128,15 @@ class Learner:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        health = grads[0].new_zeros(())
+        health = own_rows(grads[0]).new_zeros(())
         if not self.scaler.is_enabled():
             for loss in losses:
                 health = health + (0 * loss.detach()).to(health)  # NaN of a loss that is not finite
         if self.accelerator.num_processes > 1:
-            self._own_norm = nn.utils.get_total_norm(grads)
+            self._own_norm = None if any(map(is_shared, grads)) else nn.utils.get_total_norm(grads)
             average([*grads, health])
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(grads)
+        norm = whole(nn.utils.get_total_norm(grads))
         found = (norm + health).item()
         if math.isfinite(found):
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
@@ -153,7 +155,7 @@ class Learner:
         Returns:
             `Update.fault`; all processes must ask for it together.
         """
-        finite = torch.stack([grad.isfinite().all() for grad in self.grads if grad is not None]).tolist()
+        finite = torch.stack([whole(grad.isfinite().all()) for grad in self.grads if grad is not None]).tolist()
         names = [name for name, each in zip(self.parameters, finite, strict=True) if not each]
         where = [f"first in {names[0]}"] if names else []
         if self._own_norm is not None:
@@ -214,13 +216,13 @@ def processes(found: Tensor) -> list[str]:
 
 @phase("communication")
 def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:
-    """Replace gradients by their means over the processes, in place.
+    """Replace gradients by their means over the processes, in place, but those that are means already.
 
     Args:
         grads: Of one dtype and device, in the same order in every process.
         bucket: Bytes that are sent in one call and take memory beside the gradients; what is larger goes as it is.
     """
-    for part in _buckets(grads, bucket):
+    for part in _buckets([grad for grad in grads if not is_shared(grad)], bucket):
         alone = len(part) == 1 and part[0].is_contiguous()  # as all_reduce wants it
         flat = part[0] if alone else torch.cat([grad.flatten() for grad in part])
         torch.distributed.all_reduce(flat)

@@ -1,0 +1,158 @@
+"""Two processes of B images against one of 2B, for each objective, matching and weight, on a small real network.
+
+Plain and with shares of the network (`--shard all`), a LoRA and a full student, with checkpointing and without.
+"""
+
+import math
+import os
+import socket
+from copy import deepcopy
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+
+import sd3
+from dmdr.backends.flow import FlowOptions
+from dmdr.backends.toy import Redness
+from dmdr.ema import EMA
+from dmdr.run.device import mesh_of
+from dmdr.states import is_shared, whole
+from dmdr.training.tilt import RewardTilt
+from dmdr_ac_dmd import ACDMD
+from dmdr_decoupled import Decoupled
+from dmdr_dpo import DPO
+from dmdr_grpo import GRPO
+from dmdr_nft import DiffusionNFT
+from dmdr_refl import ReFL
+from dmdr_rwr import RWR
+from dmdr_sd3 import SD3Backend
+from dmdr_srpo import SRPO
+from toy_trainer import Plain, trainer
+
+pytestmark = pytest.mark.verify
+
+STEPS, BATCH = 2, 8
+ROWS = [{"prompt": prompt} for prompt in ("seven", "two", "four")]
+BROKEN = {"two": math.nan}  # so that one process has fewer scores than the other
+WORDS: dict[str, Any] = {"positive": ["Red", ""], "negative": ["Green"]}
+CASES: dict[str, dict[str, Any]] = {
+    "dmd": {"guidance": (2.0, 4.0), "fake_updates": 2},
+    "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
+    "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
+    "rt_dm": {"rewards": Plain(BROKEN), "sample_weight": RewardTilt(1.5)},
+    "refl": {"rewards": Plain(BROKEN), "objectives": [ReFL()]},
+    "refl_balanced": {"rewards": Plain(), "objectives": [ReFL()], "balances": True},
+    "grpo": {"rewards": Plain(BROKEN), "objectives": [GRPO()], "group_size": 2},
+    "dpo": {"rewards": Plain(BROKEN), "objectives": [DPO(beta=1.0)], "group_size": 4},
+    "srpo": {"rewards": Redness(), "objectives": [SRPO(**WORDS)]},
+    "nft": {"rewards": Plain(BROKEN), "objectives": [DiffusionNFT(kl_beta=0.1)], "group_size": 4},
+    "rwr": {"rewards": Plain(BROKEN), "objectives": [RWR(0.5)], "group_size": 2},
+    "grpo + refl": {
+        "rewards": Plain(),
+        "objectives": [GRPO(num_iterations=2, beta=0.1), (0.1, ReFL(steps="last"))],
+        "group_size": 4,
+    },
+}
+KINDS = {
+    f"{'full' if full else 'LoRA'}, {'checkpointed' if saving else 'not'}": {
+        "full_finetune": full,
+        "gradient_checkpointing": saving,
+    }
+    for full, saving in product((False, True), (False, True))
+}
+
+
+def slowly(parameters: list[Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-2)
+
+
+def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1) -> dict[str, Any]:
+    """What two updates make of all parameters, and their log lines."""
+    accelerator = Accelerator(cpu=True)
+    options = FlowOptions(lora_rank=4, fake_lora_rank=4, seed=3, prompt_cache="off", resolution=16, **KINDS[kind])
+    backend = SD3Backend(str(folder), options)
+    mesh = mesh_of(shards, accelerator) if shards > 1 else None
+    backend.prepare(accelerator, roles=("student", "fake_score", "reference"), sharding=mesh)
+    for role in ("student", "fake_score"):  # a LoRA at its start adds nothing
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in backend.parameters(role).items():
+            if "lora_B" in name:
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    batch = BATCH // accelerator.num_processes
+    running = trainer(
+        backend,
+        batch=batch,
+        micro_batch=batch // accumulated,
+        rows=ROWS,
+        optimize=slowly,
+        max_grad_norm=1.0,
+        **{"eta": 0.9, **deepcopy(CASES[case])},
+    )
+    running.student.ema = EMA(running.student.parameters, 0.5)
+    assert any(map(is_shared, running.student.parameters.values())) == (shards > 1 and "full" in kind)
+    lines = [running.train_step(compare=True) for _ in range(STEPS)]
+    roles = {role: backend.parameters(role) for role in ("student", "fake_score")} | {
+        "ema": running.student.ema.average
+    }
+    found = {
+        f"{role}.{name}": whole(tensor.detach()).clone()
+        for role, tensors in roles.items()
+        for name, tensor in tensors.items()
+    }
+    return {"parameters": found, "lines": lines}
+
+
+def work(rank: int, processes: int, port: int, folder: str, cases: list[tuple[str, str, int]]) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update({"WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"})
+    found = {case: train(Path(folder) / "sd3", *case) for case in cases}
+    if rank == 0:
+        torch.save(found, Path(folder) / f"{processes}.pt")
+    PartialState().destroy_process_group()
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference, relative to the largest number of its tensor."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(1e-3)) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("processes", "cases"),
+    [
+        (2, [(case, kind, shards) for case in CASES for kind in KINDS for shards in (1, 2)]),
+        (4, [(case, kind, 2) for case in ("dmd", "grpo + refl") for kind in KINDS]),
+    ],
+)
+def test_several_processes_train_as_one(tmp_path: Path, processes: int, cases: list[tuple[str, str, int]]) -> None:
+    sd3.build(tmp_path / "sd3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (processes, port, str(tmp_path), cases), nprocs=processes)
+    found = torch.load(tmp_path / f"{processes}.pt", weights_only=False)
+    alone = {(case, kind): train(tmp_path / "sd3", case, kind, 1) for case, kind, _ in cases}
+    wrong = []
+    for case, kind, shards in cases:
+        one, other = alone[case, kind], found[case, kind, shards]
+        far = apart(one["parameters"], other["parameters"])
+        print(f"{processes} processes, {case}, {kind}, shares of {shards}: {far:.1e}")
+        if far > 1e-6:
+            wrong.append((case, kind, shards, far))
+        for line, same in zip(one["lines"], other["lines"], strict=True):
+            assert same == pytest.approx(line, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert not wrong
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulation_trains_as_one_batch(tmp_path: Path, case: str) -> None:
+    sd3.build(tmp_path / "sd3")
+    at_once, in_two = (train(tmp_path / "sd3", case, "LoRA, not", 1, accumulated) for accumulated in (1, 2))
+    assert apart(at_once["parameters"], in_two["parameters"]) <= 1e-6
