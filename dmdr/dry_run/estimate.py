@@ -159,12 +159,16 @@ def _simulated(job: Job) -> Estimate:
         backend.prepare(process, roles=roles)
         parts = _parts(backend, roles) | held
         parameters |= _count(parts)
+        shares = Shares(backend, job.plan.shards)
+        if shares.count > 1:
+            parts[GATHERED] = [torch.empty(shares.gathered(), dtype=torch.uint8, device=META)]
         for name, tensors in parts.items():
-            meter.label(name, tensors)
+            for tensor in tensors:
+                meter.label(name, [tensor], shares.of(tensor))
         for role in roles:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter))
+                    parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
         # Further updates of the fake score find the same tensors alive.
         plan = replace(job.plan, rounds=1, batch=replace(job.plan.batch, processes=1))
         dry = replace(job, plan=plan, backend=Bridge(backend))
@@ -175,35 +179,49 @@ def _simulated(job: Job) -> Estimate:
             gc.collect()  # an optimizer and its schedule hold each other
             trainer = trainers.of(stage)
             with closing(trainer.prompts):
-                phases[f"stage {stage.number}"] = _train(trainer, meter)
+                phases[f"stage {stage.number}"] = _train(trainer, meter, shares)
         phases["image grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
         del trainer
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
-    backbone, shards = sum(t.nbytes for t in parts[NETWORK]), job.plan.shards
-    if shards > 1:
-        text += f", network shared by {shards}"
-        for peak in phases.values():
-            if peak[NETWORK]:
-                peak[NETWORK] -= backbone - backbone // shards
-                peak[GATHERED] = _gathered(backend.roles.network)
-        backbone //= shards
-    names = (ENCODERS, *parts, GATHERED, *RUNNING)
+    if shares.count > 1:
+        text += f", network shared by {shares.count}"
+    names = (ENCODERS, *parts, *RUNNING)
     return Estimate(
         overview(job, trainers.own_learners, precision=precision),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
         backbones=1 + len(backend.roles.copies),
-        backbone=backbone,
+        backbone=sum(tensor.nbytes // shares.of(tensor) for tensor in parts[NETWORK]),
     )
 
 
-def _gathered(network: nn.Module) -> int:
-    """Bytes of a shared network that are whole at a time: what is in no block, and two blocks, with the next one."""
-    frozen = {p: p.nbytes for name, p in network.named_parameters() if ".lora_" not in name}
-    blocks = [{p for p in block.parameters() if p in frozen} for block in blocks_of(network)]
-    largest = sorted(sum(frozen[p] for p in block) for block in blocks)[-2:]
-    return sum(largest) + sum(frozen[p] for p in frozen.keys() - set().union(*blocks))
+class Shares:
+    """What several processes share (--shard): the frozen network, and a full student like it.
+
+    Attributes:
+        count: Processes that share a copy; 1 if each has its own.
+    """
+
+    def __init__(self, backend: PipelineBackend, count: int) -> None:
+        self.count, self._networks = count, backend.roles.networks
+        named = (pair for network in self._networks for pair in network.named_parameters())
+        self._shared = {id(parameter) for name, parameter in named if ".lora_" not in name} if count > 1 else set()
+
+    def of(self, tensor: Tensor) -> int:
+        """Processes among which a parameter, with its gradient and moments, is divided."""
+        return self.count if id(tensor) in self._shared else 1
+
+    def gathered(self) -> int:
+        """Bytes that are whole at a time: what is in no block, two blocks, and the gradients of one that is trained."""
+        return max(self._gathered(network) for network in self._networks)
+
+    def _gathered(self, network: nn.Module) -> int:
+        sizes = {p: p.nbytes for p in network.parameters() if id(p) in self._shared}
+        blocks = [{p for p in block.parameters() if p in sizes} for block in blocks_of(network)]
+        largest = sorted(sum(sizes[p] for p in block) for block in blocks)[-2:]
+        trained = any(p.requires_grad for p in sizes)
+        return sum(largest) + trained * largest[-1] + sum(sizes[p] for p in sizes.keys() - set().union(*blocks))
 
 
 @torch.no_grad()
@@ -217,16 +235,19 @@ def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> 
     return meter.peak
 
 
-def _train(trainer: Trainer, meter: Meter) -> Counter[str]:
+def _train(trainer: Trainer, meter: Meter, shares: Shares) -> Counter[str]:
     """The peak of a step."""
     for learner in trainer.learners.values():
+        count = max(map(shares.of, learner.parameters.values()))
+        learner.optimizer.register_step_pre_hook(lambda *_, count=count: setattr(meter, "shares", count))
+        learner.optimizer.register_step_post_hook(lambda *_: setattr(meter, "shares", 1))
         for parameter in learner.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         learner.update()  # of nothing, after which all states are there
         held = (value for state in learner.optimizer.state.values() for value in state.values())
-        meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta])
+        meter.label(OPTIMIZER, [value for value in held if isinstance(value, Tensor) and value.is_meta], count)
         if learner.ema:
-            meter.label(AVERAGE, learner.ema.average.values())
+            meter.label(AVERAGE, learner.ema.average.values(), count)
     meter.restart()
     trainer.train_step(compare=True)  # as in a step that is logged
     return meter.peak
@@ -262,9 +283,9 @@ def _count(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
     return {name: sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for name, tensors in parts.items()}
 
 
-def _label_gradient(meter: Meter, parameter: Tensor) -> None:
+def _label_gradient(meter: Meter, shares: Shares, parameter: Tensor) -> None:
     if parameter.grad is not None:
-        meter.label(GRADIENTS, [parameter.grad])
+        meter.label(GRADIENTS, [parameter.grad], shares.of(parameter))
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,16 @@ class Meter(TorchDispatchMode):
     Attributes:
         now: Bytes by label; what was never labelled is REST.
         peak: The same at the highest sum since `restart`.
+        shares: Processes among which new storages are divided.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.shares = 1
         self._labels: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}
         self._alive: dict[int, Any] = {}
         self._values: dict[int, Tensor] = {}  # on the CPU, laid out as the storage on the meta device
         self._sum = self._highest = 0
@@ -63,28 +66,32 @@ class Meter(TorchDispatchMode):
         """Forget the peak."""
         self.peak, self._highest = self.now.copy(), self._sum
 
-    def label(self, name: str, tensors: Iterable[Tensor]) -> None:
-        """Count these tensors' storages under a name from now on."""
+    def label(self, name: str, tensors: Iterable[Tensor], shares: int = 1) -> None:
+        """Count these tensors' storages under a name from now on, of each a process's share of so many."""
         for tensor in tensors:
             self._see(tensor)
             storage = tensor.untyped_storage()
-            self.now[self._labels[id(storage)]] -= storage.nbytes()
-            self.now[name] += storage.nbytes()
-            self._labels[id(storage)] = name
+            key, size = id(storage), storage.nbytes() // shares
+            self.now[self._labels[key]] -= self._sizes[key]
+            self.now[name] += size
+            self._sum += size - self._sizes[key]
+            self._labels[key], self._sizes[key] = name, size
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
+        key = id(storage)
         if key in self._alive:
             return
 
         def gone(_: Any) -> None:
             del self._alive[key]
             self._values.pop(key, None)
-            self.now[self._labels.pop(key)] -= size
-            self._sum -= size
+            counted = self._sizes.pop(key)
+            self.now[self._labels.pop(key)] -= counted
+            self._sum -= counted
 
-        self._alive[key], self._labels[key] = weakref.ref(storage, gone), REST
+        size = storage.nbytes() // self.shares
+        self._alive[key], self._labels[key], self._sizes[key] = weakref.ref(storage, gone), REST, size
         self.now[REST] += size
         self._sum += size
         if self._sum > self._highest:

@@ -2,7 +2,9 @@
 
 import json
 import os
-import socket
+from collections.abc import Callable
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+import processes
 import sd3
 from dmdr import train
 from dmdr.backends.flow import FlowOptions
@@ -27,6 +30,7 @@ from dmdr.run.job import assemble
 from dmdr.settings import registry
 from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse
+from dmdr.states import is_shared, own_rows, whole
 from dmdr_sd3 import SD3Backend
 from family import FAMILIES
 
@@ -44,23 +48,30 @@ def answers(folder: Path, rows: slice, sharding: Any = None, **options: Any) -> 
     network = backend(folder, sharding, **options)
     for role in ("student", "fake_score"):
         generator = torch.Generator().manual_seed(5)
-        for parameter in network.parameters(role).values():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for name, parameter in network.parameters(role).items():
+            if ".lora_" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     x_t = torch.randn((2, *network.latent_shape), generator=torch.Generator().manual_seed(7))[rows]
     t, cond = torch.tensor([0.4, 0.9])[rows], network.encode(PROMPTS[rows])
     found = {role: getattr(network, role)(x_t, t, cond).value for role in ("teacher", "fake_score", "student")}
     for _ in range(2):
         network.student(x_t, t, cond).value.square().sum().backward()
     for name, parameter in network.parameters("student").items():
-        assert parameter.grad is not None and not isinstance(parameter.grad, DTensor)
-        found[name] = parameter.grad
-    shards = [p for p in network.roles.network.parameters() if isinstance(p, DTensor)]
-    found["local"] = torch.tensor(sum(p.to_local().numel() for p in shards))
+        assert parameter.grad is not None
+        assert is_shared(parameter.grad) == (sharding is not None and "full_finetune" in options)
+        found[name] = whole(parameter.grad)
+    shards = [p for each in network.roles.networks for p in each.parameters() if is_shared(p)]
+    found["local"] = torch.tensor(sum(own_rows(p).numel() for p in shards))
     found["all"] = torch.tensor(sum(p.numel() for p in shards))
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-CASES: dict[str, dict[str, Any]] = {"plain": {}, "checkpointed": {"gradient_checkpointing": True}}
+CASES: dict[str, dict[str, Any]] = {
+    "checkpointed": {"gradient_checkpointing": True},
+    "full": {"full_finetune": True, "gradient_checkpointing": True},
+    "merged": {"teacher_lora": "lora.safetensors"},
+    "compiled": {"torch_compile": True},
+}
 
 # Images of the first prompt have no score: some processes then have no pair to learn from, and others have.
 REWARD = """
@@ -71,104 +82,177 @@ def red(images, prompts):
     return torch.where(torch.tensor([prompt == "seven" for prompt in prompts], device=score.device), torch.nan, score)
 """
 RUN: dict[str, Any] = {
-    "rl": "dpo+grpo", "num_generations": 2, "stage1_steps": 1, "stage2_steps": 2, "fake_updates": 1, "eta": 0.9,
-    "resolution": 16, "learning_rate": 1e-3, "lora_rank": 4, "fake_lora_rank": 4, "gradient_checkpointing": True,
-    "report_to": "none", "logging_steps": 1, "sample_images": 3, "num_eval_samples": 5, "eval_steps": 2,
-    "save_steps": 2, "teacher_steps": 2, "mixed_precision": "no",
+    "num_generations": 2, "stage1_steps": 1, "stage2_steps": 2, "fake_updates": 1, "eta": 0.9, "resolution": 16,
+    "learning_rate": 1e-3, "fake_lora_rank": 4, "gradient_checkpointing": True, "report_to": "none",
+    "logging_steps": 1, "sample_images": 3, "save_steps": 2, "teacher_steps": 2, "mixed_precision": "no",
+    "adam_epsilon": 1e-3,  # well above what is left by rounding where a gradient is zero
 }  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"rl": "dpo+grpo", "lora_rank": 4, "num_eval_samples": 5, "eval_steps": 2},
+    "full": {"rl": "grpo", "full_finetune": True, "ema_decay": 0.5, "num_eval_samples": 0},
+}
+ONE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # the batch of one process, and of several
+SEVERAL = {"shard": "node", "per_device_train_batch_size": 2}
 
 
-def run(folder: Path, name: str, **settings: Any) -> Path:
+def run(folder: Path, name: str, kind: str, **settings: Any) -> Path:
     given = {"model": str(folder / "sd3"), "prompts": str(folder / "prompts.txt"), "reward": f"{folder}/mine.py:red"}
-    return train(**given | RUN | settings, output_dir=str(folder / name))
+    return train(**given | RUN | KINDS[kind] | settings, output_dir=str(folder / name))
 
 
-def work(rank: int, processes: int, port: int, folder: str, resumed: bool) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    os.environ.update({"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"})
-    settings = {"shard": "node", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // processes}
-    if resumed:
-        step = Path(folder) / f"run-{processes}" / "checkpoints" / "step-000002"
-        run(Path(folder), f"resumed-{processes}", **settings, resume_from_checkpoint=str(step))
-        return
-    mesh, own = mesh_of(2, Accelerator(cpu=True)), slice(rank % 2, rank % 2 + 1)
-    found = {name: answers(Path(folder) / "sd3", own, mesh, **options) for name, options in CASES.items()}
-    torch.save(found, Path(folder) / f"{processes}-{rank}.pt")
-    run(Path(folder), f"run-{processes}", **settings)
+def answer(rank: int, folder: Path) -> None:
+    os.chdir(folder)
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: compile_module(module, backend="eager")  # type: ignore[method-assign]
+    mesh, own = mesh_of(2, Accelerator(cpu=True)), slice(rank, rank + 1)
+    torch.save({name: answers(folder / "sd3", own, mesh, **given) for name, given in CASES.items()}, f"{rank}.pt")
+
+
+def train_together(rank: int, folder: Path, name: str, kind: str, settings: dict[str, Any]) -> None:
+    accumulated = 4 // int(os.environ["WORLD_SIZE"])
+    run(folder, name, kind, **SEVERAL, gradient_accumulation_steps=accumulated, **settings)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
-    sd3.build(folder / "sd3")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sd3.build(folder / "sd3")
     (folder / "mine.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("seven\ntwo\nfour\n")
+    module, lora = "transformer.transformer_blocks.0.attn.to_q.lora_", torch.randn(2, 32)
+    save_file({f"{module}A.weight": lora, f"{module}B.weight": lora.T.contiguous()}, folder / "lora.safetensors")
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Path:
-    """The run of one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmdr.run.run.write_report", lambda folder: None)
-        return run(folder, "alone", per_device_train_batch_size=4, gradient_accumulation_steps=2)
-
-
-# Four processes are two copies of two shares.
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.verify)])
-def shared(folder: Path, request: pytest.FixtureRequest) -> int:
-    """So many processes have done the same, two of them sharing a network."""
-    for resumed in (False, True):  # a run ends the group of its processes
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(work, (request.param, port, str(folder), resumed), nprocs=request.param)
-    return int(request.param)
+def answered(folder: Path) -> list[dict[str, dict[str, Tensor]]]:
+    """What each of two processes found."""
+    processes.start(answer, 2, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_processes_that_share_a_network_answer_as_one_that_has_it_whole(folder: Path, shared: int, case: str) -> None:
-    for rank in (0, 1):
-        whole = answers(folder / "sd3", slice(rank, rank + 1), **CASES[case])
-        found = torch.load(folder / f"{shared}-{rank}.pt")[case]
+def test_processes_that_share_a_network_answer_as_one_that_has_it_whole(
+    folder: Path, answered: list[dict[str, dict[str, Tensor]]], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    given = {name: value for name, value in CASES[case].items() if name != "torch_compile"}
+    alone = [answers(folder / "sd3", slice(rank, rank + 1), **given) for rank in (0, 1)]
+    for rank, found in enumerate(each[case] for each in answered):
         assert found["local"] <= 0.51 * found["all"] and found["all"] > 10_000
-        assert whole.keys() == found.keys()
+        assert alone[rank].keys() == found.keys()
         for name in found.keys() - {"local", "all"}:
-            torch.testing.assert_close(found[name], whole[name], rtol=1e-6, atol=1e-7)
+            wanted = alone[rank][name]
+            if case == "full" and "." in name:  # a gradient, averaged as it arrived
+                wanted = (alone[0][name] + alone[1][name]) / 2
+            assert (found[name] - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_a_run_whose_processes_share_a_network_trains_as_one_process(folder: Path, alone: Path, shared: int) -> None:
-    other = folder / f"run-{shared}"
-    for step in (1, 2, 3):
-        one, two = (f / "checkpoints" / f"step-{step:06d}" / "student.safetensors" for f in (alone, other))
-        weights = load_file(one)
-        for name, tensor in load_file(two).items():
-            torch.testing.assert_close(tensor, weights[name], rtol=0, atol=2e-5)  # AdamW divides by small moments
-    columns, others = (json.loads((f / "evaluation.json").read_text())["columns"] for f in (alone, other))
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The run of one process, of a kind."""
+
+    @cache
+    def made(kind: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmdr.run.run.write_report", lambda folder: None)
+            return run(folder, f"alone-{kind}", kind, **ONE)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path, request: pytest.FixtureRequest) -> tuple[int, str, Path]:
+    """So many processes, of which two share a network, have made a run of a kind; four are two copies of two shares."""
+    count, kind = request.param
+    processes.start(train_together, count, folder, f"{kind}-{count}", kind, {}, machine=2)
+    return count, kind, folder / f"{kind}-{count}"
+
+
+EACH = [(2, "LoRA"), (2, "full"), *(pytest.param((4, kind), marks=pytest.mark.verify) for kind in KINDS)]
+
+
+def weights(run: Path, step: int, role: str) -> dict[str, Tensor]:
+    checkpoint = run / "checkpoints" / f"step-{step:06d}"
+    shares = checkpoint / role
+    found = whole_of(shares) if shares.is_dir() else load_file(checkpoint / f"{role}.safetensors")
+    return {name.removeprefix("weights."): tensor for name, tensor in found.items()}
+
+
+def whole_of(shares: Path) -> dict[str, Tensor]:
+    """All tensors of a folder of shares, by their own names."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for file in shares.iterdir():
+        with safe_open(file, framework="pt") as opened:
+            places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            for name in opened.keys():  # noqa: SIM118
+                parts.setdefault(name, []).append((places[name]["saved_offsets"][0], opened.get_tensor(name)))
+    return {name: torch.cat([rows for _, rows in sorted(of, key=lambda part: part[0])]) for name, of in parts.items()}
+
+
+@pytest.mark.parametrize("shared", EACH, indirect=True)
+def test_a_run_whose_processes_share_a_network_trains_as_one_process(
+    shared: tuple[int, str, Path], alone: Callable[[str], Path]
+) -> None:
+    _, kind, other = shared
+    one = alone(kind)
+    roles = ("student", "ema") if kind == "full" else ("student",)
+    for step, role in product((1, 2, 3), roles):
+        found, wanted = weights(other, step, role), weights(one, step, role)
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6)
+    if kind == "full":
+        files = [load_file(next((run / "student").rglob("*.safetensors"))) for run in (one, other)]
+        config = [json.loads((run / "student/transformer/config.json").read_text()) for run in (one, other)]
+        assert config[0] == config[1] and files[0].keys() == files[1].keys()
+        for name, tensor in weights(other, 3, "ema").items():
+            assert torch.equal(files[1][name], tensor)
+        return
+    columns, others = (json.loads((f / "evaluation.json").read_text())["columns"] for f in (one, other))
     assert columns.keys() == others.keys() == {"stage 1", "stage 2", "teacher, 2 steps", "teacher, 4 steps"}
     for name, column in columns.items():
         assert others[name] == pytest.approx(column, rel=1e-4)
     for name in ("teacher.png", "step-000000.png", "step-000003.png"):
-        pictures = [np.asarray(Image.open(f / "samples" / name), dtype=int) for f in (alone, other)]
+        pictures = [np.asarray(Image.open(f / "samples" / name), dtype=int) for f in (one, other)]
         assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
-def test_it_goes_on_from_a_checkpoint_to_the_same_bits(folder: Path, shared: int) -> None:
-    for name in ("student", "fake_score"):
-        files = [folder / f"{run}-{shared}/checkpoints/step-000003/{name}.safetensors" for run in ("run", "resumed")]
-        assert files[0].read_bytes() == files[1].read_bytes()
+AGAIN = [
+    (2, "full"),
+    *(pytest.param(case, marks=pytest.mark.verify) for case in ((2, "LoRA"), (4, "LoRA"), (4, "full"))),
+]
 
 
-def test_one_process_goes_on_with_what_several_have_trained(folder: Path, shared: int) -> None:
-    """Up to rounding: the sums are another's."""
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    step = folder / f"run-{shared}" / "checkpoints" / "step-000002"
-    alone = run(folder, f"alone-after-{shared}", **settings, resume_from_checkpoint=str(step))
-    last = load_file(alone / "checkpoints" / "step-000003" / "student.safetensors")
-    for name, tensor in load_file(step.with_name("step-000003") / "student.safetensors").items():
-        torch.testing.assert_close(last[name], tensor, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("shared", AGAIN, indirect=True)
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits(folder: Path, shared: tuple[int, str, Path]) -> None:
+    count, kind, before = shared
+    again = {"resume_from_checkpoint": str(before / "checkpoints" / "step-000002")}
+    processes.start(train_together, count, folder, f"{kind}-{count}-resumed", kind, again, machine=2)
+    for role in ("student", "fake_score", *(("ema",) if kind == "full" else ())):
+        found = weights(folder / f"{kind}-{count}-resumed", 3, role)
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights(before, 3, role).items())
+
+
+@pytest.mark.parametrize("shared", AGAIN, indirect=True)
+def test_another_number_of_processes_goes_on_with_it(
+    folder: Path, shared: tuple[int, str, Path], alone: Callable[[str], Path]
+) -> None:
+    """Up to rounding: the sums are another's. Several go on with what one has trained, and one with theirs."""
+    count, kind, before = shared
+    step = "checkpoints/step-000002"
+    one = run(folder, f"{kind}-{count}-one", kind, **ONE, resume_from_checkpoint=str(before / step))
+    again = {"resume_from_checkpoint": str(alone(kind) / step)}
+    processes.start(train_together, count, folder, f"{kind}-{count}-several", kind, again, machine=2)
+    wanted = weights(before, 3, "student")
+    for other in (one, folder / f"{kind}-{count}-several"):
+        for name, tensor in weights(other, 3, "student").items():
+            if name in wanted:
+                torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-6)
 
 
 # --- What cannot be shared --------------------------------------------------------------------------------------------
@@ -178,7 +262,10 @@ def test_one_process_goes_on_with_what_several_have_trained(folder: Path, shared
     ("settings", "message"),
     [
         ({"model": "toy", "shard": "all"}, "cannot share a model of ToyBackend"),
-        ({"shard": "all", "full_finetune": True}, "--shard: --full_finetune does not work with it yet"),
+        (
+            {"shard": "all", "full_finetune": True, "optim": "adamw_bnb_8bit"},
+            "--optim adamw_bnb_8bit cannot train a full student",
+        ),
         ({"shard": "3"}, "2 processes cannot be split into groups of 3"),
     ],
 )

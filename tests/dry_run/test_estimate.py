@@ -32,7 +32,19 @@ import dmdr
 import parts
 from dmdr.backends.lora import LoRARoles
 from dmdr.cli import train
-from dmdr.dry_run.estimate import ENCODERS, META, NETWORK, OPTIMIZER, AnyReward, Estimate, Process, estimate
+from dmdr.dry_run.estimate import (
+    AVERAGE,
+    ENCODERS,
+    GATHERED,
+    GRADIENTS,
+    META,
+    NETWORK,
+    OPTIMIZER,
+    AnyReward,
+    Estimate,
+    Process,
+    estimate,
+)
 from dmdr.dry_run.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
 from dmdr.errors import ConfigError
 from dmdr.protocols import with_options
@@ -252,6 +264,34 @@ def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str,
     assert other.phases["stage 1"][OPTIMIZER] < 0.6 * plain.phases["stage 1"][OPTIMIZER]
     assert plain.backbones == 2 and plain.backbone == plain.phases["stage 1"][NETWORK]
     assert [plain.total(n) - plain.total() for n in (2, 3)] == [0, plain.backbone]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_processes_share_is_counted_in_shares(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Of a full student, the gradients, the optimizer's states and its copy while it steps, too."""
+    given = {
+        "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": full, "stage2_steps": 0,
+        "resolution": 8, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "ema_decay": 0.9,
+        "fake_lora_rank": 1,
+    }  # fmt: skip
+    alone = dry(given, tmp_path).phases["stage 1"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    found = dry(given | {"shard": "all"}, tmp_path)
+    shared = found.phases["stage 1"]
+    divided = [NETWORK, *(["student, full", AVERAGE, OPTIMIZER] if full else [])]
+    for name in divided:
+        assert alone[name] / 8 <= shared[name] < alone[name] / 4  # buffers and the fake score are whole
+    for name in alone.keys() - set(divided) - {GRADIENTS, "activations"}:
+        assert shared[name] == alone[name]
+    # Two blocks of 2, what is in none, and the gradients of one.
+    network = alone["student, full" if full else NETWORK]
+    assert network * 0.8 < shared[GATHERED] < network * (1.6 if full else 1.01)
+    if full:
+        assert shared["activations"] < alone["activations"] / 2
+        assert shared.get(GRADIENTS, 0) < alone[GRADIENTS] / 4
+    assert found.backbone == shared[NETWORK] and "network shared by 8" in found.what
 
 
 def test_states_of_8_bits() -> None:

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+import processes
 from dmdr.backends.toy import ToyBackend
 from dmdr.ema import EMA
 from dmdr.errors import TrainingError
@@ -216,10 +215,7 @@ SECOND: dict[str, dict[str, Any]] = {
 }
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
+def work(rank: int, folder: str) -> None:
     found = {}
     for case, settings in SECOND.items():
         running = trainer(batch=4, bad=BadSteps(1), **settings)
@@ -235,10 +231,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_the_process_that_brought_it_is_named(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
+    processes.start(work, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first == second and set(first) == set(SECOND)
     count, same, said = first["fake loss"]

@@ -1,8 +1,6 @@
 """A batch on one process against the same batch on two: every number is keyed by sample, every statistic is global."""
 
 import math
-import os
-import socket
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+import processes
 from dmdr.backends.toy import Redness
 from dmdr.dry_run.memory import Meter
 from dmdr.ema import EMA
@@ -111,11 +110,8 @@ def train(case: str, processes: int) -> dict[str, Any]:
     }
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     """One of two processes; every case in turn, as starting them is what takes the time."""
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
     found = {case: train(case, 2) for case in CASES}
     torch.save(found, Path(folder) / f"{rank}.pt")
     PartialState().destroy_process_group()
@@ -125,10 +121,7 @@ def work(rank: int, port: int, folder: str) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found, by rank."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+    processes.start(work, 2, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -4,8 +4,6 @@ Plain and with shares of the network (`--shard all`), a LoRA and a full student,
 """
 
 import math
-import os
-import socket
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
+import processes
 import sd3
 from dmdr.backends.flow import FlowOptions
 from dmdr.backends.toy import Redness
@@ -107,43 +106,36 @@ def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1)
     return {"parameters": found, "lines": lines}
 
 
-def work(rank: int, processes: int, port: int, folder: str, cases: list[tuple[str, str, int]]) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    os.environ.update({"WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"})
+def work(rank: int, folder: str, cases: list[tuple[str, str, int]]) -> None:
     found = {case: train(Path(folder) / "sd3", *case) for case in cases}
     if rank == 0:
-        torch.save(found, Path(folder) / f"{processes}.pt")
+        torch.save(found, Path(folder) / "found.pt")
     PartialState().destroy_process_group()
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference, relative to the largest number of its tensor."""
+    """The largest difference between two tensors of a name, relative to their norm."""
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(1e-3)) for name in one)
+    return max(float((one[name] - other[name]).norm() / one[name].norm().clamp(1e-3)) for name in one)
 
 
 @pytest.mark.parametrize(
-    ("processes", "cases"),
+    ("count", "cases"),
     [
         (2, [(case, kind, shards) for case in CASES for kind in KINDS for shards in (1, 2)]),
         (4, [(case, kind, 2) for case in ("dmd", "grpo + refl") for kind in KINDS]),
     ],
 )
-def test_several_processes_train_as_one(tmp_path: Path, processes: int, cases: list[tuple[str, str, int]]) -> None:
+def test_several_processes_train_as_one(tmp_path: Path, count: int, cases: list[tuple[str, str, int]]) -> None:
     sd3.build(tmp_path / "sd3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (processes, port, str(tmp_path), cases), nprocs=processes)
-    found = torch.load(tmp_path / f"{processes}.pt", weights_only=False)
+    processes.start(work, count, str(tmp_path), cases)
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
     alone = {(case, kind): train(tmp_path / "sd3", case, kind, 1) for case, kind, _ in cases}
     wrong = []
     for case, kind, shards in cases:
         one, other = alone[case, kind], found[case, kind, shards]
         far = apart(one["parameters"], other["parameters"])
-        print(f"{processes} processes, {case}, {kind}, shares of {shards}: {far:.1e}")
+        print(f"{count} processes, {case}, {kind}, shares of {shards}: {far:.1e}")
         if far > 1e-6:
             wrong.append((case, kind, shards, far))
         for line, same in zip(one["lines"], other["lines"], strict=True):
