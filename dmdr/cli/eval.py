@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmdr.cli.common import command, open_rewards
 from dmdr.errors import ConfigError
@@ -14,6 +15,11 @@ from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import REQUIRED, RewardFlags, flag
 from dmdr.settings.parse import parse_command
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from torch import Tensor
+
+PATIENCE = timedelta(minutes=30)  # with the other processes, as `dmdr-train` has by default
 DESCRIPTION = "Score a folder of images: a CSV, and a table of means. Rewards resize as their published evaluations do."
 
 
@@ -41,36 +47,62 @@ class EvalFlags(RewardFlags):
 def run(arguments: list[str]) -> None:
     flags, chosen = parse_command(EvalFlags, arguments, prog="dmdr-eval", description=DESCRIPTION)
     # torch is imported only after the flags have been found good
+    from dmdr.run.device import avoid_mps, join_processes
+
+    avoid_mps()
+    state = join_processes(cpu=flags.device == "cpu", timeout=PATIENCE)
+    try:
+        score(flags, chosen, state)
+    finally:
+        state.destroy_process_group()  # or a thread between processes may outlive the interpreter, and abort it
+
+
+def score(flags: EvalFlags, chosen: Sequence[Chosen], state: "PartialState") -> None:
+    """Score the images in all processes, each a share; the main one checks what is asked for, writes and prints."""
+    from tqdm import tqdm
+
     from dmdr import images
     from dmdr.evaluation import scoring
+    from dmdr.run.device import failing_together, on_main_process, rounds, share_of
+    from dmdr.run.signals import Interrupts
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
-    scoring.require_writable(Path(flags.output))
-    paths, rows = find_pairs(flags, chosen)
-    rewards, device = open_rewards(flags, chosen, rows)
-    found: list[dict[str, Any]] = []
+    on_main_process(state, lambda: scoring.require_writable(Path(flags.output)))
+    paths, rows = on_main_process(state, lambda: find_pairs(flags, chosen))
+    for turn in (True, False):  # the main process first, which downloads or builds what the others then find
+        with failing_together():
+            if state.is_main_process == turn:
+                rewards, device = open_rewards(flags, chosen, rows)
+    found: list[scoring.Part] = []
 
-    def write() -> dict[str, Any]:
-        scores = scoring.joined(found)
+    def write() -> "dict[str, Tensor]":
+        indices, scores = scoring.joined(found)
         scores["total"] = rewards.total(scores)
-        # where a link leads to, or the file would take the link's place
-        images.write_atomically(Path(flags.output).resolve(), scoring.as_csv(paths, rows, scores))
+        content = scoring.as_csv([paths[i] for i in indices], [rows[i] for i in indices], scores)
+        images.write_atomically(Path(flags.output).resolve(), content)  # or the file would take the place of a link
         return scores
 
-    try:
-        scores_of = scoring.score_images(rewards, paths, rows, batch_size=flags.batch_size, device=device)
-        with closing(scores_of) as parts:
-            for part in parts:
-                found.append(part)
-    except BaseException:  # Ctrl-C, too
-        if found:
-            count = len(write()["total"])
-            print(f"the first {count} of {len(paths)} images are saved in {flags.output}", file=sys.stderr)
-        raise
-    scores = write()
-    print(scoring.table(scores))
-    print(f"\nsaved as {flags.output}")
-    rewards.require_finite(scores)
+    own = share_of(state, len(paths), padded=False)
+    scores_of = scoring.score_images(rewards, paths, rows, own, batch_size=flags.batch_size, device=device)
+    bar = tqdm(total=len(paths), desc="score", unit="image", leave=False, disable=not state.is_main_process)
+    with Interrupts(state) as interrupts:  # a launcher ends all when one has left, while the main one still writes
+        try:
+            with bar, closing(scores_of):
+                for parts in rounds(scores_of):
+                    found += parts
+                    bar.update(sum(len(indices) for indices, _ in parts))
+                    if interrupts.arrived():
+                        interrupts.leave()
+        except BaseException:  # a signal, too
+            if found and state.is_main_process:
+                count = len(write()["total"])
+                print(f"the scores of {count} of {len(paths)} images are saved in {flags.output}", file=sys.stderr)
+            raise
+    if state.is_main_process:
+        scores = write()
+        print(scoring.table(scores))
+        print(f"\nsaved as {flags.output}")
+        rewards.require_finite(scores)
 
 
 def find_pairs(flags: EvalFlags, chosen: Sequence[Chosen]) -> tuple[list[Path], list[dict[str, Any]]]:

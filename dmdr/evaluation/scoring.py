@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dmdr.errors import ConfigError
 from dmdr.evaluation.image_folder import read_image
 from dmdr.images import can_hold_files
 from dmdr.prompts import Row, split_columns
 from dmdr.rewards import Rewards
+
+Part = tuple[list[int], dict[str, Tensor]]  # some of the images by index, and their scores: name -> [B]
 
 
 def batches(paths: Sequence[Path], rows: Sequence[Row], size: int) -> Generator[tuple[Tensor, list[Row]]]:
@@ -51,47 +52,55 @@ def _read_ahead(paths: Sequence[Path], count: int) -> Generator[Tensor]:
 
 
 def score_images(
-    rewards: Rewards, paths: Sequence[Path], rows: Sequence[Row], *, batch_size: int, device: torch.device
-) -> Generator[dict[str, Tensor]]:
-    """The raw scores of all images, batch by batch, with a progress bar.
+    rewards: Rewards,
+    paths: Sequence[Path],
+    rows: Sequence[Row],
+    own: Sequence[int],
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Generator[Part]:
+    """The raw scores of a share of the images, batch by batch.
 
     Who stops reading early closes it: threads read images ahead.
 
     Args:
         rewards: Prepared for `device`.
-        paths, rows: The images and their prompt rows, as many of each.
+        paths, rows: All images and their prompt rows, as many of each.
+        own: Indices of those that are scored.
         batch_size: Images that are scored at a time.
         device: Where the rewards run.
 
     Returns:
-        name -> [B] float32 on the CPU for the next B images; NaN where a reward could not score.
+        The next B indices, and name -> [B] float32 on the CPU; NaN where a reward could not score.
 
     Raises:
         ConfigError: If an image is damaged.
         RewardError: If a reward fails.
     """
-    bar = tqdm(total=len(paths), desc="score", unit="image", leave=False)
-    with bar, closing(batches(paths, rows, batch_size)) as parts:
+    indices = iter(own)
+    with closing(batches([paths[i] for i in own], [rows[i] for i in own], batch_size)) as parts:
         for images, part in parts:
             prompts, columns = split_columns(part)
             with torch.no_grad():
                 scores = rewards.each(images.to(device).float() / 255, prompts, **columns)
-            yield {name: score.cpu() for name, score in scores.items()}
-            bar.update(len(part))
+            yield list(islice(indices, len(part))), {name: score.cpu() for name, score in scores.items()}
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scores of batches as one, name -> [N]."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def joined(parts: Sequence[Part]) -> Part:
+    """All parts as one, in the order of the images."""
+    parts = sorted(parts, key=lambda part: part[0])
+    indices = [index for part, _ in parts for index in part]
+    return indices, {name: torch.cat([scores[name] for _, scores in parts]) for name in parts[0][1]}
 
 
 def as_csv(paths: Sequence[Path], rows: Sequence[Row], scores: Mapping[str, Tensor]) -> bytes:
-    """A line per image that has been scored: its name, its prompt and its scores, empty where a reward cannot score."""
+    """A line per image: its name, its prompt and its scores, empty where a reward cannot score."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "prompt", *scores])
     columns = (values.tolist() for values in scores.values())
-    for path, row, *values in zip(paths, rows, *columns, strict=False):
+    for path, row, *values in zip(paths, rows, *columns, strict=True):
         cells = (f"{value:.9g}" if math.isfinite(value) else "" for value in values)  # 9 digits are all of a float32
         writer.writerow([path.name, row["prompt"], *cells])
     return text.getvalue().encode("utf-8", "backslashreplace")  # a file's name need not be text

@@ -3,13 +3,16 @@
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed.nn  # before a process group is there, as `training.learner` says
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -38,10 +41,10 @@ def chosen_precision(given: str | None, *, gpu: bool) -> str:
     return chosen
 
 
-def join_processes(**options: Any) -> PartialState:
+def join_processes(*, cpu: bool = False, **options: Any) -> PartialState:
     """The group of this process: it finds the others, and is told where it computes."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # processes on CPUs find each other only if told that they are
-    return PartialState(cpu=cpu, **options)
+    # Processes on CPUs find each other only if told that they are.
+    return PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
 
 
 def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
@@ -99,31 +102,66 @@ def on_main_process(state: PartialState | Accelerator, decide: Callable[[], T]) 
             error itself, and the others a TrainingError.
     """
     answer: list[Any] = [None]
-    failure: Exception | None = None
-    if state.is_main_process:
-        try:
+    with failing_together():
+        if state.is_main_process:
             answer = [decide()]
-        except Exception as error:  # which the others would wait for
-            failure = error
-            answer = [ConfigError(str(error)) if isinstance(error, ConfigError) else TrainingError(one_line(error))]
     broadcast_object_list(answer)
-    if failure:
-        raise failure
-    if isinstance(answer[0], ConfigError | TrainingError):
-        raise answer[0]
     decided: T = answer[0]
     return decided
 
 
-def share_of(accelerator: Accelerator, count: int) -> list[int]:
-    """Indices of the images that this process draws of `count`: neighbours.
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that all processes enter: if one of them fails inside, all fail at its end.
 
-    All shares are as long, the last image filling up the last ones: processes that share a network (--shard) make the
-    same passes.
+    Raises:
+        ConfigError, TrainingError: In every process, if one met it. Of another error that process has the error itself,
+            and the others a TrainingError.
     """
-    length = math.ceil(count / accelerator.num_processes)
-    start = accelerator.process_index * length
-    return [min(index, count - 1) for index in range(start, start + length)]
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # of which the others know nothing yet
+        failure = error
+    told = None
+    if failure:
+        kind = ConfigError if isinstance(failure, ConfigError) else TrainingError
+        told = kind(str(failure) if isinstance(failure, kind) else one_line(failure))
+    try:
+        answers = gather_object([told])
+    except RuntimeError as error:  # the backend's, whose connection is closed
+        raise failure or TrainingError(f"another process has ended: {one_line(error)}") from error
+    if found := failure or next(filter(None, answers), None):
+        raise found
+
+
+def rounds(own: Iterator[T]) -> Iterator[list[T]]:
+    """What all processes make of their own, in rounds: one item of each, then the next, until none has any left.
+
+    Raises:
+        ConfigError, TrainingError: As `failing_together`.
+    """
+    while True:
+        with failing_together():
+            item = list(islice(own, 1))  # none at the end
+        items: list[T] = gather_object(item)
+        if not items:
+            return
+        yield items
+
+
+def share_of(state: PartialState | Accelerator, count: int, *, padded: bool = True) -> list[int]:
+    """Indices of the images that are this process's share of `count`: neighbours.
+
+    Args:
+        state: The processes.
+        count: Images of all of them.
+        padded: All shares are as long, the last image filling up the last ones: processes that share a network
+            (--shard) make the same passes. Otherwise each image is in one share only, and the last ones may be empty.
+    """
+    length = math.ceil(count / state.num_processes)
+    start = state.process_index * length
+    return [min(index, count - 1) for index in range(start, start + length) if padded or index < count]
 
 
 def together(accelerator: Accelerator, values: Tensor, count: int) -> Tensor:

@@ -6,7 +6,8 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather
 
 # Ctrl-C; kill, and launchers; SLURM before its time limit; a terminal that closes.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -19,8 +20,8 @@ class Interrupts:
         signal: The one for which all processes leave, or 0.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, state: PartialState | Accelerator) -> None:
+        self.state = state
         self.signal = self._own = 0  # the own one may arrive at any moment, also while processes agree
 
     def __enter__(self) -> "Interrupts":
@@ -47,9 +48,8 @@ class Interrupts:
         A second signal of any kind ends a process at once.
         """
         self.signal = self._own
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([self.signal], device=self.accelerator.device)
-            self.signal = int(self.accelerator.gather(flag).max())
+        if self.state.num_processes > 1:
+            self.signal = int(gather(torch.tensor([self.signal], device=self.state.device)).max())
         return self.signal != 0
 
     def leave(self) -> NoReturn:

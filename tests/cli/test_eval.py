@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +28,34 @@ COUNT = 25
 KINDS: dict[str, type] = {"hps": HPS, "clip": CLIP, "dinov2": DINOv2}
 
 REWARD = """
+import atexit
+import os
+import signal
+from pathlib import Path
+
+calls = []
+
+@atexit.register
+def left():
+    for file in Path("/proc/self/task").glob("*/comm"):
+        if "gloo" in file.read_text():
+            print("runs on:", file.read_text(), end="")
+
 def fails(images, prompts, **columns):
     raise RuntimeError("out of order")
+
+def fails_elsewhere(images, prompts):
+    calls.append(prompts)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        raise RuntimeError("out of order")
+    return images.mean((1, 2, 3))
+
+def is_stopped(images, prompts):
+    signal.raise_signal(signal.SIGTERM)
+    return images.mean((1, 2, 3))
+
+def labels(image, prompt, label):
+    return None if label == 3 else label + len(prompt) / 100
 """
 
 
@@ -68,6 +95,20 @@ def call(room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return call
 
 
+def launched(*arguments: str) -> list[tuple[int, str, str]]:
+    """Run dmdr-eval on the scans in two processes, as a launcher starts them: exit code, stdout and stderr of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    flags = ["--images=scans", "--model=digits", "--prompts=rows.jsonl", "--device=cpu", *arguments]
+    command = [sys.executable, "-m", "dmdr.cli.eval", *flags]
+    places = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, env=place, stdout=pipe, stderr=pipe, text=True) for place in places]
+    said = [process.communicate() for process in both]
+    return [(process.returncode, *texts) for process, texts in zip(both, said, strict=True)]
+
+
 def seen() -> tuple[Tensor, list[str], list[int]]:
     """The scans as their files hold them, their prompts and labels."""
     scans = held_out_scans()[:COUNT]
@@ -99,14 +140,12 @@ def column(rows: list[list[str]], i: int) -> Tensor:
 # --- Scores --------------------------------------------------------------------------------------------------------
 
 
-def test_scores_of_the_command_are_those_of_the_rewards(room: Path, digits: Digits) -> None:
+def test_scores_of_the_command_are_those_of_the_rewards(room: Path, digits: Digits, call: Callable[..., Any]) -> None:
     expected = {name: directly(digits, name) for name in ("hps", "clip")}
-    arguments = ("--images=scans", "--prompts=prompts.txt", "--reward=0.3*hps+2*clip", "--model=digits")
-    done = subprocess.run(
-        [BIN / "dmdr-eval", *arguments, "--output=out/scores.csv", "--batch_size=10"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "score: " in done.stderr  # the progress bar
+    arguments = ("--prompts=prompts.txt", "--reward=0.3*hps+2*clip", "--output=out/scores.csv", "--batch_size=10")
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    assert "score: " in err  # the progress bar
     header, rows = read(room / "out" / "scores.csv")
     assert header == ["image", "prompt", "hps", "clip", "total"]
     assert [row[:2] for row in rows] == [[f"{i}.png", prompt] for i, prompt in enumerate(seen()[1])]
@@ -115,7 +154,7 @@ def test_scores_of_the_command_are_those_of_the_rewards(room: Path, digits: Digi
     for i, scores in enumerate(expected.values(), 2):
         torch.testing.assert_close(column(rows, i), scores, atol=1e-5, rtol=0)
 
-    table, last = done.stdout.splitlines()[:4], done.stdout.splitlines()[-1]
+    table, last = out.splitlines()[:4], out.splitlines()[-1]
     assert last == "saved as out/scores.csv"
     assert table[0].split() == ["reward", "mean", "standard", "error", "images"]
     for line, (name, scores) in zip(table[1:], expected.items(), strict=True):
@@ -123,6 +162,20 @@ def test_scores_of_the_command_are_those_of_the_rewards(room: Path, digits: Digi
         assert (said, count) == (name, str(COUNT))
         assert float(mean) == pytest.approx(scores.mean().item(), abs=1e-4)
         assert float(error) == pytest.approx((scores.std() / COUNT**0.5).item(), rel=1e-3)
+
+
+def test_two_processes_score_as_one(room: Path, call: Callable[..., Any]) -> None:
+    """To every bit here, where the score of an image does not depend on those in its batch; and no thread is left."""
+    (room / "mine.py").write_text(REWARD)
+    arguments = ("--reward=0.3*toy+2*mine.py:labels", "--batch_size=4")
+    code, out, err = call("--prompts=rows.jsonl", "--device=cpu", *arguments)
+    assert code == 0, err
+    alone = (room / "scores.csv").read_bytes()
+    (room / "scores.csv").unlink()
+    (first, said, bar), (second, nothing, silent) = launched(*arguments)
+    assert (first, second, said, nothing) == (0, 0, out, ""), bar + silent
+    assert "| 0/25 [" in bar and "0/25" not in silent
+    assert (room / "scores.csv").read_bytes() == alone
 
 
 def test_rows_with_columns(room: Path, digits: Digits, call: Callable[..., Any]) -> None:
@@ -293,7 +346,7 @@ def test_a_failure_on_the_way_keeps_what_has_been_scored(room: Path, call: Calla
     (room / "scores.csv").write_text("of yesterday")
     code, out, err = call("--reward=mine.py:fails", "--prompts=prompts.txt")
     assert (code, out) == (1, "")
-    where = f"({room / 'mine.py'}, line 3)"
+    where = f"({room / 'mine.py'}, line 16)"
     assert err.splitlines()[-1].endswith(f"reward 'mine.py:fails' failed: RuntimeError: out of order {where}")
     assert (room / "scores.csv").read_text() == "of yesterday"  # nothing was scored
     broken = room / "scans" / "23.png"
@@ -303,8 +356,21 @@ def test_a_failure_on_the_way_keeps_what_has_been_scored(room: Path, call: Calla
     assert err.splitlines()[-1].endswith("dmdr-eval: --images: scans/23.png cannot be read: image file is truncated")
     assert "Traceback" not in err
     assert {path.name for path in room.iterdir() if path.suffix in (".csv", ".tmp")} == {"scores.csv"}
-    assert "the first 22 of 25 images are saved in scores.csv" in err
+    assert "the scores of 22 of 25 images are saved in scores.csv" in err
     assert [row[0] for row in read(room / "scores.csv")[1]] == [f"{i}.png" for i in range(22)]
+    code, _, err = call("--reward=mine.py:is_stopped", "--prompts=prompts.txt", "--batch_size=2")
+    assert code == 143 and "the scores of 2 of 25 images are saved in scores.csv" in err
+
+
+def test_a_failure_in_one_process_ends_both(room: Path) -> None:
+    """What both have found until then is kept."""
+    (room / "mine.py").write_text(REWARD)
+    (first, out, err), (second, nothing, said) = launched("--reward=mine.py:fails_elsewhere", "--batch_size=10")
+    why = f"reward 'mine.py:fails_elsewhere' failed: RuntimeError: out of order ({room / 'mine.py'}, line 21)"
+    assert (first, out, second, nothing) == (1, "", 1, "")
+    assert err.splitlines()[-2:] == ["the scores of 20 of 25 images are saved in scores.csv", f"dmdr-eval: {why}"]
+    assert said.splitlines()[-1] == f"dmdr-eval: {why}" and "Traceback" not in err + said
+    assert [row[0] for row in read(room / "scores.csv")[1]] == [f"{i}.png" for i in (*range(10), *range(13, 23))]
 
 
 def test_what_no_reward_scored_is_no_success(room: Path, call: Callable[..., Any]) -> None:
@@ -316,8 +382,8 @@ def test_what_no_reward_scored_is_no_success(room: Path, call: Callable[..., Any
     )
 
 
-def test_every_command_is_a_module_that_runs(room: Path) -> None:
-    for name in ("train", "sample", "eval", "plugins", "reward_server"):
+def test_commands_are_modules_that_run(room: Path) -> None:
+    for name in ("plugins", "reward_server"):  # other tests run the others
         done = subprocess.run([sys.executable, "-m", f"dmdr.cli.{name}", "--help"], capture_output=True, text=True)
         assert done.stdout.startswith(f"usage: dmdr-{name.replace('_', '-')} "), done.stderr
 
@@ -329,10 +395,6 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_is_scored(call: C
 
 
 def test_a_refusal_in_a_process_of_its_own(room: Path) -> None:
-    for name, arguments in (
-        ("dmdr-eval", ["--reward=hsp", "--images=scans"]),
-        ("dmdr-reward-server", ["--reward=hsp"]),
-    ):
-        done = subprocess.run([BIN / name, *arguments], capture_output=True, text=True)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-        assert done.stderr.startswith(f"{name}: unknown reward 'hsp' (did you mean 'hps'?)")
+    done = subprocess.run([BIN / "dmdr-eval", "--reward=hsp", "--images=scans"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("dmdr-eval: unknown reward 'hsp' (did you mean 'hps'?)")

@@ -321,9 +321,11 @@ def rows_of(count: int) -> list[Row]:
 
 def score(reward: Any, paths: list[Path], rows: list[Row], batch_size: int) -> dict[str, Tensor]:
     rewards = Rewards({"reward": (1.0, reward)})
-    return scoring.joined(
-        list(scoring.score_images(rewards, paths, rows, batch_size=batch_size, device=torch.device("cpu")))
-    )
+    own, device = range(len(paths)), torch.device("cpu")
+    parts = list(scoring.score_images(rewards, paths, rows, own, batch_size=batch_size, device=device))
+    indices, scores = scoring.joined(parts[::-1])
+    assert indices == list(own)
+    return scores
 
 
 def test_neighbours_of_one_size_make_a_batch(tmp_path: Path) -> None:

@@ -268,6 +268,9 @@ def parse_only(command: Command) -> str | None:
     if program == "python":
         importlib.import_module("examples.ablation_matrix.__main__").flags(words[2:])
         return None
+    if "dmdr.cli.eval" in words:
+        parse_command(eval_command.EvalFlags, words[words.index("dmdr.cli.eval") + 1 :], prog=program, description="")
+        return None
     return parse(words[words.index("dmdr.cli.train") + 1 :] if "dmdr.cli.train" in words else words).config.output_dir
 
 

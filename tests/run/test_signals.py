@@ -12,7 +12,9 @@ from dmdr.run.signals import Interrupts
 
 
 @pytest.mark.parametrize("during", [True, False])
-def test_a_signal_that_arrives_while_processes_agree_is_noticed_the_next_time(during: bool) -> None:
+def test_a_signal_that_arrives_while_processes_agree_is_noticed_the_next_time(
+    during: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process waits in the gather while the main one saves; that is when a signal arrives."""
 
     def gather(own: Tensor) -> Tensor:
@@ -22,8 +24,9 @@ def test_a_signal_that_arrives_while_processes_agree_is_noticed_the_next_time(du
         return torch.cat([own, torch.tensor([0])])
 
     calls: list[Any] = []
-    accelerator: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
-    with Interrupts(accelerator) as interrupts:
+    monkeypatch.setattr("dmdr.run.signals.gather", gather)
+    state: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with Interrupts(state) as interrupts:
         assert not interrupts.arrived()
         assert interrupts.arrived() == during
         if during:
