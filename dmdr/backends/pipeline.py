@@ -323,7 +323,7 @@ class PipelineBackend:
         fill(network, weight_files(self.source, self.network_name), self.source.place(self.network_name))
         merge(stored(network), self._teacher_lora, f"--teacher_lora {self.options.teacher_lora}")
         for each in copies.values():
-            shard(each, mesh)
+            shard(each, mesh, dtype=self.dtype)
             copy(network, each)
 
     def check_shardable(self) -> None:

@@ -15,22 +15,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dmdr.backends.kernels import blocks_of
 from dmdr.errors import ConfigError, one_line
 from dmdr.states import own_rows, refuse_misfits, rows_of
 
 
-def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter] = ()) -> None:
+def shard(
+    network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter] = (), dtype: torch.dtype | None = None
+) -> None:
     """Spread the parameters of a network over processes, in place; `fill` or `copy` gives them values.
 
     Args:
         network: As `open_network` gives one; adapters and buffers have values.
         mesh: Of one dimension, the processes that share a copy; or of two, copies and the processes that share each.
         adapters: Parameters that stay whole.
+        dtype: That blocks are gathered in, None for their own: autocast would keep a copy in half precision of each
+            until the end of a pass. Gradients are averaged in float32.
     """
     ours = set(adapters)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for adapter in ours:
         adapter.data = adapter.data.to(mesh.device_type)
     for module in network.modules():
@@ -40,7 +45,7 @@ def shard(network: Any, mesh: DeviceMesh, adapters: Collection[nn.Parameter] = (
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(network).items() if not tensor.is_meta}
     for module in (*reversed(blocks_of(network)), network):
         # The root, too, is gathered anew in each pass: what is written to it in between would be ignored otherwise.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ours)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=ours)
     network.to_empty(device=mesh.device_type)
     own = _tensors(network)
     with torch.no_grad():

@@ -8,6 +8,7 @@ beside a network's, lie on the CPU and have values, so that whatever looks at th
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from dmdr.backends.kernels import blocks_of
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
-from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, autocast
+from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, Note, autocast
 from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Prediction
 from dmdr.protocols import Role, with_options
@@ -143,8 +144,10 @@ def _simulated(job: Job) -> Estimate:
     assert isinstance(backend, PipelineBackend)
     roles = job.plan.roles
     precision = chosen_precision(config.mixed_precision, gpu=True)
-    process, phases = Process(META, precision), {}
+    phases = {}
     with Meter() as meter, GPUKernels():
+        shares = Shares(backend, job.plan.shards, meter)
+        process = Process(META, precision, shares.note)
         backend.connect(process)
         encoders = [*backend.text.load_encoders().values()]
         held = {ENCODERS: [tensor for encoder in encoders for tensor in _tensors(encoder)]}
@@ -159,7 +162,7 @@ def _simulated(job: Job) -> Estimate:
         backend.prepare(process, roles=roles)
         parts = _parts(backend, roles) | held
         parameters |= _count(parts)
-        shares = Shares(backend, job.plan.shards)
+        shares.begin()
         if shares.count > 1:
             parts[GATHERED] = [torch.empty(shares.gathered(), dtype=torch.uint8, device=META)]
         for name, tensors in parts.items():
@@ -203,10 +206,20 @@ class Shares:
         count: Processes that share a copy; 1 if each has its own.
     """
 
-    def __init__(self, backend: PipelineBackend, count: int) -> None:
-        self.count, self._networks = count, backend.roles.networks
-        named = (pair for network in self._networks for pair in network.named_parameters())
-        self._shared = {id(parameter) for name, parameter in named if ".lora_" not in name} if count > 1 else set()
+    def __init__(self, backend: PipelineBackend, count: int, meter: Meter) -> None:
+        self.count, self._backend, self._meter = count, backend, meter
+        self._shared: set[int] = set()
+
+    def begin(self) -> None:
+        """The networks are there."""
+        if self.count > 1:
+            named = (pair for network in self._backend.roles.networks for pair in network.named_parameters())
+            self._shared = {id(parameter) for name, parameter in named if ".lora_" not in name}
+
+    def note(self, leaf: Tensor, cast: Tensor) -> None:
+        """Of what is gathered in half precision, autocast makes no copy."""
+        if id(leaf) in self._shared:
+            self._meter.label(GATHERED, [cast], sys.maxsize)
 
     def of(self, tensor: Tensor) -> int:
         """Processes among which a parameter, with its gradient and moments, is divided."""
@@ -214,10 +227,11 @@ class Shares:
 
     def gathered(self) -> int:
         """Bytes that are whole at a time: what is in no block, two blocks, and the gradients of one that is trained."""
-        return max(self._gathered(network) for network in self._networks)
+        return max(map(self._gathered, self._backend.roles.networks))
 
     def _gathered(self, network: nn.Module) -> int:
-        sizes = {p: p.nbytes for p in network.parameters() if id(p) in self._shared}
+        size = self._backend.dtype.itemsize
+        sizes = {p: p.numel() * size for p in network.parameters() if id(p) in self._shared}
         blocks = [{p for p in block.parameters() if p in sizes} for block in blocks_of(network)]
         largest = sorted(sum(sizes[p] for p in block) for block in blocks)[-2:]
         trained = any(p.requires_grad for p in sizes)
@@ -294,6 +308,7 @@ class Process:
 
     device: torch.device
     mixed_precision: str = "no"
+    note: Note = lambda leaf, cast: None
     num_processes = 1
     process_index = 0
     is_main_process = True
@@ -301,7 +316,7 @@ class Process:
     def autocast(self) -> AbstractContextManager[Any]:
         """What `GPUKernels` takes for autocast."""
         dtype = dtype_of(self.mixed_precision)
-        return nullcontext() if dtype == torch.float32 else autocast(dtype)
+        return nullcontext() if dtype == torch.float32 else autocast(dtype, self.note)
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 REST = "activations"
+Note = Callable[[Tensor, Tensor], None]
 
 # Operations that autocast runs in the lower precision, and in float32: PyTorch's lists of CUDA, as far as networks go.
 LOWER = """
@@ -133,12 +134,16 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 
 
 @contextmanager
-def autocast(dtype: torch.dtype) -> Iterator[None]:
+def autocast(dtype: torch.dtype, note: Note) -> Iterator[None]:
     """Autocast of meta tensors, where `GPUKernels` are on: of CUDA's lists, and with its cache.
 
     The cache keeps the casts of float32 leaves that require a gradient until autocast ends, whoever else needs them.
+
+    Args:
+        dtype: The lower precision.
+        note: Is told of each such leaf and its cast.
     """
-    token = _casts.set(WeakIdKeyDictionary())
+    token = _casts.set((WeakIdKeyDictionary(), note))
     try:
         with torch.autocast("cpu", dtype):  # means nothing to meta tensors; checkpointing enters it to recompute
             yield
@@ -146,7 +151,7 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
         _casts.reset(token)
 
 
-_casts: ContextVar[Any] = ContextVar("casts", default=None)  # leaf -> its cast, within `autocast`
+_casts: ContextVar[Any] = ContextVar("casts", default=(None, None))  # leaf -> its cast, and whom to tell
 
 
 class GPUKernels(TorchFunctionMode):
@@ -217,11 +222,12 @@ def _engine(
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if not (isinstance(value, Tensor) and value.is_meta and value.is_floating_point()) or value.dtype == torch.float64:
         return value
-    casts = _casts.get()
+    casts, note = _casts.get()
     if casts is None or dtype == value.dtype or not (value.is_leaf and value.requires_grad):
         return value.to(dtype)
     if value not in casts:
         casts[value] = value.to(dtype)
+        note(value, casts[value])
     return casts[value]
 
 

@@ -25,7 +25,7 @@ from dmdr.backends.flow import FlowOptions
 from dmdr.backends.loading import Source, load_network, open_network, weight_files
 from dmdr.backends.sharding import fill
 from dmdr.errors import ConfigError
-from dmdr.run.device import mesh_of
+from dmdr.run.device import mesh_of, open_accelerator
 from dmdr.run.job import assemble
 from dmdr.settings import registry
 from dmdr.settings.models import pipeline_class
@@ -37,9 +37,9 @@ from family import FAMILIES
 PROMPTS = ("a handwritten seven", "a handwritten two")
 
 
-def backend(folder: Path, sharding: Any = None, **options: Any) -> SD3Backend:
+def backend(folder: Path, sharding: Any = None, precision: str = "no", **options: Any) -> SD3Backend:
     found = SD3Backend(str(folder), FlowOptions(lora_rank=4, fake_lora_rank=4, seed=3, prompt_cache="off", **options))
-    found.prepare(Accelerator(cpu=True), roles=("student", "fake_score"), sharding=sharding)
+    found.prepare(open_accelerator(precision, cpu=True), roles=("student", "fake_score"), sharding=sharding)
     return found
 
 
@@ -69,6 +69,7 @@ def answers(folder: Path, rows: slice, sharding: Any = None, **options: Any) -> 
 CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"gradient_checkpointing": True},
     "full": {"full_finetune": True, "gradient_checkpointing": True},
+    "half": {"full_finetune": True, "gradient_checkpointing": True, "precision": "bf16"},
     "merged": {"teacher_lora": "lora.safetensors"},
     "compiled": {"torch_compile": True},
 }
@@ -145,9 +146,9 @@ def test_processes_that_share_a_network_answer_as_one_that_has_it_whole(
         assert alone[rank].keys() == found.keys()
         for name in found.keys() - {"local", "all"}:
             wanted = alone[rank][name]
-            if case == "full" and "." in name:  # a gradient, averaged as it arrived
+            if "full_finetune" in given and "." in name:  # a gradient, averaged as it arrived
                 wanted = (alone[0][name] + alone[1][name]) / 2
-            assert (found[name] - wanted).norm() <= 1e-6 * wanted.norm()
+            assert (found[name] - wanted).norm() <= (2e-2 if case == "half" else 1e-6) * wanted.norm(), name
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
