@@ -37,11 +37,13 @@ def list_plugins() -> None:
         with redirect_stdout(sys.stderr):  # what a module prints when it is imported
             broken = registry.problem(plugin)
             optional = [] if broken else registry.optional_protocols(plugin)
-            doubts = [] if broken else registry.doubts(plugin)
+            doubts = [] if broken else registry.doubts(plugin.group, registry.imported(plugin))
         said = f"  broken: {' '.join(broken.split())}" if broken else ""
         print(line + (f"  ({', '.join(optional)})" if optional else "") + said, flush=True)
         for doubt in doubts:
             print(f"  warning: {plugin.group[:-1]} '{row[1]}' {doubt}", flush=True)
+    for _, complaint in registry.strays():
+        print(f"warning: {complaint}", flush=True)
 
 
 def template() -> Path:
