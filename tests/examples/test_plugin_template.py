@@ -71,7 +71,7 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
     assert "target_score/distance" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
     assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
-    assert "21 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+    assert "24 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
 
 
 def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     "Your first objective in ten minutes": (
         ["dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"],
         {
-            f"pytest --dmdr-plugin {BEST}": ["13 passed"],
+            f"pytest --dmdr-plugin {BEST}": ["15 passed"],
             "runs/best/metrics.jsonl": [f'"loss/{BEST}"', f'"{BEST}/best"'],
             f"dmdr-train --rl {BEST} --help": ["How hard the student is pulled."],
             "pytest best-of-n": ["3 passed"],  # of the package that was written and installed
@@ -149,16 +149,16 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     ),
     "How student, teacher and reference are called": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {NEAR}": ["13 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
+        {f"pytest --dmdr-plugin {NEAR}": ["15 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
     ),
-    "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["8 passed"]}),
+    "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["9 passed"]}),
     "A sample weight": (
         ["dmdr-train", "pytest"],
-        {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"], f"pytest --dmdr-plugin {BETTER}": ["8 passed"]},
+        {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"], f"pytest --dmdr-plugin {BETTER}": ["9 passed"]},
     ),
     "Parameters of your own": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {SURROGATE}": ["13 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},
+        {f"pytest --dmdr-plugin {SURROGATE}": ["15 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},
     ),
     "A model family": ([], {"my_options.py": []}),
 }
