@@ -4,10 +4,12 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,11 +74,24 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
     assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
     assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
     assert "24 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+    for kind in ("matching", "reward"):
+        shell(f"dmdr-plugins new my_{kind} --kind {kind}")
+        shell(f"pip install ./my-{kind}")
+        assert "2 passed" in shell(f"pytest -p no:cacheprovider my-{kind}")
+    shell(f"{TRAIN} --matching my_matching --length 0.5 --rl refl --reward my_reward --power 2 --output_dir both")
 
 
-def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "points"),
+    [
+        ("objective", ['my_aim = "dmdr_my_aim:MyAim"', 'my_aim_reward = "dmdr_my_aim:MyAimReward"']),
+        ("matching", ['[project.entry-points."dmdr.matchings"]\nmy_aim = "dmdr_my_aim:MyAim"']),
+        ("reward", ['[project.entry-points."dmdr.rewards"]\nmy_aim = "dmdr_my_aim:MyAim"']),
+    ],
+)
+def test_new_writes_a_package_of_that_name(kind: str, points: list[str], tmp_path: Path) -> None:
     package = tmp_path / "here"
-    write_package("my_aim", package)
+    run(["new", "my_aim", "--kind", kind, "--output_dir", str(package)])
     assert {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()} == {
         "README.md",
         "pyproject.toml",
@@ -84,8 +99,15 @@ def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
         "tests/test_dmdr_my_aim.py",
     }
     text = "".join(path.read_text() for path in package.rglob("*.*") if path.is_file())
-    assert not re.search("template|target_score|TargetScore|brightness|Brightness", text)
-    assert 'my_aim_reward = "dmdr_my_aim:MyAimReward"' in text
+    assert not re.search("template|target_score|TargetScore|brightness|Brightness|unit_dmd|UnitDMD", text)
+    assert all(point in text for point in points) and text.count(' = "dmdr_my_aim:') == len(points)
+    test = (package / "tests" / "test_dmdr_my_aim.py").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(package)
+        names: dict[str, Any] = {}
+        exec(test, names)
+        [*names.values()][-1]()  # of what it is for; all of DMDR's checks take longer
+    del sys.modules["dmdr_my_aim"]
 
 
 @pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "ends_", ""])
