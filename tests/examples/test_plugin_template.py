@@ -156,8 +156,8 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.*)$", GUIDE, flags=re.MULTILINE)[1:])] * 2, strict=True))
-BEST, NEAR, INK, SURROGATE = "best.py:Best", "near_teacher.py:NearTeacher", "ink.py:Ink", "surrogate.py:Surrogate"
-BETTER = "better.py:Better"
+BEST, REINFORCE, UNIT, INK = "best.py:Best", "reinforce.py:Reinforce", "unit.py:Unit", "ink.py:Ink"
+BETTER, SURROGATE = "better.py:Better", "surrogate.py:Surrogate"
 RUN = {  # title of a section: programs of its commands in order; commands and files, and what they say
     "Your first objective in ten minutes": (
         ["dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"],
@@ -169,9 +169,13 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
             "dmdr-plugins": [r"objective +best_of_n +dmdr-best-of-n 0.1.0 +dmdr_best_of_n:BestOfN\n"],
         },
     ),
-    "How student, teacher and reference are called": (
+    "A policy gradient": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {NEAR}": ["15 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
+        {f"pytest --dmdr-plugin {REINFORCE}": ["15 passed"], "runs/reinforce/metrics.jsonl": [f'"{REINFORCE}/kl"']},
+    ),
+    "A matching": (
+        ["dmdr-train", "pytest"],
+        {f"pytest --dmdr-plugin {UNIT}": ["12 passed"], "runs/unit/config.yaml": ["unit_py_Unit_length: 0.5"]},
     ),
     "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["9 passed"]}),
     "A sample weight": (
@@ -197,15 +201,17 @@ def test_the_guide_is_true(title: str, shell: Shell, tmp_path: Path) -> None:
     """A section's files are written and its commands run, in order."""
     programs, promises = RUN[title]
     outputs: dict[str, str] = {}
-    lines = []
+    lines, files = [], []
     for language, content in blocks(SECTIONS[title]):
         if language == "python":
-            name = content.splitlines()[0].removeprefix("# ")
-            assert name.endswith(".py")
-            (tmp_path / name).write_text(content)
-            shell(f"python {name}")
+            files.append(content.splitlines()[0].removeprefix("# "))
+            assert files[-1].endswith(".py")
+            (tmp_path / files[-1]).write_text(content)
         elif language == "sh":
             lines += content.replace("\\\n", " ").splitlines()
+    for name in files:
+        if not any(f" {name}:" in line for line in lines):  # which would run it, too
+            shell(f"python {name}")
     assert [line.split()[0] for line in lines] == programs
     for line in lines:
         outputs[line] = shell(line)
