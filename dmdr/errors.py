@@ -1,5 +1,6 @@
 """What can go wrong, by exit code."""
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,4 +76,10 @@ class Refusing:
         Raises:
             ConfigError: Always, with what argparse says.
         """
-        raise ConfigError(message.removeprefix("argument "))
+        raise ConfigError(re.sub(r"^argument (\S+)(?=:)", lambda found: _shortest(found[1]), message))
+
+
+def _shortest(flag: str) -> str:
+    """Of the spellings of a flag, which argparse joins with /, the one that users see in the help."""
+    plain = [name for name in flag.split("/") if re.fullmatch(r"--\w+", name)]
+    return min(plain, key=len, default=flag)

@@ -53,11 +53,12 @@ def denoising_error(prediction: Prediction, renoised: Renoised) -> Tensor:
     return renoised.weight * error.flatten(1).mean(1)
 
 
-def teach(teacher: GuidedDenoiser, renoised: Renoised, draw: Draw, ctx: Context) -> tuple[Tensor, Tensor]:
+def teach(teacher: GuidedDenoiser, renoised: Renoised | Draw, draw: Draw, ctx: Context) -> tuple[Tensor, Tensor]:
     """What the teacher answers at `renoised.x_t`, two tensors [B, *latent]: c, and ca = -(w - 1) (c - u).
 
     c is its conditional answer, u the unconditional one, and w the guidance, drawn per sample from `ctx.guidance`. The
-    guided answer is c - ca. Two passes through a network: c - u is found from c and the scale that costs one more.
+    guided answer is c - ca. With `draw` itself in place of `renoised` all are at the student's own state. Two passes
+    through a network: c - u is found from c and the scale that costs one more.
     """
     x_t, t, cond = renoised.x_t, renoised.t, draw.cond
     c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0

@@ -210,11 +210,19 @@ class Sampler(Protocol):
     def step(self, i: int, prediction: Prediction, noise: Tensor | None) -> Tensor:
         """State after step i, [B, *latent]; `noise` is unit Gaussian of this shape, None for the mean."""
 
-    def log_prob(self, i: int | Tensor, prediction: Prediction, x_next: Tensor) -> Tensor:
+    def log_prob(
+        self, i: int | Tensor, prediction: Prediction, x_next: Tensor, *, mask: Tensor | None = None
+    ) -> Tensor:
         """Gaussian log-probability of x_next [B, *latent] after step i, [B] float64, as the mean over the elements.
 
+        Args:
+            i: The step, one or [B] of them.
+            prediction: The student's, at the state before the step.
+            x_next: The state after it; `draw.x_next` after the step `draw.index`.
+            mask: The samples to compute it of, [B] bool, as `draw.mask`: the others have 0, without a gradient.
+
         Raises:
-            ValueError: If the step is deterministic.
+            TrainingError: If the step of a sample is deterministic.
         """
 
 

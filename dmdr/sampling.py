@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
 from dmdr.protocols import Denoiser
 from dmdr.types import Condition, Rollout
@@ -106,19 +106,33 @@ class FewStepSampler:
         mean, std = self.moments(i, prediction)
         return mean if noise is None else mean + std * noise
 
-    def log_prob(self, i: int | Tensor, prediction: Prediction, x_next: Tensor) -> Tensor:
+    def log_prob(
+        self, i: int | Tensor, prediction: Prediction, x_next: Tensor, *, mask: Tensor | None = None
+    ) -> Tensor:
         """Gaussian log-probability of step i having led to `x_next`, [B] float64, as the mean over the elements.
 
         In float64: summed over a large latent, a mean in float32 is off by a fifth of PPO's clip range.
 
+        Args:
+            i: The step, one or [B] of them.
+            prediction: The student's, at the state before the step.
+            x_next: The state after it, [B, *latent].
+            mask: The samples to compute it of, [B] bool, as `draw.mask`: the others have 0, without a gradient.
+
         Raises:
-            ValueError: If the step is deterministic (eta = 0, or the last one).
+            TrainingError: If the step of a sample is deterministic (eta = 0, or the last one).
         """
         mean, std = self.moments(i, prediction)
+        if mask is not None:
+            std = torch.where(mask.view(-1, *[1] * (std.ndim - 1)), std, 1.0)
         if (std == 0).any():
-            raise ValueError(f"step {i} of {self.num_inference_steps} at eta {self.eta} is deterministic")
+            raise TrainingError(
+                f"log_prob: a sample is at a step without noise (the last of {self.num_inference_steps}, or any at eta "
+                '0); declare Needs(steps="stochastic"), and pass mask=draw.mask'
+            )
         per_element = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-        return per_element.flatten(1).double().mean(1)
+        log_prob = per_element.flatten(1).double().mean(1)
+        return log_prob if mask is None else torch.where(mask, log_prob, 0.0)
 
     @torch.no_grad()
     def rollout(

@@ -103,7 +103,8 @@ class Draw:
         index: Student step, [B] int64.
         x0: The student's answer there, [B, *latent], detached.
         cond, sample, group: As in Rollout.
-        mask: Samples whose step the objective declared, [B] bool.
+        mask: Samples whose step the objective declared, [B] bool. The others stay in the batch: where only stochastic
+            steps are declared, they are at the last one, whose standard deviation is 0.
         rollout: The whole trajectories (of these samples) that the states came from.
         leaf: x0 as a leaf that takes the objective's gradient, [B, *latent]. Only an objective's call has one, and only
             objectives read it, so that its type is a Tensor; elsewhere it is None.

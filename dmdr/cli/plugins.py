@@ -13,16 +13,28 @@ from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
 from dmdr.settings import registry
 
+# By kind: the example that is copied, and of each plugin in it the group, the name, the class and the new name.
+TEMPLATES = {
+    "objective": (
+        "plugin_template",
+        [("objectives", "target_score", "TargetScore", "{}"), ("rewards", "brightness", "Brightness", "{}_reward")],
+    ),
+    "matching": ("matching_template", [("matchings", "unit_dmd", "UnitDMD", "{}")]),
+    "reward": ("reward_template", [("rewards", "brightness", "Brightness", "{}")]),
+}
+
 
 def run(arguments: list[str]) -> None:
     parser = CommandParser(prog="dmdr-plugins", description=__doc__)
     actions = parser.add_subparsers(dest="action", title="action", metavar="new NAME")
-    new = actions.add_parser("new", help="write a package with an objective and a reward to start from")
-    new.add_argument("name", help="name of the objective; the reward is called NAME_reward")
+    new = actions.add_parser("new", help="write a package with a plugin to start from")
+    new.add_argument("name", help="what users will type, as in --rl NAME; the package is called dmdr-NAME")
+    kinds = "what the plugin is (default: objective, with a reward NAME_reward beside it)"
+    new.add_argument("--kind", choices=TEMPLATES, default="objective", help=kinds)
     new.add_argument("--output_dir", type=Path, help="folder to write; by default the name, with - for _")
     given = parser.parse_args(arguments)
     if given.action == "new":
-        write_package(given.name, given.output_dir)
+        write_package(given.name, given.output_dir, given.kind)
     else:
         list_plugins()
 
@@ -37,61 +49,60 @@ def list_plugins() -> None:
         with redirect_stdout(sys.stderr):  # what a module prints when it is imported
             broken = registry.problem(plugin)
             optional = [] if broken else registry.optional_protocols(plugin)
-            doubts = [] if broken else registry.doubts(plugin)
+            doubts = [] if broken else registry.doubts(plugin.group, registry.imported(plugin))
         said = f"  broken: {' '.join(broken.split())}" if broken else ""
         print(line + (f"  ({', '.join(optional)})" if optional else "") + said, flush=True)
         for doubt in doubts:
             print(f"  warning: {plugin.group[:-1]} '{row[1]}' {doubt}", flush=True)
+    for _, complaint in registry.strays():
+        print(f"warning: {complaint}", flush=True)
 
 
-def template() -> Path:
+def template(kind: str = "objective") -> Path:
     """The example package: beside the core in a checkout, within it where it is installed."""
-    package = Path(dmdr.__file__).parent
-    found = (package / "plugin_template", package.parent / "examples" / "plugin_template")
-    return next(folder for folder in found if folder.is_dir())
+    package, name = Path(dmdr.__file__).parent, TEMPLATES[kind][0]
+    return next(folder for folder in (package / name, package.parent / "examples" / name) if folder.is_dir())
 
 
-def names_used() -> set[str]:
-    """Names that the template's code reads, but for the two classes that are renamed."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in template().rglob("*.py")]
+def names_used(kind: str) -> set[str]:
+    """Names that the template's code reads, but for the classes that are renamed."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in template(kind).rglob("*.py")]
     names = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return names - {"TargetScore", "Brightness"}
+    return names - {old for _, _, old, _ in TEMPLATES[kind][1]}
 
 
-def write_package(name: str, folder: Path | None) -> None:
-    """Copy the template under another name.
+def title_of(name: str) -> str:
+    """The name of a class: my_objective is MyObjective."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def write_package(name: str, folder: Path | None, kind: str = "objective") -> None:
+    """Copy the template of a kind under another name.
 
     Raises:
         ConfigError: If the name is none, is taken, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigError(f"new {name}: a name has lower-case letters, digits and _, as in my_objective")
-    title = "".join(part.capitalize() for part in name.split("_"))
-    for word in (name, title):  # none and true are no keywords, but the classes would be called None and True
-        if keyword.iskeyword(word) or word in names_used():
+    for word in (name, title_of(name)):  # none and true are no keywords, but the classes would be called None and True
+        if keyword.iskeyword(word) or word in names_used(kind):
             raise ConfigError(
                 f"new {name}: '{word}' has a meaning of its own in the package's code; choose another name"
             )
-    for group in ("objectives", "rewards"):
-        taken = registry.plugins(group).get(name if group == "objectives" else f"{name}_reward")
-        if taken:
+    renamed = {"dmdr-template": f"dmdr-{name.replace('_', '-')}", "dmdr_template": f"dmdr_{name}"}
+    for group, old, cls, form in TEMPLATES[kind][1]:
+        new = form.format(name)
+        renamed |= {old: new, cls: title_of(new)}
+        if taken := registry.plugins(group).get(new):
             raise ConfigError(f"new {name}: {taken} has this name; choose another")
     if find_spec(f"dmdr_{name}"):
         raise ConfigError(f"new {name}: there is a package dmdr_{name} already; choose another name")
     folder = folder or Path(name.replace("_", "-"))
     if folder.exists():
         raise ConfigError(f"new {name}: {folder} exists; choose another with --output_dir")
-    renamed = {
-        "dmdr-template": f"dmdr-{name.replace('_', '-')}",
-        "dmdr_template": f"dmdr_{name}",
-        "target_score": name,
-        "TargetScore": title,
-        "brightness": f"{name}_reward",
-        "Brightness": f"{title}Reward",
-    }
     words = re.compile("|".join(map(re.escape, renamed)))
-    for source in sorted(template().rglob("*")):
-        path = source.relative_to(template())
+    for source in sorted(template(kind).rglob("*")):
+        path = source.relative_to(template(kind))
         if source.is_dir() or path.suffix == ".pyc":
             continue
         target = folder / words.sub(lambda match: renamed[match[0]], str(path))

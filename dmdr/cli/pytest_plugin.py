@@ -159,32 +159,14 @@ def _classes(name: str) -> list[tuple[str, Any]]:
                 f"no plugin of this name is installed{registry.suggest(name, known)}; dmdr-plugins lists them, and one "
                 "in a file is given as my_file.py:NAME"
             )
-        group = _group(load_object(name))
-        return [(group, registry.load(group, name))]
-
-
-def _group(target: Any) -> str:
-    """The group of what somebody has written in a file; of these, only a sample weight may have `needs`, too.
-
-    Raises:
-        ConfigError: If it is of none that has checks.
-    """
-    if inspect.isfunction(target) or hasattr(target, "differentiable"):
-        return "rewards"
-    if hasattr(target, "fake_loss"):
-        return "matchings"
-    if hasattr(target, "student"):
-        return "backends"
-    call = getattr(target, "__call__", None)  # noqa: B004
-    if inspect.isfunction(call) and len(inspect.signature(call).parameters) == 4:  # self, draw, direction, ctx
-        return "sample_weights"
-    if hasattr(target, "needs"):
-        return "objectives"
-    raise ConfigError(
-        "it has no `needs` as an objective has, no `differentiable` as a reward, no `fake_loss` as a matching, no "
-        "`student` as a backend, and no call of (draw, direction, ctx) as a sample weight; dmdr.protocols says what "
-        "each of them needs"
-    )
+        kind = registry.kind(load_object(name))
+        if kind is None:
+            raise ConfigError(
+                "it has no `needs` as an objective has, no `differentiable` as a reward, no `fake_loss` as a matching, "
+                "no `student` as a backend, and no call of (draw, direction, ctx) as a sample weight; dmdr.protocols "
+                "says what each of them needs"
+            )
+        return [(kind, registry.load(kind, name))]
 
 
 def _fields(group: str, cls: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The settings of a run: flags override YAML, YAML the model's recipe, the recipe the defaults."""
 
 import dataclasses
+import logging
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ ASKED = ("model", *SUMS.values(), "backend", "revision", "architecture", "dry_ru
 FOLDERS = ("resume_from_checkpoint", "output_dir")  # where the file may be that holds them
 
 F = TypeVar("F", bound=Flags)
+
+logger = logging.getLogger("dmdr")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,9 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     """
     found = resolve(arguments, settings)
     check_read(found.config, found.plugins, found.told)
+    for plugin in found.plugins:
+        for doubt in registry.doubts(plugin.group.removeprefix("eval_"), plugin.cls):
+            logger.warning("%s '%s' %s", registry.NOUNS[plugin.group], plugin.title, doubt)
     return found
 
 

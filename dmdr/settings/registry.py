@@ -123,6 +123,17 @@ def suggest(name: str, known: list[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def strays() -> Iterator[tuple[str, str]]:
+    """Name and complaint of each entry point in a group that looks like one of ours, and that nothing reads."""
+    known = [f"dmdr.{group}" for group in GROUPS]
+    points = importlib.metadata.entry_points()
+    for group in sorted(group for group in points.groups if group.startswith("dmdr.") and group not in known):
+        for point in points.select(group=group):
+            who = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+            meant = suggest(group, known) or f"; the groups are {', '.join(known)}"
+            yield point.name, f"{who} offers '{point.name}' in the unknown entry-point group '{group}'{meant}"
+
+
 def find(group: str, name: str, own: str | None = None) -> Plugin:
     """The plugin of this name or full name.
 
@@ -150,9 +161,11 @@ def find(group: str, name: str, own: str | None = None) -> Plugin:
         for other in GROUPS:
             if other != group and registered(other, name):
                 hint = f" (there is a {other[:-1]} of this name: {GROUPS[other]} {name})"
+        said = "".join(f"; {complaint}" for other, complaint in strays() if other == name)
+        file = "" if group == "models" else ", or write FILE.py:CLASS"
         raise PluginError(
-            f"unknown {group[:-1]} '{name}'{hint}; known: {', '.join(known) or 'none'} "
-            f"(a package adds one under the entry-point group 'dmdr.{group}')"
+            f"unknown {group[:-1]} '{name}'{hint}{said}; known: {', '.join(known) or 'none'} "
+            f"(a package adds one under the entry-point group 'dmdr.{group}'{file})"
         )
     return found[0]
 
@@ -305,8 +318,12 @@ def _checked(group: str, target: Any, where: str, name: str) -> Any:
 def _examined(group: str, target: Any, where: str, name: str) -> Any:
     if group == "rewards" and callable(target) and not inspect.isclass(target):
         return as_reward(target, name)
+    other = kind(target)
+    instead = ""
+    if other and other != group:
+        instead = f"; it looks like one of the {other.replace('_', ' ')}: name it with {GROUPS[other]}"
     if not inspect.isclass(target):
-        raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else ""))
+        raise PluginError(f"{where} is no class" + (" and no function" if group == "rewards" else "") + instead)
     flags = flags_of(group, target)
     if flags is not None:
         if not (inspect.isclass(flags) and dataclasses.is_dataclass(flags)):
@@ -328,12 +345,30 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
     read = READ_OFF_THE_CLASS.get(group, ())
     missing = [name for name in read if getattr(target, name, None) is None]
     missing += [name for name in _promised(protocol) if name not in read and not _has(target, name)]
-    problem = f"has no {' and no '.join(missing)}" if missing else _no_value(group, target) or misfit(target, protocol)
+    problem: str | None
+    if missing:
+        problem = f"has no {' and no '.join(missing)}{instead}"
+    else:
+        problem = _no_value(group, target) or misfit(target, protocol)
     for optional in _optional(group):
         problem = problem or misfit(target, optional, only_present=True)
     if problem:
         raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
     return target
+
+
+def kind(target: Any) -> str | None:
+    """The group of what somebody has written in a file, or None; of these, a sample weight may have `needs`, too."""
+    if inspect.isfunction(target) or hasattr(target, "differentiable"):
+        return "rewards"
+    if hasattr(target, "fake_loss"):
+        return "matchings"
+    if hasattr(target, "student"):
+        return "backends"
+    call = getattr(target, "__call__", None)  # noqa: B004
+    if inspect.isfunction(call) and len(inspect.signature(call).parameters) == 4:  # self, draw, direction, ctx
+        return "sample_weights"
+    return "objectives" if hasattr(target, "needs") else None
 
 
 def flags_of(group: str, target: Any) -> Any:
@@ -410,19 +445,22 @@ def optional_protocols(plugin: Plugin) -> list[str]:
     return [p.__name__ for p in _optional(plugin.group) if all(hasattr(target, name) for name in _promised(p))]
 
 
-def doubts(plugin: Plugin) -> list[str]:
-    """What looks like a mistake in a plugin that can be used; imports it."""
-    target, found = imported(plugin), []
-    known = {name: p for p in _optional(plugin.group) for name in _promised(p)}
-    own = _promised(_protocol(plugin.group))
+def doubts(group: str, target: type) -> list[str]:
+    """What looks like a mistake in a class that can be used as a plugin of this group."""
+    found, protocol = [], _protocol(group)
+    optional = {name: p for p in _optional(group) for name in _promised(p)}
+    own = dict.fromkeys(_promised(protocol), protocol)  # which a class may have from its base, as of dmdr.matching.DMD
     written = [
         name for cls in target.__mro__ if cls is not object for name, value in vars(cls).items() if callable(value)
     ]
     for name in dict.fromkeys(written):
-        close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
-        if close and not name.startswith("_") and name not in known | own:
-            found.append(f"has a method {name}: is {close[0]} of dmdr.protocols.{known[close[0]].__name__} meant?")
-    for protocol in _optional(plugin.group):
+        if name.startswith("_") or name in optional | own:
+            continue
+        for known, cutoff in ((optional, 0.8), (own, 0.85)):  # renoise_ca, of Decoupled DMD, is no renoise
+            if close := difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff):
+                found.append(f"has a method {name}: is {close[0]} of dmdr.protocols.{known[close[0]].__name__} meant?")
+                break
+    for protocol in _optional(group):
         missing = [name for name in _promised(protocol) if not hasattr(target, name)]
         if missing and len(missing) < len(_promised(protocol)):
             found.append(f"is no dmdr.protocols.{protocol.__name__}: it has no {' and no '.join(missing)}")

@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError
 from dmdr.paths import add_noise
 from dmdr.protocols import Backend, Role
 from dmdr.sampling import FewStepSampler
-from dmdr.testing.common import taken_by_a_run, untouched_global_rng
+from dmdr.testing.common import spelt, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition
 
 ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
@@ -316,6 +316,11 @@ def no_random_numbers(trial: BackendTrial) -> None:
         backend.decode(trial.x0)
 
 
+def no_method_is_misspelt(trial: BackendTrial) -> None:
+    """A run calls optional methods by their names in `dmdr.protocols`, and never one whose name is nearly that."""
+    spelt("backends", trial.backend)
+
+
 BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     the_grid_falls_from_noise_to_zero,
     a_condition_has_a_row_per_prompt,
@@ -332,4 +337,5 @@ BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     images_are_encoded_to_latents,
     an_export_brings_back_the_student,
     no_random_numbers,
+    no_method_is_misspelt,
 )

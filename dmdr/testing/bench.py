@@ -164,7 +164,13 @@ def pick_declared(trainer: Trainer, rollout: Rollout, ctx: StepContext) -> Draw:
     return rollout.pick(torch.tensor(steps)[torch.arange(len(rollout.cond)) % len(steps)])
 
 
-def train(trainer: Trainer, situation: str, advice: str = "") -> None:
+UNCOUNTED = (
+    "; a sample that does not count, by draw.mask or Term.valid, may be the cause, since 0 * NaN is NaN: replace its "
+    "values (torch.where) before the division or the logarithm"
+)
+
+
+def train(trainer: Trainer, situation: str, advice: str = UNCOUNTED) -> None:
     """A whole training step, in which the objective's share is looked at before the update.
 
     Raises:

@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
 from dmdr.protocols import Backend, Role
 from dmdr.randomness import Random
-from dmdr.settings.registry import examine
+from dmdr.settings.registry import doubts, examine
 from dmdr.states import check_storable
 from dmdr.training.context import StepContext
 from dmdr.training.trainer import Trainer
@@ -66,6 +66,16 @@ def taken_by_a_run(group: str, plugin: object) -> None:
         examine(group, type(plugin))
     except ConfigError as error:
         raise CannotRun(f"no run takes it: {error}") from error
+
+
+def spelt(group: str, plugin: object) -> None:
+    """No method's name is nearly that of one that a run looks for, and no optional protocol is there by half.
+
+    Raises:
+        AssertionError: Names the method, and the one that may be meant.
+    """
+    found = doubts(group, type(plugin))
+    assert not found, f"it {'; it '.join(found)} If not, give the method another name, or one that begins with _"
 
 
 def networks(plugin: object) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from dmdr.testing.common import (
     numbers_are_new,
     only_read,
     same,
+    spelt,
     taken_by_a_run,
     trained_a_little,
     untouched_global_rng,
@@ -293,6 +294,11 @@ def state_survives_a_checkpoint(build: Build) -> None:
     )
 
 
+def no_method_is_misspelt(build: Build) -> None:
+    """A run calls optional methods by their names in `dmdr.protocols`, and never one whose name is nearly that."""
+    spelt("matchings", build())
+
+
 MATCHING_CHECKS: tuple[Callable[[Build], None], ...] = (
     the_anchor_follows_the_student,
     renoised_states_are_made_of_their_pair,
@@ -305,4 +311,5 @@ MATCHING_CHECKS: tuple[Callable[[Build], None], ...] = (
     bfloat16_predictions_are_enough,
     whole_training_steps_run,
     state_survives_a_checkpoint,
+    no_method_is_misspelt,
 )

@@ -24,6 +24,7 @@ from dmdr.testing.common import (
     only_read,
     passes_counted,
     same,
+    spelt,
     taken_by_a_run,
     untouched_global_rng,
 )
@@ -55,11 +56,30 @@ class _Flat(Redness):
         return super().__call__(*args, **columns).detach()
 
 
-def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> None:
-    """It runs when it is given what it declares, and nothing else."""
+def it_can_be_called(build: Build, reward: Reward | None = None) -> None:
+    """Given all that there is, declared or not, it answers with a Term, or several, of the right shapes."""
     needs = build().needs
     if not isinstance(needs, Needs):
         raise CannotRun(f"needs must be a property or an attribute that is a Needs, not {type(needs).__name__}")
+    bench_of(build, reward, needs=_with_everything(needs)).ask_and_learn()
+
+
+def _with_everything(needs: Needs) -> Needs:
+    return replace(
+        needs,
+        reward=True,
+        reward_grad=True,
+        matching=True,
+        log_prob=True,
+        roles=tuple({*needs.roles, "reference"}),
+        batch_size=max(needs.batch_size, 4),
+        group_size=max(needs.group_size, 4),
+    )
+
+
+def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> None:
+    """It runs when it is given what it declares, and nothing else."""
+    needs = build().needs
 
     def given(needs: Needs) -> Bench:
         flat: Any = _Flat()
@@ -93,8 +113,7 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
             **{f"groups of {size}: declare group_size={size}": {"group_size": size} for size in (2, 4)},
         }
         helped = [extra for extra, more in extras.items() if runs(replace(needs, **more))]
-        everything = {name: value for more in extras.values() for name, value in more.items()}
-        if not helped and runs(replace(needs, **everything)):
+        if not helped and runs(_with_everything(needs)):
             helped = ["several things that it does not declare: log_prob, matching, roles, a reward, larger groups?"]
         if not helped:
             raise
@@ -332,7 +351,13 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     )
 
 
+def no_method_is_misspelt(build: Build, reward: Reward | None = None) -> None:
+    """A run calls optional methods by their names in `dmdr.protocols`, and never one whose name is nearly that."""
+    spelt("objectives", build())
+
+
 OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
+    it_can_be_called,
     declared_needs_are_honest,
     nothing_costly_is_declared_in_vain,
     one_finite_loss_per_sample,
@@ -346,4 +371,5 @@ OBJECTIVE_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     passes_do_not_depend_on_the_samples,
     whole_training_steps_run,
     state_survives_a_checkpoint,
+    no_method_is_misspelt,
 )

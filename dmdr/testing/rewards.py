@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmdr.protocols import Reward
-from dmdr.testing.common import CannotRun, networks, taken_by_a_run, untouched_global_rng
+from dmdr.testing.common import CannotRun, networks, spelt, taken_by_a_run, untouched_global_rng
 
 PROMPTS = ["a red square", "a handwritten seven", "", "a very long prompt " * 40]
 ALL = (0, 1, 2, 3)
@@ -161,6 +161,11 @@ def bfloat16_weights_score_in_float32(trial: RewardTrial) -> None:
     assert lost.isfinite().all(), f"prepared with bfloat16 it cannot score what it can in float32: {lost.tolist()}"
 
 
+def no_method_is_misspelt(trial: RewardTrial) -> None:
+    """A run calls optional methods by their names in `dmdr.protocols`, and never one whose name is nearly that."""
+    spelt("rewards", trial.reward)
+
+
 REWARD_CHECKS: tuple[Callable[[RewardTrial], None], ...] = (
     one_float32_score_per_image,
     images_are_only_read,
@@ -170,4 +175,5 @@ REWARD_CHECKS: tuple[Callable[[RewardTrial], None], ...] = (
     further_columns_are_welcome,
     no_random_numbers,
     bfloat16_weights_score_in_float32,
+    no_method_is_misspelt,
 )

@@ -16,6 +16,7 @@ from dmdr.testing.common import (
     brings_back_its_state,
     only_read,
     same,
+    spelt,
     taken_by_a_run,
     trained_a_little,
     untouched_global_rng,
@@ -261,6 +262,11 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     )
 
 
+def no_method_is_misspelt(build: Build, reward: Reward | None = None) -> None:
+    """A run calls optional methods by their names in `dmdr.protocols`, and never one whose name is nearly that."""
+    spelt("sample_weights", build())
+
+
 SAMPLE_WEIGHT_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     declared_needs_are_honest,
     weights_are_finite_and_not_negative,
@@ -270,4 +276,5 @@ SAMPLE_WEIGHT_CHECKS: tuple[Callable[[Build, Reward | None], None], ...] = (
     random_numbers_are_keyed,
     whole_training_steps_run,
     state_survives_a_checkpoint,
+    no_method_is_misspelt,
 )

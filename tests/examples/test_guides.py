@@ -28,7 +28,8 @@ DOCUMENTS = [
     *("README.md", "examples/README.md", "examples/digits/README.md", "examples/ablation_matrix/README.md"),
     *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "examples" / "guides").glob("*.md"))),
 ]
-COVERED = ["plugins/README.md", "examples/plugin_template/README.md"]  # test_plugin_template.py runs their commands
+TEMPLATES = [f"examples/{kind}_template/README.md" for kind in ("plugin", "matching", "reward")]
+COVERED = ["plugins/README.md", *TEMPLATES]  # test_plugin_template.py runs their commands
 LINKED = [*DOCUMENTS, *COVERED, "CONTRIBUTING.md", "CHANGELOG.md", "examples/reward_servers/image_reward/README.md"]
 LANGUAGES = {"sh", "python", "yaml", "toml", "bibtex"}
 PROGRAMS = ("dmdr-", "pytest", "python", "make", "pip", "git", "accelerate", "torchrun", "hf", "WORLD_SIZE=")

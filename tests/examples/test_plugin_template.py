@@ -4,10 +4,12 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,12 +73,25 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
     assert "target_score/distance" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
     assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
-    assert "21 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+    assert "24 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
+    for kind in ("matching", "reward"):
+        shell(f"dmdr-plugins new my_{kind} --kind {kind}")
+        shell(f"pip install ./my-{kind}")
+        assert "2 passed" in shell(f"pytest -p no:cacheprovider my-{kind}")
+    shell(f"{TRAIN} --matching my_matching --length 0.5 --rl refl --reward my_reward --power 2 --output_dir both")
 
 
-def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "points"),
+    [
+        ("objective", ['my_aim = "dmdr_my_aim:MyAim"', 'my_aim_reward = "dmdr_my_aim:MyAimReward"']),
+        ("matching", ['[project.entry-points."dmdr.matchings"]\nmy_aim = "dmdr_my_aim:MyAim"']),
+        ("reward", ['[project.entry-points."dmdr.rewards"]\nmy_aim = "dmdr_my_aim:MyAim"']),
+    ],
+)
+def test_new_writes_a_package_of_that_name(kind: str, points: list[str], tmp_path: Path) -> None:
     package = tmp_path / "here"
-    write_package("my_aim", package)
+    run(["new", "my_aim", "--kind", kind, "--output_dir", str(package)])
     assert {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()} == {
         "README.md",
         "pyproject.toml",
@@ -84,8 +99,15 @@ def test_new_writes_a_package_of_that_name(tmp_path: Path) -> None:
         "tests/test_dmdr_my_aim.py",
     }
     text = "".join(path.read_text() for path in package.rglob("*.*") if path.is_file())
-    assert not re.search("template|target_score|TargetScore|brightness|Brightness", text)
-    assert 'my_aim_reward = "dmdr_my_aim:MyAimReward"' in text
+    assert not re.search("template|target_score|TargetScore|brightness|Brightness|unit_dmd|UnitDMD", text)
+    assert all(point in text for point in points) and text.count(' = "dmdr_my_aim:') == len(points)
+    test = (package / "tests" / "test_dmdr_my_aim.py").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(package)
+        names: dict[str, Any] = {}
+        exec(test, names)
+        [*names.values()][-1]()  # of what it is for; all of DMDR's checks take longer
+    del sys.modules["dmdr_my_aim"]
 
 
 @pytest.mark.parametrize("name", ["My", "2fast", "with-dash", "ends_", ""])
@@ -134,31 +156,35 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.*)$", GUIDE, flags=re.MULTILINE)[1:])] * 2, strict=True))
-BEST, NEAR, INK, SURROGATE = "best.py:Best", "near_teacher.py:NearTeacher", "ink.py:Ink", "surrogate.py:Surrogate"
-BETTER = "better.py:Better"
+BEST, REINFORCE, UNIT, INK = "best.py:Best", "reinforce.py:Reinforce", "unit.py:Unit", "ink.py:Ink"
+BETTER, SURROGATE = "better.py:Better", "surrogate.py:Surrogate"
 RUN = {  # title of a section: programs of its commands in order; commands and files, and what they say
     "Your first objective in ten minutes": (
         ["dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"],
         {
-            f"pytest --dmdr-plugin {BEST}": ["13 passed"],
+            f"pytest --dmdr-plugin {BEST}": ["15 passed"],
             "runs/best/metrics.jsonl": [f'"loss/{BEST}"', f'"{BEST}/best"'],
             f"dmdr-train --rl {BEST} --help": ["How hard the student is pulled."],
             "pytest best-of-n": ["3 passed"],  # of the package that was written and installed
             "dmdr-plugins": [r"objective +best_of_n +dmdr-best-of-n 0.1.0 +dmdr_best_of_n:BestOfN\n"],
         },
     ),
-    "How student, teacher and reference are called": (
+    "A policy gradient": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {NEAR}": ["13 passed"], "runs/near/metrics.jsonl": [f'"{NEAR}/distance"']},
+        {f"pytest --dmdr-plugin {REINFORCE}": ["15 passed"], "runs/reinforce/metrics.jsonl": [f'"{REINFORCE}/kl"']},
     ),
-    "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["8 passed"]}),
+    "A matching": (
+        ["dmdr-train", "pytest"],
+        {f"pytest --dmdr-plugin {UNIT}": ["12 passed"], "runs/unit/config.yaml": ["unit_py_Unit_length: 0.5"]},
+    ),
+    "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["9 passed"]}),
     "A sample weight": (
         ["dmdr-train", "pytest"],
-        {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"], f"pytest --dmdr-plugin {BETTER}": ["8 passed"]},
+        {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"], f"pytest --dmdr-plugin {BETTER}": ["9 passed"]},
     ),
     "Parameters of your own": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {SURROGATE}": ["13 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},
+        {f"pytest --dmdr-plugin {SURROGATE}": ["15 passed"], "runs/surrogate/metrics.jsonl": ['"grad_norm/surrogate"']},
     ),
     "A model family": ([], {"my_options.py": []}),
 }
@@ -175,15 +201,17 @@ def test_the_guide_is_true(title: str, shell: Shell, tmp_path: Path) -> None:
     """A section's files are written and its commands run, in order."""
     programs, promises = RUN[title]
     outputs: dict[str, str] = {}
-    lines = []
+    lines, files = [], []
     for language, content in blocks(SECTIONS[title]):
         if language == "python":
-            name = content.splitlines()[0].removeprefix("# ")
-            assert name.endswith(".py")
-            (tmp_path / name).write_text(content)
-            shell(f"python {name}")
+            files.append(content.splitlines()[0].removeprefix("# "))
+            assert files[-1].endswith(".py")
+            (tmp_path / files[-1]).write_text(content)
         elif language == "sh":
             lines += content.replace("\\\n", " ").splitlines()
+    for name in files:
+        if not any(f" {name}:" in line for line in lines):  # which would run it, too
+            shell(f"python {name}")
     assert [line.split()[0] for line in lines] == programs
     for line in lines:
         outputs[line] = shell(line)

@@ -13,13 +13,15 @@ ROOT = Path(__file__).parents[2]
 CONFORM = """
 from best import Best
 from better import Better
-from dmdr.protocols import BringsLearners, Reward, RewardObjective, SampleWeight
+from dmdr.protocols import BringsLearners, Matching, Reward, RewardObjective, SampleWeight
 from dmdr_template import Brightness, TargetScore
 from ink import Ink
-from near_teacher import NearTeacher
+from reinforce import Reinforce
 from surrogate import Surrogate
+from unit import Unit
 
-objectives: list[RewardObjective] = [TargetScore(), Best(), NearTeacher(), Surrogate()]
+objectives: list[RewardObjective] = [TargetScore(), Best(), Reinforce(), Surrogate()]
+matching: Matching = Unit()
 learns: BringsLearners = Surrogate()
 weight: SampleWeight = Better()
 rewards: list[Reward] = [Brightness(), Ink()]

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, VariancePreserving
-from dmdr.sampling import FewStepSampler, shift_times, time_grid, unshift_times
+from dmdr.sampling import FewStepSampler, SdeType, shift_times, time_grid, unshift_times
 from dmdr.types import Condition
 
 FLOW = RectifiedFlow()
@@ -321,8 +321,23 @@ def test_log_prob_has_the_gradient_of_its_mean() -> None:
 @pytest.mark.parametrize(("eta", "step"), [(0.0, 0), (0.0, 1), (0.5, 1), (1.0, 1)])
 def test_log_prob_of_a_deterministic_step_is_refused(eta: float, step: int) -> None:
     prediction, noise = predictions(FLOW, 0.5)
-    with pytest.raises(ValueError, match=f"step {step} of 2 at eta {eta} is deterministic"):
+    with pytest.raises(TrainingError, match=r"\(the last of 2, or any at eta 0\); declare .*, and pass mask=draw.mask"):
         FewStepSampler(FLOW, time_grid(2), eta).log_prob(step, prediction, noise)
+
+
+@pytest.mark.parametrize("sde_type", ["cps", "ddim", "flow_sde"])
+def test_log_prob_leaves_out_what_a_mask_does(sde_type: SdeType) -> None:
+    """Its gradient is finite also where samples are at the last step, where the standard deviation is 0."""
+    sampler = FewStepSampler(FLOW, time_grid(3), 0.7, sde_type)
+    index, mask = torch.tensor([0, 2, 1, 2]), torch.tensor([True, False, True, False])
+    value, x_t, x_next = normal(4, 3, seed=1).requires_grad_(), normal(4, 3, seed=2), normal(4, 3, seed=3)
+    prediction = Prediction(value, "x0", x_t, sampler.t[index], FLOW)
+    found = sampler.log_prob(index, prediction, x_next, mask=mask)
+    (grad,) = torch.autograd.grad(found.sum(), value)
+    assert grad[mask].all() and torch.equal(grad[~mask], torch.zeros(2, 3, dtype=grad.dtype))
+    alone = Prediction(value[mask], "x0", x_t[mask], sampler.t[index][mask], FLOW)
+    expected = sampler.log_prob(index[mask], alone, x_next[mask])
+    assert torch.equal(found, torch.zeros(4, dtype=torch.float64).masked_scatter(mask, expected))
 
 
 # --- Rollouts ---------------------------------------------------------------------------------------------------------

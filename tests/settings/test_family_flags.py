@@ -235,7 +235,7 @@ def test_help_of_part_of_the_settings_has_titles(capsys: pytest.CaptureFixture[s
     for title in ("common settings: ", "objective grpo: ", "reward toy: ", "matching dmd: ", "sample weight rt_dm: "):
         assert (title in text) == (title != "reward toy: "), title  # which has no flags
     for arguments in (["--help", "some"], ["--help=some"], ["--help="]):
-        assert refusal(*arguments).startswith("--help/-h: invalid choice: ")
+        assert refusal(*arguments).startswith("--help: invalid choice: ")
 
 
 # --- A stranger's -----------------------------------------------------------------------------------------------------

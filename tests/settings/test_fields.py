@@ -380,6 +380,11 @@ def test_bad_flags(arguments: tuple[str, ...], said: str) -> None:
     assert said in refusal(*arguments)
 
 
+def test_a_flag_has_one_spelling_in_a_message() -> None:
+    assert refusal("--rl", "grpo", "--ratio", "odd").startswith("--ratio: invalid choice: 'odd'")
+    assert refusal("--num-inference-steps", "odd") == "--num_inference_steps: invalid int value: 'odd'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

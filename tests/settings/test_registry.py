@@ -78,7 +78,9 @@ def test_unknown_name_suggests_a_known_one() -> None:
     message = error_of("objectives", "rfl")
     assert message.startswith("unknown objective 'rfl' (did you mean 'refl'?); known: ")
     assert "refl" in message.split("known: ")[1]
-    assert message.endswith("(a package adds one under the entry-point group 'dmdr.objectives')")
+    assert message.endswith(
+        "(a package adds one under the entry-point group 'dmdr.objectives', or write FILE.py:CLASS)"
+    )
     assert "did you mean" not in error_of("rewards", "zzzzzz")
 
 
@@ -201,6 +203,47 @@ def test_a_name_of_another_kind_says_so() -> None:
     assert "unknown objective 'hps' (there is a reward of this name: --reward hps)" in error_of("objectives", "hps")
     assert error_of("objectives", "best.py") == "--rl best.py: say which objective of the file, as in my_file.py:NAME"
     assert error_of("objectives", "dmdr:refll").startswith("dmdr offers no objective of that name, but dmdr:dpo")
+
+
+def test_what_looks_like_another_kind_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mm.py").write_text("from dmdr.matching import DMD as Mine\ndef score(images): ...\n")
+    hint = "it looks like one of the matchings: name it with --matching"
+    assert f"has no needs and no __call__; {hint};" in error_of("objectives", f"{tmp_path}/mm.py:Mine")
+    assert "is no class; it looks like one of the rewards: name it with --reward" in error_of(
+        "objectives", f"{tmp_path}/mm.py:score"
+    )
+
+
+def test_a_group_that_nothing_reads_is_named(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    from dmdr.cli.plugins import list_plugins
+
+    install("spam", {"matching": {"egg": "spam_mod:Egg"}})
+    stray = "spam 1.2 offers 'egg' in the unknown entry-point group 'dmdr.matching' (did you mean 'dmdr.matchings'?)"
+    assert error_of("matchings", "egg").startswith(f"unknown matching 'egg'; {stray}; known: ")
+    assert stray not in error_of("matchings", "ham")
+    list_plugins()
+    assert capsys.readouterr().out.endswith(f"\nwarning: {stray}\n")
+
+
+def test_a_method_that_looks_misspelt_is_warned_of(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the list of plugins, and at the start of a run, also where the plugin is in a file."""
+    from dmdr.cli.plugins import list_plugins
+    from dmdr.settings.parse import parse
+
+    needs = "from dmdr.protocols import Needs\n"
+    lines = ("needs = Needs(reward=False)", "def __call__(self, draw, ctx): ...", "def share_noise(self, ctx): ...")
+    install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=needs + dataclass_of(*lines))
+    doubt = "objective 'egg' has a method share_noise: is shared_noise of dmdr.protocols.SharesNoise meant?"
+    list_plugins()
+    assert f"  warning: {doubt}\n" in capsys.readouterr().out
+    parse(["--model=toy", f"--rl={tmp_path}/spam/spam_mod.py:Egg as egg"])
+    assert [record.getMessage() for record in caplog.records] == [
+        doubt.replace("'egg'", f"'{tmp_path}/spam/spam_mod.py:Egg as egg'")
+    ]
+    parse(["--model=toy", "--rl=refl+grpo+dpo+nft", "--reward=toy", "--matching=decoupled"])
+    assert len(caplog.records) == 1
 
 
 def test_what_nobody_typed_is_of_its_own_distribution(install: Install) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from dmdr.backends.toy import PROMPTS, Redness, ToyBackend, ToyOptions
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError, TrainingError
+from dmdr.matching import DMD
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs, Role, Sampler
 from dmdr.randomness import Random
-from dmdr.testing import check_backend, check_objective, check_reward
+from dmdr.testing import MATCHING_CHECKS, OBJECTIVE_CHECKS, check_backend, check_objective, check_reward
 from dmdr.types import Condition, Draw, Term
 from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
@@ -141,13 +142,13 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
     ("answer", "needs", "message"),
     [
         (lambda d, c: Term(climb(d, c).mean()), {}, "one loss per sample"),
-        (lambda d, c: Term(climb(d, c).half()), {}, r"float32 or float64, not \[1\] torch.float16"),
+        (lambda d, c: Term(climb(d, c).half()), {}, r"float32 or float64, not \[16\] torch.float16"),
         (lambda d, c: Term(climb(d, c) / 0.0), {}, "must be finite for every valid sample"),
-        (lambda d, c: Term(climb(d, c), valid=torch.ones(3, dtype=torch.bool)), {}, r"Term.valid must be \[1\] bool"),
+        (lambda d, c: Term(climb(d, c), valid=torch.ones(3, dtype=torch.bool)), {}, r"Term.valid must be \[16\] bool"),
         (
             lambda d, c: Term(climb(d, c), metrics={"odd": torch.zeros(3)}),
             {},
-            r"metric 'odd' must be a number or \[1\]",
+            r"metric 'odd' must be a number or \[16\]",
         ),
         (lambda d, c: iter(()), {}, "yielded no term"),
         (lambda d, c: Term(climb(d, c).detach()), {}, "reaches neither draw.leaf"),
@@ -412,6 +413,30 @@ def test_a_state_that_is_not_brought_back_is_caught() -> None:
     check_objective(DiffusionNFT)
     with pytest.raises(AssertionError, match="must bring back the state"):
         check_objective(Forgetful)
+
+
+def test_a_method_that_is_nearly_called_right_is_caught() -> None:
+    class Follows(ReFL):
+        def after_updates(self, ctx: Context) -> None: ...
+
+    class Losses(DMD):
+        def fake_losses(self, draw: Draw, fake: Any, ctx: Context) -> Term: ...
+
+    with pytest.raises(AssertionError, match=r"has a method after_updates: is after_update of dmdr.protocols.Follows"):
+        OBJECTIVE_CHECKS[-1](Follows, None)
+    with pytest.raises(AssertionError, match=r"has a method fake_losses: is fake_loss of dmdr.protocols.Matching mean"):
+        MATCHING_CHECKS[-1](Losses)
+
+
+def test_a_division_by_a_deviation_of_zero_is_explained() -> None:
+    """At the last step, which is not declared; the loss of those samples is dropped, and their gradient is NaN."""
+
+    def divides(draw: Draw, ctx: Context) -> Term:
+        mean, std = ctx.sampler.moments(draw.index, ctx.backend.student(draw.x_t, draw.t, draw.cond))
+        return Term(((draw.x_next - mean) / std).square().mean(1))
+
+    with pytest.raises(AssertionError, match=r"by draw.mask or Term.valid, may be the cause, since 0 \* NaN is NaN"):
+        check_objective(objective(divides, reward=False, steps="stochastic"))
 
 
 def test_a_memory_that_no_checkpoint_holds_is_caught() -> None:
@@ -730,7 +755,7 @@ def test_each_promise_is_a_test(pytester: pytest.Pytester) -> None:
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--dmdr-option=scale=3.5")
     assert code == 0, out
     assert "gradient_reaches_the_student_only PASSED" in out
-    assert "13 passed" in out
+    assert "15 passed" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Score", "--dmdr-option=checkpoint=here")
     assert code == 1
     assert "a reward returns [4] float32; this one torch.float64 [4]" in out
@@ -845,7 +870,7 @@ class Captioned:
 def test_what_cannot_run_fails_once(pytester: pytest.Pytester, name: str, lines: list[str]) -> None:
     pytester.makepyfile(odd=ODD)
     code, out = check(pytester, f"--dmdr-plugin=odd.py:{name}")
-    assert code == 1 and "1 failed, 12 skipped" in out
+    assert code == 1 and "1 failed, 14 skipped" in out and "it_can_be_called FAILED" in out
     assert all(line in out for line in lines)
     assert "runner.py" not in out and "dmdr/testing" not in out
     assert (
@@ -856,10 +881,10 @@ def test_what_cannot_run_fails_once(pytester: pytest.Pytester, name: str, lines:
 def test_columns_and_fields_of_several_plugins(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(odd=ODD, mine=MINE)
     _, out = check(pytester, "--dmdr-plugin=odd.py:Captioned")
-    assert "TypeError: object of type 'int' has no len()" in out and "1 failed, 7 skipped" in out
+    assert "TypeError: object of type 'int' has no len()" in out and "1 failed, 8 skipped" in out
     arguments = ["--dmdr-plugin=odd.py:Captioned", "--dmdr-column=caption=[a, bb, c, dd]", "--dmdr-plugin=mine.py:Mine"]
     code, out = check(pytester, *arguments, "--dmdr-option=mine.py:Mine.scale=2", "--dmdr-option=scale=3")
-    assert code == 0 and "21 passed" in out, out
+    assert code == 0 and "24 passed" in out, out
 
 
 TYPED = """
@@ -900,16 +925,16 @@ def test_options_are_read_as_flags_are(pytester: pytest.Pytester) -> None:
 def test_checks_are_collected(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(mine=MINE)
     _, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "--collect-only", "-q")
-    assert "collected 13 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
+    assert "collected 15 items" in out or "mine.py:Mine::declared_needs_are_honest" in out
     code, out = check(pytester, "--dmdr-plugin=mine.py:Mine", "-k", "whole or only_read")
-    assert code == 0 and "2 passed, 11 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
+    assert code == 0 and "2 passed, 13 deselected" in out and "mine.py:Mine::whole_training_steps_run PASSED" in out
 
 
 def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
     code, out = check(
         pytester, "--dmdr-plugin=ToyPipeline", "--dmdr-model=.", "--dmdr-prompt=mode 1", "--dmdr-prompt=mode 2"
     )
-    assert code == 0 and "15 passed" in out, out
+    assert code == 0 and "16 passed" in out, out
 
 
 DEEP = """
