@@ -98,7 +98,8 @@ def save_checkpoint(
                     {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, _file(partial, role)
                 )
             moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
-            torch.save({"moments": moments, "extra": dict(extra)}, partial / "training.pt")
+            with (partial / "training.pt").open("wb") as file:  # of which torch passes an OSError on, unlike of a name
+                torch.save({"moments": moments, "extra": dict(extra)}, file)
             (partial / "progress.json").write_text(json.dumps(asdict(progress)))
             files = {path.name: identity(path) for path in partial.iterdir()}
             (partial / MANIFEST).write_text(json.dumps(files, indent=2))
@@ -106,8 +107,16 @@ def save_checkpoint(
         if stage_end:
             (final / STAGE_END).touch()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say of a full disk what they like
-        raise TrainingError(f"{final} could not be written: {one_line(error)}; earlier ones are untouched") from error
+        raise TrainingError(f"{final} could not be written: {_cause(error)}; earlier ones are untouched") from error
     return final
+
+
+def _cause(error: BaseException) -> str:
+    """What the system says, if it is an OSError during which torch complains of its own file; else what is said."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return (found and found.strerror) or one_line(found or error)
 
 
 def identity(file: Path) -> dict[str, Any]:

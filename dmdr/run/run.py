@@ -254,8 +254,8 @@ class Run:
                             self._draw_grid()
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
-            except Exception:
-                self._save_before_leaving(trainer)
+            except Exception as error:
+                self._save_before_leaving(trainer, error)
                 raise
             self._save(trainer, stage_end=trainer.step == stage.steps)
             stopped = self.interrupts.arrived()
@@ -383,7 +383,7 @@ class Run:
             tensors["ema"] = trainer.student.ema.average
         return tensors, {name: learner.optimizer for name, learner in learners.items()}
 
-    def _save_before_leaving(self, trainer: Trainer) -> None:
+    def _save_before_leaving(self, trainer: Trainer, reason: Exception) -> None:
         """What a failing run has learned so far."""
         if not self.progress.total or not self.accelerator.is_main_process:
             return  # before the first update there is nothing to go on with
@@ -391,7 +391,8 @@ class Run:
         try:
             self._write_checkpoint(trainer)
         except TrainingError as error:
-            logger.warning("%s", error)
+            if str(error) != str(reason):  # which the command says: perhaps it was this save that failed
+                logger.warning("%s", error)
         else:
             logger.warning("saved at step %d; go on with %s", self.progress.total, self._how_to_go_on())
 
