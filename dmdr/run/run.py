@@ -41,6 +41,7 @@ from dmdr.run.folder import (
     SETTINGS,
     changes,
     check_inputs_survive,
+    check_there,
     choose_folder,
     empty,
     inputs_of,
@@ -328,6 +329,7 @@ class Run:
         if self.config.num_eval_samples:
             self.observer.evaluate_teacher()
         if self.accelerator.is_main_process:
+            check_there(self.output)
             objectives = "" if not self.job.objectives else self.config.rl
             export(
                 self.output / "student",
@@ -411,6 +413,7 @@ class Run:
         on_main_process(self.accelerator, lambda: self._write_checkpoint(trainer, stage_end=stage_end))
 
     def _write_checkpoint(self, trainer: Trainer, *, stage_end: bool = False) -> None:
+        check_there(self.output)
         extra = {
             "scaler": self.scaler.state_dict(),
             "objectives": trainer.objectives.state_dict(),

@@ -247,15 +247,19 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert content(tmp_path / "run" / "student") == content(finished / "student")
 
 
+@pytest.mark.parametrize(("every", "said"), [(1, r"No such file or directory: .*metrics\.jsonl"), (50, "run is gone")])
 def test_a_folder_that_is_removed_while_it_is_written_to_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, said: str
 ) -> None:
+    """It is not made anew, without settings and with half of the log."""
     step = Trainer.train_step
 
     def removing(self: Trainer, **how: Any) -> dict[str, float]:
-        shutil.rmtree(tmp_path / "run")
+        if self.step:
+            shutil.rmtree(tmp_path / "run")
         return step(self, **how)
 
     monkeypatch.setattr(Trainer, "train_step", removing)
-    with pytest.raises(TrainingError, match=r"No such file or directory: .*metrics\.jsonl"):
-        train(**SETTINGS, output_dir=str(tmp_path / "run"))
+    with pytest.raises(TrainingError, match=said):
+        train(**SETTINGS | {"logging_steps": every}, output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
