@@ -288,17 +288,22 @@ class Run:
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         noted = self._noted(trainer.step, self.progress.total)
-        scores = noted and (trainer.sample_weight or trainer.objectives.terms)
-        values = {**line, **(trainer.reward_metrics() if scores else {})}
+        values, failure = dict(line), None
+        try:
+            if noted and (trainer.sample_weight or trainer.objectives.terms):
+                values |= trainer.reward_metrics()
+            if self._evaluated(self.progress.total):
+                with phase("evaluation"), self._averaged(trainer):
+                    found = self.observer.measure_student(f"step {self.progress.total}")
+                values |= {logged(name): value for name, value in found.items()}
+        except Exception as error:  # of a reward: the update will be saved, and its line is not made again
+            failure = error
         self.pace.add(values, seconds, trainer.rounds * trainer.prompts.batch_size)
         self._show(values, bar)
-        if not noted and not trainer.bad_steps:
-            return
-        if self._evaluated(self.progress.total):
-            with phase("evaluation"), self._averaged(trainer):
-                found = self.observer.measure_student(f"step {self.progress.total}")
-            values |= {logged(name): value for name, value in found.items()}
-        self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))
+        if noted or trainer.bad_steps:
+            self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))
+        if failure:
+            raise failure
 
     def _show(self, values: Mapping[str, float], bar: "tqdm[Any]") -> None:
         """The update's own values in the progress bar; they have been read already, so that nothing waits for them."""

@@ -727,6 +727,16 @@ def test_a_reward_that_raises_stops_the_run(failing: Callable[..., tuple[str, Pa
     assert steps(folder) == [step for step in LOGGED if step < call]
 
 
+def test_a_reward_that_raises_only_for_the_log_leaves_the_rest_of_the_line(
+    failing: Callable[..., tuple[str, Path]],
+) -> None:
+    """The first update of stage 2 asks for it twice."""
+    _, folder = failing(fails=8)
+    assert kept(folder) == [6, 7]
+    assert steps(folder) == [step for step in LOGGED if step <= 7]
+    assert "loss/refl" in lines(folder)[-1] and "reward/moody" not in lines(folder)[-1]
+
+
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_reward_with_no_finite_value_stops_the_run(failing: Callable[..., tuple[str, Path]], call: int) -> None:
     line, folder = failing(blank=call)
