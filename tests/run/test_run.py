@@ -752,6 +752,15 @@ def test_a_reward_with_no_finite_value_stops_stage_2_between_log_lines(
     assert line.startswith("dmdr-train: reward 'moody' has scored none of")
 
 
+def test_batches_without_a_score_are_counted_over_both_stages(
+    failing: Callable[..., tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at the end of stage 1, and the second of stage 2 is the fifth."""
+    monkeypatch.setattr(dmdr.training.scorer, "PATIENCE", 5)
+    _, folder = failing(blank=4, logging_steps=1)
+    assert kept(folder) == [6, 7]
+
+
 def test_a_failure_at_the_start_of_stage_2_leaves_the_stage_1_that_was_reached(
     failing: Callable[..., tuple[str, Path]], stage1: Path
 ) -> None:
