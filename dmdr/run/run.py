@@ -431,7 +431,8 @@ class Run:
             self.output / "checkpoints", self.progress, tensors, optimizers, extra, stage_end=stage_end
         )
         logger.debug("saved %s", folder)
-        if not trainer.bad_steps:  # what was saved before them may be worth going back to
+        unscored = trainer.scorer is not None and trainer.scorer.silent
+        if not (trainer.bad_steps or unscored):  # what was saved before them may be worth going back to
             prune(self.output, self.config.save_total_limit, folder)
 
 

@@ -755,10 +755,10 @@ def test_a_reward_with_no_finite_value_stops_stage_2_between_log_lines(
 def test_batches_without_a_score_are_counted_over_both_stages(
     failing: Callable[..., tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three at the end of stage 1, and the second of stage 2 is the fifth."""
+    """Three at the end of stage 1, and the second of stage 2 is the fifth; what was saved before the first stays."""
     monkeypatch.setattr(dmdr.training.scorer, "PATIENCE", 5)
-    _, folder = failing(blank=4, logging_steps=1)
-    assert kept(folder) == [6, 7]
+    _, folder = failing(blank=4, logging_steps=1, save_steps=1, save_total_limit=1)
+    assert kept(folder) == [3, 4, 5, 6, 7]
 
 
 def test_a_failure_at_the_start_of_stage_2_leaves_the_stage_1_that_was_reached(
