@@ -81,8 +81,13 @@ class StreamedPrompts:
     def _epochs(self, examples: Any) -> Generator[Row]:
         for epoch in count():
             examples.set_epoch(epoch)
+            filled = False
             with closing(self._source.rows(examples)) as rows:
-                yield from filter(None, rows)
+                for row in filter(None, rows):
+                    filled = True
+                    yield row
+            if not filled:  # any more: there were some when the stream was opened
+                raise ConfigError(f"--prompts: {self._source.path} holds no prompt")
 
 
 def read_prompts(path: str, *, repeated: bool = False, **where: Any) -> Prompts:

@@ -1,16 +1,17 @@
 """A reward that a server computes, perhaps with other libraries, on another GPU or machine: `--reward http://...`."""
 
 import ipaddress
+import json
 import logging
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -21,9 +22,11 @@ from torch import Tensor
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.remote.wire import SERVICE, TOKEN, VERSION, Request, eight_bits, read_scores
 
+T = TypeVar("T")
 logger = logging.getLogger("dmdr")
 
 AGAIN = (429, 502, 503, 504)  # answers that another try may change
+LARGEST = 2**26  # bytes of an answer: a million scores take a third of it
 BACKOFF = wait_exponential(multiplier=0.2, max=10)
 JITTER = random.Random()  # of our own: retries must not move the global generator that the run has seeded
 _SCHEME = r"https?://"
@@ -105,12 +108,14 @@ class RemoteReward:
         self._token = token
         try:
             with self._session() as session:
-                answer = session.get(f"{self.url}/health", timeout=self._patience(10.0), allow_redirects=False)
-        except requests.RequestException as error:
+                answer = self._exchange(session, "GET", "/health", min(10.0, self.request_timeout))
+        except (requests.RequestException, TimeoutError) as error:
             raise ConfigError(f"nothing answers at {self.url}: {_reason(error)}") from error
-        about = _object(answer)
+        except RemoteError as error:
+            raise ConfigError(str(error)) from error
+        about = answer.object
         if about.get("service") != SERVICE:
-            raise ConfigError(f"{self.url} answers {answer.status_code}, but is no reward server")
+            raise ConfigError(f"{self.url} answers {answer.status}, but is no reward server")
         if about.get("version") != VERSION:
             raise ConfigError(f"{self.url} speaks version {about.get('version')} of the protocol, not {VERSION}")
         if not about.get("authorized"):
@@ -143,20 +148,7 @@ class RemoteReward:
         if self._limit is None:
             raise RuntimeError("RemoteReward has no server yet; call prepare(device, dtype) first")
         asked = Request(eight_bits(images).cpu(), prompts, dict(columns))
-        answer: Future[Tensor] = Future()
-
-        def ask() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                scores = self._scores(asked)
-                answer.set_result(torch.tensor(scores, dtype=torch.float32, device=images.device))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        # A daemon, unlike the threads of an executor: a second Ctrl-C must end a run that waits for its server.
-        threading.Thread(target=ask, name="dmdr-remote-reward", daemon=True).start()
-        return answer
+        return _in_thread(lambda: torch.tensor(self._scores(asked), dtype=torch.float32, device=images.device))
 
     def _scores(self, asked: Request) -> list[float]:
         with self._session() as session:
@@ -224,25 +216,88 @@ class RemoteReward:
 
     def _try(self, session: requests.Session, body: bytes, count: int, seconds: float) -> list[float]:
         try:
-            answer = session.post(
-                f"{self.url}/score", data=body, timeout=self._patience(max(seconds, 0.1)), allow_redirects=False
-            )
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            answer = self._exchange(session, "POST", "/score", min(max(seconds, 0.1), self.request_timeout), body)
+        except (
+            *(requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError),
+            TimeoutError,
+        ) as error:
             raise _Unanswered(_reason(error)) from error
-        line = f"{answer.status_code} {_object(answer).get('error', answer.reason)}"
-        if answer.status_code in AGAIN:
+        except requests.RequestException as error:  # such as a body that is not packed as its head says
+            raise RemoteError(f"{self.url}: {_reason(error)}") from error
+        line = f"{answer.status} {answer.object.get('error', answer.reason)}"
+        if answer.status in AGAIN:
             after = answer.headers.get("Retry-After", "")
             raise _Unanswered(line, float(after) if after.isdecimal() else 0.0)
-        if answer.status_code != 200:
+        if answer.status != 200:
             raise RemoteError(f"{self.url} answers {line}")
         try:
             return read_scores(answer.content, count)
         except ValueError as error:
             raise RemoteError(f"{self.url}: {error}") from error
 
-    def _patience(self, seconds: float) -> tuple[float, float]:
-        """Timeouts of connecting and of reading."""
-        return min(10.0, self.request_timeout), min(seconds, self.request_timeout)
+    def _exchange(
+        self, session: requests.Session, method: str, place: str, seconds: float, body: bytes | None = None
+    ) -> "_Answer":
+        """One request and its whole answer.
+
+        The timeouts of requests are of silence alone: a server that sends a byte now and then would never be given up.
+
+        Raises:
+            requests.RequestException: If there is no answer.
+            TimeoutError: If it is not complete in so many seconds; what still comes is read by nobody.
+            RemoteError: If it is larger than any scores.
+        """
+
+        def act() -> _Answer:
+            silence = min(10.0, self.request_timeout), seconds
+            with session.request(
+                method, f"{self.url}{place}", data=body, timeout=silence, allow_redirects=False, stream=True
+            ) as answer:
+                content = bytearray()
+                for chunk in answer.iter_content(2**16):
+                    content += chunk
+                    if len(content) > LARGEST:
+                        raise RemoteError(f"{self.url} answers with more than {LARGEST} bytes")
+                return _Answer(answer.status_code, answer.reason, answer.headers, bytes(content))
+
+        return _in_thread(act).result(seconds)
+
+
+class _Answer(NamedTuple):
+    """What a server has answered, all of it."""
+
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """The JSON object of its body, empty if it has none."""
+        try:
+            found = json.loads(self.content)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def _in_thread(act: Callable[[], T]) -> Future[T]:
+    """What `act` returns, sooner or later.
+
+    The thread is a daemon, unlike those of an executor: a second Ctrl-C must end a run that waits for its server.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(act())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="dmdr-remote-reward", daemon=True).start()
+    return answer
 
 
 def _failure(state: RetryCallState) -> _Unanswered:
@@ -251,18 +306,9 @@ def _failure(state: RetryCallState) -> _Unanswered:
     return error
 
 
-def _object(answer: requests.Response) -> dict[str, Any]:
-    """The JSON object of an answer, empty if it has none."""
-    try:
-        found = answer.json()
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _reason(error: BaseException) -> str:
     """The innermost error: requests and urllib3 wrap it in five lines of their own."""
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, requests.Timeout | TimeoutError):
         return "no answer in time"
     while inner := error.__cause__ or error.__context__:
         error = inner

@@ -119,7 +119,8 @@ def save_checkpoint(
                 if role not in shared:
                     own = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
                     save_file(own, _file(partial, role))
-            torch.save({"moments": _plain(moments), "extra": dict(extra)}, partial / "training.pt")
+            with (partial / "training.pt").open("wb") as file:  # of which torch passes an OSError on, unlike of a name
+                torch.save({"moments": _plain(moments), "extra": dict(extra)}, file)
             (partial / "progress.json").write_text(json.dumps(asdict(progress)))
             written = sorted(path for path in partial.rglob("*") if path.is_file())
             names = [path.relative_to(partial).as_posix() for path in written]
@@ -151,7 +152,15 @@ def _reported(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise TrainingError(f"{final} could not be written: {one_line(error)}; earlier ones are untouched") from error
+        raise TrainingError(f"{final} could not be written: {_cause(error)}; earlier ones are untouched") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What the system says, if it is an OSError during which torch complains of its own file; else what is said."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return (found and found.strerror) or one_line(found or error)
 
 
 def _named(tensors: Mapping[str, Tensor], moments: Moments) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import can_hold_files
 from dmdr.run import durable
 from dmdr.run.checkpoint import check_whole, checkpoints, identity, newest_whole, read_progress
@@ -80,6 +80,16 @@ def never_trained(folder: Path) -> bool:
         AT_THE_START.fullmatch(path.relative_to(folder).as_posix()) or durable.LEFTOVER.fullmatch(path.name)
         for path in files
     )
+
+
+def check_there(folder: Path) -> None:
+    """Refuse to write into a run folder that is gone: made anew it would lack the settings, the log and what was saved.
+
+    Raises:
+        TrainingError: Names it.
+    """
+    if not folder.is_dir():
+        raise TrainingError(f"{folder} is gone: it was moved or removed while the run was writing to it")
 
 
 def empty(folder: Path) -> None:

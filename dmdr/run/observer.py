@@ -16,6 +16,7 @@ from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Denoiser, TeacherGrid
 from dmdr.randomness import Random
 from dmdr.run.device import on_main_process, share_of, together
+from dmdr.run.folder import check_there
 from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
 
@@ -77,8 +78,12 @@ class Observer:
                 grids[whose] = images.image_grid(pictures, columns)
                 images.save(grids[whose], folder / file)
 
+        def drawn() -> bool:
+            check_there(self.output)
+            return (folder / "teacher.png").exists()
+
         grids: dict[str, Image] = {}
-        if not on_main_process(self.accelerator, (folder / "teacher.png").exists):
+        if not on_main_process(self.accelerator, drawn):
             draw("teacher", *self.teacher(), "teacher.png")
         draw("student", self.job.backend.student, self.sampler, f"step-{step:06d}.png")
         return grids
@@ -119,6 +124,7 @@ class Observer:
     def _write_column(self, title: str, metrics: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
+        check_there(self.output)
         file = self.output / "evaluation.json"
         found: dict[str, Any] = {"samples": self.config.num_eval_samples, "columns": {}}
         if file.exists():

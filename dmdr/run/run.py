@@ -45,6 +45,7 @@ from dmdr.run.folder import (
     SETTINGS,
     changes,
     check_inputs_survive,
+    check_there,
     choose_folder,
     empty,
     inputs_of,
@@ -259,8 +260,8 @@ class Run:
                             self._draw_grid()
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self._save(trainer)
-            except Exception:
-                self._save_before_leaving(trainer)
+            except Exception as error:
+                self._save_before_leaving(trainer, error)
                 raise
             self._save(trainer, stage_end=trainer.step == stage.steps)
             stopped = self.interrupts.arrived()
@@ -292,17 +293,22 @@ class Run:
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         noted = self._noted(trainer.step, self.progress.total)
-        scores = noted and (trainer.sample_weight or trainer.objectives.terms)
-        values = {**line, **(trainer.reward_metrics() if scores else {})}
+        values, failure = dict(line), None
+        try:
+            if noted and (trainer.sample_weight or trainer.objectives.terms):
+                values |= trainer.reward_metrics()
+            if self._evaluated(self.progress.total):
+                with phase("evaluation"), self._averaged(trainer):
+                    found = self.observer.measure_student(f"step {self.progress.total}")
+                values |= {logged(name): value for name, value in found.items()}
+        except Exception as error:  # of a reward: the update will be saved, and its line is not made again
+            failure = error
         self.pace.add(values, seconds, trainer.rounds * trainer.prompts.batch_size)
         self._show(values, bar)
-        if not noted and not trainer.bad_steps:
-            return
-        if self._evaluated(self.progress.total):
-            with phase("evaluation"), self._averaged(trainer):
-                found = self.observer.measure_student(f"step {self.progress.total}")
-            values |= {logged(name): value for name, value in found.items()}
-        self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))
+        if noted or trainer.bad_steps:
+            self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))
+        if failure:
+            raise failure
 
     def _show(self, values: Mapping[str, float], bar: "tqdm[Any]") -> None:
         """The update's own values in the progress bar; they have been read already, so that nothing waits for them."""
@@ -335,6 +341,7 @@ class Run:
         if isinstance(self.job.backend, Shardable) and self.plan.shards > 1:
             self.job.backend.gather()
         if self.accelerator.is_main_process:
+            check_there(self.output)
             objectives = "" if not self.job.objectives else self.config.rl
             export(
                 self.output / "student",
@@ -390,7 +397,7 @@ class Run:
             tensors["ema"] = trainer.student.ema.average
         return tensors, {name: learner.optimizer for name, learner in learners.items()}
 
-    def _save_before_leaving(self, trainer: Trainer) -> None:
+    def _save_before_leaving(self, trainer: Trainer, reason: Exception) -> None:
         """What a failing run has learned so far."""
         if not self.progress.total or not self.accelerator.is_main_process:
             return  # before the first update there is nothing to go on with
@@ -402,7 +409,8 @@ class Run:
         try:
             self._write_checkpoint(trainer)
         except TrainingError as error:
-            logger.warning("%s", error)
+            if str(error) != str(reason):  # which the command says: perhaps it was this save that failed
+                logger.warning("%s", error)
         else:
             logger.warning("saved at step %d; go on with %s", self.progress.total, self._how_to_go_on())
 
@@ -421,6 +429,7 @@ class Run:
         self._write_checkpoint(trainer, partial(on_main_process, self.accelerator), stage_end=stage_end)
 
     def _write_checkpoint(self, trainer: Trainer, once: Once = alone, *, stage_end: bool = False) -> None:
+        once(lambda: check_there(self.output))
         extra = {
             "scaler": self.scaler.state_dict(),
             "objectives": trainer.objectives.state_dict(),
@@ -431,7 +440,8 @@ class Run:
         tensors, optimizers = self._kept(trainer)
         folder = self.output / "checkpoints"
         saved = save_checkpoint(folder, self.progress, tensors, optimizers, extra, stage_end=stage_end, once=once)
-        if not trainer.bad_steps:  # what was saved before them may be worth going back to
+        unscored = trainer.scorer is not None and trainer.scorer.silent
+        if not (trainer.bad_steps or unscored):  # what was saved before them may be worth going back to
             once(lambda: prune(self.output, self.config.save_total_limit, saved))
 
 

@@ -66,7 +66,7 @@ class Trainers:
             fake_mix=stage.fake_mix,
             renoise=stage.renoise,
             guidance=plan.guidance,
-            scorer=RolloutScorer(job.rewards, job.backend, accelerator, micro) if job.rewards else None,
+            scorer=self.scorer,
             sample_weight=stage.sample_weight,
             bad=BadSteps(config.max_bad_steps),
             first_step=stage.first_step,
@@ -83,6 +83,12 @@ class Trainers:
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
+
+    @cached_property
+    def scorer(self) -> RolloutScorer | None:
+        """Of the whole run, since it counts batches in a row that no reward could score."""
+        job = self.job
+        return RolloutScorer(job.rewards, job.backend, self.accelerator, job.plan.batch.micro) if job.rewards else None
 
     @cached_property
     def own_learners(self) -> dict[str, list[OwnLearner]]:

@@ -581,6 +581,16 @@ def test_each_epoch_of_a_stream_holds_each_prompt_once(streamed: Rows) -> None:
     assert list(range(30)) not in epochs
 
 
+def test_a_stream_that_holds_no_prompt_any_more_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\n")
+    rows = stream_prompts(str(file)).shuffled(0)
+    assert next(rows)["prompt"] in "ab"
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        list(rows)
+
+
 def test_order_of_a_stream_is_the_seed_alone(streamed: Rows) -> None:
     first = labels(PromptStream(streamed, 10, seed=1), 7)
     assert labels(PromptStream(streamed, 10, seed=1), 7) == first

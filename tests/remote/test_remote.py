@@ -1,5 +1,6 @@
 """A reward behind an address: the wire format, the server, the client, and the names that are addresses."""
 
+import asyncio
 import os
 import pickle
 import queue
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,13 +25,14 @@ import uvicorn
 from safetensors.torch import save
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import to_pil
 from dmdr.protocols import Reward
+from dmdr.remote import client as client_module
 from dmdr.remote import server as server_module
 from dmdr.remote.client import TOKEN, RemoteError, RemoteReward
 from dmdr.remote.server import Scorer, application, serve
@@ -709,6 +711,9 @@ def test_an_answer_that_is_none() -> None:
             pytest.raises(RemoteError, match=f"{url}: the answer does not hold 2 scores"),
         ):
             client(url)(pixels(2), ["a", "b"])
+    packed = Response("plain", headers={"content-encoding": "gzip"})
+    with answering(packed) as (url, _), pytest.raises(RemoteError, match=f"{url}: Error -3 while decompressing"):
+        client(url)(pixels(2), ["a", "b"])
     elsewhere = RedirectResponse("http://example.invalid/")
     with answering(elsewhere) as (url, _), pytest.raises(RemoteError, match=f"{url} answers 307 Temporary Redirect"):
         client(url)(pixels(2), ["a", "b"])
@@ -743,6 +748,27 @@ def test_a_server_that_hangs_is_given_up(gate: Gate) -> None:
             reward(pixels(1), ["1"])
         gate.open.set()
         assert reward(pixels(1), ["1"]).item() == 1
+
+
+def test_a_server_that_answers_byte_by_byte_is_given_up() -> None:
+    async def drops() -> AsyncIterator[bytes]:
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            yield b" "
+
+    with answering(*(StreamingResponse(drops()) for _ in range(3))) as (url, _):
+        reward = client(url, request_timeout=0.3, reward_timeout=0.4)
+        with pytest.raises(RemoteError, match=r"has not answered for 0.4 s: no answer in time"):
+            reward(pixels(2), ["a", "b"])
+
+
+def test_no_more_is_read_than_scores_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "LARGEST", 200)
+    with (
+        answering(Response(" " * 201)) as (url, _),
+        pytest.raises(RemoteError, match="answers with more than 200 bytes"),
+    ):
+        client(url)(pixels(2), ["a", "b"])
 
 
 def test_what_is_no_reward_server_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -727,6 +727,16 @@ def test_a_reward_that_raises_stops_the_run(failing: Callable[..., tuple[str, Pa
     assert steps(folder) == [step for step in LOGGED if step < call]
 
 
+def test_a_reward_that_raises_only_for_the_log_leaves_the_rest_of_the_line(
+    failing: Callable[..., tuple[str, Path]],
+) -> None:
+    """The first update of stage 2 asks for it twice."""
+    _, folder = failing(fails=8)
+    assert kept(folder) == [6, 7]
+    assert steps(folder) == [step for step in LOGGED if step <= 7]
+    assert "loss/refl" in lines(folder)[-1] and "reward/moody" not in lines(folder)[-1]
+
+
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_reward_with_no_finite_value_stops_the_run(failing: Callable[..., tuple[str, Path]], call: int) -> None:
     line, folder = failing(blank=call)
@@ -740,6 +750,15 @@ def test_a_reward_with_no_finite_value_stops_stage_2_between_log_lines(
     # Stage 1 and the first step of stage 2 are logged and score once or twice each; then nothing is logged any more.
     line, _ = failing(blank=10, logging_steps=50)
     assert line.startswith("dmdr-train: reward 'moody' has scored none of")
+
+
+def test_batches_without_a_score_are_counted_over_both_stages(
+    failing: Callable[..., tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at the end of stage 1, and the second of stage 2 is the fifth; what was saved before the first stays."""
+    monkeypatch.setattr(dmdr.training.scorer, "PATIENCE", 5)
+    _, folder = failing(blank=4, logging_steps=1, save_steps=1, save_total_limit=1)
+    assert kept(folder) == [3, 4, 5, 6, 7]
 
 
 def test_a_failure_at_the_start_of_stage_2_leaves_the_stage_1_that_was_reached(
