@@ -2,13 +2,11 @@
 
 import json
 import logging
-import shlex
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,16 @@ from dmdr import images
 from dmdr.errors import ConfigError, TrainingError, not_exiting, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
-from dmdr.protocols import CachesPrompts, Shardable, Stateful
+from dmdr.protocols import CachesPrompts, Shardable
 from dmdr.run import durable
 from dmdr.run.checkpoint import (
-    Once,
     Progress,
-    Tensors,
-    alone,
     checkpoints,
     find_initial,
     holds,
     load_parameters,
     number_of,
-    prune,
     read_progress,
-    restore,
-    save_checkpoint,
 )
 from dmdr.run.device import avoid_mps, join_processes, mesh_of, on_main_process, open_accelerator, refuse_other_engines
 from dmdr.run.export import export
@@ -53,6 +45,7 @@ from dmdr.run.folder import (
 )
 from dmdr.run.initial import check_kind, differences
 from dmdr.run.job import Job, assemble, own_prompts, planned
+from dmdr.run.keeper import Keeper
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog, beside_the_bar
 from dmdr.run.observer import Observer
@@ -64,8 +57,6 @@ from dmdr.run.trainers import Trainers
 from dmdr.settings.chosen import SUMS
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
-from dmdr.settings.trust import check_config
-from dmdr.states import is_shared
 from dmdr.training.phases import phase
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
@@ -147,12 +138,13 @@ class Run:
         trackers = None if config.report_to == "none" else config.report_to
         self.accelerator = open_accelerator(config.mixed_precision, log_with=trackers, project_dir=str(output))
         self.precision = self.accelerator.mixed_precision
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == "fp16")
+        scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == "fp16")
         self.plan = job.plan
-        self.trainers = Trainers(job, self.accelerator, self.scaler)
+        self.trainers = Trainers(job, self.accelerator, scaler)
         self.observer = Observer(job, self.accelerator, output)
         self.log = RunLog(output, self.accelerator, config.report_to)
         self.pace = Pace(self.accelerator.device)
+        self.keeper = Keeper(self.trainers, output, self.pace.sums)
         self.interrupts = Interrupts(self.accelerator)
         self._in_update = False
 
@@ -170,7 +162,10 @@ class Run:
         self._load_initial()
         progress = read_progress(self.resume) if self.resume else Progress(0, 0, 0, 0, self.plan.batch.whole)
         stages = [stage for stage in self.plan.stages if stage.number >= progress.stage]
-        trainer: Trainer | None = self.trainer(stages[0], progress if self.resume else None)  # or refuse what misfits
+        first = stages[0]  # whose trainer refuses what misfits, before anything is written
+        trainer: Trainer | None = (
+            self.keeper.resumed(first, progress.step, self.resume) if self.resume else self.trainers.of(first)
+        )
         if accelerator.is_main_process:
             self._open_folder(progress)
             self._say_plan()
@@ -184,7 +179,7 @@ class Run:
         )
         with bar, beside_the_bar():
             for stage in stages:
-                self._train(stage, trainer or self.trainer(stage), progress, bar)
+                self._train(stage, trainer or self.trainers.of(stage), progress, bar)
                 trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
         self._finish()
         return self.output
@@ -259,18 +254,18 @@ class Run:
                         with self._averaged(trainer):
                             self._draw_grid()
                     if self._due(config.save_steps) and trainer.step < stage.steps:
-                        self._save(trainer)
+                        self.keeper.save(trainer, self.progress)
             except Exception as error:
-                self._save_before_leaving(trainer, error)
+                self.keeper.save_before_leaving(trainer, replace(self.progress, torn=self._in_update), error)
                 raise
-            self._save(trainer, stage_end=trainer.step == stage.steps)
+            self.keeper.save(trainer, self.progress, stage_end=trainer.step == stage.steps)
             stopped = self.interrupts.arrived()
         if stopped:
             bar.close()
             self.accelerator.wait_for_everyone()  # a launcher ends all with the code of the first that leaves
             self.accelerator.end_training()
             if self.accelerator.is_main_process:
-                logger.warning("stopped at step %d; go on with %s", self.progress.total, self._how_to_go_on())
+                logger.warning("stopped at step %d; go on with %s", self.progress.total, self.keeper.how_to_go_on())
             self.interrupts.leave()
         if trainer.student.ema:
             trainer.student.ema.settle()
@@ -358,94 +353,3 @@ class Run:
             write_report(self.output)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-    # --- Checkpoints -------------------------------------------------------------------------------------------------
-
-    def trainer(self, stage: Stage, resumed: Progress | None = None) -> Trainer:
-        """The trainer of a stage, as new or as the checkpoint left it.
-
-        Raises:
-            ConfigError: If the checkpoint does not fit.
-        """
-        trainer = self.trainers.of(stage, resumed.step if resumed else 0)
-        if self.resume and resumed:
-            tensors, optimizers = self._kept(trainer, with_reference=stage.number == 2)
-            extra = restore(self.resume, tensors, optimizers)
-            if missing := {"scaler", "objectives"} - extra.keys():
-                raise ConfigError(f"{self.resume} holds no state of: {', '.join(sorted(missing))}")
-            self.scaler.load_state_dict(extra["scaler"])
-            trainer.objectives.states = extra["objectives"]
-            trainer.bad.in_a_row = extra.get("bad_steps", 0)
-            self.pace.sums.update(extra.get("unscored", {}))
-            for name, part in _stateful_parts(trainer).items():
-                if name in extra:
-                    part.load_state_dict(extra[name])
-        return trainer
-
-    def _kept(
-        self, trainer: Trainer, *, with_reference: bool = True
-    ) -> tuple[Tensors, dict[str, torch.optim.Optimizer]]:
-        """What a checkpoint holds: tensors by role, and optimizers by role."""
-        learners = trainer.learners
-        tensors: dict[str, Mapping[str, torch.Tensor]] = {
-            name: learner.parameters for name, learner in learners.items()
-        }
-        reference = self.job.backend.parameters("reference")
-        if reference and with_reference:
-            tensors["reference"] = reference
-        if trainer.student.ema:
-            tensors["ema"] = trainer.student.ema.average
-        return tensors, {name: learner.optimizer for name, learner in learners.items()}
-
-    def _save_before_leaving(self, trainer: Trainer, reason: Exception) -> None:
-        """What a failing run has learned so far."""
-        if not self.progress.total or not self.accelerator.is_main_process:
-            return  # before the first update there is nothing to go on with
-        if any(map(is_shared, trainer.student.parameters.values())):
-            how = self._how_to_go_on()
-            logger.warning("one process cannot save the student that all share; go on from before with %s", how)
-            return
-        self.progress = replace(self.progress, torn=self._in_update)
-        try:
-            self._write_checkpoint(trainer)
-        except TrainingError as error:
-            if str(error) != str(reason):  # which the command says: perhaps it was this save that failed
-                logger.warning("%s", error)
-        else:
-            logger.warning("saved at step %d; go on with %s", self.progress.total, self._how_to_go_on())
-
-    def _how_to_go_on(self) -> str:
-        """The flags that resume this run."""
-        file, values = self.output / SETTINGS, self.job.settings.values()
-        flags = f"--output_dir {shlex.quote(str(self.output))} --resume_from_checkpoint latest"
-        try:
-            check_config(str(file), values, values)
-        except ConfigError:  # a part of the user's own, which no folder may name by itself
-            flags += f" --config {shlex.quote(str(file))}"
-        return flags
-
-    def _save(self, trainer: Trainer, *, stage_end: bool = False) -> None:
-        """A checkpoint, or in all processes the reason why there is none."""
-        self._write_checkpoint(trainer, partial(on_main_process, self.accelerator), stage_end=stage_end)
-
-    def _write_checkpoint(self, trainer: Trainer, once: Once = alone, *, stage_end: bool = False) -> None:
-        once(lambda: check_there(self.output))
-        extra = {
-            "scaler": self.scaler.state_dict(),
-            "objectives": trainer.objectives.state_dict(),
-            "bad_steps": trainer.bad_steps,
-            "unscored": dict(self.pace.sums),
-            **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
-        }
-        tensors, optimizers = self._kept(trainer)
-        folder = self.output / "checkpoints"
-        saved = save_checkpoint(folder, self.progress, tensors, optimizers, extra, stage_end=stage_end, once=once)
-        unscored = trainer.scorer is not None and trainer.scorer.silent
-        if not (trainer.bad_steps or unscored):  # what was saved before them may be worth going back to
-            once(lambda: prune(self.output, self.config.save_total_limit, saved))
-
-
-def _stateful_parts(trainer: Trainer) -> dict[str, Any]:
-    """Matching and weight of samples, where they have a state to be saved."""
-    parts = {"matching": trainer.matching, "sample_weight": trainer.sample_weight}
-    return {name: part for name, part in parts.items() if isinstance(part, Stateful)}

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import dmdr.run.keeper
 import dmdr.run.run
 import dmdr.training.scorer
 from dmdr.cli.train import main
@@ -591,7 +592,7 @@ def test_the_first_student_is_not_needed_to_resume(
 def test_a_signal_in_the_save_that_ends_a_stage_waits_for_it(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, folder = dmdr.run.run.save_checkpoint, tmp_path / "run"
+    original, folder = dmdr.run.keeper.save_checkpoint, tmp_path / "run"
 
     def signalled(*args: Any, **how: Any) -> Path:
         if how["stage_end"]:
@@ -599,7 +600,7 @@ def test_a_signal_in_the_save_that_ends_a_stage_waits_for_it(
         return original(*args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dmdr.run.run, "save_checkpoint", signalled)
+        patch.setattr(dmdr.run.keeper, "save_checkpoint", signalled)
         with pytest.raises(SystemExit) as end:
             train(**FAST | {"save_steps": 0}, output_dir=str(folder))
     assert end.value.code == 143 and kept(folder) == [6]
