@@ -109,7 +109,7 @@ def refuse_infinite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether each process has some rows of it only."""
+    """Whether each process has some rows only of a tensor of any shape."""
     return isinstance(tensor, DTensor)
 
 
@@ -120,7 +120,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_rows(tensor: Tensor) -> Tensor:
-    """The rows of this process, as a plain tensor on the same memory; all of a tensor that is not shared."""
+    """The rows of this process, [rows, ...] on the same memory; of a tensor that is not shared, all of it."""
     found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return found
 

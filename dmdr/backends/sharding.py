@@ -97,7 +97,7 @@ def copy(network: nn.Module, into: nn.Module) -> None:
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
-    """What the files of a network hold, by the names that it has without adapters: parameters and buffers."""
+    """What the files of a network hold, by the names that it has without adapters: tensors of any shape."""
     kept = network.state_dict().keys()
     return {
         name.replace(".base_layer.", "."): tensor
