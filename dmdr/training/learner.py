@@ -111,6 +111,11 @@ class Learner:
         """Whether a parameter has got a gradient since the last update."""
         return any(parameter.grad is not None for parameter in self.parameters.values())
 
+    def note_own(self, grads: Sequence[Tensor]) -> None:
+        """Keep the norm of this process's gradient before it is averaged; what is averaged again is no longer its own."""
+        if self._own_norm is None:
+            self._own_norm = nn.utils.get_total_norm(grads)
+
     def prepare(self, losses: Iterable[Tensor] = ()) -> float:
         """Average, unscale and clip the gradients; without a wait for the device but for the norm.
 
@@ -131,7 +136,7 @@ class Learner:
             for loss in losses:
                 health = health + (0 * loss.detach()).to(health)  # NaN of a loss that is not finite
         if self.accelerator.num_processes > 1:
-            self._own_norm = nn.utils.get_total_norm(grads)
+            self.note_own(grads)
             average([*grads, health])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(grads)
@@ -142,6 +147,7 @@ class Learner:
 
     def step(self) -> None:
         """Move the parameters, and their average."""
+        self._own_norm = None
         self.scaler.step(self.optimizer)
         if self.ema:
             self.ema.update(seen=self.scheduler.last_epoch)
@@ -158,6 +164,7 @@ class Learner:
         where = [f"first in {names[0]}"] if names else []
         if self._own_norm is not None:
             where[:0] = processes(gather(self.accelerator, ~self._own_norm.isfinite()[None]))
+            self._own_norm = None
         self.optimizer.zero_grad(set_to_none=True)
         return ", ".join(where)
 
