@@ -58,6 +58,7 @@ class Balance:
             for grads in (self.student.grads, *self.grads.values())
         ]
         if self.student.accelerator.num_processes > 1:
+            self.student.note_own(rows[0])
             for row in rows:
                 average(row)
         whole, parts = rows[0], list(zip(*rows[1:], strict=True))

@@ -113,6 +113,11 @@ class Learner:
         """Whether a parameter has got a gradient since the last update."""
         return any(parameter.grad is not None for parameter in self.parameters.values())
 
+    def note_own(self, grads: Sequence[Tensor]) -> None:
+        """Keep the norm of this process's own gradient; what has been averaged is no longer its own."""
+        if self._own_norm is None and not any(map(is_shared, grads)):
+            self._own_norm = nn.utils.get_total_norm(grads)
+
     def prepare(self, losses: Iterable[Tensor] = ()) -> float:
         """Average, unscale and clip the gradients; without a wait for the device but for the norm.
 
@@ -133,7 +138,7 @@ class Learner:
             for loss in losses:
                 health = health + (0 * loss.detach()).to(health)  # NaN of a loss that is not finite
         if self.accelerator.num_processes > 1:
-            self._own_norm = None if any(map(is_shared, grads)) else nn.utils.get_total_norm(grads)
+            self.note_own(grads)
             average([*grads, health])
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.get_total_norm(grads))
@@ -144,6 +149,7 @@ class Learner:
 
     def step(self) -> None:
         """Move the parameters, and their average."""
+        self._own_norm = None
         self.scaler.step(self.optimizer)
         if self.ema:
             self.ema.update(seen=self.scheduler.last_epoch)
@@ -160,6 +166,7 @@ class Learner:
         where = [f"first in {names[0]}"] if names else []
         if self._own_norm is not None:
             where[:0] = processes(gather(self.accelerator, ~self._own_norm.isfinite()[None]))
+            self._own_norm = None
         self.optimizer.zero_grad(set_to_none=True)
         return ", ".join(where)
 

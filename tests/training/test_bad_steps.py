@@ -223,7 +223,7 @@ def work(rank: int, folder: str) -> None:
         line = running.train_step()
         same = {role: unchanged(running, role, before[role]) for role in before}
         try:
-            running.train_step()
+            running.train_step(compare=True)  # which averages the gradient before the update does
         except TrainingError as error:
             found[case] = (line["bad_steps"], same, str(error))
     torch.save(found, Path(folder) / f"{rank}.pt")
