@@ -9,7 +9,6 @@ student, checkpoints and log to the last bit, and where the kills fell; exits wi
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -18,39 +17,18 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-SETTINGS: dict[str, Any] = {
-    "rl": "refl", "stage1_steps": 12, "stage2_steps": 8, "per_device_train_batch_size": 8, "save_steps": 2,
-    "logging_steps": 1, "sample_steps": 5, "sample_images": 2, "num_eval_samples": 8, "teacher_steps": 2,
-    "ema_decay": 0.9, "report_to": "none", "fake_updates": 1,
-}  # fmt: skip
-CLOCKED = ("seconds", "samples_per_second", "peak_memory_gib", "time/")
+from runs import command, going_on, outcome
+
 MOST_KILLS = 3
 LONGEST = 0.3  # seconds from an update to the kill
 
 
 def begin(folder: Path, model: str) -> "subprocess.Popen[bytes]":
     """A run, or its continuation."""
-    flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    kept = any((folder / "checkpoints").glob("step-*"))
-    again = ["--resume_from_checkpoint", "latest"] if kept else ["--overwrite_output_dir", "true"] * folder.exists()
-    reward = ["--reward", "toy"] if model == "toy" else []
-    command = ["--model", model, *reward, *flags, "--output_dir", str(folder), *again]
-    return subprocess.Popen(
-        [sys.executable, "-m", "dmdr.cli.train", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What an undisturbed run and a killed one must have in common."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    weights = sorted(folder.rglob("*.safetensors"))
-    return {
-        "log": [{name: value for name, value in line.items() if not name.startswith(CLOCKED)} for line in lines],
-        "weights": {path.relative_to(folder).as_posix(): path.read_bytes() for path in weights},
-        "evaluation": json.loads((folder / "evaluation.json").read_text()),
-    }
+    own = {"model": model} | ({"reward": "toy"} if model == "toy" else {})
+    words = command(folder, **own, **going_on(folder))
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def updates(folder: Path) -> int:

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of the threads of the process that it comes from
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "torture"))
 
 import torch
+from runs import outcome
 
 import dmdr.run.run
 from dmdr import train
-from dmdr.run.checkpoint import checkpoints, damage
-from log_lines import untimed
+from dmdr.run.checkpoint import checkpoints
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # and "open", for writing
 SETTINGS = {
@@ -71,19 +72,6 @@ def go_on(folder: Path) -> None:
     """As a user would: from the last checkpoint, or else once more."""
     again = {"resume_from_checkpoint": "latest"} if checkpoints(folder) else {"overwrite_output_dir": folder.exists()}
     train(**SETTINGS, output_dir=str(folder), **again)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What two runs must have in common."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")),
-        "damaged": [reason for path in checkpoints(folder) if (reason := damage(path))],
-        "student": (folder / "student" / "student.safetensors").read_bytes(),
-        "weights": [(path / "student.safetensors").read_bytes() for path in checkpoints(folder)],
-        "log": [untimed(line) for line in lines],
-        "evaluation": (folder / "evaluation.json").read_text(),
-    }
 
 
 def main() -> None:
