@@ -134,7 +134,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 
 
 @contextmanager
-def autocast(dtype: torch.dtype, note: Note) -> Iterator[None]:
+def autocast(dtype: torch.dtype, note: Note = lambda leaf, cast: None) -> Iterator[None]:
     """Autocast of meta tensors, where `GPUKernels` are on: of CUDA's lists, and with its cache.
 
     The cache keeps the casts of float32 leaves that require a gradient until autocast ends, whoever else needs them.
