@@ -114,9 +114,17 @@ def work(rank: int, folder: str, cases: list[tuple[str, str, int]]) -> None:
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference between two tensors of a name, relative to their norm."""
+    """The largest difference between the parameters of a role, relative to their norm."""
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).norm() / one[name].norm().clamp(1e-3)) for name in one)
+    roles = {name.partition(".")[0] for name in one}
+    both = [
+        [
+            torch.cat([tensors[name].flatten() for name in one if name.startswith(f"{role}.")])
+            for tensors in (one, other)
+        ]
+        for role in roles
+    ]
+    return max(float((first - second).norm() / first.norm()) for first, second in both)
 
 
 @pytest.mark.parametrize(
