@@ -118,8 +118,8 @@ class Backend(Protocol):
     flags (`RoleOptions` is one to inherit from). A field with the name of a setting of the core (`seed`, `revision`,
     `guidance_scale`, ...) is given that setting's value.
 
-    It may also be any of `ChecksPrompts`, `CachesPrompts`, `DrawsNoise`, `TeacherGrid`, `GuidanceInput` and
-    `Shardable`.
+    It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
+    `GuidanceInput` and `Shardable`.
     """
 
     options: Any
@@ -571,6 +571,18 @@ class DrawsNoise(Protocol):
 
 
 @runtime_checkable
+class ChecksSampler(Protocol):
+    """A family whose stock scheduler takes the steps of some samplers only."""
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Called before training with the sampler that the student is to be used with.
+
+        Raises:
+            ConfigError: If no stock scheduler takes its steps.
+        """
+
+
+@runtime_checkable
 class TeacherGrid(Protocol):
     """A family whose own pipeline samples at other times than the student."""
 
@@ -599,7 +611,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "rewards": (Submits, FeatureReward),
     "matchings": (Stateful, BringsLearners),
     "sample_weights": (Stateful,),
-    "backends": (ChecksPrompts, CachesPrompts, DrawsNoise, TeacherGrid, GuidanceInput, Shardable),
+    "backends": (ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceInput, Shardable),
     "models": (),
 }
 

@@ -61,6 +61,11 @@ class FewStepSampler:
         if self.sde_type in ("flow_sde", "dance_sde") and not isinstance(self.path, RectifiedFlow):
             raise ConfigError(f"--sde_type {self.sde_type} is a step of rectified flow; this model takes cps or ddim")
 
+    @classmethod
+    def stock(cls, path: NoisePath, t: Tensor, eta: float) -> "FewStepSampler":
+        """A sampler whose steps diffusers' schedulers know: the ODE's at eta 0, renoising at 1, DDIM's between."""
+        return cls(path, t, eta, "ddim" if 0 < eta < 1 else "cps")
+
     @property
     def num_inference_steps(self) -> int:
         return len(self.t) - 1

@@ -87,6 +87,8 @@ class FlowBackend(PipelineBackend):
         return time_grid(num_inference_steps, own)
 
     def scheduler(self, sampler: Sampler) -> FlowMatchEulerDiscreteScheduler:
+        if 0 < sampler.eta < 1:
+            raise ConfigError(f"--sample_eta {sampler.eta:g}: the stock scheduler of this model knows 0 and 1 only")
         config = self.scheduler_config | {
             "shift": self.shift,
             "use_dynamic_shifting": False,

@@ -231,8 +231,15 @@ class PipelineBackend:
         raise NotImplementedError
 
     def scheduler(self, sampler: Sampler) -> Any:
-        """The stock scheduler that takes the sampler's steps."""
+        """The stock scheduler that takes the sampler's steps.
+
+        Raises:
+            ConfigError: If there is none.
+        """
         raise NotImplementedError
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        self.scheduler(sampler)
 
     def lora_key(self, name: str) -> str:
         """Key in the exported file of `<module>.lora_A.weight` or `<module>.lora_B.weight`."""
@@ -333,21 +340,28 @@ class PipelineBackend:
         """Say where and in which precision all that is loaded will lie; loads nothing.
 
         Raises:
-            ConfigError: If --reward_vae is of other latents, a file or variant that is named is not there, or
-                --teacher_lora is no LoRA of this network.
+            ConfigError: If --reward_vae is of other latents, or as in `check_files`.
         """
-        for name in ("student_weights", "teacher_lora"):
-            check_there(f"--{name}", getattr(self.options, name))
+        self.check_files()
         if self.reward_decoder:
             self._check_reward_vae(self.reward_decoder)
-        if self.options.teacher_lora and not self._teacher_lora:
-            shapes = load_network(self.network_class, self.source, self.network_name, torch.float32, meta=True)
-            self._teacher_lora = read_lora(self.options.teacher_lora, shapes, self.pipeline_class)
         self.accelerator, self.device = accelerator, accelerator.device
         if self.device.type != "meta":
             self._check_variant()
         self.dtype = dtype_of(accelerator.mixed_precision)
         self.text.prepare(accelerator, self.dtype)
+
+    def check_files(self) -> None:
+        """Look for the files that options name, and read --teacher_lora.
+
+        Raises:
+            ConfigError: If one is not there, or --teacher_lora is no LoRA of this network.
+        """
+        for name in ("student_weights", "teacher_lora"):
+            check_there(f"--{name}", getattr(self.options, name))
+        if self.options.teacher_lora and not self._teacher_lora:
+            shapes = load_network(self.network_class, self.source, self.network_name, torch.float32, meta=True)
+            self._teacher_lora = read_lora(self.options.teacher_lora, shapes, self.pipeline_class)
 
     @property
     def reward_decoder(self) -> str | None:

@@ -110,7 +110,7 @@ def draw(
     accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
     family.prepare(accelerator, roles=("student",))
     family.load_export(folder)
-    sampler = FewStepSampler(family.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
+    sampler = FewStepSampler.stock(family.path, torch.tensor(about["grid"], dtype=torch.float64), about["sample_eta"])
     torch.manual_seed(seed)
     own = share_of(accelerator, len(rows))
     prompts, columns = split_columns([rows[index] for index in own])

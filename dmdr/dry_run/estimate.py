@@ -124,6 +124,7 @@ def _weightless(job: Job) -> Job:
     """The job without what touches weights or this machine: merged, loaded or by another kernel they take the same."""
     if not isinstance(job.backend, PipelineBackend):
         raise ConfigError(f"--dry_run: {type(job.backend).__name__} cannot build its model without weights")
+    job.backend.check_files()
     options, own = job.backend.options, Path(job.folder) / "reward_vae"
     options = with_options(
         options,

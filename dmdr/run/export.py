@@ -85,7 +85,7 @@ def export(
         snippet=snippet,
         fence="`" * max(3, _longest_run(snippet) + 1),
         lora=(partial / LORA_FILE).exists(),
-        stochastic=sampler.eta == 1 and len(sampler.t) > 2,
+        stochastic=sampler.eta > 0 and len(sampler.t) > 2,
     )
     (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text
     durable.finish(partial, folder)

@@ -1,9 +1,11 @@
 """Before a run: which folder, which checkpoint, and what has to go first."""
 
+import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,16 @@ def choose_folder(config: Config) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint to resume from; writes nothing.
 
     Raises:
-        ConfigError: If the folder holds another run, or there is nothing to resume from.
+        ConfigError: If the folder holds another run or one is at work in it, or there is nothing to resume from.
     """
+    output, resume = _chosen(config)
+    if output.is_dir():
+        with claimed(output):  # so that it is said before anything heavy is loaded
+            pass
+    return output, resume
+
+
+def _chosen(config: Config) -> tuple[Path, Path | None]:
     resume = config.resume_from_checkpoint
     if config.output_dir is None and resume not in (None, "latest"):
         output = Path(str(resume)).resolve().parent.parent
@@ -80,6 +90,26 @@ def never_trained(folder: Path) -> bool:
         AT_THE_START.fullmatch(path.relative_to(folder).as_posix()) or durable.LEFTOVER.fullmatch(path.name)
         for path in files
     )
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder that is there. The claim ends with the process, however that ends.
+
+    Raises:
+        ConfigError: If another run is at work in it.
+    """
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--output_dir {folder}: another run is at work in it") from None
+        except OSError:  # some file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(place)
 
 
 def check_there(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dmdr.errors import ConfigError
-from dmdr.protocols import Backend, Role, SampleWeight
+from dmdr.protocols import Backend, ChecksSampler, Role, SampleWeight
 from dmdr.run.checkpoint import read_progress
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.fields import Config
@@ -162,15 +162,21 @@ class Plan:
         return self.updates * self.rounds
 
     def samplers(self, backend: Backend, config: Config) -> tuple[FewStepSampler, FewStepSampler]:
-        """The student's sampler in training, and that of its users, on one grid."""
+        """The student's sampler in training, and that of its users, on one grid.
+
+        Raises:
+            ConfigError: If the model's stock schedulers do not take the latter's steps.
+        """
         if self.times is None:
             grid = backend.grid(self.num_inference_steps)
         else:
             grid = torch.tensor([*self.times, 0.0], dtype=torch.float64)
         renoising = config.sde_type == "cps" and config.eta >= 0.5  # the others keep the ODE's marginals
         sample_eta = renoising if config.sample_eta is None else config.sample_eta
-        training = FewStepSampler(backend.path, grid, config.eta, config.sde_type)
-        return training, FewStepSampler(backend.path, grid, float(sample_eta))
+        used = FewStepSampler.stock(backend.path, grid, float(sample_eta))
+        if isinstance(backend, ChecksSampler):
+            backend.check_sampler(used)
+        return FewStepSampler(backend.path, grid, config.eta, config.sde_type), used
 
     def check_resumable(self, checkpoint: Path) -> None:
         """Refuse lengths of the stages, or a batch, with which the checkpoint's step would be another.

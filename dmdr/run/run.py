@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +39,7 @@ from dmdr.run.folder import (
     check_inputs_survive,
     check_there,
     choose_folder,
+    claimed,
     empty,
     inputs_of,
     never_trained,
@@ -166,23 +167,33 @@ class Run:
         trainer: Trainer | None = (
             self.keeper.resumed(first, progress.step, self.resume) if self.resume else self.trainers.of(first)
         )
-        if accelerator.is_main_process:
+        with self._opened(progress):
+            self.log.begin(self.job.settings.values())
+            bar = tqdm(
+                total=self.plan.updates,
+                initial=progress.total,
+                desc="train",
+                disable=not accelerator.is_main_process,
+                bar_format=BAR,
+            )
+            with bar, beside_the_bar():
+                for stage in stages:
+                    self._train(stage, trainer or self.trainers.of(stage), progress, bar)
+                    trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
+            self._finish()
+        return self.output
+
+    @contextmanager
+    def _opened(self, progress: Progress) -> Iterator[None]:
+        """The run folder, with the plan in it, and no other run at work there."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        with claimed(self.output):
             self._open_folder(progress)
             self._say_plan()
-        self.log.begin(self.job.settings.values())
-        bar = tqdm(
-            total=self.plan.updates,
-            initial=progress.total,
-            desc="train",
-            disable=not accelerator.is_main_process,
-            bar_format=BAR,
-        )
-        with bar, beside_the_bar():
-            for stage in stages:
-                self._train(stage, trainer or self.trainers.of(stage), progress, bar)
-                trainer, progress = None, self.progress  # the optimizers' memory is free for the next stage's
-        self._finish()
-        return self.output
+            yield
 
     def _say_plan(self) -> None:
         """What the run is about to do, into its log and its folder."""

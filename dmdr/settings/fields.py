@@ -110,7 +110,9 @@ class Config(Flags):
         "cps", "SDE step between eta 0 and 1: coefficients-preserving, DDIM, Flow-GRPO's or DanceGRPO's"
     )
     sample_eta: float | None = flag(
-        None, "eta in image grids, evaluation and export, 0 or 1; by default 1 if sde_type is cps and eta at least 0.5"
+        None,
+        "eta in image grids, evaluation and export: 0 or 1, or between with sde_type ddim at the times of diffusers' "
+        "DDIMScheduler; by default 1 if sde_type is cps and eta at least 0.5, else 0",
     )
     guidance_scale: float = flag(7.0, "scale of the teacher's classifier-free guidance; 1 is no guidance")
     guidance_jitter: float = flag(
@@ -226,7 +228,9 @@ class Config(Flags):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        self._require(self.sample_eta in (None, 0, 1), "sample_eta", "0 or 1: stock pipelines know no other")
+        between = self.sde_type == "ddim" and 0 <= (self.sample_eta or 0) <= 1
+        how = "0 or 1; with --sde_type ddim anything between, too"
+        self._require(self.sample_eta in (None, 0, 1) or between, "sample_eta", how)
         self._require(
             len(self.dyna_renoise) == 2 and min(self.dyna_renoise) >= 1, "dyna_renoise", "two numbers of at least 1"
         )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -114,6 +115,15 @@ class UNetBackend(PipelineBackend):
         """
         return LCMScheduler(**self.schedule, original_inference_steps=1000, timestep_scaling=1e4)
 
+    def _ddim(self, sampler: Sampler) -> Any:
+        """DDIM with noise, which takes equally spaced times only."""
+        ddim: Any = DDIMScheduler(**self.schedule, timestep_spacing="trailing", clip_sample=False)
+        ddim.set_timesteps(sampler.num_inference_steps)
+        if not torch.equal(ddim.timesteps, self.path.timestep(sampler.t[:-1])):
+            own = " ".join(map(str, ddim.timesteps.tolist()))
+            raise ConfigError(f"--sample_eta {sampler.eta:g} needs the times of DDIMScheduler: pass --timesteps {own}")
+        return ddim
+
     def grid(self, num_inference_steps: int) -> Tensor:
         """A straight line; told 999, 750, 500 and 250 with four steps.
 
@@ -129,6 +139,8 @@ class UNetBackend(PipelineBackend):
         """Euler's step in x_t / alpha is DDIM's; with "leading" the network is fed unit noise at any first time."""
         if sampler.eta == 1:
             return self._lcm()
+        if sampler.eta > 0:
+            return self._ddim(sampler)
         return EulerDiscreteScheduler(**self.schedule, timestep_spacing="leading")
 
     def draw_noise(self, step: int, count: int) -> Tensor:
@@ -136,8 +148,9 @@ class UNetBackend(PipelineBackend):
         return self._randn((count, *self.latent_shape), self.dtype)
 
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
-        timesteps = self.path.timestep(sampler.t[:-1]).tolist()
-        return super().call_arguments(sampler) | {"timesteps": timesteps, "guidance_scale": 1.0}
+        between = 0 < sampler.eta < 1
+        times = {"eta": sampler.eta} if between else {"timesteps": self.path.timestep(sampler.t[:-1]).tolist()}
+        return super().call_arguments(sampler) | times | {"guidance_scale": 1.0}
 
     def lora_key(self, name: str) -> str:
         """Kohya's form, which diffusers and ComfyUI read; ComfyUI does not know PEFT's names of a UNet's attention."""

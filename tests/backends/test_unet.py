@@ -331,6 +331,7 @@ def test_a_kernel_that_diffusers_would_ignore(built: Callable[..., Path]) -> Non
         ({"shift": 3.0}, "unknown setting 'shift'"),
         ({"num_inference_steps": 1}, "--num_inference_steps of at least 2"),
         ({"sde_type": "flow_sde", "eta": 0.7}, "--sde_type flow_sde"),
+        ({"sde_type": "ddim", "eta": 0.9, "sample_eta": 0.9}, "pass --timesteps 999 749 499 249"),
     ],
 )
 def test_runs_that_cannot_be(

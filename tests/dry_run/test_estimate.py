@@ -552,6 +552,11 @@ def test_a_configuration_that_cannot_run_is_refused_in_a_line(folders: dict[str,
     assert "\n" not in str(refused.value)
 
 
+def test_files_that_options_name_are_looked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--teacher_lora gone\.safetensors: no such file or folder$"):
+        dry({"model": str(folders["sd3"]), "teacher_lora": "gone.safetensors"}, tmp_path)
+
+
 def test_from_python_there_is_no_run_to_return(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="works on the command line only"):
         dmdr.train(model=str(folders["sd3"]), dry_run=True)

@@ -81,6 +81,7 @@ UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
     {"num_inference_steps": 1, "sample_eta": 0.0},
     {"num_inference_steps": 4},
     {"timesteps": [999, 749, 500, 250], "sample_eta": 0.0},
+    BETWEEN := {"timesteps": [999, 749, 499, 249], "sde_type": "ddim", "eta": 0.9, "sample_eta": 0.9},
     {"full_finetune": True},
 )
 
@@ -133,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         partial(sd1.build, prediction_type="v_prediction"),
         lora_keys=UNET_LORA_KEYS,
         objectives={"none": {}},
-        variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}),
+        variants=({"num_inference_steps": 1}, {"sample_eta": 0.0}, BETWEEN),
     ),
     "flux": Family(
         flux.dev,

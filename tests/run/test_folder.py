@@ -13,6 +13,7 @@ import torch
 from dmdr import train
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run.checkpoint import checkpoints, damage
+from dmdr.run.folder import claimed
 from dmdr.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -263,3 +264,22 @@ def test_a_folder_that_is_removed_while_it_is_written_to_is_one_line(
     with pytest.raises(TrainingError, match=said):
         train(**SETTINGS | {"logging_steps": every}, output_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run in it, be it a resume or an overwriting one, is refused before it touches anything."""
+    folder, step, refused = tmp_path / "run", Trainer.train_step, []
+
+    def meanwhile(self: Trainer, **how: Any) -> Any:
+        for way in ({"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
+            if checkpoints(folder):
+                with pytest.raises(ConfigError, match="another run is at work in it") as error:
+                    train(**SETTINGS, output_dir=str(folder), **way)
+                refused.append(error)
+        return step(self, **how)
+
+    monkeypatch.setattr(Trainer, "train_step", meanwhile)
+    train(**SETTINGS, output_dir=str(folder))
+    assert len(refused) == 6 and len(checkpoints(folder)) == 4
+    with claimed(folder):  # which is free again
+        pass

@@ -15,6 +15,7 @@ from PIL import Image
 
 import dmdr
 from dmdr.cli.sample import draw
+from dmdr.errors import ConfigError
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_digits import Digits
 from dmdr_sd3 import SD3Backend
@@ -118,6 +119,11 @@ def test_stock_diffusers_reproduces_dmdr_sample(digits: Digits, tmp_path: Path, 
         a, b = (np.asarray(Image.open(f / f"{i:04d}.png")).astype(int) for f in (ours, stock))
         assert np.abs(a - b).max() < 2
         assert a.std() > 10  # a picture, not a flat field
+
+
+def test_an_eta_that_no_stock_scheduler_takes(backend: SD3Backend) -> None:
+    with pytest.raises(ConfigError, match=r"^--sample_eta 0\.5: the stock scheduler of this model knows 0 and 1 only$"):
+        backend.check_sampler(FewStepSampler.stock(backend.path, backend.grid(4), 0.5))
 
 
 def test_exported_lora_is_the_student(backend: SD3Backend, tmp_path: Path) -> None:

@@ -566,6 +566,7 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
         ({"save_total_limit": 0}, "--save_total_limit must be at least 1"),
         ({"eta": 1.1}, "--eta must be between 0 and 1"),
         ({"sample_eta": 0.5}, "--sample_eta must be 0 or 1"),
+        ({"sample_eta": 1.5, "sde_type": "ddim"}, "--sample_eta must be 0 or 1"),
         ({"dyna_guidance": -0.1}, "--dyna_guidance must be between 0 and 1"),
         ({"dyna_renoise": [1.0]}, "--dyna_renoise must be two numbers"),
         ({"dyna_renoise": [0.5, 1.0]}, "--dyna_renoise must be two numbers of at least 1"),
