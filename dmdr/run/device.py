@@ -42,7 +42,13 @@ def chosen_precision(given: str | None, *, gpu: bool) -> str:
 
 
 def join_processes(*, cpu: bool = False, **options: Any) -> PartialState:
-    """The group of this process: it finds the others, and is told where it computes."""
+    """The group of this process: it finds the others, and is told where it computes.
+
+    Raises:
+        ConfigError: If it has left them after an earlier run: they would wait for each other.
+    """
+    if PartialState._shared_state and PartialState().use_distributed and not torch.distributed.is_initialized():
+        raise ConfigError("several processes make one run: start them anew for the next one")
     # Processes on CPUs find each other only if told that they are.
     return PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
 

@@ -1,12 +1,22 @@
-"""Resuming repeats every bit on a CPU: for each objective, matching and weight, from any step."""
+"""Resuming repeats every bit on a CPU: for each objective, matching and weight, from any step.
+
+In one process; and in two, with the whole network in each or in shares.
+"""
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from safetensors.torch import load_file
+from torch import Tensor
 
+import processes
+import sd3
 from dmdr import train
 from log_lines import untimed
 
@@ -50,3 +60,47 @@ def test_from_any_step_a_run_goes_on_to_the_same_bits(tmp_path: Path, case: str,
         last = copy / "checkpoints" / "step-000005"
         assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == wanted
         assert lines(copy) == lines(whole)
+
+
+KINDS: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 4}, "full": {"full_finetune": True}}
+
+
+def go_on(rank: int, folder: Path, case: str) -> None:
+    """A run of each kind, and one that goes on from each of its checkpoints."""
+    Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # leaves the group, needed once more
+    small = {"model": str(folder / "sd3"), "prompts": str(folder / "prompts.txt"), "resolution": 16}
+    small |= {"fake_lora_rank": 4, "num_eval_samples": 0, "save_total_limit": None, "gradient_accumulation_steps": 1}
+    for shard in ("1", "all"):
+        for kind, student in KINDS.items():
+            settings = SETTINGS | small | CASES[case] | student | {"shard": shard}
+            whole = folder / f"{kind}-{shard}"
+            train(**settings, output_dir=str(whole))
+            for step in range(1, 5):
+                checkpoint = whole / "checkpoints" / f"step-{step:06d}"
+                train(**settings, output_dir=str(whole.with_suffix(f".{step}")), resume_from_checkpoint=str(checkpoint))
+    PartialState().destroy_process_group()
+
+
+def saved(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint but the optimizers', by file and name; the order in a shared file is free."""
+    files = checkpoint.rglob("*.safetensors")
+    return {f"{file.relative_to(checkpoint)} {name}": each for file in files for name, each in load_file(file).items()}
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("case", CASES)
+def test_several_processes_go_on_to_the_same_bits(tmp_path: Path, case: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sd3.build(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("seven\ntwo\nfour\n")
+    processes.start(go_on, 2, tmp_path, case)
+    for kind, shard in product(KINDS, ("1", "all")):
+        whole, last = tmp_path / f"{kind}-{shard}", "checkpoints/step-000005"
+        wanted = saved(whole / last)
+        assert any(name.startswith("student/") for name in wanted) == (shard == "all" and kind == "full")
+        for step in range(1, 5):
+            other = whole.with_suffix(f".{step}")
+            found = saved(other / last)
+            assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+            assert lines(other) == lines(whole)[step:]

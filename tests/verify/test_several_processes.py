@@ -66,6 +66,14 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sd3.build(tmp_path / "sd3")
+    return tmp_path
+
+
 def slowly(parameters: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2)
 
@@ -136,11 +144,10 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         (4, [(case, kind, 2) for case in ("dmd", "grpo + refl") for kind in KINDS]),
     ],
 )
-def test_several_processes_train_as_one(tmp_path: Path, count: int, cases: list[tuple[str, str, int]]) -> None:
-    sd3.build(tmp_path / "sd3")
-    processes.start(work, count, str(tmp_path), cases)
-    found = torch.load(tmp_path / "found.pt", weights_only=False)
-    alone = {(case, kind): train(tmp_path / "sd3", case, kind, 1) for case, kind, _ in cases}
+def test_several_processes_train_as_one(folder: Path, count: int, cases: list[tuple[str, str, int]]) -> None:
+    processes.start(work, count, str(folder), cases)
+    found = torch.load(folder / "found.pt", weights_only=False)
+    alone = {(case, kind): train(folder / "sd3", case, kind, 1) for case, kind, _ in cases}
     wrong = []
     for case, kind, shards in cases:
         one, other = alone[case, kind], found[case, kind, shards]
@@ -149,12 +156,11 @@ def test_several_processes_train_as_one(tmp_path: Path, count: int, cases: list[
         if far > 1e-6:
             wrong.append((case, kind, shards, far))
         for line, same in zip(one["lines"], other["lines"], strict=True):
-            assert same == pytest.approx(line, rel=1e-4, abs=1e-6, nan_ok=True)
+            assert same == pytest.approx(line, rel=1e-4, abs=1e-5, nan_ok=True)
     assert not wrong
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_accumulation_trains_as_one_batch(tmp_path: Path, case: str) -> None:
-    sd3.build(tmp_path / "sd3")
-    at_once, in_two = (train(tmp_path / "sd3", case, "LoRA, not", 1, accumulated) for accumulated in (1, 2))
+def test_accumulation_trains_as_one_batch(folder: Path, case: str) -> None:
+    at_once, in_two = (train(folder / "sd3", case, "LoRA, not", 1, accumulated) for accumulated in (1, 2))
     assert apart(at_once["parameters"], in_two["parameters"]) <= 1e-6
