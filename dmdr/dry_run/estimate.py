@@ -33,13 +33,13 @@ from dmdr.run.folder import choose_folder
 from dmdr.run.job import Job, assemble
 from dmdr.run.observer import Observer
 from dmdr.run.overview import overview
+from dmdr.run.pace import GIB
 from dmdr.run.run import check_tracker
 from dmdr.run.trainers import Trainers
 from dmdr.settings.parse import Settings
 from dmdr.training.trainer import Trainer
 from dmdr.types import Condition, dtype_of
 
-GIB = 2**30
 META, CPU = torch.device("meta"), torch.device("cpu")
 NETWORK, AVERAGE, OPTIMIZER, GRADIENTS = "network, frozen", "average of the student", "optimizer states", "gradients"
 ENCODERS, GATHERED = "text encoders", "blocks gathered from other processes"

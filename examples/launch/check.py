@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dmdr.dry_run.estimate import GIB, estimate
+from dmdr.dry_run.estimate import estimate
+from dmdr.run.pace import GIB
 from dmdr.settings.parse import parse
 
 STEPS = 6
