@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import deserialize
+
 from dmdr.run.checkpoint import checkpoints, damage
 
 SETTINGS: dict[str, Any] = {
@@ -49,7 +51,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     weights = sorted(folder.rglob("*.safetensors"))
     return {
         "log": log_of(folder),
-        "weights": {path.relative_to(folder).as_posix(): path.read_bytes() for path in weights},
+        "weights": {path.relative_to(folder).as_posix(): dict(deserialize(path.read_bytes())) for path in weights},
         "evaluation": json.loads((folder / "evaluation.json").read_text()),
         "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")),
         "damaged": damaged(folder),

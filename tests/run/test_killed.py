@@ -44,6 +44,14 @@ def test_a_run_that_is_killed_twice_keeps_the_end_of_its_stage(tmp_path: Path, e
 
 
 @FULL
+@pytest.mark.parametrize(("rank", "every"), [(0, 8), (1, 4)])
+def test_a_killed_process_of_two_that_share_a_student_loses_nothing(tmp_path: Path, rank: int, every: int) -> None:
+    found = killed(str(tmp_path), "--shared", str(rank), "--every", str(every))
+    assert found["killed"] == len(range(1, found["changes"] + 1, every)) > 5
+    assert not found["wrong"]
+
+
+@FULL
 def test_runs_that_are_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "torture" / "kill.py"
     command = [sys.executable, str(script), "--runs", "10", "--output_dir", str(tmp_path / "torture")]
