@@ -32,7 +32,7 @@ def going_on(folder: Path) -> dict[str, Any]:
     """The settings that resume a run, or begin it again where no checkpoint was saved."""
     if checkpoints(folder):
         return {"resume_from_checkpoint": "latest"}
-    return {"overwrite_output_dir": "true"} if folder.exists() else {}
+    return {"overwrite_output_dir": True} if folder.exists() else {}
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def test_a_killed_process_of_two_that_share_a_student_loses_nothing(tmp_path: Pa
 @FULL
 def test_runs_that_are_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "torture" / "kill.py"
-    command = [sys.executable, str(script), "--runs", "10", "--output_dir", str(tmp_path / "torture")]
+    command = [sys.executable, str(script), "--runs", "10", "--model", "toy", "--output_dir", str(tmp_path / "torture")]
     found = subprocess.run(command, capture_output=True, text=True)
     print("\n" + found.stdout)
     assert found.returncode == 0, found.stderr
