@@ -1,9 +1,10 @@
-"""`dmdr-plugins`: what is installed, where it comes from and whether it works; `dmdr-plugins new NAME` begins one."""
+"""`dmdr-plugins`: what is installed, and where it comes from; `check` tries it, and `new NAME` begins a plugin."""
 
 import ast
 import keyword
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,9 @@ TEMPLATES = {
 
 def run(arguments: list[str]) -> None:
     parser = CommandParser(prog="dmdr-plugins", description=__doc__)
-    actions = parser.add_subparsers(dest="action", title="action", metavar="new NAME")
+    actions = parser.add_subparsers(dest="action", title="actions", metavar="check | new NAME")
+    check = actions.add_parser("check", help="say whether plugins work, and which optional methods they have")
+    check.add_argument("names", nargs="*", metavar="NAME", help="of plugins; all by default")
     new = actions.add_parser("new", help="write a package with a plugin to start from")
     new.add_argument("name", help="what users will type, as in --rl NAME; the package is called dmdr-NAME")
     kinds = "what the plugin is (default: objective, with a reward NAME_reward beside it)"
@@ -35,17 +38,53 @@ def run(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.action == "new":
         write_package(given.name, given.output_dir, given.kind)
+    elif given.action == "check":
+        check_plugins(given.names)
     else:
         list_plugins()
 
 
 def list_plugins() -> None:
-    """A line a plugin, with the optional protocols that it has; one that cannot be used, or looks odd, says why."""
+    """A line a plugin, from what its distribution says of itself."""
+    for _, line in _lines().values():
+        print(line)
+    _print_strays()
+    print("dmdr-plugins check [NAME ...] says whether they work")
+
+
+def _lines() -> dict[registry.Plugin, tuple[str, str]]:
+    """What users type for each plugin, and its line."""
     names = {plugin: name for group in registry.GROUPS for plugin, name in registry.typed_names(group).items()}
     cells = {p: (p.group[:-1], name, f"{p.distribution} {p.version}", p.target) for p, name in names.items()}
     widths = [max(len(cell) for cell in column) for column in zip(*cells.values(), strict=True)]
-    for plugin, row in cells.items():
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return {
+        plugin: (row[1], "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        for plugin, row in cells.items()
+    }
+
+
+def _print_strays() -> None:
+    for _, complaint in registry.strays():
+        print(f"warning: {complaint}", flush=True)
+
+
+def check_plugins(names: Sequence[str] = ()) -> None:
+    """A line a plugin, with the optional protocols that it has; one that cannot be used, or looks odd, says why.
+
+    Args:
+        names: Of those to check, as users type them; all by default.
+
+    Raises:
+        ConfigError: If there is none of a name.
+    """
+    lines = _lines()
+    known = [name for name, _ in lines.values()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"check {name}: no plugin has this name{registry.suggest(name, known)}")
+    for plugin, (name, line) in lines.items():
+        if names and name not in names:
+            continue
         with redirect_stdout(sys.stderr):  # what a module prints when it is imported
             broken = registry.problem(plugin)
             optional = [] if broken else registry.optional_protocols(plugin)
@@ -53,9 +92,8 @@ def list_plugins() -> None:
         said = f"  broken: {' '.join(broken.split())}" if broken else ""
         print(line + (f"  ({', '.join(optional)})" if optional else "") + said, flush=True)
         for doubt in doubts:
-            print(f"  warning: {plugin.group[:-1]} '{row[1]}' {doubt}", flush=True)
-    for _, complaint in registry.strays():
-        print(f"warning: {complaint}", flush=True)
+            print(f"  warning: {plugin.group[:-1]} '{name}' {doubt}", flush=True)
+    _print_strays()
 
 
 def template(kind: str = "objective") -> Path:

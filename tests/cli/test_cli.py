@@ -181,6 +181,7 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
         ),
         (("dmdr-sample", "--help"), ["--prompt", "--num_images"]),
         (("dmdr-plugins", "--help"), ["usage: dmdr-plugins"]),
+        (("dmdr-plugins",), ["dmdr_refl:ReFL", "dmdr-plugins check"]),
     ],
     ids=" ".join,
 )
@@ -197,7 +198,7 @@ def test_help_comes_at_once_and_imports_nothing_heavy(command: tuple[str, ...], 
 
 
 def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
-    code, out, _ = call(plugins)
+    code, out, _ = call(plugins, "check")
     rows = [line.split() for line in out.splitlines()]
     assert code == 0
     assert ["objective", "refl", "dmdr", rows[0][3], "dmdr_refl:ReFL"] in rows

@@ -63,7 +63,7 @@ TRAIN = "dmdr-train --model toy --stage1_steps 2 --stage2_steps 2 --per_device_t
 @pytest.mark.verify
 def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path) -> None:
     shell(f"pip install {TEMPLATE}")
-    listed = shell("dmdr-plugins")
+    listed = shell("dmdr-plugins check")
     for kind, name, cls in (("objective", "target_score", "TargetScore"), ("reward", "brightness", "Brightness")):
         row = next(line.split() for line in listed.splitlines() if line.split()[1] == name)
         assert row == [kind, name, "dmdr-template", "0.1.0", f"dmdr_template:{cls}"]

@@ -215,28 +215,41 @@ def test_what_looks_like_another_kind_says_so(tmp_path: Path) -> None:
 
 
 def test_a_group_that_nothing_reads_is_named(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
-    from dmdr.cli.plugins import list_plugins
+    from dmdr.cli.plugins import check_plugins
 
     install("spam", {"matching": {"egg": "spam_mod:Egg"}})
     stray = "spam 1.2 offers 'egg' in the unknown entry-point group 'dmdr.matching' (did you mean 'dmdr.matchings'?)"
     assert error_of("matchings", "egg").startswith(f"unknown matching 'egg'; {stray}; known: ")
     assert stray not in error_of("matchings", "ham")
-    list_plugins()
+    check_plugins()
     assert capsys.readouterr().out.endswith(f"\nwarning: {stray}\n")
+
+
+def test_the_list_imports_nothing(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    from dmdr.cli.plugins import check_plugins, list_plugins
+
+    install("spam", {"rewards": {"egg": "spam_mod:Egg"}}, spam_mod="raise ValueError('imported')")
+    list_plugins()
+    assert "broken" not in capsys.readouterr().out
+    check_plugins(["egg"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("reward") and "  broken: " in line and line.endswith("ValueError: imported")
+    with pytest.raises(ConfigError, match=r"check eg: no plugin has this name \(did you mean 'egg'\?\)"):
+        check_plugins(["eg"])
 
 
 def test_a_method_that_looks_misspelt_is_warned_of(
     install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """By the list of plugins, and at the start of a run, also where the plugin is in a file."""
-    from dmdr.cli.plugins import list_plugins
+    from dmdr.cli.plugins import check_plugins
     from dmdr.settings.parse import parse
 
     needs = "from dmdr.protocols import Needs\n"
     lines = ("needs = Needs(reward=False)", "def __call__(self, draw, ctx): ...", "def share_noise(self, ctx): ...")
     install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=needs + dataclass_of(*lines))
     doubt = "objective 'egg' has a method share_noise: is shared_noise of dmdr.protocols.SharesNoise meant?"
-    list_plugins()
+    check_plugins()
     assert f"  warning: {doubt}\n" in capsys.readouterr().out
     parse(["--model=toy", f"--rl={tmp_path}/spam/spam_mod.py:Egg as egg"])
     assert [record.getMessage() for record in caplog.records] == [
@@ -423,12 +436,12 @@ def test_what_an_uninstall_left_behind_stops_nobody(install: Install, tmp_path: 
 
 
 def test_a_distribution_must_not_offer_a_name_twice(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
-    from dmdr.cli.plugins import list_plugins
+    from dmdr.cli.plugins import check_plugins
 
     install("spam", {"rewards": {"egg": "spam_mod:Egg", "egg ": "spam_mod:Ham"}})
     twice = "reward 'spam:egg' is offered twice by this package, as spam_mod:Egg and as spam_mod:Ham"
     assert error_of("rewards", "egg") == error_of("rewards", "spam:egg") == twice
-    list_plugins()
+    check_plugins()
     assert capsys.readouterr().out.count(f"broken: {twice}") == 2
 
 

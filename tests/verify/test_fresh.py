@@ -4,6 +4,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,9 @@ def test_wheel_has_every_entry_point(tmp_path: Path) -> None:
     ]
     subprocess.run(install, check=True)
 
-    listed = subprocess.run([bin / "dmdr-plugins"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    here = subprocess.run(
-        [Path(sys.executable).parent / "dmdr-plugins"], check=True, capture_output=True, text=True
-    ).stdout
+    given: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
+    listed = subprocess.run([bin / "dmdr-plugins", "check"], **given, cwd=tmp_path).stdout
+    here = subprocess.run([Path(sys.executable).parent / "dmdr-plugins", "check"], **given).stdout
     assert listed == here
     assert "objective" in listed
     train = [bin / "dmdr-train", "--model", "toy", "--rl", "refl", "--stage1_steps", "3", "--stage2_steps", "2"]
