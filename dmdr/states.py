@@ -1,7 +1,7 @@
 """Named tensors, whole or shared by processes: how they are stored and loaded; errors name what does not fit."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,21 @@ def check_storable(state: Any, where: str) -> None:
     elif not isinstance(state, Tensor) and type(state) not in PLAIN:
         kind = f"{type(state).__module__}.{type(state).__qualname__}"
         raise TrainingError(f"{where}: a checkpoint can hold tensors, numbers, text, lists and dicts, but not a {kind}")
+
+
+def replaced(state: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
+    """A copy of a state of plain containers in which each value is another.
+
+    Args:
+        state: As `check_storable` wants it.
+        change: Gives the new value for a place (names and numbers, with dots between) and the old value.
+        place: Where the state itself is.
+    """
+    if type(state) in (dict, OrderedDict):
+        return type(state)((name, replaced(value, change, f"{place}.{name}")) for name, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(replaced(value, change, f"{place}.{number}") for number, value in enumerate(state))
+    return change(place, state)
 
 
 def refuse_misfits(
@@ -130,8 +145,11 @@ def rows_of(tensor: Tensor, source: Any) -> Tensor:
 
     Args:
         tensor: Of any shape, shared or not.
-        source: Of the same shape, whole: a tensor, or a slice of a safetensors file, of which only the rows are read.
+        source: Of the same shape: a tensor, whole or shared alike, or a slice of a safetensors file, of which only the
+            rows are read.
     """
+    if is_shared(source):
+        return own_rows(source)
     if not isinstance(tensor, DTensor):
         found: Tensor = source[...]
         return found

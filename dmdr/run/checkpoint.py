@@ -19,12 +19,22 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.run import durable
-from dmdr.run.shares import load_shares, names_of, save_shares
-from dmdr.states import check_storable, is_shared, load_strict, own_rows, read_tensors, refuse_misfits, rows_of
+from dmdr.run.shares import load_shares, names_of, read_shares, save_shares
+from dmdr.states import (
+    check_storable,
+    is_shared,
+    load_strict,
+    own_rows,
+    read_tensors,
+    refuse_misfits,
+    replaced,
+    rows_of,
+)
 
 PATTERN = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"  # name -> size and hash of each file
 STAGE_END = "stage_end"
+STATES = "states"  # a folder: what processes share of the further state
 WEIGHTS = "weights"  # before the names of parameters, where a role's shares are weights and moments
 MOST_ROUNDS = 1000  # batches of prompts for each update; a larger count is no count
 Tensors = Mapping[str, Mapping[str, Tensor]]  # role -> name -> tensor
@@ -94,7 +104,7 @@ def save_checkpoint(
         tensors: Weights by role, and the student's average as "ema"; each role is a file, or a folder of shares with
             their moments.
         optimizers: By role; their moments are kept, their settings come from the configuration on resuming.
-        extra: Further state of plain containers and tensors (objectives, loss scaler).
+        extra: Further state of plain containers and tensors, whole or shared (objectives, loss scaler).
         stage_end: Keep it whatever `prune` is asked to.
         once: Has the main process act, and tells all what came of it (`device.on_main_process`), where all processes
             save together. Left out, this process saves alone, what the processes do not share.
@@ -108,6 +118,15 @@ def save_checkpoint(
     final = folder / f"step-{progress.total:06d}"
     moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
     shared = {role: named for role, named in tensors.items() if any(map(is_shared, named.values()))}
+    states: dict[str, Tensor] = {}
+
+    def apart(place: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and is_shared(value):
+            states[place] = value
+            return None
+        return value
+
+    own_extra = replaced(dict(extra), apart)
 
     def begin() -> Path | None:
         with _reported(final):
@@ -120,7 +139,7 @@ def save_checkpoint(
                     own = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
                     save_file(own, _file(partial, role))
             with (partial / "training.pt").open("wb") as file:  # of which torch passes an OSError on, unlike of a name
-                torch.save({"moments": _plain(moments), "extra": dict(extra)}, file)
+                torch.save({"moments": _plain(moments), "extra": own_extra}, file)
             (partial / "progress.json").write_text(json.dumps(asdict(progress)))
             written = sorted(path for path in partial.rglob("*") if path.is_file())
             names = [path.relative_to(partial).as_posix() for path in written]
@@ -136,6 +155,8 @@ def save_checkpoint(
     if partial := once(begin):
         for role, named in shared.items():
             save_shares(partial / role, _named(named, moments.get(role, {})))
+        if states:
+            save_shares(partial / STATES, states)
         once(lambda: finish(partial))
     if stage_end:
         once(mark)
@@ -257,6 +278,10 @@ def restore(checkpoint: Path, tensors: Tensors, optimizers: Mapping[str, torch.o
             optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file}: the optimizer state of the {role} does not fit: {one_line(error)}") from error
+    if (checkpoint / STATES).is_dir():
+        like = next((each for named in tensors.values() for each in named.values() if is_shared(each)), None)
+        states = read_shares(checkpoint / STATES, like)
+        extra = replaced(extra, lambda place, value: states.get(place, value))
     return extra
 
 

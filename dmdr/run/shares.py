@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, empty
 
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.states import refuse_misfits
@@ -67,10 +68,34 @@ def load_shares(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ConfigError(f"{folder} is damaged: {_cause(error)}") from error
 
 
+def read_shares(folder: Path, like: Tensor | None) -> dict[str, Tensor]:
+    """All tensors of a folder, by name, shared as another tensor is; all processes must ask together.
+
+    Args:
+        like: A shared tensor of any shape; None for whole tensors on the CPU.
+
+    Raises:
+        ConfigError: If a file is damaged.
+    """
+    into: dict[str, Tensor] = {}
+    for name, entry in _entries(folder).items():
+        shape, dtype = entry.size, entry.properties.dtype
+        if isinstance(like, DTensor):
+            into[name] = empty(shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+        else:
+            into[name] = torch.empty(shape, dtype=dtype)
+    load_shares(folder, into)
+    return into
+
+
 def _shapes(folder: Path) -> dict[str, torch.Size]:
+    return {name: entry.size for name, entry in _entries(folder).items()}
+
+
+def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         listed = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        return {name: entry.size for name, entry in listed.items() if isinstance(entry, TensorStorageMetadata)}
+        return {name: entry for name, entry in listed.items() if isinstance(entry, TensorStorageMetadata)}
     except Exception as error:  # safetensors, JSON and torch have their own
         raise ConfigError(f"{folder} is damaged: {one_line(error)}") from error
 
