@@ -50,8 +50,8 @@ def open_file(path: str, column: str, *, streaming: bool) -> Any:
         return load_dataset(suffix[1:], data_files=glob.escape(path), split="train", streaming=True)
     if suffix not in TEXT:
         raise ConfigError(
-            f"--prompts: the suffix of {path} says no format that is read here: expected {', '.join(TEXT)} "
-            f"(each also with {', '.join(COMPRESSED)} behind it), {' or '.join(BINARY)}"
+            f"--prompts: DMDR cannot read {path}: the name must end with {', '.join(TEXT)} "
+            f"(each also with {', '.join(COMPRESSED)} after it), {' or '.join(BINARY)}"
         )
     given = {"path": path, "column": column, "streaming": streaming}
     return IterableDataset.from_generator(TEXT[suffix], None, given)
@@ -64,7 +64,7 @@ def refuse_arguments(names: Iterable[str], where: str) -> None:
         ConfigError: If there is one.
     """
     if taken := sorted(ARGUMENTS & set(names)):
-        raise ConfigError(f"{where}: '{taken[0]}' cannot name a column; it is an argument of every reward")
+        raise ConfigError(f"{where}: rename the column '{taken[0]}'; rewards use this name for an argument")
 
 
 def _decoded(path: str) -> Iterator[tuple[int, str]]:
@@ -106,8 +106,8 @@ def _json(path: str, column: str, streaming: bool) -> Iterator[Row]:
             columns = columns or dict.fromkeys(row)
             if streaming and (new := sorted(row.keys() - columns.keys())):
                 raise ConfigError(
-                    f"{where} has the key '{new[0]}', which the first row lacks: a stream has the columns of its first "
-                    "row; give it there, too, if only as null"
+                    f"{where} has the key '{new[0]}', but the first row does not: in a stream the first row must "
+                    "have all keys; add it there (null is enough)"
                 )
         yield (columns | row if streaming else row) if row is not None else {}
 
@@ -145,9 +145,9 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> Row:
 
 def _check(row: Any, column: str, where: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        raise ConfigError(f"{where} is no object with a text under the key '{column}'")
+        raise ConfigError(f"{where} must be an object with text under the key '{column}'")
     if any("\ud800" <= letter <= "\udfff" for letter in row[column]):
-        raise ConfigError(f"{where}: the prompt holds half a surrogate pair, which is no text")
+        raise ConfigError(f"{where}: the prompt holds half a surrogate pair; remove it")
     refuse_arguments(row.keys() - {column}, where)
 
 
@@ -162,18 +162,20 @@ def _table(path: str, column: str, streaming: bool) -> Iterator[Row]:
     records = _records(reader, path)
     number, header = next(((number, cells) for number, cells in records if cells), (1, []))
     if twice := [name for name in header if header.count(name) > 1]:
-        raise ConfigError(f"--prompts: {path} line {number} names two columns '{twice[0]}'")
+        raise ConfigError(f"--prompts: {path} line {number} has two columns called '{twice[0]}'")
     refuse_arguments(set(header) - {column}, f"--prompts: {path} line {number}")
     known = list(islice(records, TYPED if streaming else None))
     cells_of = zip(*(cells for _, cells in known if len(cells) == len(header)), strict=True)
     kinds = [_text if name == column else _kind(cells) for name, cells in zip(header, cells_of, strict=False)]
     for number, cells in chain(known, records):
         if cells and len(cells) != len(header):
-            raise ConfigError(f"--prompts: {path} line {number} has {len(cells)} cells, its header {len(header)}")
+            raise ConfigError(
+                f"--prompts: {path} line {number} has {len(cells)} cells, but its header has {len(header)}"
+            )
         try:
             yield {name: kind(cell) for name, kind, cell in zip(header, kinds, cells, strict=False)}
         except ValueError as error:
-            what = f"{error}, as its column holds in the first {TYPED:,} rows"
+            what = f"{error}, but the first {TYPED:,} rows of its column are"
             raise ConfigError(f"--prompts: {path} line {number}: {what}") from error
 
 

@@ -255,8 +255,8 @@ class _Source:
     def _require_column(self, names: Iterable[str]) -> None:
         if self.column not in names:
             raise ConfigError(
-                f"--prompts: {self.path} has no column '{self.column}'; name that of the prompts with --prompt_column: "
-                f"{', '.join(names)}"
+                f"--prompts: {self.path} has no column '{self.column}'; give the column of the prompts with "
+                f"--prompt_column: {', '.join(names)}"
             )
 
     @contextmanager
@@ -294,7 +294,9 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
 
     place = Path(path)
     if (place.is_file() or (place / "state.json").is_file()) and (config or split != "train"):
-        raise ConfigError(f"--prompts: {path} has neither a --dataset_config nor a --dataset_train_split to choose")
+        raise ConfigError(
+            f"--prompts: {path} has no configurations or splits; leave out --dataset_config, --dataset_train_split"
+        )
     if place.is_file():
         return open_file(path, column, streaming=streaming)
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -303,14 +305,14 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
             return saved
         if split not in saved:
             raise ConfigError(
-                f"--prompts: {path} has no split '{split}' (--dataset_train_split), but {', '.join(saved)}"
+                f"--prompts: {path} has no split '{split}' (--dataset_train_split); it has {', '.join(saved)}"
             )
         return saved[split]
     if not place.is_dir():
         if not is_hub_id(path) or suffix_of(path) in (*TEXT, *BINARY):
             raise ConfigError(f"--prompts: no such file: {path}")
         if (why := unreachable()) not in ("", OFFLINE):  # of which `datasets` would find out in half a minute
-            what = f"no such file, and {why}; with HF_HUB_OFFLINE=1 a dataset is read from the cache"
+            what = f"no such file, and {why}; set HF_HUB_OFFLINE=1 to read a dataset from the cache"
             raise ConfigError(f"--prompts: {path}: {what}")
     return load_dataset(path, config, split=split, streaming=streaming or place.is_dir())
 

@@ -88,7 +88,7 @@ class Rewards:
             ConfigError: If there is none.
         """
         if not parts:
-            raise ConfigError("a sum of rewards needs at least one")
+            raise ConfigError("a sum of rewards needs at least one reward")
         self.parts, self._flags, self.there = dict(parts), flags, there
         self.differentiable = all(reward.differentiable for _, reward in self.parts.values())
 

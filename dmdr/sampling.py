@@ -59,7 +59,9 @@ class FewStepSampler:
 
     def __post_init__(self) -> None:
         if self.sde_type in ("flow_sde", "dance_sde") and not isinstance(self.path, RectifiedFlow):
-            raise ConfigError(f"--sde_type {self.sde_type} is a step of rectified flow; this model takes cps or ddim")
+            raise ConfigError(
+                f"--sde_type {self.sde_type} works only with rectified flow; for this model use cps or ddim"
+            )
 
     @classmethod
     def stock(cls, path: NoisePath, t: Tensor, eta: float) -> "FewStepSampler":

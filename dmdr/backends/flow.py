@@ -88,7 +88,7 @@ class FlowBackend(PipelineBackend):
 
     def scheduler(self, sampler: Sampler) -> FlowMatchEulerDiscreteScheduler:
         if 0 < sampler.eta < 1:
-            raise ConfigError(f"--sample_eta {sampler.eta:g}: the stock scheduler of this model knows 0 and 1 only")
+            raise ConfigError(f"--sample_eta {sampler.eta:g}: the scheduler of this model supports 0 and 1 only")
         config = self.scheduler_config | {
             "shift": self.shift,
             "use_dynamic_shifting": False,

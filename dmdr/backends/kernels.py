@@ -23,7 +23,9 @@ def set_attention_backend(network: Any, name: str, blank: Callable[..., Tensor])
         ConfigError: If diffusers does not know it, or this machine, network or dtype cannot be trained with it.
     """
     if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
-        raise ConfigError(f"--attention_backend {name}: diffusers would ignore it for a {type(network).__name__}")
+        raise ConfigError(
+            f"--attention_backend {name}: diffusers ignores it for a {type(network).__name__}; leave it out"
+        )
     probe = blank(1, 128, 1, 64).zero_().requires_grad_()
     try:
         with quiet(), attention_backend():  # which keeps diffusers from making it every other network's kernel, too
@@ -53,7 +55,9 @@ def compile_blocks(network: Any) -> None:
         ConfigError: If the network does not say which they are.
     """
     if not (blocks := blocks_of(network)):
-        raise ConfigError(f"--torch_compile: a {type(network).__name__} does not name its repeated blocks")
+        raise ConfigError(
+            f"--torch_compile: a {type(network).__name__} does not name its repeated blocks; leave it out"
+        )
     # Every role, with and without gradient, is a graph of its own; beyond this limit torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:

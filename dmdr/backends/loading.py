@@ -81,7 +81,7 @@ class Source:
         if variant != self.variant:
             none = f"of --variant {self.variant}" if self.variant else "without a variant"
             them = f"of variant {variant}" if variant else "without a variant"
-            logger.warning("%s has no weights %s; those %s are loaded", self.place(subfolder), none, them)
+            logger.warning("%s has no weights %s; DMDR loads the weights %s", self.place(subfolder), none, them)
         return self.files(subfolder) | ({"variant": variant} if variant else {})
 
     def taken(self, subfolder: str) -> str | None:
@@ -120,7 +120,7 @@ class Source:
         there = self.variants(subfolder)
         if self.taken(subfolder) in there or not there:
             return ""
-        return f"; its weights ask for {' or '.join(f'--variant {variant}' for variant in sorted(map(str, there)))}"
+        return f"; use {' or '.join(f'--variant {variant}' for variant in sorted(map(str, there)))}"
 
 
 @contextmanager
@@ -327,7 +327,7 @@ def read_weights(path: str, within: Sequence[str] = ()) -> dict[str, Tensor]:
                 mapped = is_zipfile(file)  # as torch saves since 1.6
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        what = "is damaged, or holds more than tensors and is refused"
+        what = "is damaged, or holds more than tensors, which DMDR does not load"
         raise ConfigError(f"{path} {what}: {one_line(error)}") from error
     if isinstance(state, Mapping):
         state = next((state[key] for key in within if isinstance(state.get(key), Mapping)), state)

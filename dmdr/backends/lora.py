@@ -249,7 +249,7 @@ def merge(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], what: st
         lost += float((rows.float() - exact).square().sum())
     if lost > MUCH_LOST**2 * all_of_it:
         share = (lost / all_of_it) ** 0.5
-        said = "%s: rounding its sum with the weights changes it by %.0f%% (not with --mixed_precision no)"
+        said = "%s: rounding the sum of it and the weights changes it by %.0f%%; --mixed_precision no avoids this"
         logger.warning(said, what, 100 * share)
 
 
@@ -307,6 +307,6 @@ def parted(
     again = joined(result, second) if result else {}
     if again.keys() != both.keys() or not all(torch.allclose(again[name], tensor) for name, tensor in both.items()):
         raise ConfigError(
-            f"{what} was trained without the --teacher_lora of this run: give the one of its own run, or none"
+            f"{what} was not trained with the --teacher_lora of this run: give the one of its own run, or leave it out"
         )
     return result

@@ -54,7 +54,7 @@ TRAINING = {
     *("megatron_core", "qalora_group_size"),
 }
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights: the network stays as it is
-ADD_ALPHA = "add it to the file, as <layer>.alpha"
+ADD_ALPHA = "add the alpha to the file, as <layer>.alpha"
 
 Factors = tuple[Tensor, Tensor]  # A [r, ...] and B [out, r, ...]
 
@@ -86,18 +86,20 @@ def read_lora(path: str, network: Any, pipeline_class: Any) -> dict[str, Tensor]
             foreign.append(name)
         for module, (a, b) in placed.items():
             if module in origin:
-                file.refuse(f"adapts {module} twice, as {origin[module]} and as {name}: leave one of them out")
+                file.refuse(
+                    f"adapts {module} twice, as {origin[module]} and as {name}: remove one of them from the file"
+                )
             origin[module] = name
             shape = weights[module].shape
             own_a, own_b = (len(a), *shape[1:]), (shape[0], len(a), *[1] * len(shape[2:]))
             if (_squeezed(a.shape), _squeezed(b.shape)) != (_squeezed(own_a), _squeezed(own_b)):
-                sizes = f"{name} has factors {tuple(a.shape)} and {tuple(b.shape)}, and {module} is {tuple(shape)}"
-                file.refuse(f"is of another model ({sizes}): give one of this model")
+                sizes = f"{name} has factors {tuple(a.shape)} and {tuple(b.shape)}, but {module} is {tuple(shape)}"
+                file.refuse(f"is for another model ({sizes}): give a LoRA for this model")
             adapter |= {f"{module}.lora_A.weight": a.reshape(own_a), f"{module}.lora_B.weight": b.reshape(own_b)}
     if foreign:
         some = f"{', '.join(foreign[:3])} ({len(foreign)} of its {len(layers)} layers)"
-        what = f"a {type(network).__name__} has no {some}, by any name that diffusers knows"
-        file.refuse(f"is damaged, of another model, or to be converted to diffusers' names first: {what}")
+        what = f"a {type(network).__name__} has no {some}, under any name that diffusers knows"
+        file.refuse(f"is damaged, is for another model, or must first be converted to diffusers' names: {what}")
     return adapter
 
 
@@ -187,11 +189,11 @@ class LoRAFile:
         except (ValueError, AttributeError) as error:
             self.refuse(f"has settings ({PEFT_CONFIG}) that cannot be read: {one_line(error)}")
         if (kind := given.get("peft_type") or "LORA") != "LORA":
-            self.refuse(f"is a {kind} by its settings ({PEFT_CONFIG}): merge it into the model first")
+            self.refuse(f"is a {kind} ({PEFT_CONFIG} names this type): merge it into the model first")
         for name, value in given.items():
             plain = not value or value == defaults.get(name) or name in ACTING | TRAINING
             if not (value in INITIAL if name == "init_lora_weights" else plain):
-                self.refuse(f"is more than a LoRA by its settings ({name}: {value}): merge it into the model first")
+                self.refuse(f"is more than a LoRA (its settings have {name}: {value}): merge it into the model first")
         return defaults | given
 
     def layers(self) -> dict[str, Factors]:
@@ -203,22 +205,22 @@ class LoRAFile:
         keys: dict[str, dict[str, str]] = {}
         for key in sorted(self.tensors):
             if TEXT_ENCODER.match(key):
-                self.refuse(f"adapts a text encoder, too ({key}), which stays as it is here: leave such keys out")
+                self.refuse(
+                    f"also adapts a text encoder ({key}), which DMDR does not change: remove such keys from the file"
+                )
             match = TENSOR.fullmatch(key)
             if not match:
                 kind = next((kind for pattern, kind in OTHERS.items() if re.search(pattern, key)), "more than a LoRA")
                 self.refuse(f"is {kind} ({key}): merge it into the model first")
             parts, part = keys.setdefault(match["layer"], {}), str(match.lastgroup)
             if part in parts:
-                self.refuse(f"holds two adapters ({parts[part]}, {key}): leave one of them out")
+                self.refuse(f"holds two adapters ({parts[part]}, {key}): remove one of them from the file")
             parts[part] = key
         factors: dict[str, Factors] = {}
         for name, parts in keys.items():
             for part, called in (("A", "lora_A or lora_down"), ("B", "lora_B or lora_up")):
                 if part not in parts:
-                    self.refuse(
-                        f"is damaged: {next(iter(parts.values()))} has no {called} beside it; get the file anew"
-                    )
+                    self.refuse(f"is damaged: {next(iter(parts.values()))} has no matching {called}; get a new copy")
             factors[name] = (self._factor(parts["A"]), self._factor(parts["B"]))
         alphas = {name: self._alpha(parts["alpha"]) for name, parts in keys.items() if "alpha" in parts}
         strengths = self._strengths({name: len(a) for name, (a, _) in factors.items()}, alphas)
@@ -227,31 +229,31 @@ class LoRAFile:
     def _factor(self, key: str) -> Tensor:
         tensor = self.tensors[key]
         if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            self.refuse(f"is damaged: {key} is no matrix of finite numbers; get the file anew")
+            self.refuse(f"is damaged: {key} is no matrix of finite numbers; get a new copy")
         return tensor.float()
 
     def _alpha(self, key: str) -> float:
         tensor = self.tensors[key]
         value = tensor.item() if tensor.numel() == 1 else math.nan
         if not 0 < value < math.inf:
-            self.refuse(f"is damaged: {key} is no number above 0; get the file anew")
+            self.refuse(f"is damaged: {key} is no number above 0; get a new copy")
         return value
 
     def _strengths(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, float]:
         """What the factors of each layer are multiplied with, by the first place that holds alpha."""
         if alphas:
             if absent := ranks.keys() - alphas.keys():
-                what = f"has an alpha for {len(alphas)} of its {len(ranks)} layers, and none for {min(absent)}"
-                self.refuse(f"{what}: loaders disagree about its strength; add the alpha")
+                what = f"has an alpha for {len(alphas)} of its {len(ranks)} layers, but none for {min(absent)}"
+                self.refuse(f"{what}: programs do not agree on its strength then; add the missing alpha")
             return {name: alphas[name] / rank for name, rank in ranks.items()}
         if self.settings:
             return {name: self._by_settings(name, rank, self.settings) for name, rank in ranks.items()}
         if "ss_network_alpha" in self.header:
             return self._by_header(ranks)
         if unknown := [f"{key} = {value}" for key, value in self.header.items() if "alpha" in key]:
-            self.refuse(f"says {unknown[0]} in its header, which only its trainer understands: {ADD_ALPHA}")
+            self.refuse(f"has {unknown[0]} in its header, which DMDR does not understand: {ADD_ALPHA}")
         if any(name.startswith(PEFT_PREFIX) for name in ranks):
-            self.refuse(f"is of PEFT, which keeps alpha in {PEFT_CONFIG}: put that file beside it")
+            self.refuse(f"was saved by PEFT, which keeps alpha in {PEFT_CONFIG}: put that file into the same folder")
         return dict.fromkeys(ranks, 1.0)
 
     def _by_settings(self, layer: str, rank: int, settings: Mapping[str, Any]) -> float:
@@ -263,7 +265,7 @@ class LoRAFile:
         except (AttributeError, TypeError, ValueError, re.error) as error:
             self.refuse(f"has settings ({PEFT_CONFIG}) that cannot be read: {one_line(error)}")
         if r != rank or not 0 < alpha < math.inf:
-            self.refuse(f"has rank {rank} in {layer}, and its settings say rank {r:g}, alpha {alpha:g}: get both anew")
+            self.refuse(f"has rank {rank} in {layer}, but its settings say rank {r:g}, alpha {alpha:g}: get both again")
         return alpha / (math.sqrt(r) if settings["use_rslora"] else r)
 
     def _by_header(self, ranks: Mapping[str, int]) -> dict[str, float]:
@@ -276,11 +278,11 @@ class LoRAFile:
             alpha = dim = math.nan
         others = [name for name, rank in ranks.items() if rank != dim]
         if others or not 0 < alpha < math.inf or re.search("alpha|rs_?lora", said["ss_network_args"]):
-            self.refuse(f"has no alpha of its layers, and its header does not say it ({what}): {ADD_ALPHA}")
+            self.refuse(f"has no alpha for its layers, and its header gives no clear one ({what}): {ADD_ALPHA}")
         # These scripts write lora_down. Their converter to lora_A keeps the header, and folds alpha into the factors.
         kohya = self.header.get("ss_network_module", "").startswith("networks.")
         if kohya and alpha != dim and not any(".lora_down." in key for key in self.tensors):
-            self.refuse(f"was converted from a file of Kohya's scripts ({what}): give that one, whose alpha is plain")
+            self.refuse(f"was converted from a file of Kohya's scripts ({what}): give the original, which has alpha")
         return dict.fromkeys(ranks, alpha / dim)
 
 

@@ -108,7 +108,7 @@ class PipelineOptions(RoleOptions):
             value = getattr(self, name)
             require(self, name, value is None or value > 0, "above 0")
         if self.student_weights and not self.full_finetune:
-            raise ConfigError("--student_weights are of a full network: they need --full_finetune")
+            raise ConfigError("--student_weights needs --full_finetune, because it holds a full network")
 
 
 class PipelineBackend:
@@ -165,7 +165,7 @@ class PipelineBackend:
         resolution = options.resolution or self.vae_scale * self._own_size()
         cell = self.vae_scale * self.patch_size
         if resolution % cell:
-            raise ConfigError(f"--resolution {resolution} is no multiple of {cell}, as {folder} needs")
+            raise ConfigError(f"--resolution {resolution} must be a multiple of {cell} for {folder}")
         side = resolution // self.vae_scale
         self.latent_shape: tuple[int, ...] = (channels, side, side)
         self.resolution = resolution
@@ -195,7 +195,7 @@ class PipelineBackend:
         if not config.get("sample_size"):
             return self.default_size
         if isinstance(config["sample_size"], list | tuple):
-            raise config.refused("sample_size", "a single number; say which square is meant with --resolution")
+            raise config.refused("sample_size", "a single number; give the image size with --resolution")
         return config.whole("sample_size")
 
     # --- What a family says of itself --------------------------------------------------------------------------------
@@ -377,8 +377,8 @@ class PipelineBackend:
         """Refuse a variant that no component has, as the stock pipeline would."""
         known = {variant for name in self._saved_parts for variant in self.source.variants(name)}
         if self.options.variant and known and self.options.variant not in known:
-            there = ", ".join(sorted(f"of variant {variant}" if variant else "without one" for variant in known))
-            raise ConfigError(f"--variant {self.options.variant}: all weights of {self.folder} are {there}")
+            there = ", ".join(sorted(f"of variant {variant}" if variant else "without a variant" for variant in known))
+            raise ConfigError(f"--variant {self.options.variant}: {self.folder} only has weights {there}")
 
     def _check_reward_vae(self, folder: str) -> None:
         """Refuse a decoder of other latents, or to another size."""
@@ -388,8 +388,8 @@ class PipelineBackend:
         check_latent_scaling(tiny, channels, ("scaling_factor", "shift_factor"), AutoencoderTiny.__name__)
         if (channels, scale) != (self.latent_shape[0], self.vae_scale):
             raise ConfigError(
-                f"--reward_vae {folder} decodes {channels} channels to {scale}-fold size; the latents of {self.folder} "
-                f"have {self.latent_shape[0]}, of {self.vae_scale}-fold size"
+                f"--reward_vae {folder} takes {channels} channels and enlarges by {scale}; the latents of "
+                f"{self.folder} have {self.latent_shape[0]} channels and need {self.vae_scale}"
             )
 
     def _load(self, cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -> Any:
@@ -570,7 +570,7 @@ class PipelineBackend:
         full = self.options.full_finetune
         kind, file = (f"a full {self.network_name}", self.network_name) if full else ("a LoRA", LORA_FILE)
         if not (directory / file).exists():
-            raise ConfigError(f"{directory} holds no {file}: {kind} is needed (--full_finetune says which)")
+            raise ConfigError(f"{directory} holds no {file}: this run needs {kind}; check --full_finetune")
         if full:
             student, place = self.roles.copies["student"], Source(str(directory))
             fill(student, weight_files(place, self.network_name), str(directory / file))

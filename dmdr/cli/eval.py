@@ -118,7 +118,7 @@ def find_pairs(flags: EvalFlags, chosen: Sequence[Chosen]) -> tuple[list[Path], 
 
     index = image_folder.find_index(flags.images)
     if index and flags.prompts is not None:
-        raise ConfigError(f"--prompts {flags.prompts}: {index} says the prompt of each image; leave out one of the two")
+        raise ConfigError(f"--prompts {flags.prompts}: {index} already has the prompts; leave out --prompts")
     if index:
         paths, rows = image_folder.indexed_images(index, flags.prompt_column)
     else:

@@ -124,9 +124,7 @@ def write_package(name: str, folder: Path | None, kind: str = "objective") -> No
         raise ConfigError(f"new {name}: a name has lower-case letters, digits and _, as in my_objective")
     for word in (name, title_of(name)):  # none and true are no keywords, but the classes would be called None and True
         if keyword.iskeyword(word) or word in names_used(kind):
-            raise ConfigError(
-                f"new {name}: '{word}' has a meaning of its own in the package's code; choose another name"
-            )
+            raise ConfigError(f"new {name}: the package's code already uses '{word}'; choose another name")
     renamed = {"dmdr-template": f"dmdr-{name.replace('_', '-')}", "dmdr_template": f"dmdr_{name}"}
     for group, old, cls, form in TEMPLATES[kind][1]:
         new = form.format(name)

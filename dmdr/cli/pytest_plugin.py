@@ -156,15 +156,14 @@ def _classes(name: str) -> list[tuple[str, Any]]:
         if ":" not in name:
             known = [known for group in CHECKS for known in registry.plugins(group)]
             raise ConfigError(
-                f"no plugin of this name is installed{registry.suggest(name, known)}; dmdr-plugins lists them, and one "
-                "in a file is given as my_file.py:NAME"
+                f"no plugin of this name is installed{registry.suggest(name, known)}; dmdr-plugins lists all; "
+                "write a plugin in a file as my_file.py:NAME"
             )
         kind = registry.kind(load_object(name))
         if kind is None:
             raise ConfigError(
-                "it has no `needs` as an objective has, no `differentiable` as a reward, no `fake_loss` as a matching, "
-                "no `student` as a backend, and no call of (draw, direction, ctx) as a sample weight; dmdr.protocols "
-                "says what each of them needs"
+                "it is no plugin: an objective has `needs`, a reward has `differentiable`, a matching has `fake_loss`, "
+                "a backend has `student`, and a sample weight is called with (draw, direction, ctx); see dmdr.protocols"
             )
         return [(kind, registry.load(kind, name))]
 

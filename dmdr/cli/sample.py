@@ -147,7 +147,7 @@ def family_of(folder: Path, about: dict[str, Any], named: str | None, base: str,
     told = about["backend"]
     name = told or pipeline_class(base, revision)
     place = folder / ABOUT if told else f"{base}/model_index.json"
-    require_installed("backends", name, place, f"if you trust its code, name it yourself with --backend {name}")
+    require_installed("backends", name, place, f"if you trust its code, add --backend {name}")
     return registry.load("backends", name)
 
 

@@ -34,11 +34,11 @@ def check_place(folder: Path, rows: Sequence[Row]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output_dir {folder} is no folder")
     if any("file_name" in row for row in rows):
-        raise ConfigError(f"--prompts: 'file_name' cannot name a column: {INDEX} beside the images names them by it")
+        raise ConfigError(f"--prompts: rename the column 'file_name': {INDEX} uses this name for the images")
     index = find_index(str(folder))
     if index and not (index.name == INDEX and _named(index) <= set(_names(len(rows)))):
-        what = f"{index} is of other images than the {len(rows)} to be drawn"
-        raise ConfigError(f"--output_dir {folder}: {what}; name another folder, or delete what it holds")
+        what = f"{index} lists other images than the {len(rows)} of this command"
+        raise ConfigError(f"--output_dir {folder}: {what}; give another folder, or empty this one")
 
 
 def save_images(folder: Path, pictures: Sequence[Image.Image], rows: Sequence[Row]) -> list[Path]:
@@ -85,10 +85,10 @@ def indexed_images(index: Path, column: str) -> tuple[list[Path], list[Row]]:
     paths = [index.parent / row.pop("file_name") for row in rows]
     there = set(find_images(str(index.parent)))
     if missing := [path for path in paths if path not in there]:
-        raise ConfigError(f"--images: {index} names {missing[0].name}, and there is no such image beside it")
+        raise ConfigError(f"--images: {index} names {missing[0].name}, but this image is not in the folder")
     if unnamed := sorted(there - set(paths)):
-        what = f"{len(unnamed)} of the images beside it, such as {unnamed[0].name}"
-        raise ConfigError(f"--images: {index} does not name {what}; move them away, or the index")
+        what = f"{len(unnamed)} of the images in its folder, such as {unnamed[0].name}"
+        raise ConfigError(f"--images: {index} does not name {what}; move them away, or delete this file")
     return paths, rows
 
 
@@ -97,7 +97,7 @@ def _read_index(index: Path, column: str) -> list[Row]:
     for i, row in enumerate(rows, start=1):
         name = row.get("file_name")
         if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"--images: {index} row {i} has no 'file_name' of an image beside it")
+            raise ConfigError(f"--images: {index} row {i} needs a 'file_name': an image in the same folder")
     return list(rows)
 
 
@@ -133,7 +133,7 @@ def _open(path: Path) -> Image.Image:
         raise _unreadable(path, error) from error
     if image.mode.startswith(("I", "F")):
         image.close()
-        raise ConfigError(f"--images: {path} has more than 8 bits a channel, which RGB would cut off; convert it first")
+        raise ConfigError(f"--images: {path} has more than 8 bits per channel; convert it to 8 bits first")
     return image
 
 

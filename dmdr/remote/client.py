@@ -86,7 +86,7 @@ class RemoteReward:
             raise ConfigError(f"reward '{address}' needs the URL of its server, such as http://127.0.0.1:8000")
         if "@" in parts.netloc or parts.query or parts.fragment:  # config.yaml would keep what is secret
             raise ConfigError(
-                f"the URL of reward server {parts.hostname} is host, port and path; a token goes into {TOKEN}"
+                f"the URL of reward server {parts.hostname} may hold only host, port and path; put a token into {TOKEN}"
             )
         return type(cls.__name__, (cls,), {"url": url.rstrip("/"), "__doc__": cls.__doc__, "__module__": __name__})
 
@@ -104,7 +104,7 @@ class RemoteReward:
         """
         token = os.environ.get(TOKEN, "")
         if not (token.isascii() and token.isprintable()) or token != token.strip():
-            raise ConfigError(f"the token in {TOKEN} holds characters that no HTTP header can")
+            raise ConfigError(f"the token in {TOKEN} holds characters that HTTP does not allow")
         self._token = token
         try:
             with self._session() as session:
@@ -117,9 +117,9 @@ class RemoteReward:
         if about.get("service") != SERVICE:
             raise ConfigError(f"{self.url} answers {answer.status}, but is no reward server")
         if about.get("version") != VERSION:
-            raise ConfigError(f"{self.url} speaks version {about.get('version')} of the protocol, not {VERSION}")
+            raise ConfigError(f"{self.url} uses version {about.get('version')} of the protocol, not {VERSION}")
         if not about.get("authorized"):
-            raise ConfigError(f"{self.url} asks for a token, and {TOKEN} {'is another' if token else 'is not set'}")
+            raise ConfigError(f"{self.url} asks for a token, but {TOKEN} {'is wrong' if token else 'is not set'}")
         try:
             self._limit = int(about["max_request_bytes"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:

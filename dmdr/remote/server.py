@@ -193,7 +193,7 @@ class _Service:
 
     async def answer(self, request: HTTPRequest) -> Response:
         if not self._knows(request):
-            raise HTTPException(401, "this server asks for a bearer token, and not for this one")
+            raise HTTPException(401, "this server asks for a bearer token; yours is wrong or missing")
         if self.inside >= self.max_queue:  # asked before the body is read: what waits is bounded in bytes, too
             raise HTTPException(503, f"{self.max_queue} requests wait already", {"Retry-After": "1"})
         self.inside += 1
@@ -208,7 +208,7 @@ class _Service:
         except TimeoutError:
             raise HTTPException(504, f"not scored within {self.request_timeout:g} s") from None
         except asyncio.CancelledError:  # by uvicorn, which would say 500, and that is for good
-            raise HTTPException(503, "the server is leaving") from None
+            raise HTTPException(503, "the server is shutting down") from None
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         finally:
@@ -232,7 +232,7 @@ class _Service:
                 if size > self.max_request_bytes:
                     break
         if size > self.max_request_bytes:
-            raise HTTPException(413, f"a request may have {self.max_request_mb:g} MB")
+            raise HTTPException(413, f"a request may have at most {self.max_request_mb:g} MB")
         return b"".join(chunks)
 
 
@@ -382,7 +382,7 @@ def serve(score: Score, host: str = "127.0.0.1", port: int = 8000, **settings: A
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
     address = bound.getsockname()[0]
     if not settings.get("token") and address != "::1" and not address.startswith("127."):
-        logger.warning("anyone who reaches %s can use this server: it asks for no token", _url(bound))
+        logger.warning("anyone can use the server at %s: it asks for no token; set %s", _url(bound), TOKEN)
     config = uvicorn.Config(
         app,
         http=_Protocol,

@@ -80,7 +80,7 @@ class Request:
         # safetensors reads metadata from files only. It has just found this header to be a sound one.
         metadata = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]).get("__metadata__") or {}
         if metadata.get("version") != str(VERSION):
-            raise ValueError(f"the body speaks version {metadata.get('version')} of the protocol, not {VERSION}")
+            raise ValueError(f"the body uses version {metadata.get('version')} of the protocol, not {VERSION}")
         if tensors.keys() != {"images"}:
             raise ValueError(f"the body must hold the tensor images alone, not {', '.join(tensors) or 'none'}")
         return cls(tensors["images"], _list(metadata, "prompts"), _lists(metadata, "columns"))
@@ -131,7 +131,7 @@ def numbers_of(scores: Any, count: int) -> list[float]:
     listed = hasattr(scores, "tolist") or isinstance(scores, Sequence | Iterator)
     found = (scores.tolist() if hasattr(scores, "tolist") else list(scores)) if listed else None
     if not isinstance(found, list) or isinstance(scores, str | bytes | bytearray):
-        raise TypeError(f"returned {type(scores).__name__}; it must return a list of a number, or None, for each image")
+        raise TypeError(f"returned {type(scores).__name__}; it must return a list with a number or None for each image")
     if len(found) != count:
         raise TypeError(f"returned {len(found)} scores for {count} images")
     return [_number(score, i) for i, score in enumerate(found)]

@@ -75,9 +75,9 @@ class Progress:
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         if not (0 <= self.stage <= 2 and 0 <= self.step <= self.total):
-            raise ValueError(f"step {self.step} of stage {self.stage}, {self.total} in all")
+            raise ValueError(f"step {self.step} of stage {self.stage} cannot be update {self.total} of the run")
         if not 0 <= self.prompts_consumed <= MOST_ROUNDS * (self.total + 1):
-            raise ValueError(f"{self.prompts_consumed} batches of prompts for {self.total} updates")
+            raise ValueError(f"prompts_consumed cannot be {self.prompts_consumed} after {self.total} updates")
 
 
 def alone(act: Callable[[], Any]) -> Any:
@@ -173,7 +173,9 @@ def _reported(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise TrainingError(f"{final} could not be written: {_cause(error)}; earlier ones are untouched") from error
+        raise TrainingError(
+            f"{final} could not be written: {_cause(error)}; earlier checkpoints are still good"
+        ) from error
 
 
 def _cause(error: BaseException) -> str:
@@ -226,7 +228,7 @@ def damage(checkpoint: Path) -> str | None:
             if not file.is_file():
                 return f"{checkpoint} is not complete: it lacks {name}"
             if file.stat().st_size != saved["size"] or identity(file) != saved:
-                return f"{file} is damaged: it is not as it was saved"
+                return f"{file} is damaged: it changed after it was saved"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{manifest} is damaged: {one_line(error)}"
     return None
@@ -241,7 +243,7 @@ def check_whole(checkpoint: Path) -> None:
     if reason := damage(checkpoint):
         others = (other for other in checkpoints(checkpoint.parent.parent)[::-1] if other.name != checkpoint.name)
         whole = next((other for other in others if damage(other) is None), None)
-        raise ConfigError(f"{reason}; {whole} is whole" if whole else reason)
+        raise ConfigError(f"{reason}; use {whole}, which is complete" if whole else reason)
 
 
 def newest_whole(found: list[Path]) -> Path | None:
@@ -249,7 +251,7 @@ def newest_whole(found: list[Path]) -> Path | None:
     for checkpoint in reversed(found):
         if (reason := damage(checkpoint)) is None:
             return checkpoint
-        logger.warning("%s; the checkpoint before it is used", reason)
+        logger.warning("%s; DMDR uses an earlier checkpoint", reason)
     return None
 
 
@@ -322,12 +324,12 @@ def _read_training(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:  # torch's own words advise to load it all the same
-        raise ConfigError(f"{file} holds what no checkpoint holds, and is not loaded") from error
+        raise ConfigError(f"{file} holds data that is not of a checkpoint; DMDR does not load it") from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{file} is damaged: {one_line(error)}") from error
     moments, extra = (state.get(name) if isinstance(state, dict) else None for name in ("moments", "extra"))
     if not (isinstance(moments, dict) and isinstance(extra, dict)):
-        raise ConfigError(f"{file} is damaged: it holds no moments, or no further state")
+        raise ConfigError(f"{file} is damaged: 'moments' or 'extra' is missing")
     return moments, extra
 
 
@@ -361,7 +363,7 @@ def load_parameters(checkpoint: Path, role: str, parameters: Mapping[str, torch.
         return
     if not file.is_file():
         what = "average of the student (--ema_decay)" if role == "ema" else role
-        raise ConfigError(f"{checkpoint} holds no {what} to go on with")
+        raise ConfigError(f"{checkpoint} holds no {what}, which this run needs")
     load_strict(parameters, read_tensors(file), str(file))
 
 

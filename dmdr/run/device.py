@@ -48,7 +48,7 @@ def join_processes(*, cpu: bool = False, **options: Any) -> PartialState:
         ConfigError: If it has left them after an earlier run: they would wait for each other.
     """
     if PartialState._shared_state and PartialState().use_distributed and not torch.distributed.is_initialized():
-        raise ConfigError("several processes make one run: start them anew for the next one")
+        raise ConfigError("these processes have already made a run: start new ones for the next run")
     # Processes on CPUs find each other only if told that they are.
     return PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
 
@@ -75,7 +75,7 @@ def open_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator
     except ValueError as error:
         raise ConfigError(f"--mixed_precision {mixed_precision}: {one_line(error)}") from error
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where accelerate has no autocast to it
-        raise ConfigError("--mixed_precision fp16 needs a GPU; a CPU takes bf16 or no")
+        raise ConfigError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     return accelerator
 
 
@@ -96,7 +96,7 @@ def refuse_other_engines() -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ConfigError(
-                f"accelerate launch with {name}: DMDR shards by itself; launch without it, with --shard all"
+                f"accelerate launch with {name} does not work here; launch without it, and add --shard all"
             )
 
 

@@ -55,7 +55,7 @@ def _chosen(config: Config) -> tuple[Path, Path | None]:
         output = Path(config.output_dir)
     if resume is None:
         if not can_hold_files(next(path for path in (output, *output.absolute().parents) if path.exists())):
-            raise ConfigError(f"--output_dir {output} is no folder that may be written to")
+            raise ConfigError(f"--output_dir {output} is no folder, or you may not write into it")
         held = output.is_dir() and any(output.iterdir())
         if held and not config.overwrite_output_dir and not never_trained(output):
             raise ConfigError(
@@ -63,20 +63,20 @@ def _chosen(config: Config) -> tuple[Path, Path | None]:
                 "holds with --overwrite_output_dir"
             )
         if held and not _is_run(output) and not never_trained(output):
-            raise ConfigError(f"--overwrite_output_dir: {output} holds no run of ours; delete it yourself")
+            raise ConfigError(f"--overwrite_output_dir: {output} was not made by DMDR; delete it yourself")
         return output, None
     if resume == "latest":
         found = checkpoints(output)
         newest = newest_whole(found)
         if newest is None:
             raise ConfigError(
-                f"--resume_from_checkpoint latest: {output} holds no {'whole ' if found else ''}checkpoint"
+                f"--resume_from_checkpoint latest: {output} holds no {'complete ' if found else ''}checkpoint"
             )
         return output, newest
     check_whole(Path(resume))
     if Path(resume).resolve().parent.parent != output.resolve() and checkpoints(output):
         raise ConfigError(
-            f"--output_dir {output} holds checkpoints of another run than --resume_from_checkpoint {resume}"
+            f"--output_dir {output} is of another run than --resume_from_checkpoint {resume}; leave out --output_dir"
         )
     return output, Path(resume)
 
@@ -104,7 +104,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--output_dir {folder}: another run is at work in it") from None
+            raise ConfigError(f"--output_dir {folder}: another run uses it now; give another folder") from None
         except OSError:  # some file systems have no locks
             pass
         yield
@@ -144,7 +144,7 @@ def check_inputs_survive(output: Path, named: Iterable[tuple[str, Any]]) -> None
     for name, value in named:
         path = Path(value.partition(":")[0]) if isinstance(value, str) and value else None  # FILE.py:NAME
         if path and os.path.exists(path) and path.resolve().is_relative_to(output.resolve()):
-            raise ConfigError(f"--overwrite_output_dir would delete the --{name} {value}")
+            raise ConfigError(f"--overwrite_output_dir would delete {value} (--{name}); move it first")
 
 
 def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -157,10 +157,10 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
         if name in before and before[name] != (list(value) if isinstance(value, tuple) else value)
     ]
     if read_progress(checkpoint).torn:
-        found.append(f"{checkpoint} was saved in the middle of an update that failed; the run goes on, but not exactly")
+        found.append(f"{checkpoint} was saved during a failed update; the run goes on, but its result may differ")
     inputs = run / INPUTS
     if inputs.is_file() and inputs.read_text() != inputs_of(settings):
-        found.append(f"--prompts {settings['prompts']} has other content than when the run began")
+        found.append(f"--prompts {settings['prompts']} has changed since the run began")
     return found
 
 

@@ -20,9 +20,9 @@ def differences(initial: Path, steps: int, resolution: int | None) -> list[str]:
     before, size = _trained_for(initial)
     found = []
     if before not in (None, steps):
-        found.append(f"was trained for {before} step{'s' * (before != 1)}, and is to take {steps} now")
+        found.append(f"was trained for {before} step{'s' * (before != 1)}, but this run uses {steps}")
     if None not in (size, resolution) and size != resolution:
-        found.append(f"was trained at a resolution of {size}, which is {resolution} now")
+        found.append(f"was trained at a resolution of {size}, but this run uses {resolution}")
     return found
 
 
@@ -56,8 +56,8 @@ def check_kind(initial: Path, options: Any) -> None:
     both = not full and any(initial.glob("*/*.safetensors"))  # an export of a LoRA with the network that it makes
     if None not in (full, wanted) and full != wanted and not both:
         kinds = ("a full network", "a LoRA") if full else ("a LoRA", "a full network")
-        cure = f"--full_finetune {str(full).lower()} goes on with it"
-        raise ConfigError(f"--init_student {initial} is {kinds[0]}, and this run trains {kinds[1]}: {cure}")
+        cure = f"set --full_finetune {str(full).lower()}"
+        raise ConfigError(f"--init_student {initial} is {kinds[0]}, but this run trains {kinds[1]}: {cure}")
 
 
 def _settings_of(checkpoint: Path) -> Mapping[str, Any]:

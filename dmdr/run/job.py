@@ -60,7 +60,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     """
     config, named = settings.config, settings.model
     if config.architecture and config.model == config.architecture and not config.dry_run:
-        raise ConfigError("--model is missing: this recipe names none")
+        raise ConfigError("--model is missing: this recipe does not name a model")
     bare = config.architecture if config.dry_run else None
     plan, objectives = planned(settings, processes)
     matching = settings.of("matchings")[0].build()
@@ -77,7 +77,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
         backend.check_shardable()
         if config.optim != "adamw_torch" and getattr(backend.options, "full_finetune", False):
-            raise ConfigError(f"--shard: --optim {config.optim} cannot train a full student in shares; use adamw_torch")
+            raise ConfigError(f"--shard: --optim {config.optim} cannot train a shared full student; use adamw_torch")
     if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
@@ -136,7 +136,7 @@ def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Cho
     if config.dry_run:  # a row that any family can encode, with all that a reward could ask for
         columns = [name for reward in rewards for name in getattr(reward.cls, "columns", ())]
         return Prompts([{"prompt": "class 0", **dict.fromkeys(columns, 0)}])
-    raise ConfigError(f"--prompts is missing: --model {config.model} brings none of its own")
+    raise ConfigError(f"--prompts is missing: --model {config.model} has no prompts of its own")
 
 
 def build_rewards(

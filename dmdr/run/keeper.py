@@ -69,7 +69,9 @@ class Keeper:
             return  # before the first update there is nothing to go on with
         if any(map(is_shared, trainer.student.parameters.values())):
             how = self.how_to_go_on()
-            logger.warning("one process cannot save the student that all share; go on from before with %s", how)
+            logger.warning(
+                "one process cannot save a student that all share; go on from the last checkpoint with %s", how
+            )
             return
         try:
             self._write(trainer, progress)

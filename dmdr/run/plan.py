@@ -188,8 +188,8 @@ class Plan:
         stage = next((stage for stage in self.stages if stage.number == progress.stage), None)
         if stage is None or progress.total - progress.step != stage.first_step or progress.step > stage.steps:
             raise ConfigError(
-                f"--resume_from_checkpoint {checkpoint} stands at update {progress.step} of stage {progress.stage}, "
-                f"after {progress.total - progress.step} of stage 1: --stage1_steps and --stage2_steps do not fit"
+                f"--resume_from_checkpoint {checkpoint} is at update {progress.step} of stage {progress.stage}, "
+                f"after {progress.total - progress.step} of stage 1: --stage1_steps or --stage2_steps does not fit"
             )
         if progress.batch not in (None, self.batch.whole):
             raise ConfigError(

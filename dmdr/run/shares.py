@@ -34,7 +34,9 @@ def save_shares(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
     except CheckpointException as error:
-        raise TrainingError(f"{folder} could not be written: {_cause(error)}; earlier ones are untouched") from error
+        raise TrainingError(
+            f"{folder} could not be written: {_cause(error)}; earlier checkpoints are still good"
+        ) from error
 
 
 def names_of(folder: Path) -> set[str]:

@@ -18,7 +18,7 @@ SUMS = {
     "matchings": "matching",
     "sample_weights": "sample_weight",
 }
-ALONE = {"matchings": "--dmd_weight is its weight", "sample_weights": "weights of samples do not add up"}
+ALONE = {"matchings": "--dmd_weight is its weight", "sample_weights": "sample weights cannot be added"}
 
 
 @dataclass(frozen=True)

@@ -80,24 +80,24 @@ def _parse(term: str, what: str) -> Term:
         raise ValueError("unbalanced quote")
     match = _TERM.fullmatch(term)
     if match is None:
-        raise ValueError(f"{term!r} cannot be read; a term is a name or weight*name, and a label")
+        raise ValueError(f"{term!r} cannot be read; write NAME, WEIGHT*NAME or NAME as LABEL")
     written, name, label = match["weight"], match["name"].strip(), match["label"]
     quoted = name[:1] in ("'", '"')
     name = name[1:-1].strip() if quoted else name
     if not name:
         raise ValueError("empty term" if written is None else f"no {what} after the weight")
     if not quoted and not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name; quote one that holds spaces or other signs than _ . - / : ~")
+        raise ValueError(f"{name!r} is no name; put a name with spaces or signs other than _ . - / : ~ in quotes")
     if label is not None and not _LABEL.fullmatch(label):
-        raise ValueError(f"{label!r} is no label; one has letters, digits and _, as in NAME as first_2")
+        raise ValueError(f"{label!r} is no label; a label has letters, digits and _, as in NAME as first_2")
     if label in _CURVES:
-        raise ValueError(f"the label {label!r} is taken by a curve of the log; choose another")
+        raise ValueError(f"a curve of the log already has the name {label!r}; choose another label")
     label = label or name
     if written is None:
         return Term(1.0, name, label)
     if not _WEIGHT.fullmatch(written.strip()):
-        raise ValueError(f"{written.strip()!r} is no weight; a number comes first, as in 0.5*name")
+        raise ValueError(f"{written.strip()!r} is no weight; write a number first, as in 0.5*name")
     weight = float(written)
     if not 0 < weight <= HEAVIEST:
-        raise ValueError(f"the weight {written.strip()} of {name!r} is not a positive number of at most {HEAVIEST}")
+        raise ValueError(f"the weight {written.strip()} of {name!r} must be above 0 and at most {HEAVIEST}")
     return Term(weight, name, label)

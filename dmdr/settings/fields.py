@@ -216,7 +216,7 @@ class Config(Flags):
                 value = getattr(self, name)
                 self._require(value is None or value <= most, name, f"at most {most}")
         update = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        what = f"such that the images of an update are at most {MOST_IMAGES}"
+        what = f"so small that an update has at most {MOST_IMAGES} images"
         self._require(update <= MOST_IMAGES, "gradient_accumulation_steps", what)
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
             adam_epsilon"""
@@ -229,7 +229,7 @@ class Config(Flags):
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         between = self.sde_type == "ddim" and 0 <= (self.sample_eta or 0) <= 1
-        how = "0 or 1; with --sde_type ddim anything between, too"
+        how = "0 or 1 (with --sde_type ddim also any number between them)"
         self._require(self.sample_eta in (None, 0, 1) or between, "sample_eta", how)
         self._require(
             len(self.dyna_renoise) == 2 and min(self.dyna_renoise) >= 1, "dyna_renoise", "two numbers of at least 1"
@@ -238,23 +238,25 @@ class Config(Flags):
         self._require(
             self.per_device_train_batch_size % self.num_generations == 0,
             "per_device_train_batch_size",
-            f"divisible by num_generations, {self.num_generations}",
+            f"divisible by --num_generations ({self.num_generations})",
         )
         self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
         if self.sigmas is not None:
             bounds = [*self.sigmas, 0.0]
             falling = len(bounds) > 1 and all(a > b for a, b in pairwise(bounds))
-            self._require(falling and bounds[0] <= 1, "sigmas", "decreasing within (0, 1]")
+            self._require(falling and bounds[0] <= 1, "sigmas", "decreasing numbers, above 0 and at most 1")
         if self.timesteps is not None:
             bounds = [1001, *self.timesteps, 0]
             falling = len(bounds) > 2 and all(a > b for a, b in pairwise(bounds))
-            self._require(falling, "timesteps", "decreasing within 1000 .. 1")
-            self._require(self.sigmas is None, "timesteps", "left out where --sigmas are given")
+            self._require(falling, "timesteps", "decreasing numbers, at most 1000 and at least 1")
+            self._require(self.sigmas is None, "timesteps", "left out if --sigmas is given")
         self._require(self.seed < 2**32, "seed", "below 2**32")
         if self.stage2_steps == 0 and (self.stage1_steps == 0 or self.init_student):
-            raise ConfigError("nothing to train: --stage2_steps is 0, and so is stage 1 (--init_student skips it)")
+            raise ConfigError(
+                "nothing to train: --stage2_steps is 0, and stage 1 has no steps (--init_student skips it)"
+            )
         if self.dmd_weight == 0 and not self.init_student and self.stage1_steps:
-            raise ConfigError("--dmd_weight 0 is RL only: give it a distilled student with --init_student")
+            raise ConfigError("--dmd_weight 0 trains by RL only: give a distilled student with --init_student")
         if self.dmd_weight == 0 and (self.rl == "none" or self.rl_weight == 0):
             raise ConfigError("--dmd_weight 0 without --rl and --rl_weight leaves nothing to train")
 
@@ -350,7 +352,7 @@ def shown(value: Any) -> str:
     try:
         return SHORT.repr(value)
     except Exception:  # a number with more digits than Python writes; the code of a stranger's type
-        return f"such a {type(value).__name__}"
+        return f"a value of type {type(value).__name__}"
 
 
 def _wanted(hint: Any) -> str:
@@ -372,4 +374,4 @@ def _why(value: Any, hint: Any) -> str:
         return " (YAML reads an unquoted no as false: write 'no')"
     items = value if isinstance(value, list) else [value]
     large = [isinstance(item, int | float) and not -(2**63) <= item < 2**63 for item in items]
-    return f" (whole numbers have 64 bits, others are within {LARGEST:g})" if any(large) else ""
+    return f" (whole numbers must fit into 64 bits, others must be at most {LARGEST:g})" if any(large) else ""

@@ -36,9 +36,9 @@ def load_object(target: str) -> Any:
     try:
         found = _execute(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except ModuleNotFoundError as error:
-        hint = "; a file is given as path/to/file.py:name"
+        hint = "; write a file as path/to/file.py:name"
         if module.endswith(".py"):
-            hint = ", neither among the installed packages nor in the folder that you are in"
+            hint = "; it is not installed, and not in the current folder"
         raise ConfigError(f"'{target}' cannot be imported: {error}{hint}") from error
     except KeyboardInterrupt:
         raise
@@ -127,10 +127,10 @@ class _Function:
                 raise _unfit(target, f"'{p.name}' cannot be given by name")
         named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if len(named.keys() & {"images", "image"}) != 1:
-            raise _unfit(target, "it must ask for either 'images' or 'image'")
+            raise _unfit(target, "it must have an argument 'images' or 'image', and not both")
         own, other = (SINGULAR, PLURAL) if "image" in named else (PLURAL, SINGULAR)
         if other[1] in named:
-            raise _unfit(target, f"'{other[1]}' does not go with '{own[0]}'")
+            raise _unfit(target, f"it cannot have both '{own[0]}' and '{other[1]}'")
         required = tuple(name for name, p in named.items() if p.default is p.empty and name not in own)
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return cls(function, target, own, frozenset(named), required, takes_all, _is_pil(named[own[0]].annotation))

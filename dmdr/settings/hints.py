@@ -31,7 +31,7 @@ ELSEWHERE = {
     "max_train_steps": UPDATES,
     "max_steps": UPDATES,
     "train_steps": UPDATES,
-    "steps": f"{UPDATES}, or --num_inference_steps, which are the student's",
+    "steps": f"{UPDATES}, or --num_inference_steps, which counts the student's sampling steps",
     "num_steps": "--num_inference_steps",
     "sampling_steps": "--num_inference_steps",
     "cfg": "--guidance_scale",
@@ -102,5 +102,5 @@ def _owners(flag: str, chosen: Sequence[Chosen]) -> list[str]:
         if who:
             cure = ", so leave it out" if group == "backends" else ""
             noun, here = registry.NOUNS[group], names.get(group, "none")
-            said.append(f"{noun} with this flag: {', '.join(who)}; this run's is {here}{cure}")
+            said.append(f"{noun} with this flag: {', '.join(who)}; this run uses {here}{cure}")
     return said

@@ -37,9 +37,7 @@ def left_out(in_file: Mapping[str, Any], chosen: Sequence[Chosen], moved: bool) 
             loud = loud and not default
         found.add(key)
         if loud:
-            logger.warning(
-                "the setting %s of the file is left out: the run does not use the part that it belongs to", key
-            )
+            logger.warning("the setting %s in the file is ignored: the run does not use its plugin or model", key)
     return found
 
 

@@ -47,9 +47,9 @@ class Model:
             ConfigError: If there is no such pipeline, or nobody trains it.
         """
         if revision and (self.cls or os.path.exists(self.typed)):
-            raise ConfigError(f"--revision {revision}: --model {self.typed} is not on the hub, where revisions are")
+            raise ConfigError(f"--revision {revision}: --model {self.typed} is not on the hub; leave out --revision")
         if architecture and not os.path.isfile(Path(architecture) / "model_index.json"):
-            raise ConfigError(f"--architecture {architecture} is no pipeline's folder (no model_index.json)")
+            raise ConfigError(f"--architecture {architecture} is no pipeline folder (no model_index.json)")
         if backend:
             if not self.cls:
                 pipeline_class(architecture or self.typed, revision)  # refuses what is no pipeline
@@ -58,9 +58,9 @@ class Model:
         name = self.cls.pipeline if known else pipeline_class(architecture or self.typed, revision)  # type: ignore[union-attr]
         if not registry.is_installed("backends", name):  # a stranger's folder names no file or module
             raise ConfigError(
-                f"--model {self.typed} is a {name}, which no backend trains; there are backends for "
-                f"{', '.join(registry.plugins('backends'))} (name another with --backend; a package adds one under the "
-                "entry-point group 'dmdr.backends')"
+                f"--model {self.typed} is a {name}, and no backend can train it; there are backends for "
+                f"{', '.join(registry.plugins('backends'))} (choose another with --backend; a package can add one "
+                "under the entry-point group 'dmdr.backends')"
             )
         return name, registry.load("backends", name, self.distribution or None)
 
@@ -88,5 +88,5 @@ def pipeline_class(folder: str, revision: str | None = None) -> str:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except Exception as error:  # every hub and network failure; the first line says which
         why = unreachable()
-        said = f"nor is it in the hub's cache ({why})" if why else f"and the hub says: {str(error).splitlines()[0]}"
+        said = f"and it is not in the hub's cache ({why})" if why else f"and the hub says: {str(error).splitlines()[0]}"
         raise ConfigError(f"--model {folder}: no such folder, {said}") from error

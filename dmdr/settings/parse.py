@@ -261,7 +261,7 @@ class _Strict(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = (key.tag, str(key.value)), key.start_mark.line + 1
             if name in lines:
-                raise ConfigError(f"the key '{key.value}' of line {lines[name]} is there again in line {line}")
+                raise ConfigError(f"the key '{key.value}' is there twice, in lines {lines[name]} and {line}")
             lines[name] = line
         return node
 

@@ -106,10 +106,10 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
         hints, help_texts = read[plugin.flags]
         key = plugin.key(f.name)
         if full[key] > 1:
-            raise ConfigError(f"two plugins of the run would both have the flag --{key}")
+            raise ConfigError(f"two plugins of the run have the same flag --{key}")
         if key in own:
             raise ConfigError(
-                f"{plugin.group[:-1]} '{plugin.title}' has a field '{f.name}', and --{key} is a flag of dmdr"
+                f"{plugin.group[:-1]} '{plugin.title}' has a field '{f.name}', but --{key} is a flag of dmdr; rename it"
             )
         metadata: dict[str, Any] = {"help": help_texts.get(f.name, "")}
         if plugin.group != "eval_rewards" and count[f.name] == 1 and f.name not in own | full.keys():

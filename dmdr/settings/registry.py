@@ -155,7 +155,7 @@ def find(group: str, name: str, own: str | None = None) -> Plugin:
         )
     if not found:
         if name.endswith(".py"):
-            raise PluginError(f"{GROUPS[group]} {name}: say which {group[:-1]} of the file, as in my_file.py:NAME")
+            raise PluginError(f"{GROUPS[group]} {name}: add the name of the {group[:-1]}, as in my_file.py:NAME")
         known = list(plugins(group))
         hint = suggest(name, known)
         for other in GROUPS:
@@ -219,7 +219,7 @@ def load(group: str, name: str, own: str | None = None) -> Any:
     distribution = name.partition(":")[0]
     offered = [p.full_name for p in offers(group) if _canonical(p.distribution) == _canonical(distribution)]
     if offered:
-        raise PluginError(f"{distribution} offers no {group[:-1]} of that name, but {', '.join(offered)}")
+        raise PluginError(f"{distribution} has no {group[:-1]} of that name; it has {', '.join(offered)}")
     try:
         found = load_object(name)
     except ConfigError as error:
@@ -278,7 +278,7 @@ def imported(plugin: Plugin) -> Any:
     """
     module, colon, attribute = plugin.target.partition(":")
     if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
-        raise PluginError(f"{plugin} has an entry point that is no 'module:Class'")
+        raise PluginError(f"{plugin} has an entry point that must be 'module:Class', but is not")
     try:
         target: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -306,7 +306,7 @@ def _refusing(where: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise PluginError(f"{where} cannot be looked at: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{where} cannot be inspected: {type(error).__name__}: {error}") from error
 
 
 def _checked(group: str, target: Any, where: str, name: str) -> Any:
@@ -328,18 +328,18 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
     if flags is not None:
         if not (inspect.isclass(flags) and dataclasses.is_dataclass(flags)):
             what = "is" if flags is target else "has Options that are"
-            raise PluginError(f"{where} {what} no dataclass; its fields are the command-line flags")
+            raise PluginError(f"{where} {what} no dataclass; make it one: its fields are the command-line flags")
         try:
             hints = typing.get_type_hints(flags)
         except Exception as error:  # whatever evaluating an annotation may raise
             raise PluginError(f"{where} has a field whose type cannot be read: {error}") from error
         for f in dataclasses.fields(flags):
             if f.name in READ_OFF_THE_CLASS.get(group, ()):
-                raise PluginError(f"{where} has a flag '{f.name}': annotate it as a ClassVar")
+                raise PluginError(f"{where} has a field '{f.name}', which cannot be a flag: annotate it as a ClassVar")
             if f.init and not _is_flag(hints[f.name]):
                 raise PluginError(
-                    f"{where} has a field '{f.name}' of a type that no flag can have: {f.type}; flags are bool, int, "
-                    "float, str, a Literal, or a list of one of these, with or without None (field(init=False) is none)"
+                    f"{where} has a field '{f.name}' of a type that no flag can have: {f.type}; use bool, int, float, "
+                    "str, a Literal, or a list of one of these, with or without None (or field(init=False): no flag)"
                 )
     protocol = _protocol(group)
     read = READ_OFF_THE_CLASS.get(group, ())
@@ -353,7 +353,7 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
     for optional in _optional(group):
         problem = problem or misfit(target, optional, only_present=True)
     if problem:
-        raise PluginError(f"{where} {problem}; dmdr.protocols says what it needs")
+        raise PluginError(f"{where} {problem}; see dmdr.protocols")
     return target
 
 
@@ -393,13 +393,13 @@ def _no_value(group: str, target: type) -> str | None:
     if group == "rewards":
         columns = getattr(target, "columns", ())
         if not isinstance(columns, tuple | list) or not all(isinstance(name, str) for name in columns):
-            return f"has columns that are no tuple of names, but {columns!r}: write them as ('caption',)"
+            return f"has columns {columns!r}, which is no tuple of names: write it as ('caption',)"
         if not isinstance(target.differentiable, bool):  # type: ignore[attr-defined]
-            return "has a differentiable that is neither True nor False: it is read off the class, not the instance"
+            return "must have differentiable = True or False in the class, not only in the instance"
     if group == "models" and not isinstance(target.recipe, Mapping):  # type: ignore[attr-defined]
-        return "has a recipe that is no mapping: it is read off the class, not the instance"
+        return "must have a recipe, a mapping, in the class, not only in the instance"
     if group == "models" and not isinstance(target.pipeline, str):  # type: ignore[attr-defined]
-        return "has a pipeline that is no class name: it is read off the class, not the instance"
+        return "must have a pipeline, a class name, in the class, not only in the instance"
     return None
 
 
@@ -458,7 +458,9 @@ def doubts(group: str, target: type) -> list[str]:
             continue
         for known, cutoff in ((optional, 0.8), (own, 0.85)):  # renoise_ca, of Decoupled DMD, is no renoise
             if close := difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff):
-                found.append(f"has a method {name}: is {close[0]} of dmdr.protocols.{known[close[0]].__name__} meant?")
+                found.append(
+                    f"has a method {name}: do you mean {close[0]} of dmdr.protocols.{known[close[0]].__name__}?"
+                )
                 break
     for protocol in _optional(group):
         missing = [name for name in _promised(protocol) if not hasattr(target, name)]

@@ -28,7 +28,7 @@ def require_installed(group: str, name: str, place: object, cure: str) -> None:
         ConfigError: Unless it is the name of an installed plugin, or could be no other.
     """
     if ":" in name and not registry.is_installed(group, name):
-        raise ConfigError(f"{place} names the {registry.NOUNS[group]} '{name}', which is no installed one; {cure}")
+        raise ConfigError(f"{place} names the {registry.NOUNS[group]} '{name}', which is not installed; {cure}")
 
 
 def check_config(file: str, held: Mapping[str, Any], used: Mapping[str, Any]) -> None:
@@ -42,10 +42,10 @@ def check_config(file: str, held: Mapping[str, Any], used: Mapping[str, Any]) ->
     Raises:
         ConfigError: If it names other than installed plugins, or says where to write.
     """
-    cure = f"if you trust this folder, take its settings as yours with --config {file}"
+    cure = f"if you trust this folder, add --config {file}"
     for name in PLACES:
         if name in held:
-            raise ConfigError(f"{file} sets '{name}', which is for the command line to say; {cure}")
+            raise ConfigError(f"{file} sets '{name}', which only the command line may set; {cure}")
     named = [(group.removeprefix("eval_"), term.name) for group, term in parts_of(used)]
     if used.get("backend") is not None:
         named.append(("backends", str(used["backend"])))

@@ -41,7 +41,7 @@ def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
             verb, them = ("is", "it") if len(typed) == 1 else ("are", "them")
             raise ConfigError(f"{flags} {verb} not read {why}; leave {them} out")
         if in_file := found & told.in_file:
-            logger.warning("not read %s, but set in the file: %s", why, ", ".join(sorted(in_file)))
+            logger.warning("the file sets %s: not read %s", ", ".join(sorted(in_file)), why)
         seen |= in_file
     for sentence in _undone(config):
         logger.warning(sentence)
@@ -95,7 +95,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         # What is written
         (not c.num_eval_samples, "eval_reward eval_rewards eval_steps", "without --num_eval_samples"),
         (not c.dry_run, "architecture", "without --dry_run"),
-        (not c.output_dir, "overwrite_output_dir", "without --output_dir, where the folder is a new one"),
+        (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),
     ]
 

@@ -22,7 +22,7 @@ def needs_of(who: str, part: Any) -> Needs:
     except (TypeError, ValueError) as error:  # of Needs(...)
         raise ConfigError(f"{who}: {error}") from error
     if not isinstance(needs, Needs):
-        raise ConfigError(f"{who}: its needs are no dmdr.protocols.Needs; is `needs` a @property that returns them?")
+        raise ConfigError(f"{who}: needs must be dmdr.protocols.Needs; write `needs` as a @property that returns it")
     return needs
 
 

@@ -153,8 +153,7 @@ def predictions_are_float32_of_the_latents_shape(trial: BackendTrial) -> None:
     for role in ("teacher", *ROLES):
         prediction = getattr(trial.prepared, role)(*trial.state)
         assert prediction.value.requires_grad == (role in ("student", "fake_score")), (
-            "student and fake score answer with a graph, teacher and reference without one, in less memory; the "
-            f"{role} does not"
+            f"student and fake score must answer with a graph, teacher and reference without one; the {role} does not"
         )
         found = prediction.value
         assert found.shape == trial.x0.shape, f"the {role}'s prediction is [B, *latent], not {list(found.shape)}"
@@ -236,8 +235,8 @@ def a_prompt_does_not_depend_on_its_company(trial: BackendTrial) -> None:
     for row, prompt in enumerate(prompts):
         alone = backend.student(x_t[:1], t[:1], backend.encode([prompt])).value[0]
         assert torch.allclose(together[row], alone, atol=1e-4), (
-            "the prediction for a prompt depends on which others are encoded with it: what pads the shorter ones must "
-            "be masked, or be the same for any length of the longest"
+            "the prediction for a prompt depends on the other prompts that are encoded with it: mask the padding, or "
+            "pad all prompts to one length"
         )
 
 
@@ -295,7 +294,9 @@ def an_export_brings_back_the_student(trial: BackendTrial) -> None:
         "load_export(directory) must bring back the student that export(directory, sampler) wrote"
     )
     for role, answer in before.items():
-        assert _alike(trial.answer(role, of=other), answer), f"load_export is of the student; the {role} changed"
+        assert _alike(trial.answer(role, of=other), answer), (
+            f"load_export must change the student only; the {role} changed"
+        )
 
 
 def _exported(backend: Backend, folder: Path) -> tuple[FewStepSampler, Mapping[str, Any]]:

@@ -187,7 +187,9 @@ def train(trainer: Trainer, situation: str, advice: str = UNCOUNTED) -> None:
             "gradient in the student's parameters": torch.cat([g.flatten() for g in own]) if own else torch.zeros(()),
         }
         bad = [name for name, value in shares.items() if not value.isfinite().all()]
-        assert not bad, f"{situation}, this is not finite of the objective: its {' and its '.join(bad)}{advice}"
+        assert not bad, (
+            f"{situation}, the objective gives numbers that are not finite: its {' and its '.join(bad)}{advice}"
+        )
         return grad
 
     trainer.objectives.gradient_of = watched  # type: ignore[method-assign]

@@ -65,7 +65,7 @@ def taken_by_a_run(group: str, plugin: object) -> None:
     try:
         examine(group, type(plugin))
     except ConfigError as error:
-        raise CannotRun(f"no run takes it: {error}") from error
+        raise CannotRun(f"a run refuses it: {error}") from error
 
 
 def spelt(group: str, plugin: object) -> None:
@@ -93,7 +93,7 @@ def only_read(who: str, draw: Draw, ctx: StepContext) -> Iterator[None]:
     yield
     for name, tensor in given.items():
         unchanged = same(tensor.detach(), before[name])
-        assert unchanged, f"the {who} changed {name} in place; it is only there to be read"
+        assert unchanged, f"the {who} changed {name} in place; it may only read it"
 
 
 def _given(draw: Draw, ctx: StepContext) -> Iterator[tuple[str, Tensor]]:
@@ -153,9 +153,9 @@ def numbers_are_new(uses: Callable[[int], object]) -> None:
         drawn_in.append(names)
     again = sorted(drawn_in[0] & drawn_in[1])
     assert not again, (
-        f"the second use of a rollout draws {len(again)} random numbers of the first again, such as those of "
-        f"'{again[0]}': draw from ctx.random, which is new in each use; what is decided once for all uses comes "
-        "from ctx.random.of_rollout"
+        f"the second use of a rollout repeats {len(again)} random numbers of the first, such as those of "
+        f"'{again[0]}': draw from ctx.random, which is new in each use, or from ctx.random.of_rollout for numbers "
+        "that all uses share"
     )
 
 

@@ -289,8 +289,8 @@ def state_survives_a_checkpoint(build: Build) -> None:
     brings_back_its_state(bench.matching, other)
     answers = [replace(bench, matching=each).answers(bench.draw) for each in (bench.matching, other)]
     assert same(*answers), (
-        "it remembers something that a checkpoint does not hold: after load_state_dict(state_dict()), a new one "
-        "answers otherwise; all that is kept from step to step belongs into state_dict()"
+        "it keeps something that a checkpoint does not hold: after load_state_dict(state_dict()), a new one answers "
+        "differently; put all that it keeps from step to step into state_dict()"
     )
 
 

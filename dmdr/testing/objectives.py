@@ -123,7 +123,7 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
         ) from error
     if not reaches and not needs.reward_grad:
         assert not given(replace(needs, reward=True, reward_grad=True)).reaches_the_student(), (
-            "given a reward without gradient the loss has none, either; it needs the reward's: declare reward_grad=True"
+            "without the gradient of the reward the loss has no gradient: declare reward_grad=True"
         )
 
 
@@ -150,7 +150,7 @@ def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = Non
             same = all(map(_same_terms, answers(needs), answers(less)))
         except Exception:  # whatever it raises for want of it
             continue
-        assert not same, f"the objective declares {what}, and answers the same without: it is not to be declared"
+        assert not same, f"the objective declares {what}, but gives the same answer without it: do not declare it"
 
 
 def _same_terms(a: Sequence[Term], b: Sequence[Term]) -> bool:
@@ -179,8 +179,8 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
         "a no_grad on the way, or draw.x0 in place of draw.leaf?"
     )
     assert climbed or not bench.needs.reward_grad, (
-        "needs.reward_grad is declared, but no gradient arrives at draw.leaf: leave it out, or users of rewards "
-        "without gradient are turned away for nothing"
+        "needs.reward_grad is declared, but no gradient arrives at draw.leaf: do not declare it, or a run "
+        "refuses rewards without gradient for no reason"
     )
     reached = any(p.grad is not None for p in backend.parameters("fake_score").values())
     assert not reached, "the loss must not reach the fake score; detach its prediction"
@@ -323,7 +323,7 @@ def whole_training_steps_run(build: Build, reward: Reward | None = None) -> None
         moved = any(not torch.equal(p, before[name]) for name, p in backend.parameters("student").items())
         assert moved, f"two training steps with dmd_weight {dmd_weight} left the student as it was"
         for name, p in backend.parameters("reference").items():
-            assert torch.equal(p, reference[name]), "the objective changed the reference, which is nobody's to train"
+            assert torch.equal(p, reference[name]), "the objective changed the reference, which nothing may train"
 
 
 def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> None:
@@ -346,8 +346,8 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
     brings_back_its_state(objective, other)
     answers = [Bench(each, trainer, ctx, draw).ask_and_learn()[0] for each in (objective, other)]
     assert _same_terms(*answers), (
-        "it remembers something that a checkpoint does not hold: after setup, and load_state_dict(state_dict()), a new "
-        "one answers otherwise; all that is kept from step to step belongs into state_dict()"
+        "it keeps something that a checkpoint does not hold: after setup and load_state_dict(state_dict()), a new one "
+        "answers differently; put all that it keeps from step to step into state_dict()"
     )
 
 

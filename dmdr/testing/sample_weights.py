@@ -118,7 +118,9 @@ def weight_bench(build: Build, reward: Reward | None = None, *, least: bool = Fa
     """
     weight = build()
     if getattr(weight, "idle", False):
-        raise CannotRun("it is idle with these values of its fields: a run does without it, and nothing can be checked")
+        raise CannotRun(
+            "it does nothing with these values of its fields: a run leaves it out, and nothing can be checked"
+        )
     needs = _needs(weight)
     group = needs.group_size
     images = max(needs.batch_size, group if least else 4 * max(group, 4))
@@ -215,7 +217,7 @@ def processes_weigh_their_own_share_of_one_batch(build: Build, reward: Reward | 
         assert next(left, None) is None, ALIKE_IN_ALL
         assert torch.allclose(weights, whole[part], rtol=1e-4, atol=1e-5), (
             "with two processes, a sample has another weight than with one: take statistics over ctx.global_scores() "
-            "or ctx.gather, and of what is there for the global batch the rows draw.sample"
+            "or ctx.gather, and use the rows draw.sample of what covers the global batch"
         )
 
 
@@ -257,8 +259,8 @@ def state_survives_a_checkpoint(build: Build, reward: Reward | None = None) -> N
         bench = bench.later()
     brings_back_its_state(bench.weight, other)
     assert same(*(replace(bench, weight=each).weigh() for each in (bench.weight, other))), (
-        "it remembers something that a checkpoint does not hold: after load_state_dict(state_dict()), a new one gives "
-        "other weights; all that is kept from step to step belongs into state_dict()"
+        "it keeps something that a checkpoint does not hold: after load_state_dict(state_dict()), a new one gives "
+        "other weights; put all that it keeps from step to step into state_dict()"
     )
 
 

@@ -126,7 +126,7 @@ def over_the_batch(
     """
     for name in {name for part in parts for name in part}:
         if not all(name in part for part in parts):
-            raise TrainingError(f"{who}: the metric '{name}' is missing in a micro-batch: give it in each")
+            raise TrainingError(f"{who}: the metric '{name}' is missing in a micro-batch: return it in every one")
     means: dict[str, Tensor] = {}
     some = any(value.ndim for value in parts[0].values())
     counted = valid.nonzero()[:, 0] if some else valid  # once: the host waits for it

@@ -197,7 +197,7 @@ def update_together(learners: Sequence[Learner], losses: Sequence[Iterable[Tenso
         if learner.skipped > MAX_SKIPPED:
             raise TrainingError(
                 f"the gradients of the {learner.name} have overflowed float16 in {learner.skipped} updates in a row, "
-                "none of which was made: use --mixed_precision bf16"
+                "and these updates were skipped: use --mixed_precision bf16"
             )
         updates.append(Update(norm, skipped=not finite and not scaler.is_enabled()))
     for index, learner in enumerate(learners):

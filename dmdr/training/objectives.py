@@ -37,7 +37,9 @@ class WeightedObjective:
                 yield checked(found, len(draw))
                 given = True
             if not given:
-                raise TrainingError("it yielded no Term; with nothing to learn, yield one without a valid sample")
+                raise TrainingError(
+                    "it yielded no Term; if nothing can be learned, yield one Term without valid samples"
+                )
         except RewardError:
             raise
         except TrainingError as error:
@@ -292,7 +294,7 @@ class Objectives:
         leaf.grad = None
         if reached:
             what = f"objective '{term.name}': the loss of its learner '{name}' reaches the student"
-            raise TrainingError(f"{what}: detach what it is given")
+            raise TrainingError(f"{what}: detach the inputs of this loss")
 
     @contextmanager
     def _others_untouched(self, name: str) -> Iterator[None]:
@@ -300,7 +302,7 @@ class Objectives:
         for learner in self.others:
             if learner.reached:
                 what = learner.name.replace("_", " ")
-                raise TrainingError(f"objective '{name}' reaches the {what}'s parameters: detach what it answers")
+                raise TrainingError(f"objective '{name}' reaches the {what}'s parameters: detach its output")
 
     # --- Events and states -------------------------------------------------------------------------------------------
 

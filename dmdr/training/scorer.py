@@ -96,7 +96,7 @@ class RolloutScorer:
             if count and name not in self.warned:
                 self.warned.add(name)
                 if self.accelerator.is_main_process:
-                    what = "left %d images of step %d without a finite score, and will be counted as unscored/%s"
+                    what = "left %d images of step %d without a finite score; the log counts such images as unscored/%s"
                     logger.warning(f"the reward '%s' {what}", name, count, step, name)
 
 

@@ -204,9 +204,14 @@ class RewardTilt:
     def __post_init__(self) -> None:
         require(self, "reward_tilt", self.reward_tilt >= 0, "at least 0")
         clip = self.tilt_clip
-        require(self, "tilt_clip", len(clip) == 2 and 0 < clip[0] <= 1 <= clip[1], "two numbers, around 1")
+        require(
+            self,
+            "tilt_clip",
+            len(clip) == 2 and 0 < clip[0] <= 1 <= clip[1],
+            "two numbers above 0, the first at most 1 and the second at least 1",
+        )
         if self.tilt_divergence != "forward_kl":
-            what = f"exp, a density ratio, for --tilt_divergence {self.tilt_divergence}"
+            what = f"exp with --tilt_divergence {self.tilt_divergence}"
             require(self, "tilt_weight", self.tilt_weight == "exp", what)
 
     @property
@@ -268,7 +273,7 @@ class RewardTilt:
 
     def _warn(self) -> None:
         if not self._warned:
-            logger.warning("a global batch of one, compared with itself, has weight 1: RT-DM needs --tilt_baseline ema")
+            logger.warning("RT-DM gives weight 1 to a global batch of one image: use --tilt_baseline ema")
             self._warned = True
 
     def state_dict(self) -> dict[str, tuple[int, float, float]]:

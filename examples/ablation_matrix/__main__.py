@@ -129,9 +129,7 @@ def work(todo: Sequence[Task], jobs: int, logs: Path, lock: IO[str]) -> dict[str
                     told(name, f"{time.monotonic() - began:.0f} s")
             time.sleep(0.1)
     except (KeyboardInterrupt, SystemExit):
-        print(
-            f"runs save their checkpoints, for up to {PATIENCE} s; the same command goes on from them", file=sys.stderr
-        )
+        print(f"the runs save checkpoints (up to {PATIENCE} s); run the same command again to go on", file=sys.stderr)
         raise
     finally:
         end([process for process, _ in running.values()])
@@ -183,9 +181,9 @@ def locked(root: Path) -> Iterator[IO[str]]:
                 break
             except BlockingIOError:
                 if second == PATIENCE:
-                    raise ConfigError(f"--output_dir {root}: another matrix is at work in it") from None
+                    raise ConfigError(f"--output_dir {root}: another matrix uses it now; give another folder") from None
                 if second == 0:
-                    print(f"waiting for another matrix at work in {root}, for {PATIENCE} s", file=sys.stderr)
+                    print(f"waiting up to {PATIENCE} s for another matrix that uses {root}", file=sys.stderr)
                 time.sleep(1)
         yield lock
 
@@ -232,7 +230,7 @@ def reporter() -> Callable[[Matrix, Path, Mapping[str, str]], list[str]]:
 def check_folder(root: Path) -> None:
     """Refuse a folder that nothing could be written to."""
     if not can_hold_files(next(path for path in (root, *root.absolute().parents) if os.path.exists(path))):
-        raise ConfigError(f"--output_dir {root} is no folder that may be written to")
+        raise ConfigError(f"--output_dir {root} is no folder, or you may not write into it")
 
 
 def train(matrix: Matrix, root: Path, jobs: int) -> dict[str, str]:
@@ -251,14 +249,14 @@ def ablate(arguments: list[str]) -> None:
         print(listing(matrix, root))
         return
     if args.report_only and all(run.state(root) == "new" for run in matrix.runs):
-        raise ConfigError(f"--report_only: {root} holds no run of this matrix; leave it out to train them")
+        raise ConfigError(f"--report_only: {root} holds no run of this matrix; leave out --report_only to train")
     failed = {} if args.report_only else train(matrix, root, args.jobs)
     print("\n".join(write_report(matrix, root, failed)))
     for name, line in failed.items():
         print(f"FAILED {name}: {line}", file=sys.stderr)
     print(f"done: {root}/report.html")
     if failed:
-        raise TrainingError(f"failures: {len(failed)}; the same command tries them again")
+        raise TrainingError(f"failures: {len(failed)}; run the same command to try them again")
 
 
 def flags(arguments: list[str]) -> argparse.Namespace:

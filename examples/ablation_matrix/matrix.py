@@ -19,9 +19,9 @@ from .runs import STAGE2, Run, Runs
 RUNNER = ("output_dir", "init_student", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "config")
 # Settings that are not a cell's, and why.
 ELSEWHERE = {
-    **dict.fromkeys(RUNNER, "the matrix makes it"),
-    "seed": "the matrix makes it (seeds)",
-    "architecture": "it is of dmdr-train --dry_run",
+    **dict.fromkeys(RUNNER, "the matrix sets it"),
+    "seed": "the matrix sets it (from seeds)",
+    "architecture": "only dmdr-train --dry_run reads it",
 }
 
 
@@ -100,7 +100,7 @@ def load(file: Path, root: Path, *, quick: bool = False, inputs: bool = True) ->
             their place.
         root: Where the run folders lie.
         quick: Only the blocks that `quick` names, under its settings and seeds; it is checked in any case.
-        inputs: Also look whether models, prompts and the like are to be had, without which there can be a report.
+        inputs: Also look whether models, prompts and the like can be found; a report does not need them.
 
     Raises:
         ConfigError: For whatever is unknown or cannot be meant, with its place.
@@ -165,7 +165,9 @@ class Reader:
         """A block with the runs of its cells."""
         where = f"block {name}"
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
-            raise ConfigError(f"{where}: its plots are named after it: letters, digits and any of _ . + - in quotes")
+            raise ConfigError(
+                f"{where}: write its name with letters, digits and _ . + - only, in quotes (plots get it)"
+            )
         keys = ("title", "text", "settings", "stage1", "start", "grid", "cells", "curves", "table", "claims")
         content = mapping(content, where, keys)
         runs = self._cells(content, where)
@@ -186,7 +188,7 @@ class Reader:
         known_settings(stage1, f"{where}, stage1")
         for key in STAGE2:
             if key in stage1:
-                raise ConfigError(f"{where}, stage1: '{key}' is a setting of stage 2, which a stage 1 does without")
+                raise ConfigError(f"{where}, stage1: '{key}' is a setting of stage 2; remove it")
         runs: dict[str, list[Run]] = {}
         for label, cell in cells(content, where):
             if label in runs:
@@ -201,7 +203,7 @@ class Reader:
             known_settings(given, place)
             runs[label] = self.runs.of_cell(given, stage1, start == "export", place)
             if lost := [key for key in own if key in stage1 and not runs[label][0].start]:
-                raise ConfigError(f"{place} is a stage 1, and '{lost[0]}' is for the block's stage1 to say")
+                raise ConfigError(f"{place} is a stage 1; set '{lost[0]}' in the block's stage1 instead")
         if not runs:
             raise ConfigError(f"{where} has no cells and no grid")
         return runs
@@ -213,7 +215,7 @@ class Reader:
         try:
             claim = Claim(**content)
         except TypeError as error:
-            raise ConfigError(f"{where}: a claim has higher, lower and metric; this one is {content}") from error
+            raise ConfigError(f"{where}: a claim needs higher, lower and metric; this one is {content}") from error
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         for label in (claim.higher, claim.lower):
@@ -274,7 +276,7 @@ def known_settings(given: Mapping[str, Any], where: str) -> None:
     """Refuse settings that are not a cell's; a run refuses those that it does not know."""
     for key in given:
         if key in ELSEWHERE:
-            raise ConfigError(f"{where}: '{key}' is no setting of a cell: {ELSEWHERE[key]}")
+            raise ConfigError(f"{where}: a cell may not set '{key}': {ELSEWHERE[key]}")
 
 
 def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:
@@ -301,7 +303,7 @@ def equal(cells: Mapping[str, Sequence[Run]], block: str) -> None:
     for what, found in (("updates", updates), ("samples", samples)):
         if len(found) > 1:
             (one, first), (other, second) = list(found.items())[:2]
-            raise ConfigError(f"block {block}: {first} has {one} {what}, {second} {other}")
+            raise ConfigError(f"block {block}: {first} has {one} {what}, but {second} has {other}")
 
 
 def not_negative(value: Any, what: str) -> None:
@@ -323,11 +325,11 @@ def decidable(claim: Claim, cells: Mapping[str, Sequence[Run]], where: str) -> N
         run = cells[label][0]
         first, _ = run.evaluations[0]
         if claim.until < first:
-            raise ConfigError(f"{where}: '{label}' is first evaluated after {first} updates")
+            raise ConfigError(f"{where}: '{label}' is first evaluated after {first} updates; raise until")
         if claim.until > run.updates:
-            raise ConfigError(f"{where}: '{label}' has {run.updates} updates")
+            raise ConfigError(f"{where}: '{label}' has only {run.updates} updates; lower until")
         early.append([evaluation for evaluation in run.evaluations if evaluation[0] <= claim.until])
     if [step for step, _ in early[0]] != [step for step, _ in early[1]]:
-        raise ConfigError(f"{where}: until then the two are evaluated after different updates: see their eval_steps")
+        raise ConfigError(f"{where}: the two cells are evaluated after different updates: make their eval_steps equal")
     if early[0] == early[1]:
-        raise ConfigError(f"{where}: until then both are the same run, {early[0][-1][1]}")
+        raise ConfigError(f"{where}: up to there both cells are the same run, {early[0][-1][1]}")

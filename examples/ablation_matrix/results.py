@@ -132,22 +132,22 @@ def verdict(claim: Claim, cells: Mapping[str, Sequence[Result | None]]) -> Verdi
     margins = [high - low for high, low in zip(*sides, strict=True) if high is not None and low is not None]
     if not margins:
         finished = any(None not in pair for pair in zip(cells[claim.higher], cells[claim.lower], strict=True))
-        why = "their evaluations do not have it" if finished else "no seed has finished both"
+        why = "their evaluations do not measure it" if finished else "no seed has finished both cells"
         return Verdict("not measured", f"{claim.higher} against {claim.lower} {what}: {why}")
     by, around, count = mean(margins), spread(margins), len(margins)
     seen = round(by, shape.digits)
     stands = "above" if seen > 0 else "below" if seen < 0 else "level with"
     text = f"{claim.higher} {stands} {claim.lower} {what} by {abs(by):.{shape.digits}f}"
     missing = len(sides[0]) - count
-    tail = f"; {missing} without both" * (missing > 0)
+    tail = f"; seeds without both results: {missing}" * (missing > 0)
     if count == 1:
-        return Verdict("one seed", f"{text}; two or more are needed to tell{tail}")
+        return Verdict("one seed", f"{text}; two or more seeds are needed{tail}")
     agree = sum(margin * by > 0 for margin in margins)
     chance = by_chance(margins)
     p = "p < 0.001" if chance < 0.001 else f"p = {chance:.3f}"
     text += f" ± {around:.{shape.digits}f} in {agree} of {count} seeds ({p})"
     if seen == 0:
-        return Verdict("inconclusive", f"{text}; a difference that is shown as 0 says nothing{tail}")
+        return Verdict("inconclusive", f"{text}; a difference that rounds to 0 shows nothing{tail}")
     if abs(by) <= claim.noise:
         return Verdict("inconclusive", f"{text}; differences up to {claim.noise:g} are noise{tail}")
     if chance > LEVEL:

@@ -30,7 +30,7 @@ AXES = (
     *("reward", "dmd_weight", "rl_weight", "rt_dm_reward_tilt", "dyna_guidance", "dyna_renoise"),
     *("num_inference_steps", "guidance_scale"),
 )
-# What decides whether the inputs of a run are to be had.
+# What decides whether the inputs of a run can be found.
 INPUTS = (
     *("model", "revision", "backend", "reward", "eval_reward", "prompts", "prompt_column", "dataset_config"),
     *("dataset_train_split", "dataset_streaming", "optim", "report_to"),
@@ -109,7 +109,7 @@ class Runs:
     Args:
         settings: The matrix's own, of which the names of folders are silent.
         root: Where the run folders lie.
-        inputs: Look whether models, prompts and the like are to be had.
+        inputs: Look whether models, prompts and the like can be found.
     """
 
     def __init__(self, settings: Mapping[str, Any], seeds: Sequence[int], root: Path, inputs: bool) -> None:
@@ -134,7 +134,7 @@ class Runs:
         if config.stage2_steps == 0:
             return [self._run(self._resolved(first, where), seed) for seed in self.seeds]
         if config.stage1_steps == 0:
-            raise ConfigError(f"{where}: stage1_steps is 0, and stage 2 starts from a stage 1")
+            raise ConfigError(f"{where}: stage1_steps is 0, but stage 2 needs a stage 1")
         begun = self._resolved(first, f"{where}, its stage 1")
         starts = [self._run(begun, seed) for seed in self.seeds]
         return [self._run(settings, start.seed, start, export) for start in starts]
@@ -157,7 +157,7 @@ class Runs:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         if settings.config.num_eval_samples == 0:
-            raise ConfigError(f"{where}: num_eval_samples is 0, and there is nothing to compare")
+            raise ConfigError(f"{where}: num_eval_samples is 0, so there is nothing to compare; set it above 0")
         return settings
 
     def _run(self, settings: Settings, seed: int, start: Run | None = None, export: bool = False) -> Run:

@@ -94,7 +94,7 @@ def gates(rows: Cells) -> list[tuple[bool, str]]:
         limits = [max(1.5 * first, first + 8) for first in base["frechet_distance"]]
         holds = all(d <= limit for d, limit in zip(distances, limits, strict=True))
         pairs = ", ".join(f"{d:.1f} (at most {limit:.1f})" for d, limit in zip(distances, limits, strict=True))
-        found.append((holds, f"{rl}: joint Frechet distance within 1.5 x stage 1's or 8 points: {pairs}"))
+        found.append((holds, f"{rl}: joint Frechet distance at most 1.5 x stage 1's, or 8 above it: {pairs}"))
         ratios = [a["frechet_distance"] / j["frechet_distance"] for a, j in zip(alone, joint, strict=True)]
         margins = [a[REWARD] - j[REWARD] for a, j in zip(alone, joint, strict=True)]
         texts = ", ".join(f"{r:.1f} x at {m:+.3f}" for r, m in zip(ratios, margins, strict=True))
@@ -116,7 +116,7 @@ def aggregation_gates(rows: Cells) -> list[tuple[bool, str]]:
     return [
         (
             all(a > b + 0.02 for a, b in zip(apart, summed, strict=True)),
-            "hps gains more, by at least 0.02, where each reward is normalised first: "
+            "hps gains at least 0.02 more if each reward is normalised first: "
             + ", ".join(f"{a:+.3f} against {b:+.3f}" for a, b in zip(apart, summed, strict=True)),
         ),
         (

@@ -109,7 +109,7 @@ def gates(rows: Cells) -> list[tuple[bool, str]]:
     values = [a - b for a, b in zip(each(joint, "frechet_distance"), each(first, "frechet_distance"), strict=True)]
     limits = [max(0.5 * base, 8.0) for base in each(first, "frechet_distance")]
     holds = [v <= limit for v, limit in zip(values, limits, strict=True)]
-    gate("joint: Frechet distance above stage 1 by at most half of it or 8", values, holds)
+    gate("joint: Frechet distance at most 1.5 x stage 1's, or 8 above it", values, holds)
     values = each(joint, "recall")
     gate("joint: recall at least 0.65", values, [v >= 0.65 for v in values])
     values = [a - b for a, b in zip(each(rl, REWARD), each(joint, REWARD), strict=True)]

@@ -93,7 +93,7 @@ def main() -> int:
             seconds = median(line["seconds"] for line in found[WARM_UP:])
             print(f"| {shard} | {stage} | {seconds:.3f} | {peak:.2f} | {dry:.2f} | {apart:.1e} |", flush=True)
             if torch.cuda.is_available() and abs(peak - dry) > MEMORY * dry:
-                wrong.append(f"--shard {shard} takes {peak:.2f} GiB in stage {stage}, and --dry_run says {dry:.2f}")
+                wrong.append(f"--shard {shard} takes {peak:.2f} GiB in stage {stage}, but --dry_run says {dry:.2f}")
     print("\n".join(wrong))
     return bool(wrong)
 

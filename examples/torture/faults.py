@@ -88,7 +88,7 @@ def locked_folder(room: Room, name: str) -> None:
 
 def removed_folder(room: Room, says: str, **settings: Any) -> None:
     room.train(1, f"^dmdr-train: .*{says}", fault=UPDATE_6, words=f"rm -r '{room.folder}'", **settings)
-    room.expect(not room.folder.exists(), "it makes the folder anew")
+    room.expect(not room.folder.exists(), "it makes the folder again")
     room.end_as_undisturbed()
 
 
@@ -100,7 +100,7 @@ def once(room: Room, fault: str, says: str, **how: Any) -> None:
     room.train(0, says, fault=fault, **how)
     log = log_of(room.folder)
     noted = [line for line in log if line.get("bad_steps") or line["unscored/judge"]]
-    room.expect(len(log) == 20 and len(noted) == 1, f"of {len(log)} lines of the log, {len(noted)} note it")
+    room.expect(len(log) == 20 and len(noted) == 1, f"{len(noted)} of {len(log)} log lines note it")
 
 
 def for_ever(room: Room, fault: str, says: str, **settings: Any) -> None:
@@ -108,7 +108,7 @@ def for_ever(room: Room, fault: str, says: str, **settings: Any) -> None:
     room.train(1, f"^dmdr-train: .*{says}", fault=f"{fault} 1000000", **settings)
     good = [line["step"] for line in log_of(room.folder) if not (line.get("bad_steps") or line["unscored/judge"])]
     kept = [path for path in checkpoints(room.folder) if number_of(path) <= good[-1]]
-    room.expect(bool(kept), "no checkpoint from before is there")
+    room.expect(bool(kept), "there is no checkpoint from before the fault")
     room.end_as_undisturbed(resume_from_checkpoint=kept[-1] if kept else "latest")
 
 
@@ -227,7 +227,7 @@ FAULTS: dict[str, Callable[[Room], None]] = {
     "reward raises for the log": partial(failing, fault="raise 15 15", says="OSError", lacking=13),
     "reward exits": partial(failing, fault="exit 8 8", says="SystemExit: 0"),
     "reward hangs": hanging,
-    "prompts truncated": partial(other_prompts, change="printf mode > prompts.txt", code=0, says="has other content"),
+    "prompts truncated": partial(other_prompts, change="printf mode > prompts.txt", code=0, says="has changed since"),
     "prompts emptied": partial(other_prompts, change=": > prompts.txt", code=2, says="^dmdr-train: .*no prompt"),
     "prompts removed": partial(other_prompts, change="rm prompts.txt", code=2, says="^dmdr-train: .*no such file"),
     "streamed prompts emptied": stream_that_ends,

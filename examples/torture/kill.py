@@ -101,7 +101,9 @@ def main() -> int:
         else:
             shutil.rmtree(folder)
     killed = ", ".join(f"{count} {moment}" for moment, count in moments.items())
-    print(f"{args.runs - len(wrong)} of {args.runs} runs of {args.model} ended as if undisturbed; kills: {killed}")
+    print(
+        f"{args.runs - len(wrong)} of {args.runs} runs of {args.model} ended like a run without kills; kills: {killed}"
+    )
     return bool(wrong)
 
 

@@ -22,7 +22,7 @@ def budget() -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 100:
-        raise ConfigError(f"DMDR_DIGITS_BUDGET={text} is no positive number; 1 is the full training length")
+        raise ConfigError(f"DMDR_DIGITS_BUDGET={text} must be above 0 and below 100; 1 is the full training length")
     return value
 
 

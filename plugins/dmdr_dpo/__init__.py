@@ -76,14 +76,14 @@ class DPO:
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"dpo: label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
         if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ConfigError(f"dpo: label_smoothing is of loss_type sigmoid; {self.loss_type} has none")
+            raise ConfigError(f"dpo: label_smoothing works only with loss_type sigmoid, not {self.loss_type}")
         if not self.margin >= 0:
             raise ConfigError(f"dpo: margin must be at least 0, not {self.margin}")
         if self.ref_model_sync_steps < 1:
             raise ConfigError(f"dpo: ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
         if self.pairs is not None:
             if self.form == "transition":
-                raise ConfigError("dpo: form transition needs trajectories of the student; pairs are only images")
+                raise ConfigError("dpo: form transition cannot use pairs; it needs trajectories of the student")
             self._pairs = read_pairs(self.pairs)
 
     @property

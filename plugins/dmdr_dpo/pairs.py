@@ -69,7 +69,9 @@ def read_pairs(path: str) -> list[Pair]:
             except ValueError as error:
                 raise ConfigError(f"dpo: {path} line {number}: {error}") from error
     if not pairs:
-        raise ConfigError(f"dpo: {path} holds no pair; write prompt, chosen and rejected one JSON object a line")
+        raise ConfigError(
+            f"dpo: {path} holds no pair; write one JSON object per line, with prompt, chosen and rejected"
+        )
     return pairs
 
 

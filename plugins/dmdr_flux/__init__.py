@@ -59,7 +59,9 @@ class FluxBackend(FlowBackend):
         self.network_config.require("guidance_embeds", True, False)
         self.distilled: bool = self.network_config["guidance_embeds"]
         if self.distilled and options.zero_empty_prompt is not None:
-            raise ConfigError(f"--zero_empty_prompt: {folder} takes guidance as an input and reads no empty prompt")
+            raise ConfigError(
+                f"--zero_empty_prompt: {folder} never reads an empty prompt (guidance is an input); leave it out"
+            )
 
     def other_guidance(self) -> float:
         """The user's scale, beside which F(1) is the only other pass that the direction of guidance takes."""

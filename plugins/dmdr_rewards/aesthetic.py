@@ -54,7 +54,7 @@ class Aesthetic(ResizingReward):
         self._towers = TransformersCLIP(tower, device, dtype, images_only=True)
         if head[0].in_features != self._towers.width:
             raise ConfigError(
-                f"checkpoint {path} takes features of {head[0].in_features}, {tower.name} gives {self._towers.width}"
+                f"checkpoint {path} needs {head[0].in_features} features, but {tower.name} gives {self._towers.width}"
             )
         # The authors crop as torchvision does, which may differ by a pixel.
         self._towers.preprocess = replace(self._towers.preprocess, offset="round")

@@ -243,14 +243,16 @@ def tokenizer_of(source: Source, vocabulary: int) -> Any:
             f"{source.name} has no tokenizer that can be loaded ({reason(error)}); put its files beside the weights"
         ) from error
     if len(tokenizer) > vocabulary:
-        raise ConfigError(f"{source.name}: its tokenizer has {len(tokenizer)} tokens, its network knows {vocabulary}")
+        raise ConfigError(
+            f"{source.name}: its tokenizer has {len(tokenizer)} tokens, but its network only {vocabulary}"
+        )
     return tokenizer
 
 
 def reason(error: Exception) -> str:
     """Why something could not be read, in one line."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to turn its safety off
-        return "it is damaged, or holds more than tensors and is refused"
+        return "it is damaged, or holds more than tensors, which DMDR does not load"
     if isinstance(error, KeyError) and isinstance(error.args[0], str):
         return f"it lacks '{error.args[0]}'"
     if isinstance(error, KeyError | EOFError):  # of the unpickler, which counts what it has read

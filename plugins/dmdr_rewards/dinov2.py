@@ -50,7 +50,7 @@ class DINOv2(ResizingReward):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.geometry not in ("squash", "crop"):
-            raise ConfigError(f"geometry is 'squash' or 'crop', not {self.geometry!r}")
+            raise ConfigError(f"geometry must be 'squash' or 'crop', not {self.geometry!r}")
         self._model: Classifier | None = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -102,7 +102,7 @@ class DINOv2(ResizingReward):
         except TypeError as error:
             raise ValueError(f"the column 'label' is not all integers: {error}") from error
         if wrong := [label for label in labels if label is not None and not 0 <= label < classes]:
-            raise ValueError(f"the label {wrong[0]} is not one of the classifier's 0 to {classes - 1}")
+            raise ValueError(f"the label {wrong[0]} must be between 0 and {classes - 1}")
         return torch.tensor([-1 if label is None else label for label in labels]).reshape(count)
 
 
@@ -221,7 +221,7 @@ def _hub_file(source: Source, end: str) -> Path | None:
     """A file of torch.hub's layout in a local folder."""
     found = sorted(source.folder.glob(f"*{end}")) if source.folder else []
     if len(found) > 1:
-        raise ConfigError(f"{source.name} holds {', '.join(path.name for path in found)}; leave one")
+        raise ConfigError(f"{source.name} holds {', '.join(path.name for path in found)}; keep only one")
     return found[0] if found else None
 
 

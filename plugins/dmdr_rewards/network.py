@@ -74,7 +74,7 @@ class ResizingReward(NetworkReward):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resize not in ("float", "exact", None):
-            raise ConfigError(f"resize is 'float' or 'exact', not {self.resize!r}")
+            raise ConfigError(f"resize must be 'float' or 'exact', not {self.resize!r}")
 
     @property
     def method(self) -> Method:

@@ -82,7 +82,7 @@ class Preprocess:
         except (TypeError, ValueError):
             usual = False
         if not usual:
-            raise ConfigError(f"{what}: what its image processor asks for is not supported: {dict(config)}")
+            raise ConfigError(f"{what}: these settings of its image processor are not supported: {dict(config)}")
         return replace(defaults, size=size, edge=edge, offset="floor", mean=mean, std=std)
 
 

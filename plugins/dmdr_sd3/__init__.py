@@ -28,7 +28,7 @@ class SD3Backend(FlowBackend):
         self.network_config.whole("sample_size")  # its position embeddings are cut from the middle of the table
         longest = self.network_config.whole("pos_embed_max_size") * self.patch_size * self.vae_scale
         if self.resolution > longest:
-            raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} end at {longest}")
+            raise ConfigError(f"--resolution {self.resolution} is too large for {folder}: give {longest} or less")
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77 + max_sequence_length, D] and pooled [B, P]; without T5 its part of the sequence is zero."""

@@ -71,15 +71,17 @@ class UNetBackend(PipelineBackend):
         name = self.pipeline_class.__name__
         absent = [part for part in self.needed if part not in self.text.components]
         if absent:
-            raise ConfigError(f"{folder} without its {', '.join(absent)}: a {name} cannot be trained without")
+            raise ConfigError(f"{folder} has no {', '.join(absent)}, but a {name} needs it")
         if self.network_config.get("time_cond_proj_dim"):
-            raise ConfigError(f"{folder} takes guidance as an input (time_cond_proj_dim); give the model it came from")
+            raise ConfigError(
+                f"{folder} takes guidance as an input (time_cond_proj_dim); give the model that it was made from"
+            )
         self.schedule = self._own_schedule()
         table = self._lcm().alphas_cumprod.double()
         self.path = VariancePreserving(table)
         self.kind = KINDS[self.schedule["prediction_type"]]
         if self.kind == "eps" and table[-1] == 0:
-            raise ConfigError(f"{folder}/scheduler: with rescale_betas_zero_snr epsilon does not give x0")
+            raise ConfigError(f"{folder}/scheduler: rescale_betas_zero_snr does not work with epsilon prediction")
 
     def _own_schedule(self) -> dict[str, Any]:
         """Betas and prediction type of the folder's own scheduler, with the defaults of its class.
@@ -104,7 +106,7 @@ class UNetBackend(PipelineBackend):
         for name, expected in OWN_TIMES.items():
             config.require(name, expected)
         if not torch.allclose(levels.double(), exported.alphas_cumprod.double(), rtol=0, atol=1e-6):
-            raise ConfigError(f"{where}: its betas alone do not make the noise levels of this {type(own).__name__}")
+            raise ConfigError(f"{where}: the noise levels of this {type(own).__name__} do not follow from its betas")
         return schedule | {"prediction_type": config["prediction_type"]}
 
     def _lcm(self) -> Any:

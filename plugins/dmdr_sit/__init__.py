@@ -63,7 +63,7 @@ class SiTBackend(FlowBackend):
         super().__init__(folder, options)
         own = self.vae_scale * self.network_config.whole("sample_size")
         if self.resolution != own:
-            raise ConfigError(f"--resolution {self.resolution}: the position embeddings of {folder} are for {own}")
+            raise ConfigError(f"--resolution {self.resolution} does not work with {folder}: give {own}")
         self.num_classes = self.network_config.whole("num_classes")
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:
@@ -90,7 +90,11 @@ class SiTBackend(FlowBackend):
         try:
             return [class_index(label, self.num_classes) for label in meant]
         except ValueError as error:
-            what = "the column 'label'" if "label" in columns else "the prompts have no column 'label', and of them"
+            what = (
+                "the column 'label'"
+                if "label" in columns
+                else "there is no column 'label', so each prompt must be a class"
+            )
             raise ConfigError(f"--prompts: {what}: {error}") from error
 
     def unconditional(self, cond: Condition) -> Mapping[str, Tensor]:

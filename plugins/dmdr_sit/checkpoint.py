@@ -48,7 +48,7 @@ def pipeline_folder(size: str, checkpoint: Path) -> Path:
             try:
                 decoder = load_network(AutoencoderKL, Source(vae), "", torch.float32)
             except ConfigError as error:
-                raise ConfigError(f"{error}; the VAE can lie beside {checkpoint.name}, as {beside}") from error
+                raise ConfigError(f"{error}; or put the VAE beside {checkpoint.name}, as {beside}") from error
             partial = target.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             with quiet():

@@ -43,7 +43,7 @@ class ZImageBackend(FlowBackend):
         super().__init__(folder, options)
         for name, taken in (("all_patch_size", self.patch_size), ("all_f_patch_size", 1)):
             if taken not in self.network_config.wholes(name):
-                raise self.network_config.refused(name, f"{taken} among them")
+                raise self.network_config.refused(name, f"a list with {taken}")
 
     @property
     def text_limit(self) -> int:

@@ -241,7 +241,7 @@ def test_a_teachers_lora_is_merged_and_exported_with_the_students(
         expected = backend.student(x_t, t, cond).value
         torch.testing.assert_close(again.student(x_t, t, cond).value, expected)
         torch.testing.assert_close(on_published.student(x_t, t, cond).value, expected, rtol=0, atol=1e-4)
-    with pytest.raises(ConfigError, match=r"safetensors was trained without the --teacher_lora of this run: give the"):
+    with pytest.raises(ConfigError, match=r"safetensors was not trained with the --teacher_lora of this run: give the"):
         again.load_export(tmp_path / "teacher")
 
 

@@ -74,9 +74,9 @@ def test_the_grid_is_the_pipelines_own_at_each_resolution(folder: Path, resoluti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zero_empty_prompt": True}, "--zero_empty_prompt: .* takes guidance as an input"),
+        ({"zero_empty_prompt": True}, "--zero_empty_prompt: .*guidance is an input"),
         ({"max_sequence_length": 513}, "--max_sequence_length 513: .* takes 512 at most"),
-        ({"resolution": 18}, "--resolution 18 is no multiple of 4"),
+        ({"resolution": 18}, "--resolution 18 must be a multiple of 4"),
     ],
 )
 def test_refuses_in_one_line(folder: Path, options: dict[str, Any], message: str) -> None:

@@ -425,5 +425,5 @@ def test_two_adapters_in_one_come_apart_again() -> None:
     found = parted(both, second, first, "file")
     assert found.keys() == first.keys() and all(torch.equal(found[name], tensor) for name, tensor in first.items())
     for other in (adapter(3, "b", "c"), adapter(3, "b"), adapter(7, "b", "c")):
-        with pytest.raises(ConfigError, match="file was trained without the --teacher_lora of this run: give the one"):
+        with pytest.raises(ConfigError, match="file was not trained with the --teacher_lora of this run: give the one"):
             parted(both, other, first, "file")

@@ -217,7 +217,7 @@ def test_alpha_in_a_trainers_header(keys: Any, tmp_path: Path) -> None:
             {"ss_network_alpha": "1", "ss_network_dim": "4", "ss_network_module": "networks.lora_flux"},
             "was converted from a file of Kohya's scripts",
         ),
-        (of_diffusers, {"alpha": "8"}, "says alpha = 8 in its header"),
+        (of_diffusers, {"alpha": "8"}, "has alpha = 8 in its header"),
     ],
 )
 def test_a_header_that_leaves_the_strength_open(keys: Any, header: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -269,7 +269,9 @@ def test_a_folder_of_peft(tmp_path: Path) -> None:
         for module, weight in found.items():
             torch.testing.assert_close(weight, whole[f"{module}.weight"])
     (folder / "adapter_config.json").unlink()
-    assert refusal(folder).endswith("is of PEFT, which keeps alpha in adapter_config.json: put that file beside it")
+    assert refusal(folder).endswith(
+        "was saved by PEFT, which keeps alpha in adapter_config.json: put that file into the same folder"
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_settings_of_another_file(tmp_path: Path) -> None:
     _, folder = peft_folder(tmp_path, LoraConfig(r=4, target_modules=["to_q"]))
     given = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(given | {"r": 8}))
-    assert "has rank 4 in base_model.model.transformer_blocks.0.attn.to_q, and its settings say rank 8" in refusal(
+    assert "has rank 4 in base_model.model.transformer_blocks.0.attn.to_q, but its settings say rank 8" in refusal(
         folder
     )
     (folder / "adapter_config.json").write_text("{")
@@ -308,7 +310,10 @@ def test_layers_that_no_module_has(tmp_path: Path) -> None:
     lost = [module for module in weights("sd3") if "blocks.1" in module]
     first = min(lost).replace("blocks.1", "blocks.7")
     line = refusal(file)
-    assert "is damaged, of another model, or to be converted" in line and f" has no transformer.{first}, " in line
+    assert (
+        "is damaged, is for another model, or must first be converted" in line
+        and f" has no transformer.{first}, " in line
+    )
     assert f"({len(lost)} of its {len(weights('sd3'))} layers)" in line
 
 
@@ -330,22 +335,26 @@ def test_layers_that_no_module_has(tmp_path: Path) -> None:
         (
             "text_encoder.x.lora_A.weight",
             [[1.0]],
-            "adapts a text encoder, too ({key}), which stays as it is here: leave",
+            "also adapts a text encoder ({key}), which DMDR does not change: remove",
         ),
         (
             "lora_te1_x.lora_down.weight",
             [[1.0]],
-            "adapts a text encoder, too ({key}), which stays as it is here: leave",
+            "also adapts a text encoder ({key}), which DMDR does not change: remove",
         ),
-        ("{0}.lora_A.other.weight", [[1.0]], "holds two adapters ({key}, {0}.lora_A.weight): leave one of them out"),
-        ("x.alpha", [1.0], "is damaged: {key} has no lora_A or lora_down beside it"),
+        (
+            "{0}.lora_A.other.weight",
+            [[1.0]],
+            "holds two adapters ({key}, {0}.lora_A.weight): remove one of them from the file",
+        ),
+        ("x.alpha", [1.0], "is damaged: {key} has no matching lora_A or lora_down"),
         ("{0}.alpha", [[0.0]], "is damaged: {key} is no number above 0"),
         ("{0}.alpha", [1.0, 2.0], "is damaged: {key} is no number above 0"),
-        ("{0}.alpha", [4.0], "has an alpha for 1 of its 2 layers, and none for transformer."),
+        ("{0}.alpha", [4.0], "has an alpha for 1 of its 2 layers, but none for transformer."),
         ("{0}.lora_A.weight", [[float("nan")] * 32] * 4, "is damaged: {key} is no matrix of finite numbers"),
         ("{0}.lora_A.weight", [1.0, 2.0], "is damaged: {key} is no matrix of finite numbers"),
-        ("{0}.lora_A.weight", [[1.0] * 16] * 4, "is of another model ({0} has factors (4, 16) and (32, 4), and "),
-        ("{0}.lora_A.weight", [[1.0] * 32] * 8, "is of another model ({0} has factors (8, 32) and (32, 4), and "),
+        ("{0}.lora_A.weight", [[1.0] * 16] * 4, "is for another model ({0} has factors (4, 16) and (32, 4), but "),
+        ("{0}.lora_A.weight", [[1.0] * 32] * 8, "is for another model ({0} has factors (8, 32) and (32, 4), but "),
     ],
 )
 def test_a_tensor_that_no_lora_has(key: str, tensor: Any, said: str, tmp_path: Path) -> None:
@@ -363,7 +372,7 @@ def test_a_tensor_that_no_lora_has(key: str, tensor: Any, said: str, tmp_path: P
 def test_a_factor_without_its_other(tmp_path: Path) -> None:
     file = saved(tmp_path, lambda module: of_diffusers(module)[:1] * 2, count=1)
     key = next(iter(load_file(file)))
-    assert f"is damaged: {key} has no lora_B or lora_up beside it; get the file anew" in refusal(file)
+    assert f"is damaged: {key} has no matching lora_B or lora_up; get a new copy" in refusal(file)
 
 
 def test_two_layers_of_one_module(tmp_path: Path) -> None:
@@ -523,7 +532,7 @@ def test_weights_are_rounded_once(
     for name, delta in deltas(read_lora(str(file), network("sd3"), StableDiffusion3Pipeline), own):
         once = (own[name].double() + delta.double()).bfloat16()
         assert (found[name] != once).float().mean() < 0.005  # float32 may fall on the other side of a tie
-    assert ("rounding its sum with the weights changes it by" in caplog.text) == lost
+    assert ("rounding the sum of it and the weights changes it by" in caplog.text) == lost
 
 
 def test_a_bad_file_is_refused_before_weights_are_loaded(model: Path, tmp_path: Path) -> None:
@@ -531,5 +540,5 @@ def test_a_bad_file_is_refused_before_weights_are_loaded(model: Path, tmp_path: 
     (copy / "text_encoder" / "model.safetensors").unlink()
     file = saved(tmp_path, lambda module: of_diffusers(f"x.{module}"))
     backend = SD3Backend(str(copy), SD3Backend.Options(teacher_lora=str(file), prompt_cache="off"))
-    with pytest.raises(ConfigError, match="is damaged, of another model"):
+    with pytest.raises(ConfigError, match="is damaged, is for another model"):
         backend.cache_prompts(SimpleNamespace(mixed_precision="no", device=torch.device("cpu")), ["a"])

@@ -95,7 +95,7 @@ def test_a_dynamic_shift_is_the_stock_schedulers(copy: Path, kind: str) -> None:
 def test_no_larger_than_the_position_embeddings(model: Path) -> None:
     assert made(model, resolution=32).latent_shape == (4, 16, 16)
     said = refusal(model, resolution=36)
-    assert said == f"--resolution 36: the position embeddings of {model} end at 32"
+    assert said == f"--resolution 36 is too large for {model}: give 32 or less"
 
 
 @pytest.mark.parametrize(("channels", "blocks"), [(16, 2), (4, 3)])
@@ -103,8 +103,8 @@ def test_a_small_decoder_of_other_latents(model: Path, tmp_path: Path, channels:
     tiny = {f"{part}_block_out_channels": (8,) * blocks for part in ("encoder", "decoder")}
     layers = {f"num_{part}_blocks": (1,) * blocks for part in ("encoder", "decoder")}
     AutoencoderTiny(latent_channels=channels, **tiny, **layers).save_pretrained(tmp_path)
-    said = f"--reward_vae {tmp_path} decodes {channels} channels to {2 ** (blocks - 1)}-fold size; the latents of "
-    assert refusal(model, reward_vae=str(tmp_path)) == f"{said}{model} have 4, of 2-fold size"
+    said = f"--reward_vae {tmp_path} takes {channels} channels and enlarges by {2 ** (blocks - 1)}; the latents of "
+    assert refusal(model, reward_vae=str(tmp_path)) == f"{said}{model} have 4 channels and need 2"
 
 
 def test_targets_that_are_not_there(model: Path) -> None:
@@ -138,9 +138,9 @@ def test_a_component_falls_back_to_the_weights_that_it_has(
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in plain.encode(PROMPTS).tensors.items())
     others = [f"{mixed}/{name}" for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")]
     assert caplog.messages == (
-        [f"{name} has no weights of --variant fp16; those without a variant are loaded" for name in others]
+        [f"{name} has no weights of --variant fp16; DMDR loads the weights without a variant" for name in others]
         if variant
-        else [f"{mixed}/transformer has no weights without a variant; those of variant fp16 are loaded"]
+        else [f"{mixed}/transformer has no weights without a variant; DMDR loads the weights of variant fp16"]
     )
     card = backend.snippet(str(mixed), "seven", FewStepSampler(backend.path, backend.grid(2), 1.0))
     code = next(line for line in card.splitlines() if "from_pretrained" in line).removeprefix("pipe = ")
@@ -151,11 +151,11 @@ def test_a_component_falls_back_to_the_weights_that_it_has(
 
 def test_a_variant_that_cannot_be_meant(model: Path, half: Path, tmp_path: Path) -> None:
     said = refusal(model, variant="fp16")
-    assert said == f"--variant fp16: all weights of {model} are without one"
+    assert said == f"--variant fp16: {model} only has weights without a variant"
     two = Path(shutil.copytree(half, tmp_path / "two"))
     weights = two / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
     shutil.copy(weights, weights.with_name("diffusion_pytorch_model.ema-00001-of-00001.safetensors"))
-    said = f"{two}/transformer cannot be loaded as SD3Transformer2DModel; its weights ask for --variant ema or "
+    said = f"{two}/transformer cannot be loaded as SD3Transformer2DModel; use --variant ema or "
     assert refusal(two).startswith(f"{said}--variant fp16: ")
 
 
@@ -207,7 +207,9 @@ def test_weights_of_an_old_torch(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     assert torch.equal(read_weights(str(tmp_path / "old.bin"))["a"], state["a"])
     (tmp_path / "bad.bin").write_bytes(b"what")
-    with pytest.raises(ConfigError, match=r"bad\.bin is damaged, or holds more than tensors and is refused: \w+: ."):
+    with pytest.raises(
+        ConfigError, match=r"bad\.bin is damaged, or holds more than tensors, which DMDR does not load: \w+: ."
+    ):
         read_weights(str(tmp_path / "bad.bin"))
 
 
@@ -302,7 +304,7 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded(model: Pa
 
 
 @pytest.mark.parametrize(
-    ("full", "said"), [(True, "a full network, and this run trains a LoRA"), (False, "a LoRA, and")]
+    ("full", "said"), [(True, "a full network, but this run trains a LoRA"), (False, "a LoRA, but")]
 )
 @pytest.mark.parametrize("place", ["student", "checkpoints/step-000003", ""])
 def test_a_student_of_the_other_kind_is_refused_before_anything_is_loaded(
@@ -329,7 +331,7 @@ def test_a_student_of_the_other_kind_is_refused_before_anything_is_loaded(
         )  # fmt: skip
     start = run / (place or "checkpoints/step-000003")
     assert str(error.value).startswith(f"--init_student {start} is {said}")
-    assert str(error.value).endswith(f": --full_finetune {str(full).lower()} goes on with it")
+    assert str(error.value).endswith(f": set --full_finetune {str(full).lower()}")
 
 
 @pytest.mark.parametrize("name", ["a'b", 'a"b', "a'\"b", "a\\b", "a\nb", "`a`", "{a}", "\u202ea", "\ud83da"])

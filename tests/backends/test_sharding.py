@@ -265,7 +265,7 @@ def test_another_number_of_processes_goes_on_with_it(
         ({"model": "toy", "shard": "all"}, "cannot share a model of ToyBackend"),
         (
             {"shard": "all", "full_finetune": True, "optim": "adamw_bnb_8bit"},
-            "--optim adamw_bnb_8bit cannot train a full student",
+            "--optim adamw_bnb_8bit cannot train a shared full student",
         ),
         ({"shard": "3"}, "2 processes cannot be split into groups of 3"),
     ],
@@ -284,7 +284,7 @@ def test_a_shard_is_a_number_or_a_word(value: str) -> None:
 
 def test_another_engine_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"accelerate launch with FSDP: .* launch without it, with --shard all"):
+    with pytest.raises(ConfigError, match=r"accelerate launch with FSDP .* launch without it, and add --shard all"):
         train(model="toy")
 
 

@@ -44,7 +44,7 @@ def test_texts_of_unequal_length_go_together(folder: Path, attention_backend: st
     ("options", "message"),
     [
         ({"max_sequence_length": 65}, "--max_sequence_length 65: .* takes 64 at most"),
-        ({"resolution": 18}, "--resolution 18 is no multiple of 4"),
+        ({"resolution": 18}, "--resolution 18 must be a multiple of 4"),
         ({"attention_backend": "flex"}, "--attention_backend flex in float32: .* does not support backward on CPU"),
         ({"attention_backend": "_native_cudnn"}, "--attention_backend _native_cudnn in float32: .*No viable backend"),
     ],

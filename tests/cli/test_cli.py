@@ -76,7 +76,7 @@ class Picky(Opaque):
 
 ADAPTERS = (
     "model family with this flag: FluxPipeline, SiTPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, "
-    "StableDiffusionXLPipeline, ZImagePipeline; this run's is ToyPipeline, so leave it out"
+    "StableDiffusionXLPipeline, ZImagePipeline; this run uses ToyPipeline, so leave it out"
 )
 GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4}
 
@@ -220,7 +220,7 @@ def test_half_precision_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last == "dmdr-train: --mixed_precision fp16 needs a GPU; a CPU takes bf16 or no"
+    assert last == "dmdr-train: --mixed_precision fp16 needs a GPU; on a CPU use bf16 or no"
     assert not list(tmp_path.iterdir())
 
 
@@ -261,7 +261,7 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"rl_weight": -1}, "--rl_weight must be at least 0"),
         ({"rl_weight": "nan"}, "--rl_weight must be"),
         ({"sigmas": 0.5, "num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
-        ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by num_generations"),
+        ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by --num_generations"),
         ({"steps": 4}, "acts on step 4, but the student's last step is 3"),
         ({"steps": 2, "sigmas": 1}, "acts on step 2, but the student's last step is 0"),
         ({"steps": "first"}, "'first'"),
@@ -270,7 +270,7 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         (GROUPS | {"rl": "grpo", "eta": 0}, "it needs --num_inference_steps of at least 2 and --eta above 0"),
         (GROUPS | {"rl": "grpo", "policy_steps": "random:4"}, "--num_inference_steps of at least 5"),
         (GROUPS | {"rl": "grpo", "beta": -1}, "beta must be at least 0, not -1.0"),
-        (GROUPS | {"rl": "grpo", "num_generations": 3}, "divisible by num_generations, 3"),
+        (GROUPS | {"rl": "grpo", "num_generations": 3}, "divisible by --num_generations (3)"),
         ({"rl": "grpo+dpo", "beta": 1}, "unknown argument --beta=1"),
         ({"rl": "dpo"}, "--rl dpo needs --num_generations of at least 2"),
         (GROUPS | {"rl": "dpo", "beta": -1}, "beta must be above 0, not -1.0"),
@@ -283,7 +283,7 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         ({"prompts": "none.txt"}, "none.txt"),
         ({"prompts": "."}, "--prompts"),
         ({"prompts": "empty.txt"}, "empty.txt holds no prompt"),
-        ({"prompts": "noise.png"}, "--prompts: the suffix of noise.png says no format that is read here: "),
+        ({"prompts": "noise.png"}, "--prompts: DMDR cannot read noise.png: the name must end with "),
         ({"config": "none.yaml"}, "cannot read none.yaml"),
         ({"config": "typo.yaml"}, "unknown setting 'lerning_rate' (did you mean 'learning_rate'?)"),
         ({"resume_from_checkpoint": "latest"}, "holds no checkpoint"),
@@ -310,7 +310,10 @@ def test_bad_input(refused: Callable[..., str], room: Path, settings: dict[str, 
 
 
 def test_a_grid_that_does_not_fall(refused: Callable[..., str]) -> None:
-    assert refused(*flags(), "--sigmas", "0.5", "0.7") == "--sigmas must be decreasing within (0, 1], not [0.5, 0.7]"
+    assert (
+        refused(*flags(), "--sigmas", "0.5", "0.7")
+        == "--sigmas must be decreasing numbers, above 0 and at most 1, not [0.5, 0.7]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,8 +325,8 @@ def test_a_grid_that_does_not_fall(refused: Callable[..., str]) -> None:
         ("[]", "model_index.json is damaged"),
         ("{}", "model_index.json is damaged"),
         ("\0\xff", "model_index.json is damaged"),
-        ('{"_class_name": "KandinskyPipeline"}', "is a KandinskyPipeline, which no backend trains"),
-        ('{"_class_name": ["ToyPipeline"]}', "which no backend trains"),
+        ('{"_class_name": "KandinskyPipeline"}', "is a KandinskyPipeline, and no backend can train it"),
+        ('{"_class_name": ["ToyPipeline"]}', "and no backend can train it"),
     ],
 )
 def test_a_folder_that_is_no_pipeline(refused: Callable[..., str], room: Path, index: str | None, said: str) -> None:
@@ -343,7 +346,10 @@ def test_a_pipeline_folder_without_prompts(refused: Callable[..., str], room: Pa
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("nobody/nothing", "--model nobody/nothing: no such folder, nor is it in the hub's cache (it does not answer)"),
+        (
+            "nobody/nothing",
+            "--model nobody/nothing: no such folder, and it is not in the hub's cache (it does not answer)",
+        ),
         ("./nothing", "--model ./nothing is neither a diffusers pipeline folder (no model_index.json), nor a hub id, "),
     ],
 )
@@ -372,7 +378,7 @@ def test_overwriting_a_folder_that_is_no_run_of_ours(refused: Callable[..., str]
     (room / "thesis" / name).write_text("title: years of work\n")
     (room / "thesis" / "chapters" / "1.tex").write_text("so much of it")
     line = refused(*flags(output_dir="thesis"), "--overwrite_output_dir")
-    assert line.startswith("--overwrite_output_dir: thesis holds no run of ours")
+    assert line.startswith("--overwrite_output_dir: thesis was not made by DMDR")
 
 
 @pytest.mark.parametrize(
@@ -484,10 +490,10 @@ def test_sample_writes_pictures_and_prints_where(call: Call, finished: Path, roo
     assert max(red[2:4]) < min(red[4:6])
     assert call(sample, str(finished), "--prompt", "mode 1", "--num_images", "8")[0] == 0  # in place of the others
     code, _, err = call(sample, str(finished), "--prompt", "mode 1")
-    said = "--output_dir samples: samples/metadata.jsonl is of other images than the 1 to be drawn; name another folder"
+    said = "--output_dir samples: samples/metadata.jsonl lists other images than the 1 of this command; give"
     assert code == 2 and said in err
     (room / "rows.jsonl").write_text('{"prompt": "mode 1", "file_name": "a"}\n')
-    assert "'file_name' cannot name a column" in call(sample, str(finished), "--prompts", "rows.jsonl")[2]
+    assert "rename the column 'file_name'" in call(sample, str(finished), "--prompts", "rows.jsonl")[2]
 
 
 def test_sample_is_its_seed(call: Call, finished: Path, room: Path) -> None:
@@ -545,8 +551,8 @@ def test_a_strangers_family_is_trained_and_sampled(call: Call, room: Path) -> No
     assert call(train, *few, "--output_dir", "run", "--depth", "0")[0] == 0
     assert json.loads((room / "run" / "student" / "sampling.json").read_text())["options"]["depth"] == 0
     code, _, err = call(sample, "run", "--prompt", "mode 0")
-    said = "run/student/sampling.json names the model family 'deep.py:Deep', which is no installed one; if you trust"
-    assert code == 2 and err == f"dmdr-sample: {said} its code, name it yourself with --backend deep.py:Deep\n"
+    said = "run/student/sampling.json names the model family 'deep.py:Deep', which is not installed; if you trust"
+    assert code == 2 and err == f"dmdr-sample: {said} its code, add --backend deep.py:Deep\n"
     assert call(sample, "run", "--prompt", "mode 0", "--backend", "deep.py:Deep")[0] == 0
     (picture,) = pixels(room / "samples")
     assert picture[0, 0].tolist() == [128, 128, 128]  # as far right as left

@@ -243,10 +243,14 @@ def test_an_index_says_the_prompt_of_each_image(room: Path, call: Callable[..., 
     assert call("--reward=mine.py:score", "--prompt_column=caption")[0] == 0
     assert read(room / "scores.csv")[1] == rows
     for content, arguments, said in (
-        (lines, ["--prompts=prompts.txt"], "metadata.jsonl says the prompt of each image; leave out one of the"),
-        (lines[2:], [], "metadata.jsonl does not name 2 of the images beside it, such as 0.png"),
-        ([*lines, lines[0].replace("0.png", "x.png")], [], "names x.png, and there is no such image beside it"),
-        ([*lines, '{"prompt": "a"}'], [], f"metadata.jsonl row {COUNT + 1} has no 'file_name' of an image beside it"),
+        (lines, ["--prompts=prompts.txt"], "metadata.jsonl already has the prompts; leave out --prompts"),
+        (lines[2:], [], "metadata.jsonl does not name 2 of the images in its folder, such as 0.png"),
+        ([*lines, lines[0].replace("0.png", "x.png")], [], "names x.png, but this image is not in the folder"),
+        (
+            [*lines, '{"prompt": "a"}'],
+            [],
+            f"metadata.jsonl row {COUNT + 1} needs a 'file_name': an image in the same folder",
+        ),
     ):
         index.write_text("\n".join(content))
         code, _, err = call("--reward=mine.py:score", *arguments)

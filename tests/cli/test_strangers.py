@@ -93,7 +93,7 @@ def test_a_pipelines_folder_names_no_code(refused: Callable[..., str], export: P
     (room / "base" / "model_index.json").write_text(json.dumps({"_class_name": name}))
     change(export, base_model="base")
     assert f"base/model_index.json names the model family '{name}'" in refused(sample, "student", "--prompt", "mode 1")
-    assert "which no backend trains" in refused(train, "--model", "base")
+    assert "and no backend can train it" in refused(train, "--model", "base")
 
 
 def test_a_models_name_is_no_file(refused: Callable[..., str]) -> None:
@@ -122,7 +122,7 @@ def test_a_run_that_is_resumed_names_no_code(
     name = value.partition(" as ")[0].rpartition("*")[2]
     for where in (["latest", "--output_dir", "run"], ["run/checkpoints/step-000001"]):
         line = refused(train, "--resume_from_checkpoint", *where)
-        assert f"'{name}', which is no installed one" in line and "run/config.yaml" in line
+        assert f"'{name}', which is not installed" in line and "run/config.yaml" in line
     if setting == "reward" and "trap" in value:  # what the user names is the user's
         parse(["--resume_from_checkpoint", "latest", "--output_dir", "run", "--config", "run/config.yaml"])
         assert (room / "sprung").exists()
@@ -286,7 +286,7 @@ def test_numbers_beyond_all_use(
     [
         ("num_inference_steps: many\n", None),
         ("sigmas: 3\nresolution: [1]\n", None),
-        ("a: 1\na: 2\n", "--init_student: {file}: the key 'a' of line 1 is there again in line 2"),
+        ("a: 1\na: 2\n", "--init_student: {file}: the key 'a' is there twice, in lines 1 and 2"),
     ],
 )
 def test_odd_settings_beside_a_first_student(finished: Path, room: Path, text: str, said: str | None) -> None:

@@ -496,7 +496,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
     assert lines[-1] == "nothing was loaded, nothing was written"
     totals = [float(line.split()[-1]) for line in lines if line.startswith("total with")]
     assert len(totals) == 3 and totals == sorted(totals)
-    assert call()[::2] == (2, "dmdr-train: --model is missing: this recipe names none\n")
+    assert call()[::2] == (2, "dmdr-train: --model is missing: this recipe does not name a model\n")
     assert not list(elsewhere.iterdir())
 
 
@@ -507,7 +507,7 @@ def test_a_recipe_is_tried_without_weights_or_prompts(
             {"model": "digits", "rl": "none"},
             "--dry_run does not build --model digits: give a folder with --architecture",
         ),
-        ({"architecture": "/no/where"}, r"--architecture /no/where is no pipeline's folder \(no model_index.json\)"),
+        ({"architecture": "/no/where"}, r"--architecture /no/where is no pipeline folder \(no model_index.json\)"),
         ({"rl": "refl", "reward": "none"}, "--rl refl reads a reward: name one with --reward"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules: .* has no nothing"),
         ({"resolution": 64}, "--resolution|pos_embed_max_size"),

@@ -287,7 +287,7 @@ def test_every_mode_is_converted_to_rgb(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits_are_refused(tmp_path: Path, dtype: type) -> None:
     Image.fromarray(np.full((4, 4), 300, dtype)).save(tmp_path / "1.tiff")  # RGB of it would be all white
-    with pytest.raises(ConfigError, match=r"1\.tiff has more than 8 bits a channel"):
+    with pytest.raises(ConfigError, match=r"1\.tiff has more than 8 bits per channel"):
         image_folder.find_images(str(tmp_path))
 
 

@@ -140,9 +140,12 @@ def test_a_report_needs_no_inputs(tmp_path: Path, write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seeds: [0]\nsettings: {}\nseeds: [1]\n", "the key 'seeds' of line 1 is there again in line 3"),
-        ("blocks:\n  a:\n    cells: {x: {}, y: {}, x: {rl: none}}\n", "the key 'x' of line 3 is there again in line 3"),
-        ("seeds: &again [0]\nblocks:\n  a: {claims: [{higher: x, higher: *again}]}\n", "the key 'higher' of line 3"),
+        ("seeds: [0]\nsettings: {}\nseeds: [1]\n", "the key 'seeds' is there twice, in lines 1 and 3"),
+        ("blocks:\n  a:\n    cells: {x: {}, y: {}, x: {rl: none}}\n", "the key 'x' is there twice, in lines 3 and 3"),
+        (
+            "seeds: &again [0]\nblocks:\n  a: {claims: [{higher: x, higher: *again}]}\n",
+            "the key 'higher' is there twice, in lines 3",
+        ),
     ],
 )
 def test_a_key_is_there_once(tmp_path: Path, text: str, said: str) -> None:
@@ -178,12 +181,15 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"blocks": {"a": {"cells": {"x": {"rl": "grpo", "num_inference_steps": 1}}}}}, "cell 'x': --rl grpo"),
         (
             {"blocks": {"a": {"cells": {"x": {"seed": 1}}}}},
-            "'seed' is no setting of a cell: the matrix makes it (seeds)",
+            "a cell may not set 'seed': the matrix sets it (from seeds)",
         ),
         ({"blocks": {"a": {"cells": {"x": {"start": "here"}}}}}, "cell 'x': start must be stage1"),
         ({"blocks": {"a": {"cells": {"x": {"stage1_steps": 0}}}}}, "cell 'x': stage1_steps is 0"),
-        ({"blocks": {"a": {"cells": {"x": {"stage2_steps": 5}, "y": {}}}}}, "block a: 'x' has 11 updates, 'y' 10"),
-        ({"blocks": {"a": CELL | {"claims": [{"higher": "x"}]}}}, "block a, claims: a claim has higher, lower"),
+        (
+            {"blocks": {"a": {"cells": {"x": {"stage2_steps": 5}, "y": {}}}}},
+            "block a: 'x' has 11 updates, but 'y' has",
+        ),
+        ({"blocks": {"a": CELL | {"claims": [{"higher": "x"}]}}}, "block a, claims: a claim needs higher, lower"),
         (
             {"blocks": {"a": CELL | {"claims": [{"higher": "x", "lower": "y", "metric": "recall"}]}}},
             "block a, claims: unknown cell 'x'",
@@ -192,8 +198,8 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": [0, True]}, "seeds must be a list of whole numbers"),
         ({"seeds": [2**32]}, "seeds must be a list of whole numbers"),
-        ({"settings": {"architecture": "x"}}, "settings: 'architecture' is no setting of a cell: it is of dmdr-train"),
-        ({"settings": {"model": "toy", "output_dir": "x"}}, "settings: 'output_dir' is no setting of a cell"),
+        ({"settings": {"architecture": "x"}}, "settings: a cell may not set 'architecture': only dmdr-train"),
+        ({"settings": {"model": "toy", "output_dir": "x"}}, "settings: a cell may not set 'output_dir'"),
         ({"settings": {"model": "toy", "rl": "refl"}}, "cell 'stage 1': num_eval_samples is 0"),
         (
             {"settings": {"model": "digit", "rl": "refl"}},
@@ -212,11 +218,11 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
         ({"blocks": {"a": {"cells": {"x": {}, "y": {}}}}}, "block a: 'x' and 'y' are the same run"),
         (
             {"blocks": {"a": {"cells": {"x": {}}, "stage1": {"num_eval_samples": 4}}}},
-            "block a: 'x' has 8 samples, the stage 1 of 'x' 4",
+            "block a: 'x' has 8 samples, but the stage 1 of 'x' has 4",
         ),
         (
             {"blocks": {"a": {"cells": {"x": {"stage2_steps": 0, "reward_tilt": 2}}, "stage1": {"reward_tilt": 0}}}},
-            "cell 'x' is a stage 1, and 'reward_tilt' is for the block's stage1 to say",
+            "cell 'x' is a stage 1; set 'reward_tilt' in the block's stage1 instead",
         ),
     ],
     ids=str,
@@ -240,7 +246,7 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
         ({"cells": ["x"]}, "block a, cells must be a mapping, not ['x']"),
         (ONE | {"settings": ["rl"]}, "block a, settings must be a mapping, not ['rl']"),
         (ONE | {"stage1": ["rl"]}, "block a, stage1 must be a mapping, not ['rl']"),
-        (ONE | {"stage1": {"seed": 1}}, "block a, stage1: 'seed' is no setting of a cell: the matrix makes it (seeds)"),
+        (ONE | {"stage1": {"seed": 1}}, "block a, stage1: a cell may not set 'seed': the matrix sets it (from seeds)"),
         (ONE | {"stage1": {"dmd_weight": 2}}, "block a, stage1: 'dmd_weight' is a setting of stage 2"),
         ({"grid": ["dmd_weight"]}, "block a, grid must be a mapping, not ['dmd_weight']"),
         ({"grid": {"dmd_weight": 0.5}}, "block a, grid: dmd_weight must be a list, not 0.5"),
@@ -275,22 +281,22 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
             ONE | {"claims": [CLAIM | {"until": 3}]},
             "block a, claims, 'x' above 'y' in reward/total until 3: 'x' is first evaluated after 4 updates",
         ),
-        (ONE | {"claims": [CLAIM | {"until": 11}]}, "in reward/total until 11: 'x' has 10 updates"),
+        (ONE | {"claims": [CLAIM | {"until": 11}]}, "in reward/total until 11: 'x' has only 10 updates; lower until"),
         (  # 'x' and 'y' go on from a stage 1 of 6 updates, after which they are first evaluated at 10
             ONE | {"claims": [CLAIM | {"until": 9}]},
-            "in reward/total until 9: until then both are the same run, stage1-seed0-",
+            "in reward/total until 9: up to there both cells are the same run, stage1-seed0-",
         ),
         (
             {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 6}]},
-            "in reward/total until 6: until then both are the same run, stage1-seed0-",
+            "in reward/total until 6: up to there both cells are the same run, stage1-seed0-",
         ),
         (
             {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 8}]},
-            "in reward/total until 8: 'x' has 6 updates",
+            "in reward/total until 8: 'x' has only 6 updates; lower until",
         ),
         (
             {"cells": {"x": {}, "y": {"eval_steps": 2}}, "claims": [CLAIM | {"until": 10}]},
-            "in reward/total until 10: until then the two are evaluated after different updates: see their eval_steps",
+            "in reward/total until 10: the two cells are evaluated after different updates: make their",
         ),
         (  # of which only one of the two has this reward
             {
@@ -301,7 +307,7 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
         ),
         (
             {"cells": {"x": {}, "y": {"rl": "none", "reward": "none", "reward_tilt": 0}}},
-            "cell 'y': unknown setting 'reward_tilt' (sample weight with this flag: rt_dm; this run's is none)",
+            "cell 'y': unknown setting 'reward_tilt' (sample weight with this flag: rt_dm; this run uses none)",
         ),
     ],
     ids=str,
@@ -326,13 +332,13 @@ def test_a_block_that_cannot_be_meant(tmp_path: Path, write: Write, block: Any, 
         ({"quick": {"blocks": [["three"]]}}, "quick: blocks: unknown block '['three']'"),
         ({"quick": {"blocks": ["tree"]}}, "quick: blocks: unknown block 'tree' (did you mean 'three'?)"),
         ({"quick": {"seeds": 0}}, "quick: seeds must be a list of whole numbers from 0 to 2**32 - 1, not 0"),
-        ({"quick": {"settings": {"seed": 1}}}, "quick: settings: 'seed' is no setting of a cell"),
+        ({"quick": {"settings": {"seed": 1}}}, "quick: settings: a cell may not set 'seed'"),
         (
             {"quick": {"settings": {"stage2_stpes": 1}}},
             "quick: block three, cell 'stage 1': unknown setting 'stage2_st",
         ),
-        ({"blocks": {"a/b": ONE}}, "block a/b: its plots are named after it"),
-        ({"blocks": {1: ONE}}, "block 1: its plots are named after it"),
+        ({"blocks": {"a/b": ONE}}, "block a/b: write its name with letters, digits"),
+        ({"blocks": {1: ONE}}, "block 1: write its name with letters, digits"),
     ],
     ids=str,
 )
@@ -469,10 +475,16 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path: Path, write: Write)
         (["--job_s"], "unrecognized arguments: --job_s"),
         (["--quic"], "unrecognized arguments: --quic"),
         (["--dry_run", "--report_only"], "--report_only: not allowed with argument --dry_run"),
-        (["--output_dir", "file"], "--output_dir file is no folder that may be written to"),
-        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x is no folder that may be written to"),
-        (["--output_dir", "/proc/foo", "--dry_run"], "--output_dir /proc/foo is no folder that may be written to"),
-        (["--report_only"], "--report_only: runs/ablation holds no run of this matrix; leave it out to train them"),
+        (["--output_dir", "file"], "--output_dir file is no folder, or you may not write into it"),
+        (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x is no folder, or you may not write into it"),
+        (
+            ["--output_dir", "/proc/foo", "--dry_run"],
+            "--output_dir /proc/foo is no folder, or you may not write into it",
+        ),
+        (
+            ["--report_only"],
+            "--report_only: runs/ablation holds no run of this matrix; leave out --report_only to train",
+        ),
     ],
     ids=str,
 )
@@ -674,7 +686,7 @@ def test_whatever_ends_the_pool_ends_its_tasks(
     monkeypatch.setattr(command.time, "sleep", interrupted)
     with pytest.raises(error):
         pool(*(command.Task(name, [name, "hang"]) for name in "abc"))
-    said = "runs save their checkpoints, for up to 60 s; the same command goes on from them\n"
+    said = "the runs save checkpoints (up to 60 s); run the same command again to go on\n"
     assert capsys.readouterr().err == said
     assert (tmp_path / "a-left").exists() and (tmp_path / "b-left").exists()  # in order, not killed
     assert not (tmp_path / "c").exists()
@@ -699,11 +711,11 @@ def test_one_matrix_at_a_time(
     monkeypatch.setattr(command, "PATIENCE", 1)
     with (
         command.locked(tmp_path),
-        pytest.raises(ConfigError, match="another matrix is at work in it"),
+        pytest.raises(ConfigError, match="another matrix uses it now"),
         command.locked(tmp_path),
     ):
         pass
-    assert capsys.readouterr().err == f"waiting for another matrix at work in {tmp_path}, for 1 s\n"
+    assert capsys.readouterr().err == f"waiting up to 1 s for another matrix that uses {tmp_path}\n"
     with command.locked(tmp_path):
         pass
 
@@ -781,13 +793,14 @@ def judged(high: list[float | None], low: list[float | None], metric: str = "eva
             [0.5],
             [0.4],
             "recall",
-            "one seed: a above b in recall by 0.100; two or more are needed to tell",
+            "one seed: a above b in recall by 0.100; two or more seeds are needed",
         ),
         (
             [0.5, None, 0.51],
             [0.4, 0.4, 0.4],
             "recall",
-            "reproduced: a above b in recall by 0.105 ± 0.005 in 2 of 2 seeds (p = 0.015); 1 without both",
+            "reproduced: a above b in recall by 0.105 ± 0.005 in 2 of 2 seeds (p = 0.015); "
+            "seeds without both results: 1",
         ),
         (  # two of two, as half of all pure noise
             [0.5, 0.6],
@@ -796,20 +809,20 @@ def judged(high: list[float | None], low: list[float | None], metric: str = "eva
             "inconclusive: a above b in recall by 0.150 ± 0.050 in 2 of 2 seeds (p = 0.102); "
             "the seeds differ too much to tell",
         ),
-        ([None], [0.4], "recall", "not measured: a against b in recall: no seed has finished both"),
+        ([None], [0.4], "recall", "not measured: a against b in recall: no seed has finished both cells"),
         (
             [0.4, 0.4],
             [0.4, 0.4],
             "recall",
             "inconclusive: a level with b in recall by 0.000 ± 0.000 in 0 of 2 seeds (p = 0.500); "
-            "a difference that is shown as 0 says nothing",
+            "a difference that rounds to 0 shows nothing",
         ),
         (  # as sure as can be, and of no size
             [0.40041, 0.40042, 0.40043],
             [0.4, 0.4, 0.4],
             "recall",
             "inconclusive: a level with b in recall by 0.000 ± 0.000 in 3 of 3 seeds (p < 0.001); "
-            "a difference that is shown as 0 says nothing",
+            "a difference that rounds to 0 shows nothing",
         ),
     ],
 )
@@ -876,7 +889,7 @@ def test_p_is_that_of_students_t() -> None:
 
 def test_a_metric_that_finished_runs_lack_is_not_measured() -> None:
     finished = {"a": [Result({"recall": 0.5})], "b": [Result({})]}
-    said = "not measured: a against b in recall: their evaluations do not have it"
+    said = "not measured: a against b in recall: their evaluations do not measure it"
     assert str(verdict(Claim("a", "b", "recall"), finished)) == said
 
 
@@ -891,7 +904,7 @@ def test_report_of_an_unfinished_matrix(tmp_path: Path, toy: Matrix) -> None:
     for run in toy.runs[:2]:
         finish(run, tmp_path)
     lines = report.write_report(toy, tmp_path, {})
-    assert lines == ["three: not measured: RL only against joint in trained reward: no seed has finished both"]
+    assert lines == ["three: not measured: RL only against joint in trained reward: no seed has finished both cells"]
     html = (tmp_path / "report.html").read_text()
     assert "2 of 4 runs" in html
     assert "Text with &lt;b&gt;markup&lt;/b&gt;." in html

@@ -65,7 +65,7 @@ def test_a_killed_matrix_goes_on(tmp_path: Path, number: signal.Signals) -> None
     said = "bad, seed 0 is not finished: exit code 1: "
     line = next(line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if said in line)
     assert "no judge today" in line and "no judge today" in report
-    assert errors.splitlines()[-1] == "ablation_matrix: failures: 1; the same command tries them again"
+    assert errors.splitlines()[-1] == "ablation_matrix: failures: 1; run the same command to try them again"
     assert "one seed: RL only" in output
 
     third = command(file, tmp_path, "--report_only")

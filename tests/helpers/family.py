@@ -99,7 +99,7 @@ READERS = {
 def refuses_unread(folder: Path, option: str, value: Any) -> None:
     """The settings refuse a flag for a pipeline's folder, whose family does not read it, and say whose do."""
     family = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    who = f"model family with this flag: {READERS[option]}; this run's is {family}, so leave it out"
+    who = f"model family with this flag: {READERS[option]}; this run uses {family}, so leave it out"
     with pytest.raises(ConfigError) as error:
         parse(settings={"model": str(folder), option: value})
     assert str(error.value) == f"unknown setting '{option}' ({who})"

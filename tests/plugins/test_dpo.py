@@ -307,7 +307,7 @@ def test_losses_are_those_of_trl() -> None:
         ({"beta": -1.0}, "beta must be above 0"),
         ({"beta": NAN}, "beta must be above 0"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in"),
-        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing is of loss_type sigmoid"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing works only with loss_type sigmoid"),
         ({"margin": -0.1}, "margin must be at least 0"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1"),
     ],
@@ -469,7 +469,7 @@ def test_a_file_of_pairs_is_refused_before_training(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         DPO(pairs=str(file))
-    with pytest.raises(ConfigError, match="form transition needs trajectories"):
+    with pytest.raises(ConfigError, match="form transition cannot use pairs"):
         DPO(pairs=write_pairs(tmp_path), form="transition")
 
 

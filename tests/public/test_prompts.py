@@ -122,13 +122,13 @@ def test_one_object_a_line(tmp_path: Path) -> None:
         ("a fox", "line 3 is no JSON: Expecting value"),
         ('{"prompt": "a fox"', "line 3 is no JSON: Expecting ',' delimiter"),
         ("[" * 100_000, "line 3 is no JSON: "),
-        ('"a fox"', "line 3 is no object with a text under the key 'prompt'"),
-        ('["prompt"]', "line 3 is no object with a text under the key 'prompt'"),
-        ('{"text": "a fox", "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
-        ('{"prompt": 3, "label": 1}', "line 3 is no object with a text under the key 'prompt'"),
-        (r'{"prompt": "a \ud83e", "label": 1}', "line 3: the prompt holds half a surrogate pair, which is no text"),
+        ('"a fox"', "line 3 must be an object with text under the key 'prompt'"),
+        ('["prompt"]', "line 3 must be an object with text under the key 'prompt'"),
+        ('{"text": "a fox", "label": 1}', "line 3 must be an object with text under the key 'prompt'"),
+        ('{"prompt": 3, "label": 1}', "line 3 must be an object with text under the key 'prompt'"),
+        (r'{"prompt": "a \ud83e", "label": 1}', "line 3: the prompt holds half a surrogate pair; remove it"),
         ('{"prompt": "a", "x": 1, "x": 2}', "line 3 is no JSON: 'x' is there twice"),
-        ('{"prompt": "a", "images": 1}', "line 3: 'images' cannot name a column; it is an argument of every reward"),
+        ('{"prompt": "a", "images": 1}', "line 3: rename the column 'images'; rewards use this name for an argument"),
     ],
 )
 def test_a_line_that_is_no_row(tmp_path: Path, line: str, message: str) -> None:
@@ -148,7 +148,7 @@ def test_a_key_that_a_row_lacks_is_null(tmp_path: Path) -> None:
     assert str(read) == "3 (1 duplicate left out, 4 rows filled up with null)"
     path = write(tmp_path, "\n".join(reversed(lines[:2])).encode(), "falling.jsonl")
     assert stream_prompts(path).first(2) == [{"prompt": "b", "label": 1}, {"prompt": "a", "label": None}]
-    with pytest.raises(ConfigError, match=r"rows\.jsonl line 2 has the key 'label', which the first row lacks: a "):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl line 2 has the key 'label', but the first row does not: in a "):
         stream_prompts(str(tmp_path / "rows.jsonl")).first(2)
 
 
@@ -159,7 +159,7 @@ def test_objects_in_a_list(tmp_path: Path) -> None:
         assert read.rows == [rows[0], {"prompt": "c", "label": None}]
     path = write(tmp_path, b'[\n{"prompt":\n"a"}\n{}]', "b.json")
     assert "line 4 is no JSON: Expecting ',' delimiter" in refusal(path)
-    assert "row 2 is no object with a text" in refusal(write(tmp_path, b'[\n{"prompt": "a"}, "b"]', "c.json"))
+    assert "row 2 must be an object with text" in refusal(write(tmp_path, b'[\n{"prompt": "a"}, "b"]', "c.json"))
 
 
 def test_rows_need_a_prompt_file_that_holds_some(tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_prompts_under_another_name(tmp_path: Path, kind: str) -> None:
         assert read.first(3) == [{"prompt": f"c{i}", "label": i} for i in range(3)]
     said = refusal(path, column="text")
     if kind.startswith("json"):
-        assert said.endswith("1 is no object with a text under the key 'text'")
+        assert said.endswith("1 must be an object with text under the key 'text'")
     else:
         assert said.endswith(
-            "has no column 'text'; name that of the prompts with --prompt_column: prompt, caption, label"
+            "has no column 'text'; give the column of the prompts with --prompt_column: prompt, caption, label"
         )
     if kind not in ("json", "jsonl", "csv", "tsv", "gz"):  # whose prompts are text, whatever they look like
         assert "the column 'label' of" in refusal(path, column="label")
@@ -254,7 +254,7 @@ def test_prompts_under_another_name(tmp_path: Path, kind: str) -> None:
 
 def test_text_has_one_column(tmp_path: Path) -> None:
     said = refusal(write(tmp_path, b"a\n"), column="text")
-    assert said.endswith("has no column 'text'; name that of the prompts with --prompt_column: prompt")
+    assert said.endswith("has no column 'text'; give the column of the prompts with --prompt_column: prompt")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_the_start_of_a_streamed_table_says_what_is_a_number(tmp_path: Path, mon
     assert [row["x"] for row in read_prompts(path).rows] == ["1", "2", "2.5", "e"]
     streamed = stream_prompts(path)
     assert [row["x"] for row in streamed.first(3)] == [1, 2, 2.5]
-    with pytest.raises(ConfigError, match=r"a\.csv line 5: 'e' is no number, as its column holds in the first 2 rows$"):
+    with pytest.raises(ConfigError, match=r"a\.csv line 5: 'e' is no number, but the first 2 rows of its column are$"):
         streamed.first(4)
 
 
@@ -343,24 +343,32 @@ def test_the_start_of_a_streamed_table_says_what_is_a_number(tmp_path: Path, mon
     [
         ("a.csv", b"", "holds no prompt"),
         ("a.csv", b"prompt,x\n", "holds no prompt"),
-        ("a.csv", b"prompt\n\na, b\n", "a.csv line 3 has 2 cells, its header 1"),
+        ("a.csv", b"prompt\n\na, b\n", "a.csv line 3 has 2 cells, but its header has 1"),
         ("a.csv", b"prompt,x\na,1\n\xff,1\n", "is not UTF-8 text: invalid start byte in line 3"),
         ("a.csv", b'prompt,x\na,1\nb,"2\nc,3\n', "a.csv line 3: unexpected end of data"),
-        ("a.csv", b"prompt,x,prompt\na,1,b\n", "a.csv line 1 names two columns 'prompt'"),
+        ("a.csv", b"prompt,x,prompt\na,1,b\n", "a.csv line 1 has two columns called 'prompt'"),
         ("a.tsv", b'prompt\tx\na\t1\n"boat" at sea\t2\n', "a.tsv line 3: '\t' expected after '\"'"),
-        ("a.tsv", b"prompt,x\na,1\n", "has no column 'prompt'; name that of the prompts with --prompt_column: prompt,"),
+        (
+            "a.tsv",
+            b"prompt,x\na,1\n",
+            "has no column 'prompt'; give the column of the prompts with --prompt_column: prompt,",
+        ),
         ("a.csv.gz", b"prompt,x\na,1\n", "cannot be read: Not a gzipped file"),
         ("a.txt.bz2", bz2.compress(b"a\nb\n")[:20], "cannot be read: Compressed file ended before"),
         ("a.arrow", b"nothing of the kind", "cannot be read: "),
         (
             "a.parquet.gz",
             gzip.compress(b"PAR1", mtime=0),
-            "says no format that is read here: expected .txt, .jsonl, .ndjson, ",
+            "the name must end with .txt, .jsonl, .ndjson, ",
         ),
-        ("prompts.xlsx", b"a\n", "(each also with .gz, .bz2, .xz behind it), .parquet or .arrow"),
-        ("prompts", b"a\n", "prompts says no format that is read here: expected .txt, "),
-        ("a.csv", b"text,x\na,1\n", "has no column 'prompt'; name that of the prompts with --prompt_column: text, x"),
-        ("a.csv", b"prompt,images\na,b\n", "'images' cannot name a column; it is an argument of every reward"),
+        ("prompts.xlsx", b"a\n", "(each also with .gz, .bz2, .xz after it), .parquet or .arrow"),
+        ("prompts", b"a\n", "prompts: the name must end with .txt, "),
+        (
+            "a.csv",
+            b"text,x\na,1\n",
+            "has no column 'prompt'; give the column of the prompts with --prompt_column: text, x",
+        ),
+        ("a.csv", b"prompt,images\na,b\n", "rename the column 'images'; rewards use this name for an argument"),
         ("a.parquet", b"", "cannot be read: Parquet file size is 0 bytes"),
         ("a.parquet", b"nothing of the kind", "cannot be read: Parquet magic bytes not found in footer."),
         ("a.jsonl", b'[\n{"prompt": "a"}\n]', "line 1 is no JSON: Expecting value"),
@@ -460,9 +468,9 @@ def test_folders_with_splits(tmp_path: Path) -> None:
             assert read(str(tmp_path / folder), split="test").first(1) == [{"prompt": "test"}]
             said = refusal(str(tmp_path / folder), read, split="dev")
             assert all(split in said for split in ("dev", "train", "test"))
-    assert "neither" in refusal(str(tmp_path / "one"), split="test")
-    assert "neither" in refusal(as_parquet(ROWS, tmp_path / "a.parquet"), split="test")
-    assert "neither" in refusal(as_parquet(ROWS, tmp_path / "a.parquet"), config="de")
+    assert "has no configurations or splits" in refusal(str(tmp_path / "one"), split="test")
+    assert "has no configurations or splits" in refusal(as_parquet(ROWS, tmp_path / "a.parquet"), split="test")
+    assert "has no configurations or splits" in refusal(as_parquet(ROWS, tmp_path / "a.parquet"), config="de")
     assert "BuilderConfig 'de' not found" in refusal(str(tmp_path / "files"), config="de")
 
 
@@ -555,7 +563,7 @@ def test_a_dataset_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None
     """At once, and not after half a minute."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("dmdr.hub._silence", lambda: "the hub does not answer: it is closed")
-    said = "--prompts: no/such: no such file, and the hub does not answer: it is closed; with HF_HUB_OFFLINE=1 a "
+    said = "--prompts: no/such: no such file, and the hub does not answer: it is closed; set HF_HUB_OFFLINE=1 to "
     assert refusal("no/such").startswith(said)
 
 
@@ -678,5 +686,5 @@ def test_a_stream_passes_over_empty_lines(tmp_path: Path) -> None:
 def test_a_stream_finds_what_is_wrong_when_it_gets_there(tmp_path: Path) -> None:
     streamed = stream_prompts(write(tmp_path, b'{"prompt": "a"}\n{"text": "b"}\n', "rows.jsonl"))
     assert streamed.first(1) == [{"prompt": "a"}]
-    with pytest.raises(ConfigError, match="line 2 is no object"):
+    with pytest.raises(ConfigError, match="line 2 must be an object"):
         streamed.first(2)

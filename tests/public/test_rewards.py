@@ -443,7 +443,7 @@ def test_every_clip_folder_says_how_it_is_fed(tmp_path: Path) -> None:
     ):
         folder = write_pickscore(tmp_path / str(number), **settings)
         if refused:
-            with pytest.raises(ValueError, match=r"what its image processor asks for is not supported"):
+            with pytest.raises(ValueError, match=r"these settings of its image processor are not supported"):
                 prepared(PickScore(folder))
         else:
             assert prepared(PickScore(folder)).towers.preprocess.edge == 32
@@ -638,7 +638,7 @@ def test_parts_that_do_not_fit_are_refused_before_a_run(tmp_path: Path) -> None:
         prepared(Aesthetic(folder, clip="no/such/clip"))  # what is named is not passed over
     head = next(tmp_path.glob("*.pth"))
     torch.save(torch.load(head) | {"layers.0.weight": torch.ones(32, 17)}, head)
-    with pytest.raises(ValueError, match=r"takes features of 17, checkpoint \S+ gives 16"):
+    with pytest.raises(ValueError, match=r"needs 17 features, but checkpoint \S+ gives 16"):
         prepared(Aesthetic(folder))
     CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its processor crops to 56 pixels, its network takes 28"):
@@ -751,7 +751,7 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path: Path, kind: type, weights:
     assert str(folder) in refusal()
     pickled = folder / ("pytorch_model.bin" if of_transformers else "weights.pt")
     torch.save({"state_dict": Malicious(tmp_path / "owned")}, pickled)
-    assert "holds more than tensors and is refused" in refusal()
+    assert "holds more than tensors, which DMDR does not load" in refusal()
     assert not (tmp_path / "owned").exists()
 
 
@@ -856,7 +856,7 @@ def test_bad_settings_columns_and_sums_are_refused(tmp_path: Path) -> None:
         rewards.each(pixels(3), PROMPTS, label=LABELS[:2])
     with pytest.raises(RewardError, match="'dinov2' failed: ValueError: the prompts have no column 'label'"):
         rewards.each(pixels(3), PROMPTS)
-    with pytest.raises(RewardError, match="the label 5 is not one of the classifier's 0 to 4"):
+    with pytest.raises(RewardError, match="the label 5 must be between 0 and 4"):
         rewards.each(pixels(3), PROMPTS, label=[0, 1, 5])
     with pytest.raises(RewardError, match="the column 'label' is not all integers"):
         rewards.each(pixels(3), PROMPTS, label=[0, 1, "cat"])

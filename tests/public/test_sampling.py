@@ -269,7 +269,7 @@ def test_euler_maruyama_keeps_the_variance_where_steps_are_many(sde_type: str, e
 
 @pytest.mark.parametrize("sde_type", ["flow_sde", "dance_sde"])
 def test_steps_of_rectified_flow_are_refused_elsewhere(sde_type: str) -> None:
-    with pytest.raises(ConfigError, match=f"--sde_type {sde_type} is a step of rectified flow"):
+    with pytest.raises(ConfigError, match=f"--sde_type {sde_type} works only with rectified flow"):
         FewStepSampler(VP, time_grid(4), 0.7, sde_type)  # type: ignore[arg-type]
 
 

@@ -296,7 +296,7 @@ def test_what_nobody_waits_for_is_not_scored(busy: Scorer, gate: Gate) -> None:
     assert gate.calls == [1, 1]
 
 
-LIST = "it must return a list of a number, or None, for each image"
+LIST = "it must return a list with a number or None for each image"
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_a_body_may_not_be_larger_than_the_limit() -> None:
         large = asked(100).to_bytes()
         for body in (large, (large[start : start + 1000] for start in range(0, len(large), 1000))):  # also in chunks
             answer = post(url, body)
-            assert (answer.status_code, answer.json()) == (413, {"error": "a request may have 0.01 MB"})
+            assert (answer.status_code, answer.json()) == (413, {"error": "a request may have at most 0.01 MB"})
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 10) as connection:
             connection.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\n")  # and no more
             assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -531,7 +531,10 @@ def test_a_server_that_cannot_finish_says_that_it_leaves(gate: Gate) -> None:
             answers = [pool.submit(post, url, asked(value=value).to_bytes()) for value in (1, 2)]
             wait_until(lambda: gate.calls and health(url)["queue"] == 2)
         for answer in answers:
-            assert (answer.result().status_code, answer.result().json()) == (503, {"error": "the server is leaving"})
+            assert (answer.result().status_code, answer.result().json()) == (
+                503,
+                {"error": "the server is shutting down"},
+            )
 
 
 def test_limits_are_above_zero() -> None:
@@ -584,7 +587,7 @@ def test_a_script_among_strangers_finishes_what_it_was_asked_before_it_leaves() 
         assert server.wait(10) == 0
         assert server.stdout.read() == "left\n"
         assert server.stderr.read().splitlines() == [
-            f"anyone who reaches {url.replace('127.0.0.1', '0.0.0.0')} can use this server: it asks for no token"
+            f"anyone can use the server at {url.replace('127.0.0.1', '0.0.0.0')}: it asks for no token; set {TOKEN}"
         ]
 
 
@@ -652,7 +655,7 @@ def test_a_batch_above_the_servers_limit_goes_in_parts() -> None:
         scores = client(url)(images, ["a"] * 11, label=list(range(11)))
         assert torch.equal(scores, redness(eight_bits(images).float() / 255, []))
         assert health(url)["requests"] > 3
-        with pytest.raises(RemoteError, match=f"{url} answers 413 a request may have 0.001 MB"):
+        with pytest.raises(RemoteError, match=f"{url} answers 413 a request may have at most 0.001 MB"):
             client(url)(pixels(1, 32, 32), ["a"])
 
 
@@ -773,13 +776,13 @@ def test_no_more_is_read_than_scores_can_take(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_no_reward_server_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(application(redness, token="s3cret")) as url:
-        with pytest.raises(ConfigError, match=f"{url} asks for a token, and {TOKEN} is not set"):
+        with pytest.raises(ConfigError, match=f"{url} asks for a token, but {TOKEN} is not set"):
             client(url)
         monkeypatch.setenv(TOKEN, "other")
-        with pytest.raises(ConfigError, match=f"{url} asks for a token, and {TOKEN} is another"):
+        with pytest.raises(ConfigError, match=f"{url} asks for a token, but {TOKEN} is wrong"):
             client(url)
         monkeypatch.setenv(TOKEN, "s3\ncret")
-        with pytest.raises(ConfigError, match="holds characters that no HTTP header can") as raised:
+        with pytest.raises(ConfigError, match="holds characters that HTTP does not allow") as raised:
             client(url)
         assert "cret" not in str(raised.value)
         monkeypatch.setenv(TOKEN, "s3cret")
@@ -795,7 +798,7 @@ def test_what_is_no_reward_server_is_refused_at_once(monkeypatch: pytest.MonkeyP
         return abouts.pop(0)
 
     with serving(Starlette(routes=[Route("/health", other)])) as url:
-        for message in ("answers 200, but is no reward server", "speaks version 7 of the protocol, not 1"):
+        for message in ("answers 200, but is no reward server", "uses version 7 of the protocol, not 1"):
             with pytest.raises(ConfigError, match=f"^reward '{url}': {url} {message}"):
                 Rewards({url: (1.0, registry.load("rewards", url)())}).prepare(CPU, torch.float32)
 
@@ -844,7 +847,7 @@ def test_a_name_that_is_no_address(name: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://user:s3cret@judge", "http://judge?token=s3cret", "http://judge/#s3cret"])
 def test_an_address_holds_no_secret(url: str) -> None:
-    with pytest.raises(ConfigError, match=f"a token goes into {TOKEN}") as raised:
+    with pytest.raises(ConfigError, match=f"put a token into {TOKEN}") as raised:
         registry.load("rewards", url)
     assert "s3cret" not in str(raised.value)
 

@@ -173,8 +173,8 @@ def test_every_kind_of_damage_is_found_and_the_checkpoint_before_is_used(
         file.write_bytes(whole[: len(whole) // 2 if harm == "cut" else 0])
     assert newest_whole(checkpoints(tmp_path)) == good
     (said,) = caplog.messages
-    assert "step-000002" in said and name in said and "the checkpoint before it is used" in said
-    with pytest.raises(ConfigError, match=f"step-000002.*{re.escape(str(good))} is whole"):
+    assert "step-000002" in said and name in said and "DMDR uses an earlier checkpoint" in said
+    with pytest.raises(ConfigError, match=f"step-000002.*use {re.escape(str(good))}, which is complete"):
         check_whole(bad)
     prune(tmp_path, 1)  # the older one goes only if the newer one is whole
     assert names(tmp_path) == ["step-000001", "step-000002"]
@@ -289,7 +289,7 @@ def test_a_training_file_that_holds_something_else_is_refused(
         (folder / "training.pt").write_bytes(content)
     else:
         torch.save(content, folder / "training.pt")
-    with pytest.raises(ConfigError, match=r"training\.pt (is damaged|holds what no checkpoint holds)") as error:
+    with pytest.raises(ConfigError, match=r"training\.pt (is damaged|holds data that is not of a checkpoint)") as error:
         restore(folder, {}, {})
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     assert not capsys.readouterr().out

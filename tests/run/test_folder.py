@@ -55,7 +55,7 @@ def test_latest_is_the_newest_whole_checkpoint(run: Path, caplog: pytest.LogCapt
     before = content(run / "student")
     (run / "checkpoints" / "step-000004" / "training.pt").write_bytes(b"")
     train(output_dir=str(run), resume_from_checkpoint="latest")
-    assert any("step-000004/training.pt is damaged" in line and "before it is used" in line for line in caplog.messages)
+    assert any("step-000004/training.pt is damaged" in line and "uses an earlier" in line for line in caplog.messages)
     assert content(run / "student") == before
     assert not any(map(damage, checkpoints(run))) and names(run)[-1] == "step-000004"
 
@@ -64,7 +64,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(run: Path) -> None:
     for path in checkpoints(run):
         (path / "student.safetensors").write_bytes(b"")
     before = content(run)
-    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         train(output_dir=str(run), resume_from_checkpoint="latest")
     assert content(run) == before
 
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_before_anything_is_remove
     with pytest.raises(ConfigError, match="step-000002") as error:
         train(resume_from_checkpoint=str(named))
     assert content(run) == before
-    assert not manifest or str(error.value).endswith("step-000004 is whole")
+    assert not manifest or str(error.value).endswith("step-000004, which is complete")
 
 
 def test_a_damaged_checkpoint_is_no_hindrance_to_another(run: Path) -> None:
@@ -106,7 +106,7 @@ def test_prompts_that_have_changed_are_noticed(run: Path, caplog: pytest.LogCapt
     prompts.write_text('{"prompt": "mode 1", "label": 1}\n')
     step = str(run / "checkpoints" / "step-000003")
     train(resume_from_checkpoint=step, prompts=str(prompts))
-    assert any(re.search("--prompts .* has other content than when the run began", line) for line in caplog.messages)
+    assert any(re.search("--prompts .* has changed since the run began", line) for line in caplog.messages)
 
 
 def test_another_batch_is_refused(run: Path) -> None:
@@ -123,7 +123,7 @@ def test_another_batch_is_refused(run: Path) -> None:
 
 
 def test_a_run_does_not_go_on_among_the_checkpoints_of_another(run: Path, finished: Path) -> None:
-    with pytest.raises(ConfigError, match="holds checkpoints of another run"):
+    with pytest.raises(ConfigError, match="is of another run"):
         train(output_dir=str(run), resume_from_checkpoint=str(finished / "checkpoints" / "step-000003"))
     branch = run.parent / "branch"
     train(output_dir=str(branch), resume_from_checkpoint=str(run / "checkpoints" / "step-000003"))
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_a_failed_update_says_that_it_is_not_exact(
             train(**SETTINGS | {"save_steps": 0}, output_dir=str(folder))
     assert names(folder) == ["step-000002"]
     train(output_dir=str(folder), resume_from_checkpoint="latest")
-    assert any("was saved in the middle of an update that failed" in line for line in caplog.messages)
+    assert any("was saved during a failed update" in line for line in caplog.messages)
 
 
 # --- Beginning --------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_overwriting_spares_what_the_settings_name(run: Path, monkeypatch: pytes
     monkeypatch.chdir(run)
     before = content(run)
     given = {name: value for name, value in SETTINGS.items() if name != "stage1_steps"} | {kind: named}
-    with pytest.raises(ConfigError, match=re.escape(f"--overwrite_output_dir would delete the --{kind} {named}")):
+    with pytest.raises(ConfigError, match=re.escape(f"--overwrite_output_dir would delete {named} (--{kind})")):
         train(**given, output_dir=str(run), overwrite_output_dir=True)
     assert content(run) == before
 
@@ -273,7 +273,7 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     def meanwhile(self: Trainer, **how: Any) -> Any:
         for way in ({"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
             if checkpoints(folder):
-                with pytest.raises(ConfigError, match="another run is at work in it") as error:
+                with pytest.raises(ConfigError, match="another run uses it now") as error:
                     train(**SETTINGS, output_dir=str(folder), **way)
                 refused.append(error)
         return step(self, **how)

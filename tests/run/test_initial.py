@@ -52,7 +52,7 @@ def change(export: Path, key: str, value: Any) -> None:
 def test_other_steps(finished: Path, start: str) -> None:
     initial = find_initial(str(finished / start))
     assert differences(initial, 2, None) == differences(initial, 2, 512) == []
-    assert differences(initial, 7, 512) == ["was trained for 2 steps, and is to take 7 now"]
+    assert differences(initial, 7, 512) == ["was trained for 2 steps, but this run uses 7"]
 
 
 def test_another_resolution(copy: Path) -> None:
@@ -63,7 +63,7 @@ def test_another_resolution(copy: Path) -> None:
     settings.write_text(f"{text}resolution: 512\n")
     for initial, steps in ((copy / "student", 2), (find_initial(str(copy)), 3)):
         assert differences(initial, steps, 512) == []
-        assert differences(initial, steps, 1024) == ["was trained at a resolution of 512, which is 1024 now"]
+        assert differences(initial, steps, 1024) == ["was trained at a resolution of 512, but this run uses 1024"]
 
 
 def test_a_run_says_what_differs(
@@ -72,7 +72,7 @@ def test_a_run_says_what_differs(
     given = {"init_student": str(finished / "student"), "num_inference_steps": 1, "eta": 0.0}
     second = {name: value for name, value in FAST.items() if name != "stage1_steps"}
     train(**second | given, output_dir=str(tmp_path / "run"))
-    assert f"--init_student {finished / 'student'} was trained for 2 steps, and is to take 1 now" in caplog.messages
+    assert f"--init_student {finished / 'student'} was trained for 2 steps, but this run uses 1" in caplog.messages
 
 
 @pytest.mark.parametrize(

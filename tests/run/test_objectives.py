@@ -232,7 +232,7 @@ class Lost(Redness):
     [
         ({"reward": "no_file.py:size"}, "'no_file.py:size' cannot be imported: FileNotFoundError: no such file"),
         ({"reward": "my_file.py:sice"}, "'my_file.py:sice': there is no 'sice' in my_file.py"),
-        ({"reward": "no_module:size"}, "No module named 'no_module'; a file is given as path/to/file.py:name"),
+        ({"reward": "no_module:size"}, "No module named 'no_module'; write a file as path/to/file.py:name"),
         ({"reward": "my_file.py:wrong"}, "must be callable as score(images, prompts, **columns)"),
         (
             {"reward": "my_file.py:more"},
@@ -245,7 +245,7 @@ class Lost(Redness):
         ({"reward": "broken.py:size"}, "'broken.py:size' cannot be imported: SyntaxError"),
         ({"reward": "leaves.py:size"}, "'leaves.py:size' cannot be imported: SystemExit: 5"),
         ({"reward": "needs.py:Lost"}, "reward 'needs.py:Lost': [Errno 2] No such file or directory: 'gone'"),
-        ({"rl": "needs.py:Method", "reward": "toy"}, "is `needs` a @property that returns them?"),
+        ({"rl": "needs.py:Method", "reward": "toy"}, "write `needs` as a @property that returns it"),
         ({"rl": "needs.py:Typo", "reward": "toy"}, "--rl needs.py:Typo: Needs.__init__() got an unexpected keyword"),
         ({"rl": "needs.py:Step", "reward": "toy"}, "needs.steps must be any, last, stochastic or a tuple of indices"),
         ({"rl": "needs.py:Role", "reward": "toy"}, "needs.roles must be a tuple of student, fake_score, reference"),

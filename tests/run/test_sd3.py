@@ -122,7 +122,7 @@ def test_stock_diffusers_reproduces_dmdr_sample(digits: Digits, tmp_path: Path, 
 
 
 def test_an_eta_that_no_stock_scheduler_takes(backend: SD3Backend) -> None:
-    with pytest.raises(ConfigError, match=r"^--sample_eta 0\.5: the stock scheduler of this model knows 0 and 1 only$"):
+    with pytest.raises(ConfigError, match=r"^--sample_eta 0\.5: the scheduler of this model supports 0 and 1 only$"):
         backend.check_sampler(FewStepSampler.stock(backend.path, backend.grid(4), 0.5))
 
 

@@ -163,7 +163,7 @@ def test_a_family_takes_its_own_flags_and_no_other(
         taken.add(field.name)
     others = {f.name for n in PIPELINES for f in dataclasses.fields(registry.load("backends", n).Options) if f.init}
     for option in others - taken - {"guidance_scale", "revision", "seed"}:  # which the core has
-        assert refusal("--model", str(place), f"--{option}", "1").endswith(f"; this run's is {name}, so leave it out)")
+        assert refusal("--model", str(place), f"--{option}", "1").endswith(f"; this run uses {name}, so leave it out)")
 
 
 def test_the_families_that_read_a_flag() -> None:
@@ -187,17 +187,17 @@ def test_a_setting_of_the_core_is_given_to_the_family_that_asks(folder: Callable
 
 @pytest.mark.parametrize(("flag", "value"), [("teacher_lora", "x"), ("attention_backend", "flash"), ("lora_rank", "4")])
 def test_the_toy_has_no_adapters(flag: str, value: str) -> None:
-    who = f"(model family with this flag: {ADAPTERS}; this run's is ToyPipeline, so leave it out)"
+    who = f"(model family with this flag: {ADAPTERS}; this run uses ToyPipeline, so leave it out)"
     assert refusal("--model", "toy", f"--{flag}", value) == f"unknown argument --{flag} {who}"
     assert refusal("--model", "toy", f"--{flag}={value}") == f"unknown argument --{flag}={value} {who}"
     assert refusal(model="toy", **{flag: value}) == f"unknown setting '{flag}' {who}"
 
 
 def test_flags_of_another_matching_or_weight_say_so() -> None:
-    said = "unknown argument --ac_steps (matching with this flag: ac_dmd; this run's is dmd)"
+    said = "unknown argument --ac_steps (matching with this flag: ac_dmd; this run uses dmd)"
     name = next(f.name for f in dataclasses.fields(registry.load("matchings", "ac_dmd")) if f.name != "floor")
     assert refusal("--model", "toy", f"--{name}", "1") == said.replace("ac_steps", name)
-    said = "unknown argument --tilt_weight (sample weight with this flag: rt_dm; this run's is none)"
+    said = "unknown argument --tilt_weight (sample weight with this flag: rt_dm; this run uses none)"
     assert refusal("--model", "toy", "--sample_weight", "none", "--tilt_weight", "rank") == said
 
 
@@ -262,7 +262,7 @@ def test_a_strangers_family_has_its_flags(mine: str, tmp_path: Path, capsys: pyt
         assert "--width INT How wide it is. (default: 4)" in own
         assert "--weight FLOAT" not in own
 
-    said = f"(model family with this flag: {ADAPTERS}; this run's is {mine}:Mine, so leave it out)"
+    said = f"(model family with this flag: {ADAPTERS}; this run uses {mine}:Mine, so leave it out)"
     assert refusal(*named, "--file", "a", "--lora_rank", "2") == f"unknown argument --lora_rank {said}"
     assert refusal(*named, "--file", "a", "--dept", "2") == "unknown argument --dept (did you mean 'depth'?)"
     assert refusal(*named, "--file", "a", "--weight", "2").startswith("unknown argument --weight")
@@ -275,11 +275,11 @@ def test_a_strangers_family_has_its_flags(mine: str, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Bare", "has no Options; dmdr.protocols says what it needs"),
-        ("Nothing", "has no Options; dmdr.protocols says what it needs"),
-        ("Plain", "has Options that are no dataclass; its fields are the command-line flags"),
+        ("Bare", "has no Options; see dmdr.protocols"),
+        ("Nothing", "has no Options; see dmdr.protocols"),
+        ("Plain", "has Options that are no dataclass; make it one: its fields are the command-line flags"),
         ("Odd", "has a field 'depth' of a type that no flag can have: <class 'dict'>"),
-        ("Greedy", "has a field 'help', and --help is a flag of dmdr"),
+        ("Greedy", "has a field 'help', but --help is a flag of dmdr"),
     ],
 )
 def test_a_strangers_family_without_options(mine: str, name: str, said: str) -> None:
@@ -341,7 +341,7 @@ def test_an_old_file_of_the_toy(tmp_path: Path, caplog: pytest.LogCaptureFixture
     none = parse(["--config", written(tmp_path, old | {"reward": "none"})])
     assert [plugin.name for plugin in none.plugins] == ["dmd", "ToyPipeline"]
     assert not caplog.records
-    who = f"model family with this flag: {ADAPTERS}; this run's is ToyPipeline, so leave it out"
+    who = f"model family with this flag: {ADAPTERS}; this run uses ToyPipeline, so leave it out"
     asked = written(tmp_path, old | {"lora_rank": 8})
     assert refusal("--config", asked) == f"unknown setting 'lora_rank' ({who})"
 
@@ -371,4 +371,4 @@ def test_a_run_without_a_reward_weighs_no_samples(tmp_path: Path, caplog: pytest
     assert parse(["--config", str(again)]) == plain
     assert parse(["--config", str(again), "--reward", "toy"]).config.sample_weight == "none"
     line = refusal("--config", str(again), "--reward_tilt", "2")
-    assert line == "unknown argument --reward_tilt (sample weight with this flag: rt_dm; this run's is none)"
+    assert line == "unknown argument --reward_tilt (sample weight with this flag: rt_dm; this run uses none)"

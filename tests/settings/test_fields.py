@@ -291,7 +291,9 @@ def test_a_plugin_may_call_its_fields_as_it_likes() -> None:
     climb, heap = settings.of("objectives")
     assert climb.options["floor"] == 3
     assert heap.options == {"help": "a", "config": "", "climb_floor": 2}
-    assert refusal("--rl", "save") == "objective 'save' has a field 'steps', and --save_steps is a flag of dmdr"
+    assert (
+        refusal("--rl", "save") == "objective 'save' has a field 'steps', but --save_steps is a flag of dmdr; rename it"
+    )
 
 
 def test_flags_of_a_plugin_that_was_not_chosen_are_unknown() -> None:
@@ -396,7 +398,7 @@ def test_a_flag_has_one_spelling_in_a_message() -> None:
         (("--max_sequence_length", "0"), "--max_sequence_length must be above 0, not 0"),
         (("--decode_chunk_size", "-2"), "--decode_chunk_size must be above 0, not -2"),
         (("--shift", "0"), "--shift must be above 0, not 0.0"),
-        (("--student_weights", "x"), "--student_weights are of a full network: they need --full_finetune"),
+        (("--student_weights", "x"), "--student_weights needs --full_finetune"),
     ],
 )
 def test_bad_flags_of_a_family(sd3: str, arguments: tuple[str, ...], said: str) -> None:
@@ -411,9 +413,7 @@ def test_names_of_other_trainers_say_what_they_are_called_here(sd3: str) -> None
         refusal("--train-batch-size=4") == "unknown argument --train-batch-size=4 (write --per_device_train_batch_size)"
     )
     assert refusal(bf16=True) == "unknown setting 'bf16' (write --mixed_precision bf16)"
-    assert "or --num_inference_steps, which are the student's; objective with this flag: refl" in refusal(
-        "--steps", "4"
-    )
+    assert "which counts the student's sampling steps; objective with this flag: refl" in refusal("--steps", "4")
     family = parse(["--model", sd3]).family
     there = {f.name for kind in (Config, family.flags) for f in dataclasses.fields(kind)}
     assert not there & ELSEWHERE.keys()
@@ -469,8 +469,8 @@ def test_a_weight_with_a_leading_minus_is_refused_in_one_line(flag: str) -> None
         ("seed: [", "is no YAML"),
         ("seed: !!python/object:os.system {}", "is no YAML"),
         ("seed: 1\n\x07", "is no YAML"),
-        ("seed: 1\nrl: none\nseed: 2", "the key 'seed' of line 1 is there again in line 3"),
-        ("lora: {a: 1, a: 2}", "the key 'a' of line 1 is there again in line 1"),
+        ("seed: 1\nrl: none\nseed: 2", "the key 'seed' is there twice, in lines 1 and 3"),
+        ("lora: {a: 1, a: 2}", "the key 'a' is there twice, in lines 1 and 1"),
         ("seed: " + "[" * 3000, "is nested too deeply"),
         ("seed: " + "{a: " * 3000, "is nested too deeply"),
         ("seed: 2020-13-45", "is no YAML"),
@@ -578,7 +578,7 @@ def test_a_wrong_choice_names_the_right_ones(value: Any) -> None:
         ({"sigmas": [1.0, 0.0]}, "--sigmas must be decreasing"),
         ({"sigmas": [0.0]}, "--sigmas must be decreasing"),
         ({"sigmas": [1.5, 0.5]}, "--sigmas must be decreasing"),
-        ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by num_generations, 2, not 5"),
+        ({"per_device_train_batch_size": 5, "num_generations": 2}, "divisible by --num_generations (2), not 5"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "nothing to train"),
         ({"dmd_weight": 0.0, "rl": "refl"}, "--init_student"),
         ({"dmd_weight": 0.0, "init_student": "x"}, "leaves nothing to train"),
@@ -611,15 +611,15 @@ def test_numbers_beyond_all_use_are_refused(name: str, value: Any) -> None:
         ({"num_inference_steps": 10**6}, "--num_inference_steps must be at most 1000"),
         ({"teacher_steps": 2**40}, "--teacher_steps must be at most 1000"),
         ({"num_eval_samples": 2**40}, "--num_eval_samples must be at most 1048576"),
-        ({"gradient_accumulation_steps": 2**19}, "the images of an update are at most 1048576"),
+        ({"gradient_accumulation_steps": 2**19}, "an update has at most 1048576 images"),
         ({"stage2_fake_learning_rate": 1e29}, "--stage2_fake_learning_rate must be at most 1000"),
         ({"rl_weight": 1e7}, "--rl_weight must be at most 1000000"),
         ({"guidance_scale": 1e30}, "--guidance_scale must be at most 1000"),
-        ({"rl": "1e31*refl"}, "is not a positive number of at most 1000000"),
+        ({"rl": "1e31*refl"}, "must be above 0 and at most 1000000"),
         ({"output_dir": "a\0b"}, "--output_dir must be text"),
         (
             {"sigmas": [1e38]},
-            "--sigmas must be a list, each item a finite number or null, not [1e+38] (whole numbers have",
+            "--sigmas must be a list, each item a finite number or null, not [1e+38] (whole numbers must",
         ),
     ],
     ids=str,

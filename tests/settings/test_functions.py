@@ -218,7 +218,7 @@ def test_none_of_a_single_image(images: Tensor) -> None:
         assert score(function, images) == pytest.approx([1.0, math.nan, 1.0], nan_ok=True)
 
 
-LIST = "it must return a list of a number, or None, for each image"
+LIST = "it must return a list with a number or None for each image"
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,11 @@ def test_a_number_beyond_all_floats_is_none(images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (lambda x, prompts: None, "it must ask for either 'images' or 'image'"),
-        (lambda *images, **columns: None, "it must ask for either 'images' or 'image'"),
-        (lambda images, image: None, "it must ask for either 'images' or 'image'"),
-        (lambda image, prompts: None, "'prompts' does not go with 'image'"),
-        (lambda images, prompt: None, "'prompt' does not go with 'images'"),
+        (lambda x, prompts: None, "it must have an argument 'images' or 'image', and not both"),
+        (lambda *images, **columns: None, "it must have an argument 'images' or 'image', and not both"),
+        (lambda images, image: None, "it must have an argument 'images' or 'image', and not both"),
+        (lambda image, prompts: None, "it cannot have both 'image' and 'prompts'"),
+        (lambda images, prompt: None, "it cannot have both 'images' and 'prompt'"),
         (lambda images, /, prompts: None, "'images' cannot be given by name"),
         (min, "no signature found for builtin <built-in function min>"),
     ],

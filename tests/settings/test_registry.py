@@ -125,7 +125,7 @@ def dataclass_of(*lines: str) -> str:
 
 
 REST = "renoise = fake_loss = direction = lambda self, *arguments: None"
-UNFIT = "; dmdr.protocols says what it needs"
+UNFIT = "; see dmdr.protocols"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ UNFIT = "; dmdr.protocols says what it needs"
         ("def broken(:\n", "cannot be imported: SyntaxError: "),
         ("Other = 1\n", "has no 'Egg' in spam_mod"),
         ("def Egg(): ...\n", "is no class"),
-        ("class Egg: ...\n", "is no dataclass; its fields are the command-line flags"),
+        ("class Egg: ...\n", "is no dataclass; make it one: its fields are the command-line flags"),
         (dataclass_of("x: 'Nowhere' = 1"), "has a field whose type cannot be read: name 'Nowhere' is not defined"),
         (dataclass_of("x: dict = None"), "has a field 'x' of a type that no flag can have: <class 'dict'>"),
         (dataclass_of("x: int | str = 1"), "has a field 'x' of a type that no flag can have: int | str"),
@@ -190,7 +190,7 @@ def test_a_reward_may_ask_for_its_columns_by_name(install: Install) -> None:
     assert load("rewards", "egg").columns == ("caption",)
     flag = source.replace("differentiable: ClassVar[bool]", "differentiable: bool")
     install("ham", {"rewards": {"ham": "ham_mod:Egg"}}, ham_mod=flag)
-    assert "has a flag 'differentiable': annotate it as a ClassVar" in error_of("rewards", "ham")
+    assert "has a field 'differentiable', which cannot be a flag: annotate it" in error_of("rewards", "ham")
 
 
 def test_optional_methods_are_called_with_the_context(install: Install) -> None:
@@ -201,8 +201,8 @@ def test_optional_methods_are_called_with_the_context(install: Install) -> None:
 
 def test_a_name_of_another_kind_says_so() -> None:
     assert "unknown objective 'hps' (there is a reward of this name: --reward hps)" in error_of("objectives", "hps")
-    assert error_of("objectives", "best.py") == "--rl best.py: say which objective of the file, as in my_file.py:NAME"
-    assert error_of("objectives", "dmdr:refll").startswith("dmdr offers no objective of that name, but dmdr:dpo")
+    assert error_of("objectives", "best.py") == "--rl best.py: add the name of the objective, as in my_file.py:NAME"
+    assert error_of("objectives", "dmdr:refll").startswith("dmdr has no objective of that name; it has dmdr:dpo")
 
 
 def test_what_looks_like_another_kind_says_so(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_method_that_looks_misspelt_is_warned_of(
     needs = "from dmdr.protocols import Needs\n"
     lines = ("needs = Needs(reward=False)", "def __call__(self, draw, ctx): ...", "def share_noise(self, ctx): ...")
     install("spam", {"objectives": {"egg": "spam_mod:Egg"}}, spam_mod=needs + dataclass_of(*lines))
-    doubt = "objective 'egg' has a method share_noise: is shared_noise of dmdr.protocols.SharesNoise meant?"
+    doubt = "objective 'egg' has a method share_noise: do you mean shared_noise of dmdr.protocols.SharesNoise?"
     check_plugins()
     assert f"  warning: {doubt}\n" in capsys.readouterr().out
     parse(["--model=toy", f"--rl={tmp_path}/spam/spam_mod.py:Egg as egg"])
@@ -365,7 +365,7 @@ def test_registration_that_cannot_be_read_is_named(install: Install) -> None:
     install("spam", {"rewards": {"egg": "spam mod?"}})
     assert (
         error_of("rewards", "egg")
-        == "reward 'egg' of spam 1.2 (spam mod?) has an entry point that is no 'module:Class'"
+        == "reward 'egg' of spam 1.2 (spam mod?) has an entry point that must be 'module:Class', but is not"
     )
     assert "hps" in plugins("rewards")
 
@@ -393,17 +393,17 @@ REWARD = ("prepare = lambda self, device, dtype: None", "__call__ = lambda self,
         (
             "rewards",
             dataclass_of("differentiable = True", "columns = 5", *REWARD),
-            "has columns that are no tuple of names, but 5",
+            "has columns 5, which is no tuple of names",
         ),
         (
             "rewards",
             dataclass_of("differentiable = True", "columns = ('caption')", *REWARD),
-            "but 'caption': write them as ('caption',)",
+            "columns 'caption', which is no tuple of names: write it as ('caption',)",
         ),
         (
             "rewards",
             dataclass_of("@property", "def differentiable(self): return False", *REWARD),
-            "has a differentiable that is neither",
+            "must have differentiable = True or False",
         ),
         ("rewards", dataclass_of("differentiable = True", REWARD[0]), "has no __call__"),
         ("objectives", dataclass_of("needs = 1", "def loss(self, draw, ctx): ..."), "has no __call__"),
@@ -411,15 +411,15 @@ REWARD = ("prepare = lambda self, device, dtype: None", "__call__ = lambda self,
             "models",
             "class Egg:\n recipe = property(lambda self: {})\n folder = prompts = judge = lambda self: 1\n"
             " pipeline = 'EggPipeline'\n reward_checkpoint = lambda self, reward, **_: 1\n",
-            "has a recipe that is no mapping",
+            "must have a recipe, a mapping",
         ),
         (
             "models",
             "class Egg:\n recipe = {}\n folder = prompts = judge = lambda self: 1\n"
             " pipeline = property(lambda self: 'EggPipeline')\n reward_checkpoint = lambda self, reward, **_: 1\n",
-            "has a pipeline that is no class name",
+            "must have a pipeline, a class name",
         ),
-        ("models", "def __getattr__(name): raise RuntimeError('boo')\n", "cannot be looked at: RuntimeError: boo"),
+        ("models", "def __getattr__(name): raise RuntimeError('boo')\n", "cannot be inspected: RuntimeError: boo"),
     ],
 )
 def test_what_is_read_off_a_class_is_checked(install: Install, group: str, source: str, message: str) -> None:

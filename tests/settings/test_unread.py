@@ -66,7 +66,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
     ({"guidance_scale": 1.0}, {"guidance_jitter": 0.1}, "with --guidance_scale of at most 1"),
     ({}, {"eval_reward": "toy"}, "without --num_eval_samples"),
     ({}, {"eval_steps": 5}, "without --num_eval_samples"),
-    ({}, {"overwrite_output_dir": True}, "without --output_dir, where the folder is a new one"),
+    ({}, {"overwrite_output_dir": True}, "without --output_dir, because the folder is new then"),
     (
         {"output_dir": "x", "resume_from_checkpoint": "latest"},
         {"overwrite_output_dir": True},
@@ -129,7 +129,7 @@ def test_warned_of_where_a_file_has_it(
     values = parse(["--config", "run.yaml"], others)
     found = vars(values.config) | values.values()
     assert found[name] == setting[name]
-    assert f"not read {why}, but set in the file: {name}" in caplog.messages
+    assert f"the file sets {name}: not read {why}" in caplog.messages
     caplog.clear()
     again = values.values()
     (place / "again.yaml").write_text(yaml.safe_dump(again))

@@ -94,7 +94,7 @@ def in_whole_batches(own: Any, draw: Draw, *args: Any) -> Any:
         ("renoise", renoised(eps=lambda r: -r.eps), "x_t is what x0 and eps make at t"),
         ("renoise", renoised(x_t=lambda r: r.x_t * torch.nan), "x_t must be finite"),
         ("renoise", drawing, "drew from torch's global random generator"),
-        ("renoise", of_every_use, "draws 32 random numbers of the first again"),
+        ("renoise", of_every_use, "repeats 32 random numbers of the first"),
         ("fake_loss", lambda own, *a: own(*a).loss, "fake_loss must return a Term, not Tensor"),
         ("fake_loss", lambda own, *a: Term(own(*a).loss.mean()), r"fake_loss: Term.loss must be one loss per sample"),
         ("fake_loss", lambda own, *a: Term(own(*a).loss, a[0].mask), "Term.valid is for objectives; leave it out"),
@@ -173,7 +173,7 @@ class WithHeads:
         ("idle", "no gradient of the fake_loss arrives at the head"),
         ("seedless", "initial values of learners from a seed of your own"),
         ("loses", "must bring back the state"),
-        ("forgets", "remembers something that a checkpoint does not hold"),
+        ("forgets", "keeps something that a checkpoint does not hold"),
     ],
 )
 def test_a_matching_with_learners_and_a_state_is_taught(flaw: str, message: str) -> None:

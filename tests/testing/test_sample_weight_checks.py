@@ -162,7 +162,7 @@ class OverTime:
     [
         ("large", "weights have mean one over time, not 1.2 over 10 steps"),
         ("loses", "must bring back the state"),
-        ("forgets", "remembers something that a checkpoint does not hold"),
+        ("forgets", "keeps something that a checkpoint does not hold"),
     ],
 )
 def test_one_with_a_state_is_taught(flaw: str, message: str) -> None:
@@ -171,7 +171,7 @@ def test_one_with_a_state_is_taught(flaw: str, message: str) -> None:
 
 
 def test_an_idle_one_cannot_be_checked() -> None:
-    with pytest.raises(AssertionError, match="it is idle with these values of its fields: a run does without it"):
+    with pytest.raises(AssertionError, match="it does nothing with these values of its fields: a run leaves it out"):
         check_sample_weight(partial(RewardTilt, reward_tilt=0.0))
 
 

@@ -176,7 +176,7 @@ def test_images_without_a_score_are_counted(part: str, value: float, caplog: pyt
     assert [line["unscored/toy"] for line in lines] == [2, 2, 2]
     assert running.bad_steps == 0
     assert warnings(caplog) == [
-        "the reward 'toy' left 2 images of step 1 without a finite score, and will be counted as unscored/toy"
+        "the reward 'toy' left 2 images of step 1 without a finite score; the log counts such images as unscored/toy"
     ]
     assert math.isfinite(running.reward_metrics()["reward/toy"])
 

@@ -538,7 +538,7 @@ def test_a_batch_of_one_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> N
             assert call(tilt, {"a": torch.tensor([value])}, {"a": 1.0})[0].tolist() == [1]
         call(RewardTilt(1.5), {"a": torch.tensor([0.3])}, {"a": 1.0})
     assert [record.getMessage() for record in caplog.records] == [
-        "a global batch of one, compared with itself, has weight 1: RT-DM needs --tilt_baseline ema"
+        "RT-DM gives weight 1 to a global batch of one image: use --tilt_baseline ema"
     ]
 
 
@@ -686,7 +686,7 @@ def test_flags() -> None:
         ),
         (
             {"tilt_weight": "linear", "tilt_divergence": "js"},
-            "--tilt_weight must be exp, a density ratio, for --tilt_divergence js, not linear",
+            "--tilt_weight must be exp with --tilt_divergence js, not linear",
         ),
         ({"tilt_divergence": "kl"}, "--rt_dm_tilt_divergence must be one of forward_kl, js,"),
         (

@@ -849,11 +849,11 @@ def test_the_student_learns_the_teachers_distribution(steps: int, before: float)
         (lambda d: None, "objective 'odd': it must return a Term, or yield several, but returned None"),
         (
             lambda d: iter(()),
-            "objective 'odd': it yielded no Term; with nothing to learn, yield one without a valid sample",
+            "objective 'odd': it yielded no Term; if nothing can be learned, yield one Term without valid samples",
         ),
         (
             lambda d: Term(d.leaf.sum(1), metrics={"margin": 1.0} if d.sample[0] else {}),
-            "objective 'odd': the metric 'margin' is missing in a micro-batch: give it in each",
+            "objective 'odd': the metric 'margin' is missing in a micro-batch: return it in every one",
         ),
     ],
 )
