@@ -55,6 +55,13 @@ def test_refuses_in_one_line(folder: Path, options: dict[str, Any], message: str
     assert "\n" not in str(error.value)
 
 
+def test_a_kernel_that_only_infers_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inferring = lambda query, *others, **how: query.detach()  # noqa: E731
+    monkeypatch.setattr("dmdr.backends.kernels.dispatch_attention_fn", inferring)
+    with pytest.raises(ConfigError, match="--attention_backend native has no gradient"):
+        built(folder, attention_backend="native").prepare(Accelerator(cpu=True), roles=())
+
+
 def test_knows_no_zeros_and_needs_its_text_encoder(folder: Path) -> None:
     refuses_unread(folder, "drop_text_encoders", ["text_encoder"])
     refuses_unread(folder, "zero_empty_prompt", True)
