@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+import dmdr.run.run
 import processes
 import sd3
 from dmdr import train
@@ -67,6 +68,7 @@ KINDS: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 4}, "full": {"full_fin
 
 def go_on(rank: int, folder: Path, case: str) -> None:
     """A run of each kind, and one that goes on from each of its checkpoints."""
+    dmdr.run.run.write_report = lambda folder: folder  # plots take most of the time
     Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # leaves the group, needed once more
     small = {"model": str(folder / "sd3"), "prompts": str(folder / "prompts.txt"), "resolution": 16}
     small |= {"fake_lora_rank": 4, "num_eval_samples": 0, "save_total_limit": None, "gradient_accumulation_steps": 1}
