@@ -451,7 +451,11 @@ class Stateful(Protocol):
         """For a checkpoint: tensors, numbers, text, and lists and dicts of them."""
 
     def load_state_dict(self, state: Any) -> None:
-        """What `state_dict` returned; of an objective, after `setup`."""
+        """What `state_dict` returned; of an objective, after `setup`.
+
+        Where processes share a student (--shard), a tensor like its parameters may come back whole, or shared:
+        `dmdr.states.load_strict` copies it in any case.
+        """
 
 
 @runtime_checkable

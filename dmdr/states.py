@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,15 @@ def replaced(state: Any, change: Callable[[str, Any], Any], place: str = "") -> 
 
     Args:
         state: As `check_storable` wants it.
-        change: Gives the new value for a place (names and numbers, with dots between) and the old value.
+        change: Gives the new value for a place, as in `['a'][0]`, and the old value.
         place: Where the state itself is.
     """
     if type(state) in (dict, OrderedDict):
-        return type(state)((name, replaced(value, change, f"{place}.{name}")) for name, value in state.items())
+        found = copy(state)  # a module's state has attributes, too
+        found.update((name, replaced(value, change, f"{place}[{name!r}]")) for name, value in state.items())
+        return found
     if type(state) in (list, tuple):
-        return type(state)(replaced(value, change, f"{place}.{number}") for number, value in enumerate(state))
+        return type(state)(replaced(value, change, f"{place}[{number}]") for number, value in enumerate(state))
     return change(place, state)
 
 

@@ -340,9 +340,11 @@ class PipelineBackend:
         """Say where and in which precision all that is loaded will lie; loads nothing.
 
         Raises:
-            ConfigError: If --reward_vae is of other latents, or as in `check_files`.
+            ConfigError: If --reward_vae is of other latents, a file or variant that is named is not there, or
+                --teacher_lora is no LoRA of this network.
         """
-        self.check_files()
+        check_there("--student_weights", self.options.student_weights)
+        self.read_teacher_lora()
         if self.reward_decoder:
             self._check_reward_vae(self.reward_decoder)
         self.accelerator, self.device = accelerator, accelerator.device
@@ -351,14 +353,13 @@ class PipelineBackend:
         self.dtype = dtype_of(accelerator.mixed_precision)
         self.text.prepare(accelerator, self.dtype)
 
-    def check_files(self) -> None:
-        """Look for the files that options name, and read --teacher_lora.
+    def read_teacher_lora(self) -> None:
+        """Read --teacher_lora, if it is given; its weights are merged later.
 
         Raises:
-            ConfigError: If one is not there, or --teacher_lora is no LoRA of this network.
+            ConfigError: If it is not there, or no LoRA of this network.
         """
-        for name in ("student_weights", "teacher_lora"):
-            check_there(f"--{name}", getattr(self.options, name))
+        check_there("--teacher_lora", self.options.teacher_lora)
         if self.options.teacher_lora and not self._teacher_lora:
             shapes = load_network(self.network_class, self.source, self.network_name, torch.float32, meta=True)
             self._teacher_lora = read_lora(self.options.teacher_lora, shapes, self.pipeline_class)

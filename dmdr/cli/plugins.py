@@ -39,7 +39,8 @@ def run(arguments: list[str]) -> None:
     if given.action == "new":
         write_package(given.name, given.output_dir, given.kind)
     elif given.action == "check":
-        check_plugins(given.names)
+        if broken := check_plugins(given.names):
+            raise ConfigError(f"check: {broken} broken")
     else:
         list_plugins()
 
@@ -68,11 +69,14 @@ def _print_strays() -> None:
         print(f"warning: {complaint}", flush=True)
 
 
-def check_plugins(names: Sequence[str] = ()) -> None:
+def check_plugins(names: Sequence[str] = ()) -> int:
     """A line a plugin, with the optional protocols that it has; one that cannot be used, or looks odd, says why.
 
     Args:
         names: Of those to check, as users type them; all by default.
+
+    Returns:
+        How many cannot be used.
 
     Raises:
         ConfigError: If there is none of a name.
@@ -82,6 +86,7 @@ def check_plugins(names: Sequence[str] = ()) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"check {name}: no plugin has this name{registry.suggest(name, known)}")
+    count = 0
     for plugin, (name, line) in lines.items():
         if names and name not in names:
             continue
@@ -89,11 +94,13 @@ def check_plugins(names: Sequence[str] = ()) -> None:
             broken = registry.problem(plugin)
             optional = [] if broken else registry.optional_protocols(plugin)
             doubts = [] if broken else registry.doubts(plugin.group, registry.imported(plugin))
+        count += broken is not None
         said = f"  broken: {' '.join(broken.split())}" if broken else ""
         print(line + (f"  ({', '.join(optional)})" if optional else "") + said, flush=True)
         for doubt in doubts:
             print(f"  warning: {plugin.group[:-1]} '{name}' {doubt}", flush=True)
     _print_strays()
+    return count
 
 
 def template(kind: str = "objective") -> Path:
@@ -123,7 +130,9 @@ def write_package(name: str, folder: Path | None, kind: str = "objective") -> No
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigError(f"new {name}: a name has lower-case letters, digits and _, as in my_objective")
     for word in (name, title_of(name)):  # none and true are no keywords, but the classes would be called None and True
-        if keyword.iskeyword(word) or word in names_used(kind):
+        if keyword.iskeyword(word):
+            raise ConfigError(f"new {name}: '{word}' is a word of Python; choose another name")
+        if word in names_used(kind):
             raise ConfigError(f"new {name}: the package's code already uses '{word}'; choose another name")
     renamed = {"dmdr-template": f"dmdr-{name.replace('_', '-')}", "dmdr_template": f"dmdr_{name}"}
     for group, old, cls, form in TEMPLATES[kind][1]:

@@ -25,12 +25,15 @@ from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
 from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, Note, autocast
 from dmdr.errors import ConfigError, one_line
+from dmdr.hub import is_hub_id
 from dmdr.paths import Prediction
 from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
+from dmdr.run.checkpoint import find_initial
 from dmdr.run.device import chosen_precision
 from dmdr.run.folder import choose_folder
-from dmdr.run.job import Job, assemble
+from dmdr.run.initial import check_kind
+from dmdr.run.job import Job, assemble, planned
 from dmdr.run.observer import Observer
 from dmdr.run.overview import overview
 from dmdr.run.pace import GIB
@@ -109,8 +112,12 @@ def estimate(settings: Settings) -> Estimate:
         ConfigError: For whatever a run would refuse, or a model that cannot be built without weights.
     """
     check_tracker(settings.config)
-    choose_folder(settings.config)
+    _, resume = choose_folder(settings.config)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it; one of them is followed
+    if resume:
+        planned(settings, processes)[0].check_resumable(resume)
+    elif settings.config.init_student:
+        check_kind(find_initial(settings.config.init_student), settings.family_options())
     job = _weightless(assemble(settings, processes))
     try:
         return _simulated(job)
@@ -124,7 +131,9 @@ def _weightless(job: Job) -> Job:
     """The job without what touches weights or this machine: merged, loaded or by another kernel they take the same."""
     if not isinstance(job.backend, PipelineBackend):
         raise ConfigError(f"--dry_run: {type(job.backend).__name__} cannot build its model without weights")
-    job.backend.check_files()
+    lora = job.backend.options.teacher_lora
+    if lora and (Path(lora).expanduser().exists() or not is_hub_id(lora)):  # nothing is downloaded
+        job.backend.read_teacher_lora()
     options, own = job.backend.options, Path(job.folder) / "reward_vae"
     options = with_options(
         options,

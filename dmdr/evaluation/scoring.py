@@ -131,4 +131,4 @@ def require_writable(output: Path) -> None:
         raise ConfigError(f"--output {output} is a device or a pipe; it must be a file")
     nearest = next(folder for folder in output.resolve().parents if folder.exists())
     if not can_hold_files(nearest):
-        raise ConfigError(f"--output {output} cannot be written: you may not write into {nearest}")
+        raise ConfigError(f"--output {output} cannot be written: {nearest} is no folder, or you may not write into it")

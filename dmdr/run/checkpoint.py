@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dmdr.errors import ConfigError, TrainingError, one_line
 from dmdr.run import durable
@@ -29,6 +30,7 @@ from dmdr.states import (
     refuse_misfits,
     replaced,
     rows_of,
+    whole,
 )
 
 PATTERN = re.compile(r"step-(\d{6,})")
@@ -119,12 +121,15 @@ def save_checkpoint(
     moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
     shared = {role: named for role, named in tensors.items() if any(map(is_shared, named.values()))}
     states: dict[str, Tensor] = {}
+    like = first_shared(tensors)
 
     def apart(place: str, value: Any) -> Any:
-        if isinstance(value, Tensor) and is_shared(value):
-            states[place] = value
-            return None
-        return value
+        if not isinstance(value, DTensor):
+            return value
+        if not value.ndim or like is None or value.placements != like.placements:  # nothing that is large
+            return whole(value)
+        states[place] = value
+        return None
 
     own_extra = replaced(dict(extra), apart)
 
@@ -251,7 +256,7 @@ def newest_whole(found: list[Path]) -> Path | None:
     for checkpoint in reversed(found):
         if (reason := damage(checkpoint)) is None:
             return checkpoint
-        logger.warning("%s; DMDR uses an earlier checkpoint", reason)
+        logger.warning("%s; DMDR looks for an earlier checkpoint", reason)
     return None
 
 
@@ -281,10 +286,14 @@ def restore(checkpoint: Path, tensors: Tensors, optimizers: Mapping[str, torch.o
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file}: the optimizer state of the {role} does not fit: {one_line(error)}") from error
     if (checkpoint / STATES).is_dir():
-        like = next((each for named in tensors.values() for each in named.values() if is_shared(each)), None)
-        states = read_shares(checkpoint / STATES, like)
+        states = read_shares(checkpoint / STATES, first_shared(tensors))
         extra = replaced(extra, lambda place, value: states.get(place, value))
     return extra
+
+
+def first_shared(tensors: Tensors) -> Any:
+    """One of the tensors that processes share; None where they share none."""
+    return next((each for named in tensors.values() for each in named.values() if is_shared(each)), None)
 
 
 def _as_shares(state: Moments, parameters: Sequence[Tensor]) -> Moments:

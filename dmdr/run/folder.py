@@ -12,7 +12,15 @@ from typing import Any
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import can_hold_files
 from dmdr.run import durable
-from dmdr.run.checkpoint import check_whole, checkpoints, identity, newest_whole, read_progress
+from dmdr.run.checkpoint import (
+    check_whole,
+    checkpoints,
+    damage,
+    identity,
+    newest_whole,
+    number_of,
+    read_progress,
+)
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import read_yaml
 from dmdr.settings.registry import registered
@@ -56,14 +64,7 @@ def _chosen(config: Config) -> tuple[Path, Path | None]:
     if resume is None:
         if not can_hold_files(next(path for path in (output, *output.absolute().parents) if path.exists())):
             raise ConfigError(f"--output_dir {output} is no folder, or you may not write into it")
-        held = output.is_dir() and any(output.iterdir())
-        if held and not config.overwrite_output_dir and not never_trained(output):
-            raise ConfigError(
-                f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
-                "holds with --overwrite_output_dir"
-            )
-        if held and not _is_run(output) and not never_trained(output):
-            raise ConfigError(f"--overwrite_output_dir: {output} was not made by DMDR; delete it yourself")
+        _check_free(output, overwrite=config.overwrite_output_dir)
         return output, None
     if resume == "latest":
         found = checkpoints(output)
@@ -81,6 +82,31 @@ def _chosen(config: Config) -> tuple[Path, Path | None]:
     return output, Path(resume)
 
 
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    held = output.is_dir() and any(output.iterdir())
+    if held and not overwrite and not never_trained(output):
+        raise ConfigError(
+            f"--output_dir {output} is not empty; go on with --resume_from_checkpoint latest, or delete what it "
+            "holds with --overwrite_output_dir"
+        )
+    if held and not _is_run(output) and not never_trained(output):
+        raise ConfigError(f"--overwrite_output_dir: {output} has no {SETTINGS} of a DMDR run; delete it yourself")
+
+
+def check_unchanged(config: Config, output: Path, resume: Path | None) -> None:
+    """Refuse a folder that another run has used since `choose_folder`.
+
+    Raises:
+        ConfigError: If it holds a run now, or a newer checkpoint than the latest one of then.
+    """
+    if resume is None:
+        _check_free(output, overwrite=config.overwrite_output_dir)
+    elif config.resume_from_checkpoint == "latest":
+        later = [path for path in checkpoints(output) if number_of(path) > number_of(resume)]
+        if any(damage(path) is None for path in later):
+            raise ConfigError(f"--output_dir {output}: another run has added checkpoints since this one began")
+
+
 def never_trained(folder: Path) -> bool:
     """Whether a folder holds what a run writes before its first update, and nothing else."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
@@ -94,7 +120,7 @@ def never_trained(folder: Path) -> bool:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder that is there. The claim ends with the process, however that ends.
+    """Keep other runs out of a folder that is there. The claim ends with the process and its forks, however they end.
 
     Raises:
         ConfigError: If another run is at work in it.
@@ -104,7 +130,9 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--output_dir {folder}: another run uses it now; give another folder") from None
+            raise ConfigError(
+                f"--output_dir {folder}: another run uses it now; wait until it ends, or stop it"
+            ) from None
         except OSError:  # some file systems have no locks
             pass
         yield
@@ -160,7 +188,7 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
         found.append(f"{checkpoint} was saved during a failed update; the run goes on, but its result may differ")
     inputs = run / INPUTS
     if inputs.is_file() and inputs.read_text() != inputs_of(settings):
-        found.append(f"--prompts {settings['prompts']} has changed since the run began")
+        found.append(f"--prompts {settings['prompts']} holds other prompts than when the run began")
     return found
 
 

@@ -176,6 +176,8 @@ class Plan:
         used = FewStepSampler.stock(backend.path, grid, float(sample_eta))
         if isinstance(backend, ChecksSampler):
             backend.check_sampler(used)
+        elif 0 < used.eta < 1:
+            raise ConfigError(f"--sample_eta {used.eta:g}: this model family supports 0 and 1 only")
         return FewStepSampler(backend.path, grid, config.eta, config.sde_type), used
 
     def check_resumable(self, checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,7 @@ from dmdr.run.folder import (
     changes,
     check_inputs_survive,
     check_there,
+    check_unchanged,
     choose_folder,
     claimed,
     empty,
@@ -186,13 +187,16 @@ class Run:
     @contextmanager
     def _opened(self, progress: Progress) -> Iterator[None]:
         """The run folder, with the plan in it, and no other run at work there."""
-        if not self.accelerator.is_main_process:
-            yield
-            return
-        self.output.mkdir(parents=True, exist_ok=True)
-        with claimed(self.output):
-            self._open_folder(progress)
-            self._say_plan()
+        with ExitStack() as claim:
+
+            def open_folder() -> None:
+                self.output.mkdir(parents=True, exist_ok=True)
+                claim.enter_context(claimed(self.output))
+                check_unchanged(self.config, self.output, self.resume)
+                self._open_folder(progress)
+                self._say_plan()
+
+            on_main_process(self.accelerator, open_folder)
             yield
 
     def _say_plan(self) -> None:

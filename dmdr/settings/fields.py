@@ -112,7 +112,7 @@ class Config(Flags):
     sample_eta: float | None = flag(
         None,
         "eta in image grids, evaluation and export: 0 or 1, or between with sde_type ddim at the times of diffusers' "
-        "DDIMScheduler; by default 1 if sde_type is cps and eta at least 0.5, else 0",
+        "DDIMScheduler (Stable Diffusion 1, 2 and XL); by default 1 if sde_type is cps and eta at least 0.5, else 0",
     )
     guidance_scale: float = flag(7.0, "scale of the teacher's classifier-free guidance; 1 is no guidance")
     guidance_jitter: float = flag(

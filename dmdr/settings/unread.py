@@ -90,7 +90,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         ),
         # Steps of the student, and guidance of the teacher
         (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
-        (not c.eta, "sde_type", "with --eta 0"),
+        (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
         # What is written
         (not c.num_eval_samples, "eval_reward eval_rewards eval_steps", "without --num_eval_samples"),

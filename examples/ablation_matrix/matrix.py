@@ -330,6 +330,8 @@ def decidable(claim: Claim, cells: Mapping[str, Sequence[Run]], where: str) -> N
             raise ConfigError(f"{where}: '{label}' has only {run.updates} updates; lower until")
         early.append([evaluation for evaluation in run.evaluations if evaluation[0] <= claim.until])
     if [step for step, _ in early[0]] != [step for step, _ in early[1]]:
-        raise ConfigError(f"{where}: the two cells are evaluated after different updates: make their eval_steps equal")
+        raise ConfigError(
+            f"{where}: the two cells are evaluated after different updates: make eval_steps and stages equal"
+        )
     if early[0] == early[1]:
-        raise ConfigError(f"{where}: up to there both cells are the same run, {early[0][-1][1]}")
+        raise ConfigError(f"{where}: up to until both cells are the same run, {early[0][-1][1]}")

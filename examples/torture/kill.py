@@ -79,7 +79,10 @@ def main() -> int:
     args.output_dir.mkdir(parents=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}  # which counts what kills leave
     multiprocessing.set_forkserver_preload(["dmdr.run.run", "dmdr_digits", "dmdr_sd3", "dmdr_rewards", "dmdr_refl"])
-    begin(whole, args.model).join()
+    undisturbed = begin(whole, args.model)
+    undisturbed.join()
+    if undisturbed.exitcode:
+        raise SystemExit(f"the undisturbed run failed: see {whole.with_suffix('.txt')}")
     wanted = outcome(whole)
     moments: Counter[str] = Counter()
     wrong = []

@@ -118,13 +118,26 @@ class UNetBackend(PipelineBackend):
         return LCMScheduler(**self.schedule, original_inference_steps=1000, timestep_scaling=1e4)
 
     def _ddim(self, sampler: Sampler) -> Any:
-        """DDIM with noise, which takes equally spaced times only."""
+        """DDIM with noise, whose steps are all of one length.
+
+        Raises:
+            ConfigError: If the sampler's are not.
+        """
+        steps = sampler.num_inference_steps
+        if 1000 % steps:
+            what = f"--sample_eta {sampler.eta:g} needs a number of steps that divides 1000, such as 2, 4, 5 or 8"
+            raise ConfigError(f"{what}, not {steps}")
         ddim: Any = DDIMScheduler(**self.schedule, timestep_spacing="trailing", clip_sample=False)
-        ddim.set_timesteps(sampler.num_inference_steps)
+        ddim.set_timesteps(steps)
         if not torch.equal(ddim.timesteps, self.path.timestep(sampler.t[:-1])):
             own = " ".join(map(str, ddim.timesteps.tolist()))
             raise ConfigError(f"--sample_eta {sampler.eta:g} needs the times of DDIMScheduler: pass --timesteps {own}")
         return ddim
+
+    @staticmethod
+    def _noisy_ddim(sampler: Sampler) -> bool:
+        """Whether steps are DDIM's with noise; the last one, and so a single one, has none."""
+        return 0 < sampler.eta < 1 and sampler.num_inference_steps > 1
 
     def grid(self, num_inference_steps: int) -> Tensor:
         """A straight line; told 999, 750, 500 and 250 with four steps.
@@ -141,7 +154,7 @@ class UNetBackend(PipelineBackend):
         """Euler's step in x_t / alpha is DDIM's; with "leading" the network is fed unit noise at any first time."""
         if sampler.eta == 1:
             return self._lcm()
-        if sampler.eta > 0:
+        if self._noisy_ddim(sampler):
             return self._ddim(sampler)
         return EulerDiscreteScheduler(**self.schedule, timestep_spacing="leading")
 
@@ -150,9 +163,10 @@ class UNetBackend(PipelineBackend):
         return self._randn((count, *self.latent_shape), self.dtype)
 
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
-        between = 0 < sampler.eta < 1
-        times = {"eta": sampler.eta} if between else {"timesteps": self.path.timestep(sampler.t[:-1]).tolist()}
-        return super().call_arguments(sampler) | times | {"guidance_scale": 1.0}
+        given: dict[str, Any] = {"timesteps": self.path.timestep(sampler.t[:-1]).tolist()}
+        if self._noisy_ddim(sampler):
+            given = {"eta": sampler.eta}
+        return super().call_arguments(sampler) | given | {"guidance_scale": 1.0}
 
     def lora_key(self, name: str) -> str:
         """Kohya's form, which diffusers and ComfyUI read; ComfyUI does not know PEFT's names of a UNet's attention."""

@@ -332,6 +332,10 @@ def test_a_kernel_that_diffusers_would_ignore(built: Callable[..., Path]) -> Non
         ({"num_inference_steps": 1}, "--num_inference_steps of at least 2"),
         ({"sde_type": "flow_sde", "eta": 0.7}, "--sde_type flow_sde"),
         ({"sde_type": "ddim", "eta": 0.9, "sample_eta": 0.9}, "pass --timesteps 999 749 499 249"),
+        (
+            {"sde_type": "ddim", "eta": 0.9, "sample_eta": 0.9, "timesteps": [999, 666, 332]},
+            "a number of steps that divides 1000, such as 2, 4, 5 or 8, not 3",
+        ),
     ],
 )
 def test_runs_that_cannot_be(

@@ -557,6 +557,18 @@ def test_files_that_options_name_are_looked_for(folders: dict[str, Path], tmp_pa
         dry({"model": str(folders["sd3"]), "teacher_lora": "gone.safetensors"}, tmp_path)
 
 
+@pytest.mark.parametrize("recipe", ["sdxl/1step_stage1", "sdxl/1step_refl"])
+def test_a_recipes_published_weights_need_not_be_there(recipe: str) -> None:
+    root = Path(dmdr.__file__).parents[1]
+    with mock.patch("dmdr.dry_run.estimate._simulated", lambda job: job.backend.options.student_weights):
+        assert estimate(parse(["--config", str(root / f"examples/{recipe}.yaml"), "--dry_run"])) is None
+
+
+def test_a_student_to_start_from_is_looked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--init_student .*/nowhere is no checkpoint"):
+        dry({"model": str(folders["sd3"]), "init_student": str(tmp_path / "nowhere")}, tmp_path)
+
+
 def test_from_python_there_is_no_run_to_return(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="works on the command line only"):
         dmdr.train(model=str(folders["sd3"]), dry_run=True)

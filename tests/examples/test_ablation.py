@@ -284,11 +284,11 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
         (ONE | {"claims": [CLAIM | {"until": 11}]}, "in reward/total until 11: 'x' has only 10 updates; lower until"),
         (  # 'x' and 'y' go on from a stage 1 of 6 updates, after which they are first evaluated at 10
             ONE | {"claims": [CLAIM | {"until": 9}]},
-            "in reward/total until 9: up to there both cells are the same run, stage1-seed0-",
+            "in reward/total until 9: up to until both cells are the same run, stage1-seed0-",
         ),
         (
             {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 6}]},
-            "in reward/total until 6: up to there both cells are the same run, stage1-seed0-",
+            "in reward/total until 6: up to until both cells are the same run, stage1-seed0-",
         ),
         (
             {"cells": {"x": {"stage2_steps": 0}, "y": {}}, "claims": [CLAIM | {"until": 8}]},
@@ -296,7 +296,7 @@ CLAIM = {"higher": "x", "lower": "y", "metric": "reward/total"}
         ),
         (
             {"cells": {"x": {}, "y": {"eval_steps": 2}}, "claims": [CLAIM | {"until": 10}]},
-            "in reward/total until 10: the two cells are evaluated after different updates: make their",
+            "in reward/total until 10: the two cells are evaluated after different updates: make eval_steps",
         ),
         (  # of which only one of the two has this reward
             {

@@ -78,7 +78,7 @@ UNET_OBJECTIVES = {
 }
 UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
     {"num_inference_steps": 1},
-    {"num_inference_steps": 1, "sample_eta": 0.0},
+    {"num_inference_steps": 1, "sde_type": "ddim", "eta": 0.9, "sample_eta": 0.5},
     {"num_inference_steps": 4},
     {"timesteps": [999, 749, 500, 250], "sample_eta": 0.0},
     BETWEEN := {"timesteps": [999, 749, 499, 249], "sde_type": "ddim", "eta": 0.9, "sample_eta": 0.9},

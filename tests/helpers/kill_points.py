@@ -132,8 +132,9 @@ def main() -> None:
     if args.shared is None:
         go_on(whole)  # here, so that the forks find everything imported
     else:  # which a fork of a process with the threads of a group would not
-        forked(lambda: go_on(whole), rank=args.shared)
-    _, changes = forked(lambda: go_on(args.folder / "once"), rank=args.shared)
+        assert forked(lambda: go_on(whole), rank=args.shared)[0] == 0
+    status, changes = forked(lambda: go_on(args.folder / "once"), rank=args.shared)
+    assert status == 0
     wanted = outcome(whole)
     if args.resumed:  # as if killed in the evaluation that ends the last stage
         begun = shutil.copytree(whole, args.folder / "begun")
@@ -142,7 +143,8 @@ def main() -> None:
         shutil.rmtree(begun / "student")
         wanted["evaluation"] = ""
         again = shutil.copytree(begun, args.folder / "again")
-        _, changes = forked(lambda: go_on(again), rank=args.shared)
+        status, changes = forked(lambda: go_on(again), rank=args.shared)
+        assert status == 0
     wrong, killed = {}, 0
     for k in range(1, changes + 1, args.every):
         shutil.rmtree(run, ignore_errors=True)

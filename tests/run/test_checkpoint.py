@@ -173,7 +173,7 @@ def test_every_kind_of_damage_is_found_and_the_checkpoint_before_is_used(
         file.write_bytes(whole[: len(whole) // 2 if harm == "cut" else 0])
     assert newest_whole(checkpoints(tmp_path)) == good
     (said,) = caplog.messages
-    assert "step-000002" in said and name in said and "DMDR uses an earlier checkpoint" in said
+    assert "step-000002" in said and name in said and "DMDR looks for an earlier checkpoint" in said
     with pytest.raises(ConfigError, match=f"step-000002.*use {re.escape(str(good))}, which is complete"):
         check_whole(bad)
     prune(tmp_path, 1)  # the older one goes only if the newer one is whole

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dmdr import train
+from dmdr.backends.toy import ToyBackend
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run.checkpoint import checkpoints, damage
 from dmdr.run.folder import claimed
@@ -55,7 +56,9 @@ def test_latest_is_the_newest_whole_checkpoint(run: Path, caplog: pytest.LogCapt
     before = content(run / "student")
     (run / "checkpoints" / "step-000004" / "training.pt").write_bytes(b"")
     train(output_dir=str(run), resume_from_checkpoint="latest")
-    assert any("step-000004/training.pt is damaged" in line and "uses an earlier" in line for line in caplog.messages)
+    assert any(
+        "step-000004/training.pt is damaged" in line and "looks for an earlier" in line for line in caplog.messages
+    )
     assert content(run / "student") == before
     assert not any(map(damage, checkpoints(run))) and names(run)[-1] == "step-000004"
 
@@ -106,7 +109,7 @@ def test_prompts_that_have_changed_are_noticed(run: Path, caplog: pytest.LogCapt
     prompts.write_text('{"prompt": "mode 1", "label": 1}\n')
     step = str(run / "checkpoints" / "step-000003")
     train(resume_from_checkpoint=step, prompts=str(prompts))
-    assert any(re.search("--prompts .* has changed since the run began", line) for line in caplog.messages)
+    assert any(re.search("--prompts .* holds other prompts than when the run began", line) for line in caplog.messages)
 
 
 def test_another_batch_is_refused(run: Path) -> None:
@@ -283,3 +286,24 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(refused) == 6 and len(checkpoints(folder)) == 4
     with claimed(folder):  # which is free again
         pass
+
+
+@pytest.mark.parametrize(("way", "said"), [({}, "is not empty"), ({"resume_from_checkpoint": "latest"}, "has added")])
+def test_a_folder_that_another_run_used_while_this_one_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, str], said: str
+) -> None:
+    folder = tmp_path / "other"
+    if way:
+        shutil.copytree(run, folder)
+        for later in checkpoints(folder)[2:]:
+            shutil.rmtree(later)
+
+    def prepare(self: Any, *roles: Any, **how: Any) -> None:
+        shutil.copytree(run, folder, dirs_exist_ok=True)
+        own(self, *roles, **how)
+
+    own = ToyBackend.prepare
+    monkeypatch.setattr(ToyBackend, "prepare", prepare)
+    with pytest.raises(ConfigError, match=said):
+        train(**SETTINGS, output_dir=str(folder), **way)
+    assert len(checkpoints(folder)) == 4

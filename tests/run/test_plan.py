@@ -169,3 +169,10 @@ def test_the_teacher_is_sampled_at_its_own_times() -> None:
     _, sampler = Observer(job, None, Path()).teacher()
     assert sampler.t.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
     assert job.sampler.t[1] > 0.8
+
+
+def test_a_sampler_that_a_family_does_not_know() -> None:
+    with pytest.raises(ConfigError, match=r"--sample_eta 0\.5: this model family supports 0 and 1 only"):
+        assemble(parse(settings=FEW | {"sde_type": "ddim", "eta": 0.9, "sample_eta": 0.5}))
+    with pytest.raises(ConfigError, match="this model family supports"):  # where training needs no sde_type
+        assemble(parse(settings=FEW | {"sde_type": "ddim", "eta": 0.0, "sample_eta": 0.5}))
