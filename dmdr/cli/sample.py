@@ -60,11 +60,11 @@ def run(argv: list[str]) -> None:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [columns | row for row in rows]
     how = {name: getattr(args, name) for name in ("backend", "mixed_precision", "cpu_offload")}
-    for path in draw(folder, about, rows, args.seed, args.model, Path(args.output_dir), **how):
+    for path in sample_export(folder, about, rows, args.seed, args.model, Path(args.output_dir), **how):
         print(path)
 
 
-def draw(
+def sample_export(
     folder: Path,
     about: dict[str, Any],
     rows: Sequence[dict[str, Any]],

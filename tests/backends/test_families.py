@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmdr.cli.sample import draw
+from dmdr.cli.sample import sample_export
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.protocols import with_options
@@ -161,7 +161,7 @@ def test_the_model_card_reproduces_dmdr_sample(
         run = trained(folders[name], family, folder, "none", stage1_steps=2, stage2_steps=0, **variant)
         student = run.output / "student"
         about = json.loads((student / "sampling.json").read_text())
-        draw(student, about, family.rows, 0, None, folder / "ours")
+        sample_export(student, about, family.rows, 0, None, folder / "ours")
         stock(student, family.prompts, folder / "stock")
         for k in range(2):
             a, b = (np.asarray(Image.open(folder / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock"))
@@ -181,7 +181,7 @@ def test_an_older_versions_export_is_drawn_from_as_before(folders: dict[str, Pat
     old = told | {"options": SAMPLING_OPTIONS | {n: value for n, value in own.items() if n in SAMPLING_OPTIONS}}
     assert len(old["options"]) == 25
     places = {"a": told, "b": old}.items()
-    drawn = [draw(student, each, family.rows, 0, None, tmp_path / place) for place, each in places]
+    drawn = [sample_export(student, each, family.rows, 0, None, tmp_path / place) for place, each in places]
     for a, b in zip(*drawn, strict=True):
         assert a.read_bytes() == b.read_bytes()
 

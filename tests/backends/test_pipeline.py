@@ -27,7 +27,7 @@ from test_families import trained
 from torch import nn
 
 from dmdr.backends.loading import digest, on_device, read_weights
-from dmdr.cli.sample import draw
+from dmdr.cli.sample import sample_export
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import Progress
 from dmdr.run.export import export, read_export
@@ -271,8 +271,8 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
     card, about = (student / "README.md").read_text(), json.loads((student / "sampling.json").read_text())
     assert f'from_pretrained("{half}", variant="fp16", torch_dtype=torch.bfloat16)' in card
     assert about["mixed_precision"] == "bf16"
-    draw(student, about, ROWS, 0, None, tmp_path / "ours")
-    draw(student, about, ROWS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
+    sample_export(student, about, ROWS, 0, None, tmp_path / "ours")
+    sample_export(student, about, ROWS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
     stock(student, PROMPTS, tmp_path / "stock")
     for i in range(len(PROMPTS)):
         ours, theirs, exact = (
@@ -291,7 +291,7 @@ def test_an_export_is_drawn_at_the_resolution_of_its_run(model: Path, copy: Path
     student = export(tmp_path / "student", backend, sampler, mixed_precision="no", **about)
     file = copy / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 4}))
-    (picture,) = draw(student, read_export(student), ROWS[:1], 0, str(copy), tmp_path / "drawn")
+    (picture,) = sample_export(student, read_export(student), ROWS[:1], 0, str(copy), tmp_path / "drawn")
     assert Image.open(picture).size == (16, 16)
 
 

@@ -234,7 +234,7 @@ def test_a_sampling_file_that_is_none(refused: Callable[..., str], export: Path,
 def test_an_option_that_no_family_has_is_of_another_version(export: Path) -> None:
     change(export, options={"shift": None, "seed": 0, "depth": 3})
     about = sample_about(export)
-    assert sample.draw(export, about, [{"prompt": "mode 1"}], 0, None, export / "drawn")
+    assert sample.sample_export(export, about, [{"prompt": "mode 1"}], 0, None, export / "drawn")
 
 
 def sample_about(export: Path) -> dict[str, Any]:
