@@ -65,7 +65,13 @@ class FewStepSampler:
 
     @classmethod
     def stock(cls, path: NoisePath, t: Tensor, eta: float) -> "FewStepSampler":
-        """A sampler whose steps diffusers' schedulers know: the ODE's at eta 0, renoising at 1, DDIM's between."""
+        """A sampler whose steps diffusers' schedulers know: the ODE's at eta 0, renoising at 1, DDIM's between.
+
+        Args:
+            path: Noise path of the model.
+            t: Grid, [K + 1] float64, decreasing to 0.
+            eta: Share of fresh noise, in [0, 1].
+        """
         return cls(path, t, eta, "ddim" if 0 < eta < 1 else "cps")
 
     @property

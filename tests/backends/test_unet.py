@@ -185,7 +185,7 @@ def test_student_weights(built: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ode.bin .*4 missing \((\S+, ){2}\S+\)$"):
         prepared(folder, FAMILIES["sdxl"], **options)
     torch.save({"unet": sdxl.unet()}, file)  # a module: unpickling it would import and call what it names
-    with pytest.raises(ConfigError, match="refused"):
+    with pytest.raises(ConfigError, match="which DMDR does not load"):
         prepared(folder, FAMILIES["sdxl"], **options)
 
 
@@ -313,7 +313,7 @@ def test_schedulers_of_another_path(built: Callable[..., Path], scheduler: Any, 
 
 def test_models_that_are_no_teacher(built: Callable[..., Path]) -> None:
     refiner = built(sdxl.build, text_encoder=None, tokenizer=None)
-    with pytest.raises(ConfigError, match="without its text_encoder: "):
+    with pytest.raises(ConfigError, match="has no text_encoder, but a StableDiffusionXLPipeline needs it"):
         SDXLBackend(str(refiner), SDXLBackend.Options())
     distilled = built(sdxl.build, unet=sdxl.unet(time_cond_proj_dim=8))
     with pytest.raises(ConfigError, match="time_cond_proj_dim"):

@@ -378,7 +378,7 @@ def test_overwriting_a_folder_that_is_no_run_of_ours(refused: Callable[..., str]
     (room / "thesis" / name).write_text("title: years of work\n")
     (room / "thesis" / "chapters" / "1.tex").write_text("so much of it")
     line = refused(*flags(output_dir="thesis"), "--overwrite_output_dir")
-    assert line.startswith("--overwrite_output_dir: thesis was not made by DMDR")
+    assert line.startswith("--overwrite_output_dir: thesis has no config.yaml of a DMDR run")
 
 
 @pytest.mark.parametrize(

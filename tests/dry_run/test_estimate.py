@@ -585,6 +585,7 @@ def test_further_backbones_are_frozen_copies() -> None:
     assert [found.total(n) for n in (None, 1, 2, 3)] == [18, 18, 25, 35]
 
 
+@pytest.mark.verify
 def test_the_numbers_of_the_guide() -> None:
     """Of its recipe that takes least time to estimate."""
     root = Path(dmdr.__file__).parents[1]

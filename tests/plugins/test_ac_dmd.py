@@ -491,7 +491,7 @@ def trained(cls: type[ToyBackend], matching: Matching, steps: int = 100) -> tupl
     return (samples.mean(0) - CENTRES).norm(dim=1).mean().item(), samples.std(0).mean().item()
 
 
-@pytest.mark.parametrize("cls", [ToyBackend, EpsToy])
+@pytest.mark.parametrize("cls", [ToyBackend, pytest.param(EpsToy, marks=pytest.mark.verify)])
 def test_training_brings_the_student_to_the_teachers_mixture(cls: type[ToyBackend]) -> None:
     """As far as DMD brings it in as many steps; both paths, both students' steps at once, a fake score that learns."""
     assert trained(cls, DMD(), 0)[0] > 0.6
