@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> None:
         write_package(given.name, given.output_dir, given.kind)
     elif given.action == "check":
         if broken := check_plugins(given.names):
-            raise ConfigError(f"check: {broken} broken")
+            raise ConfigError(f"check: plugins that do not work: {broken}; the list says why")
     else:
         list_plugins()
 

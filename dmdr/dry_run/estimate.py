@@ -29,11 +29,9 @@ from dmdr.hub import is_hub_id
 from dmdr.paths import Prediction
 from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
-from dmdr.run.checkpoint import find_initial
 from dmdr.run.device import chosen_precision
 from dmdr.run.folder import choose_folder
-from dmdr.run.initial import check_kind
-from dmdr.run.job import Job, assemble, planned
+from dmdr.run.job import Job, assemble, find_start
 from dmdr.run.observer import Observer
 from dmdr.run.overview import overview
 from dmdr.run.pace import GIB
@@ -114,10 +112,7 @@ def estimate(settings: Settings) -> Estimate:
     check_tracker(settings.config)
     _, resume = choose_folder(settings.config)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it; one of them is followed
-    if resume:
-        planned(settings, processes)[0].check_resumable(resume)
-    elif settings.config.init_student:
-        check_kind(find_initial(settings.config.init_student), settings.family_options())
+    find_start(settings, resume, processes)
     job = _weightless(assemble(settings, processes))
     try:
         return _simulated(job)

@@ -121,12 +121,12 @@ def save_checkpoint(
     moments = {role: optimizer.state_dict()["state"] for role, optimizer in optimizers.items()}
     shared = {role: named for role, named in tensors.items() if any(map(is_shared, named.values()))}
     states: dict[str, Tensor] = {}
-    like = first_shared(tensors)
+    like = _first_shared(tensors)
 
     def apart(place: str, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        if not value.ndim or like is None or value.placements != like.placements:  # nothing that is large
+        if not value.ndim or like is None or value.placements != like.placements:  # like no parameter
             return whole(value)
         states[place] = value
         return None
@@ -286,12 +286,12 @@ def restore(checkpoint: Path, tensors: Tensors, optimizers: Mapping[str, torch.o
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{file}: the optimizer state of the {role} does not fit: {one_line(error)}") from error
     if (checkpoint / STATES).is_dir():
-        states = read_shares(checkpoint / STATES, first_shared(tensors))
+        states = read_shares(checkpoint / STATES, _first_shared(tensors))
         extra = replaced(extra, lambda place, value: states.get(place, value))
     return extra
 
 
-def first_shared(tensors: Tensors) -> Any:
+def _first_shared(tensors: Tensors) -> Any:
     """One of the tensors that processes share; None where they share none."""
     return next((each for named in tensors.values() for each in named.values() if is_shared(each)), None)
 

@@ -104,7 +104,7 @@ def check_unchanged(config: Config, output: Path, resume: Path | None) -> None:
     elif config.resume_from_checkpoint == "latest":
         later = [path for path in checkpoints(output) if number_of(path) > number_of(resume)]
         if any(damage(path) is None for path in later):
-            raise ConfigError(f"--output_dir {output}: another run has added checkpoints since this one began")
+            raise ConfigError(f"--output_dir {output}: another run has added checkpoints since then; start again")
 
 
 def never_trained(folder: Path) -> bool:

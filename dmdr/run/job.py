@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable
 from dmdr.rewards import Rewards
+from dmdr.run.checkpoint import find_initial
+from dmdr.run.initial import check_kind
 from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.chosen import Chosen, active_weight
@@ -161,3 +164,19 @@ def build_rewards(
         parts[plugin.label] = (plugin.weight, plugin.build(**own))
     there = list(split_columns(rows)[1]) if rows else None
     return Rewards(parts, {plugin.label: plugin.key for plugin in chosen}, there)
+
+
+def find_start(settings: Settings, resume: Path | None, processes: int) -> Path | None:
+    """The student that --init_student names; None for a run that is resumed, whose checkpoint is looked at instead.
+
+    Raises:
+        ConfigError: If there is none, or it or the checkpoint does not fit the settings.
+    """
+    if resume:
+        planned(settings, processes)[0].check_resumable(resume)
+        return None
+    if not settings.config.init_student:
+        return None
+    initial = find_initial(settings.config.init_student)
+    check_kind(initial, settings.family_options())
+    return initial

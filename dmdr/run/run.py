@@ -24,7 +24,6 @@ from dmdr.run import durable
 from dmdr.run.checkpoint import (
     Progress,
     checkpoints,
-    find_initial,
     holds,
     load_parameters,
     number_of,
@@ -45,8 +44,8 @@ from dmdr.run.folder import (
     inputs_of,
     never_trained,
 )
-from dmdr.run.initial import check_kind, differences
-from dmdr.run.job import Job, assemble, own_prompts, planned
+from dmdr.run.initial import differences
+from dmdr.run.job import Job, assemble, find_start, own_prompts
 from dmdr.run.keeper import Keeper
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog, beside_the_bar
@@ -102,15 +101,11 @@ def run(settings: Settings) -> Path:
     check_tracker(config)
     adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
-    start = None if resume else config.init_student
-    initial = on_main_process(state, lambda: find_initial(start) if start else None)
+    initial = on_main_process(state, lambda: find_start(settings, resume, state.num_processes))
     if not resume and config.overwrite_output_dir:
         parts = [(SUMS.get(part.group, "backend"), part.name) for part in settings.plugins]
         check_inputs_survive(output, [*settings.values().items(), *parts])
-    if initial:
-        check_kind(initial, settings.family_options())
     if resume:
-        planned(settings, state.num_processes)[0].check_resumable(resume)
         changed = on_main_process(state, lambda: changes(resume, settings.values()))
         for what in changed if state.is_main_process else ():
             logger.warning("--resume_from_checkpoint: %s", what)

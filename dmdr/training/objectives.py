@@ -193,7 +193,7 @@ class Objectives:
             ctx.scores(draw.rollout)  # raises for a reward that goes on scoring nothing, and names it
         flags = [any(answer.reached for answer in answers), any(answer.at_x0 for answer in answers)]
         reached, at_x0 = ctx.gather(draw.mask.new_tensor([flags])).any(0)
-        self._log(term, answers, valid, reached, ctx)
+        self._log(term, answers, valid, counted, reached, ctx)
         ctx.log({f"{term.name}/invalid": asked - counted[""], f"{term.name}/weight": weight})
         grad = torch.cat([answer.grad for answer in answers]) * (asked / counted[""].clamp_min(1))
         if balance and at_x0:
@@ -205,6 +205,7 @@ class Objectives:
         term: WeightedObjective,
         answers: Sequence[Answer],
         valid: Mapping[str, Tensor],
+        counted: Mapping[str, Tensor],
         reached: Tensor,
         ctx: StepContext,
     ) -> None:
@@ -212,23 +213,23 @@ class Objectives:
 
         Args:
             answers: Of this process's micro-batches.
-            valid: The samples that count, of all processes, by learner.
+            valid, counted: The samples that count, of all processes, by learner; and how many.
             reached: Whether a gradient has come in any process.
 
         Raises:
             TrainingError: If the student's loss has no graph.
         """
-        for name, counts in valid.items():
+        for name in valid:
             who = f"{term.name}/{name}" if name else term.name
             shares = [answer.shares[name] for answer in answers]
             losses = ctx.gather(torch.cat([share.losses for share in shares]))
             if not name and losses.any() & ~reached:  # a part of the batch may have nothing to learn
                 what = f"objective '{term.name}' trains nothing: its loss has no graph"
                 raise TrainingError(f"{what}; is there a detach?")
-            means = over_the_batch([share.means for share in shares], counts, ctx, f"objective '{who}'")
-            ctx.log({f"loss/{who}": losses.sum() / counts.sum().clamp_min(1)})
+            means = over_the_batch([share.means for share in shares], valid[name], ctx, f"objective '{who}'")
+            ctx.log({f"loss/{who}": losses.sum() / counted[name].clamp_min(1)})
             ctx.log({f"{who}/{metric}": value for metric, value in means.items()})
-        ctx.log({f"{term.name}/coverage": valid[""].sum() / len(valid[""])})
+        ctx.log({f"{term.name}/coverage": counted[""] / len(valid[""])})
 
     def ask(self, term: WeightedObjective, part: Draw, scale: Tensor, ctx: StepContext) -> Answer:
         """Objective and backward on a micro-batch; `scale` turns a sum over samples into the weighted mean."""

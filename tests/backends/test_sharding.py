@@ -90,7 +90,7 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"rl": "dpo+grpo", "lora_rank": 4, "num_eval_samples": 5, "eval_steps": 2},
-    "full": {"rl": "grpo", "full_finetune": True, "ema_decay": 0.5, "num_eval_samples": 0},
+    "full": {"rl": "grpo+nft", "full_finetune": True, "ema_decay": 0.5, "num_eval_samples": 0},
 }
 ONE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # the batch of one process, and of several
 SEVERAL = {"shard": "node", "per_device_train_batch_size": 2}

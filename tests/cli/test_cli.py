@@ -200,7 +200,7 @@ def test_help_comes_at_once_and_imports_nothing_heavy(command: tuple[str, ...], 
 def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
     code, out, told = call(plugins, "check")
     rows = [line.split() for line in out.splitlines()]
-    assert code == 2 and told == "dmdr-plugins: check: 1 broken\n"
+    assert code == 2 and told == "dmdr-plugins: check: plugins that do not work: 1; the list says why\n"
     assert ["objective", "refl", "dmdr", rows[0][3], "dmdr_refl:ReFL"] in rows
     assert ["reward", "opaque", "stranger", "1.0", "stranger_cli:Opaque"] in rows
     assert {row[0] for row in rows} == {"objective", "reward", "matching", "sample_weight", "backend", "model"}

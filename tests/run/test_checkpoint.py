@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run import checkpoint
@@ -27,6 +29,7 @@ from dmdr.run.checkpoint import (
     restore,
     save_checkpoint,
 )
+from dmdr.states import is_shared, whole
 
 PROGRESS = {"stage": 1, "step": 1, "total": 1, "prompts_consumed": 3, "batch": 8}
 
@@ -344,3 +347,25 @@ def test_a_role_that_was_not_trained_has_no_moments(tmp_path: Path) -> None:
     folder, roles = save(tmp_path, 1), Roles()
     with pytest.raises(ConfigError, match="step-000001 holds no optimizer state of the critic"):
         restore(folder, {}, {"critic": roles.optimizers["student"]})
+
+
+def test_a_plugins_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Whole tensors and shared ones, numbers without a dimension, and names that look alike with their places."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shared = [distribute_tensor(torch.full((3, 2), float(number)), mesh, [Shard(0)]) for number in range(5)]
+        module = nn.BatchNorm1d(2).state_dict()
+        state = {"a.b": shared[1], "a": {"b": shared[2], 0: shared[3], "0": shared[4]}, "module": module}
+        state |= {"mean": shared[4].sum(), "whole": torch.ones(2), "names": ["x", None]}
+        place, student = Progress(1, 1, 1, 1), {"student": {"weight": shared[0]}}
+        saved = save_checkpoint(tmp_path, place, student, {}, {"objectives": state}, once=lambda act: act())
+        for into in (student["student"]["weight"], torch.zeros(3, 2)):
+            found = restore(saved, {"student": {"weight": into}}, {})["objectives"]
+            assert is_shared(found["a.b"]) == is_shared(into)
+            told = [found["a.b"], found["a"]["b"], found["a"][0], found["a"]["0"]]
+            assert [whole(tensor).unique().tolist() for tensor in told] == [[1.0], [2.0], [3.0], [4.0]]
+            assert found["mean"] == 24 and found["whole"].equal(torch.ones(2)) and found["names"] == ["x", None]
+            assert found["module"]._metadata == module._metadata
+    finally:
+        torch.distributed.destroy_process_group()
