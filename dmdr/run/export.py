@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import jinja2
 import yaml
 
 from dmdr.errors import ConfigError, one_line, printable
@@ -67,6 +66,8 @@ def export(
         mixed_precision: Of the run, and of whoever samples it unless they choose another.
         objectives, rewards: Expressions of the run, for the model card; empty if it had none.
     """
+    import jinja2  # only who writes an export waits for it
+
     partial = durable.begin(folder)
     call = dict(backend.export(partial, sampler))
     about = {"base_model": base, "backend": family, "sample_eta": sampler.eta, "grid": sampler.t.tolist(), "call": call}
