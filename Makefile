@@ -3,7 +3,7 @@ PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test coverage lint verify bench
+.PHONY: demo test coverage lint verify bench speed
 
 demo: $(READY)
 	$(BIN)/dmdr-train
@@ -27,6 +27,9 @@ verify: $(READY)
 bench: $(READY)
 	$(BIN)/python examples/digits/table.py
 	$(BIN)/python examples/digits/objectives.py
+
+speed: $(READY)
+	$(BIN)/python -m examples.benchmarks $(SPEED_OPTIONS)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON3) -m venv .venv
