@@ -295,6 +295,8 @@ class Needs:
         steps: Student steps it acts on: "any", "last", "stochastic" (all but the last), or explicit indices.
         updates_per_rollout: How often one rollout is used.
         matching: It reads the matching gradient (`draw.direction`), which --dmd_weight 0 takes away.
+        finished: It looks at finished images: `rollout.final`, `ctx.scores`, or a state after `draw.x_next`. Where
+            nothing does, rollouts end at the drawn steps.
     """
 
     reward: bool = True
@@ -309,6 +311,7 @@ class Needs:
     steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
     updates_per_rollout: int = 1
     matching: bool = False
+    finished: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what nobody could meet.
@@ -316,7 +319,7 @@ class Needs:
         Raises:
             ConfigError: Names the field.
         """
-        for name in ("reward", "reward_grad", "text_features", "log_prob", "matching"):
+        for name in ("reward", "reward_grad", "text_features", "log_prob", "matching", "finished"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"needs.{name} must be True or False, not {getattr(self, name)!r}")
         for name, least in COUNTS.items():
@@ -395,6 +398,7 @@ class Matching(Protocol):
     """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default.
 
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
+    Optional: `finished = True`, of one that looks at finished images (`draw.rollout.final`), as in `Needs`.
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

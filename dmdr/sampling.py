@@ -157,8 +157,10 @@ class FewStepSampler:
         sample: Tensor | None = None,
         group: Tensor | None = None,
         log_prob: bool = False,
+        until: Sequence[int] | None = None,
+        finish: bool = False,
     ) -> Rollout:
-        """Run all K steps without gradient and keep every state.
+        """Run the K steps without gradient and keep every state.
 
         Args:
             student: Any denoiser of this path.
@@ -166,24 +168,58 @@ class FewStepSampler:
             cond: Condition of the B samples.
             sample, group: Global indices, [B] int64; 0 .. B - 1 by default.
             log_prob: Keep the log-probability of the K - 1 stochastic steps.
+            until: Last step that each sample is wanted for, [B], falling; all K by default. What comes later is NaN.
+            finish: Take the later steps, too, in passes of their own: no bit of what is wanted changes by that.
         """
         batch, last = len(cond), self.num_inference_steps - 1
-        states, answers, log_probs = [noise[0]], [], []
-        for i in range(self.num_inference_steps):
-            t = self.t[i].to(states[-1].device, non_blocking=True).expand(batch)
-            prediction = student(states[-1], t, cond)
-            x_next = self.step(i, prediction, None if i == last else noise[i + 1])
-            if log_prob and i < last:
-                log_probs.append(self.log_prob(i, prediction, x_next))
-            states.append(x_next)
-            answers.append(prediction.x0)
+        until = [last] * batch if until is None else until
+        states: list[Tensor] = [noise[0]]
+        answers: list[Tensor] = []
+        log_probs: list[Tensor] = []
+        for i in range(last + 1 if finish else until[0] + 1):
+            wanted = sum(step >= i for step in until)  # samples: the first ones
+            parts = [slice(0, wanted), slice(wanted, batch)] if finish else [slice(0, wanted)]
+            parts = [part for part in parts if part.stop > part.start]
+            taken = [self._taken(i, student, states[-1], noise, cond, part, log_prob) for part in parts]
+            for kept, found in zip((states, answers, log_probs), zip(*taken, strict=True), strict=True):
+                kept.append(found[0] if len(found) == 1 else torch.cat(found))
         index = torch.arange(batch, device=states[0].device)
         return Rollout(
             cond=cond,
             t=self.t,
-            x_t=torch.stack(states),
-            x0=torch.stack(answers),
+            x_t=filled_up(states, batch, last + 2),
+            x0=filled_up(answers, batch, last + 1),
             sample=index if sample is None else sample,
             group=index if group is None else group,
-            log_prob=torch.stack(log_probs) if log_probs else None,
+            log_prob=filled_up(log_probs[:last], batch, last) if log_prob and last else None,
+            finished=finish or until[-1] == last,
         )
+
+    def _taken(
+        self,
+        i: int,
+        student: Denoiser,
+        x_t: Tensor,
+        noise: Sequence[Tensor] | Tensor,
+        cond: Condition,
+        part: slice,
+        log_prob: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step i of a part of the samples: the next state and the answer, [n, *latent], and log-probabilities [n]."""
+        x, cond = (x_t, cond) if part == slice(0, len(cond)) else (x_t[part], cond[part])
+        t = self.t[i].to(x.device, non_blocking=True).expand(len(x))
+        prediction, stochastic = student(x, t, cond), i + 1 < self.num_inference_steps
+        x_next = self.step(i, prediction, noise[i + 1][part] if stochastic else None)
+        if log_prob and stochastic:
+            return x_next, prediction.x0, self.log_prob(i, prediction, x_next)
+        return x_next, prediction.x0, x_next.new_zeros(len(x), dtype=torch.float64)
+
+
+def filled_up(parts: Sequence[Tensor], batch: int, steps: int) -> Tensor:
+    """Tensors [at most B, ...] of the first steps as one [steps, B, ...], with NaN for what is not there."""
+    if len(parts) == steps and len(parts[-1]) == batch:
+        return torch.stack(list(parts))
+    whole = parts[-1].new_full((steps, batch, *parts[0].shape[1:]), math.nan)  # the noise may be less precise
+    for row, part in zip(whole, parts, strict=False):
+        row[: len(part)] = part
+    return whole

@@ -45,6 +45,16 @@ class Condition:
             {name: column[part] for name, column in self.columns.items()},
         )
 
+    def ordered(self, rows: Tensor) -> "Condition":
+        """These rows in this order, [n] int64 on the CPU."""
+        numbers = rows.tolist()
+        on_device = {device: rows.to(device, non_blocking=True) for device in {t.device for t in self.tensors.values()}}
+        return Condition(
+            [self.prompts[row] for row in numbers],
+            {name: tensor[on_device[tensor.device]] for name, tensor in self.tensors.items()},
+            {name: [column[row] for row in numbers] for name, column in self.columns.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -58,6 +68,7 @@ class Rollout:
         sample: Index of each sample in the global batch, [B] int64; the key of its random numbers.
         group: Index of each sample's group (same prompt) in the global batch, [B] int64.
         log_prob: Log-probability of each stochastic transition, [K - 1, B] float64, or None where nobody asked.
+        finished: Whether all samples went through all steps. Where one did not, what comes after its drawn step is NaN.
     """
 
     cond: Condition
@@ -67,10 +78,20 @@ class Rollout:
     sample: Tensor
     group: Tensor
     log_prob: Tensor | None = None
+    finished: bool = True
 
     @property
     def final(self) -> Tensor:
-        """The finished latents, [B, *latent]."""
+        """The finished latents, [B, *latent].
+
+        Raises:
+            TrainingError: If the rollout is not finished.
+        """
+        if not self.finished:
+            raise TrainingError(
+                "this rollout ends at the drawn steps: what looks at finished images must declare needs.finished "
+                "(a matching: finished = True)"
+            )
         return self.x0[-1]
 
     def pick(self, index: Tensor) -> "Draw":
@@ -157,6 +178,7 @@ class Draw:
                 whole.sample[part],
                 whole.group[part],
                 None if whole.log_prob is None else whole.log_prob[:, part],
+                whole.finished,
             ),
         )
 

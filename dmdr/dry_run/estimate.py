@@ -178,7 +178,7 @@ def _simulated(job: Job) -> Estimate:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
         # Further updates of the fake score find the same tensors alive.
-        plan = replace(job.plan, rounds=1, batch=replace(job.plan.batch, processes=1))
+        plan = replace(job.plan, rounds=job.plan.rollouts, batch=replace(job.plan.batch, processes=1))
         dry = replace(job, plan=plan, backend=Bridge(backend))
         trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False))
         trainer: Trainer | None = None
@@ -268,7 +268,7 @@ def _train(trainer: Trainer, meter: Meter, shares: Shares) -> Counter[str]:
         if learner.ema:
             meter.label(AVERAGE, learner.ema.average.values(), count)
     meter.restart()
-    trainer.train_step(compare=True)  # as in a step that is logged
+    trainer.train_step(noted=True)  # as in a step that is logged
     return meter.peak
 
 

@@ -33,7 +33,8 @@ def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: st
         "update": str(plan.batch),
         "student": f"{plan.num_inference_steps} steps, trained at eta {job.sampler.eta:g}, used at eta "
         f"{job.user_sampler.eta:g}",
-        "matching": f"{config.matching}, {plan.rounds} updates of the fake score for each of the student"
+        "matching": f"{config.matching}, {plan.rounds} updates of the fake score and {plan.rollouts} rollouts for each "
+        "of the student"
         if plan.matches
         else "none: RL only",
         "teacher's guidance": guidance,

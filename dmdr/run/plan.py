@@ -101,7 +101,8 @@ class Plan:
         num_inference_steps: Steps of the student.
         times: The student's time grid without its last time, 0, where the user gives it; None for the model's own.
         matches: Whether distributions are matched and the fake score is trained; without, the run is RL only.
-        rounds: Rollouts, and updates of the fake score, per student update.
+        rounds: Updates of the fake score per student update.
+        rollouts: Rollouts per student update.
         guidance: Range of the teacher's guidance.
         roles: Roles of the backend that the run needs.
         stages: In order; those without updates are left out.
@@ -113,6 +114,7 @@ class Plan:
     times: tuple[float, ...] | None
     matches: bool
     rounds: int
+    rollouts: int
     guidance: tuple[float, float]
     roles: tuple[Role, ...]
     stages: tuple[Stage, ...]
@@ -134,6 +136,7 @@ class Plan:
         """
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
+        rounds = config.fake_updates if config.dmd_weight else 1
         return cls(
             batch=Batch(
                 config.per_device_train_batch_size,
@@ -145,7 +148,8 @@ class Plan:
             num_inference_steps=len(times) or config.num_inference_steps,
             times=tuple(times) or None,
             matches=config.dmd_weight > 0,
-            rounds=config.fake_updates if config.dmd_weight else 1,
+            rounds=rounds,
+            rollouts=min(2, rounds) if config.rollouts is None else config.rollouts,
             guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
             roles=("student", "fake_score", *combined_needs(objectives).roles),
             stages=_stages(config, tuple(objectives), sample_weight),
@@ -157,9 +161,9 @@ class Plan:
         return sum(stage.steps for stage in self.stages)
 
     @property
-    def rollouts(self) -> int:
+    def batches_read(self) -> int:
         """Global batches of prompts that the whole run reads."""
-        return self.updates * self.rounds
+        return self.updates * self.rollouts
 
     def samplers(self, backend: Backend, config: Config) -> tuple[FewStepSampler, FewStepSampler]:
         """The student's sampler in training, and that of its users, on one grid.

@@ -205,8 +205,8 @@ class Run:
     def _upcoming_prompts(self, size: int) -> list[str]:
         """Those that the run will read, of all processes."""
         stream = self.trainers.prompts()
-        some = self.plan.rollouts * stream.batch_size < size * stream.group_size
-        drawn = stream.first(self.plan.rollouts) if some else self.job.prompts.first(size)
+        some = self.plan.batches_read * stream.batch_size < size * stream.group_size
+        drawn = stream.first(self.plan.batches_read) if some else self.job.prompts.first(size)
         return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
 
     def _load_initial(self) -> None:
@@ -256,7 +256,7 @@ class Run:
                     started = time.perf_counter()
                     self._in_update = True
                     with not_exiting("a plugin"):  # such as a matching; objectives and rewards are named
-                        line = trainer.train_step(compare=self._noted(trainer.step + 1, self.progress.total + 1))
+                        line = trainer.train_step(noted=self._noted(trainer.step + 1, self.progress.total + 1))
                     self._in_update = False
                     self.progress = self._progress(stage, trainer, trainer.prompts.consumed)
                     self._note(trainer, line, time.perf_counter() - started, bar)
@@ -308,7 +308,7 @@ class Run:
                 values |= {logged(name): value for name, value in found.items()}
         except Exception as error:  # of a reward: the update will be saved, and its line is not made again
             failure = error
-        self.pace.add(values, seconds, trainer.rounds * trainer.prompts.batch_size)
+        self.pace.add(values, seconds, self.plan.rollouts * trainer.prompts.batch_size)
         self._show(values, bar)
         if noted or trainer.bad_steps:
             self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))

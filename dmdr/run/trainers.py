@@ -17,9 +17,12 @@ from dmdr.run.plan import Stage
 from dmdr.training.bad_steps import BadSteps
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives
+from dmdr.training.rollouts import Rollouts
 from dmdr.training.schedules import Schedule
 from dmdr.training.scorer import RolloutScorer
 from dmdr.training.trainer import Trainer
+
+AT_ONCE = 2  # micro-batches in a pass without gradient, which still takes less memory than one with it
 
 
 @dataclass
@@ -49,8 +52,7 @@ class Trainers:
         micro = plan.batch.micro
         return Trainer(
             backend=job.backend,
-            sampler=job.sampler,
-            prompts=self.prompts(),
+            rollouts=self.rollouts(),
             student=student,
             fake_learners=fake_learners,
             matching=job.matching,
@@ -71,6 +73,15 @@ class Trainers:
             bad=BadSteps(config.max_bad_steps),
             first_step=stage.first_step,
             step=step,
+        )
+
+    def rollouts(self) -> Rollouts:
+        """From the first prompts on."""
+        job, plan = self.job, self.job.plan
+        finished = getattr(job.matching, "finished", False)
+        passes = AT_ONCE * plan.batch.micro
+        return Rollouts(
+            job.backend, job.sampler, self.prompts(), self.accelerator, plan.rollouts, passes, finished, plan.shards
         )
 
     def prompts(self) -> PromptStream:

@@ -119,6 +119,11 @@ class Config(Flags):
         0.5, "each sample gets a guidance scale within guidance_scale +- this value, if guidance_scale is above 1"
     )
     fake_updates: int = flag(5, "updates of the fake score for each update of the student")
+    rollouts: int | None = flag(
+        None,
+        "rollouts for each update of the student, at most fake_updates; by default 2: one for the student, one that "
+        "the fake score's other updates share",
+    )
     dyna_steps: int | None = flag(
         None, "student updates until DynaDG and DynaRS have faded out; all of stage 1 by default and at most"
     )
@@ -240,6 +245,8 @@ class Config(Flags):
             "per_device_train_batch_size",
             f"divisible by --num_generations ({self.num_generations})",
         )
+        what = f"at least 1 and at most --fake_updates ({self.fake_updates})"
+        self._require(self.rollouts is None or 1 <= self.rollouts <= self.fake_updates, "rollouts", what)
         self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
         if self.sigmas is not None:
             bounds = [*self.sigmas, 0.0]

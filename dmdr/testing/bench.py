@@ -16,7 +16,7 @@ from dmdr.testing.toy import toy_trainer
 from dmdr.training.context import StepContext
 from dmdr.training.objectives import WeightedObjective
 from dmdr.training.trainer import Trainer
-from dmdr.types import Draw, Rollout, Term, checked, terms_of
+from dmdr.types import Draw, Term, checked, terms_of
 
 Build = Callable[[], RewardObjective]
 
@@ -102,7 +102,7 @@ def trainer_of(
     if not needs.reward:
         trainer.scorer = None
     if on_declared:
-        trainer.pick = partial(pick_declared, trainer)  # type: ignore[method-assign]
+        trainer.rollouts.drawn = partial(drawn_declared, trainer)  # type: ignore[method-assign]
     return trained_a_little(trainer)
 
 
@@ -120,10 +120,15 @@ def bench_of(build: Build, reward: Reward | None, *, needs: Needs | None = None,
 def drawn(trainer: Trainer, ctx: StepContext) -> Draw:
     """What the trainer would hand to the objective."""
     (term,) = trainer.objectives.terms
-    draw = trainer.pick(trainer.rollout(ctx, trainer.objectives.shared_noise(ctx)), ctx)
+    (draw,) = trainer.rollouts(
+        [ctx],
+        finish=term.objective.needs.finished,
+        shared=trainer.objectives.shared_noise(ctx),
+        log_prob=term.objective.needs.log_prob,
+    )
     if term.objective.needs.matching:
         draw = replace(draw, direction=trainer.direction(draw, ctx))
-    return replace(draw, mask=term.declared(draw, trainer.sampler.num_inference_steps - 1))
+    return replace(draw, mask=term.acts_on(draw.index, trainer.sampler.num_inference_steps - 1))
 
 
 def declaring(needs: Needs, objective: RewardObjective) -> RewardObjective:
@@ -154,14 +159,14 @@ def valid_of(term: Term, draw: Draw) -> Tensor:
     return draw.mask if term.valid is None else draw.mask & term.valid
 
 
-def pick_declared(trainer: Trainer, rollout: Rollout, ctx: StepContext) -> Draw:
-    """The steps that the objective acts on in turn, so that it acts on every sample."""
-    count = trainer.sampler.num_inference_steps
-    (term,) = trainer.objectives.terms
-    every = (rollout.pick(torch.full_like(rollout.sample, index)) for index in range(count))
-    steps = [index for index, draw in enumerate(every) if term.declared(draw, count - 1).any()]
+def drawn_declared(trainer: Trainer, ctx: StepContext) -> Tensor:
+    """The steps that the objective acts on in turn, so that it acts on every sample; [B] int64."""
+    rollouts = trainer.rollouts
+    (term,), own = trainer.objectives.terms, rollouts.mine
+    count, index = trainer.sampler.num_inference_steps, torch.arange(own.stop - own.start)
+    steps = [step for step in range(count) if term.acts_on(torch.tensor([step]), count - 1).any()]
     assert steps, f"needs.steps {term.objective.needs.steps} names none of the {count} student steps"
-    return rollout.pick(torch.tensor(steps)[torch.arange(len(rollout.cond)) % len(steps)])
+    return torch.tensor(steps)[index % len(steps)]
 
 
 UNCOUNTED = (

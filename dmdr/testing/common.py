@@ -99,7 +99,7 @@ def only_read(who: str, draw: Draw, ctx: StepContext) -> Iterator[None]:
 def _given(draw: Draw, ctx: StepContext) -> Iterator[tuple[str, Tensor]]:
     """All tensors that a plugin can lay hands on, by name."""
     yield from _tensors(draw)
-    if ctx.scorer:
+    if ctx.scorer and draw.rollout.finished:
         scores, group = ctx.global_scores()
         yield from ((f"ctx.global_scores()[0]['{name}']", score) for name, score in scores.items())
         yield "ctx.global_scores()[1]", group

@@ -134,7 +134,7 @@ def matching_bench(build: Build, *, guidance: tuple[float, float] = (2.0, 4.0), 
     matching = build()
     trainer = trained_a_little(toy_trainer(matching=matching, guidance=guidance, **settings))
     ctx = trainer.context(0)
-    return MatchingBench(matching, trainer, ctx, trainer.pick(trainer.rollout(ctx), ctx))
+    return MatchingBench(matching, trainer, ctx, trainer.rollouts([ctx], finish=False)[0])
 
 
 def _benches(build: Build) -> Iterator[tuple[str, MatchingBench]]:

@@ -146,7 +146,7 @@ def _needs(weight: SampleWeight) -> Needs:
 
 def _at_work(weight: SampleWeight, trainer: Trainer) -> WeightBench:
     ctx = trainer.context(0)
-    draw = trainer.pick(trainer.rollout(ctx), ctx)
+    draw = trainer.rollouts.pick(trainer.rollouts.whole(ctx), ctx)
     with torch.no_grad():
         direction = trainer.matching.direction(draw, trainer.backend.teacher, trainer.backend.fake_score, ctx)
     return WeightBench(weight, trainer, ctx, draw, direction)

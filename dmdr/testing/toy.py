@@ -15,6 +15,7 @@ from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives, WeightedObjective
+from dmdr.training.rollouts import Rollouts
 from dmdr.training.schedules import DynaDG, DynaRS, Schedule
 from dmdr.training.scorer import RolloutScorer
 from dmdr.training.trainer import Trainer
@@ -79,14 +80,21 @@ def toy_trainer(
     micro = micro_batch_size or batch_size // accelerator.num_processes
     return Trainer(
         backend=backend,
-        sampler=FewStepSampler(backend.path, time_grid(num_inference_steps), 1.0),
-        prompts=PromptStream(
-            Prompts([{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]),
-            batch_size,
-            group_size=max(group_size, *(term.objective.needs.group_size for term in objectives), 1),
-            seed=seed,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
+        rollouts=Rollouts(
+            backend,
+            FewStepSampler(backend.path, time_grid(num_inference_steps), 1.0),
+            PromptStream(
+                Prompts([{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]),
+                batch_size,
+                group_size=max(group_size, *(term.objective.needs.group_size for term in objectives), 1),
+                seed=seed,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            ),
+            accelerator,
+            count=2 if dmd_weight else 1,
+            batch_size=micro,
+            always_finished=getattr(matching, "finished", False),
         ),
         student=student,
         fake_learners=fake_learners,

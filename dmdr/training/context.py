@@ -14,7 +14,7 @@ from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
 from dmdr.training.phases import gather
 from dmdr.training.scorer import RolloutScorer, Scores, Watched
-from dmdr.types import Rollout
+from dmdr.types import Draw, Rollout
 
 
 @dataclass
@@ -78,6 +78,17 @@ class StepContext:
             self.log(scorer.means(self.scored))
             self._count_unscored(self.scored.own)
         return self.scored
+
+    def check_scores(self, draw: Draw) -> None:
+        """Count a batch that no reward could score.
+
+        Raises:
+            RewardError: If there were several in a row; names a reward.
+        """
+        if draw.rollout.finished:
+            self.scores(draw.rollout)
+        else:
+            self._scorer()(replace(draw.rollout, x0=draw.x0[None], finished=True))
 
     def _count_unscored(self, scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():

@@ -51,16 +51,16 @@ class WeightedObjective:
         """Around every other call of the objective."""
         return not_exiting(f"objective '{self.name}'")
 
-    def declared(self, draw: Draw, last: int) -> Tensor:
-        """Samples whose student step the objective acts on, [B] bool."""
+    def acts_on(self, index: Tensor, last: int) -> Tensor:
+        """Whether the objective acts on student steps, [B] bool, of their indices [B]."""
         steps = self.objective.needs.steps
         if steps == "any":
-            return torch.ones_like(draw.mask)
+            return torch.ones_like(index, dtype=torch.bool)
         if steps == "last":
-            return draw.index == last
+            return index == last
         if steps == "stochastic":
-            return draw.index < last
-        return torch.isin(draw.index, torch.tensor(steps, device=draw.index.device))
+            return index < last
+        return torch.isin(index, torch.tensor(steps, device=index.device))
 
 
 def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
@@ -70,6 +70,7 @@ def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
         log_prob=any(n.log_prob for n in needs),
         roles=tuple(dict.fromkeys(role for n in needs for role in n.roles)),
         updates_per_rollout=max((n.updates_per_rollout for n in needs), default=1),
+        finished=any(n.finished for n in needs),
     )
 
 
@@ -161,7 +162,7 @@ class Objectives:
         self.set_up(ctx)
         total = torch.zeros_like(draw.x0)
         for term in self.terms:
-            mask = term.declared(draw, ctx.sampler.num_inference_steps - 1)
+            mask = term.acts_on(draw.index, ctx.sampler.num_inference_steps - 1)
             total += self.gradient_of(term, replace(draw, mask=mask), ctx, balance)
         return total
 
@@ -190,7 +191,7 @@ class Objectives:
             if balance:
                 balance.note(term.name)
         if term.objective.needs.reward and (asked > 0) & (counted[""] == 0):
-            ctx.scores(draw.rollout)  # raises for a reward that goes on scoring nothing, and names it
+            ctx.check_scores(draw)
         flags = [any(answer.reached for answer in answers), any(answer.at_x0 for answer in answers)]
         reached, at_x0 = ctx.gather(draw.mask.new_tensor([flags])).any(0)
         self._log(term, answers, valid, counted, reached, ctx)

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dmdr.errors import TrainingError
-from dmdr.prompts import PromptStream, split_columns
-from dmdr.protocols import Backend, Context, Denoiser, Matching, SampleWeight
+from dmdr.prompts import PromptStream
+from dmdr.protocols import Backend, Context, Denoiser, Matching, Needs, SampleWeight
 from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
 from dmdr.training.bad_steps import BadSteps
@@ -19,8 +19,9 @@ from dmdr.training.context import StepContext, over_the_batch
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
 from dmdr.training.phases import phase
+from dmdr.training.rollouts import Rollouts
 from dmdr.training.scorer import RolloutScorer
-from dmdr.types import Direction, Draw, Rollout, Term, checked
+from dmdr.types import Direction, Draw, Term, checked
 
 
 @dataclass
@@ -29,15 +30,14 @@ class Trainer:
 
     Attributes:
         backend: Prepared model family.
-        sampler: The student's sampler in training.
-        prompts: Stream of prompt rows, this process's share.
+        rollouts: The student's trajectories, of its sampler and the stream of prompts.
         student: The learner that all of this is about.
         fake_learners: The fake score, and what the matching trains beside it.
         matching: How the distributions are compared.
         objectives: The RL half of the loss.
         micro_batch_size: Samples per forward and backward pass.
         matches: Whether distributions are matched and the fake score is trained; without, a run is RL only.
-        rounds: Rollouts per student update; each trains the fake score once, the last one first the student.
+        rounds: Updates of the fake score per student update, the last of them after it.
         dmd_weight: Weight of the matching loss, a function of the step.
         balances: Whether RL is scaled so that rl_weight is the ratio of its gradient's norm to matching's.
         fake_mix, renoise: DynaDG and DynaRS, functions of the step.
@@ -50,8 +50,7 @@ class Trainer:
     """
 
     backend: Backend
-    sampler: FewStepSampler
-    prompts: PromptStream
+    rollouts: Rollouts
     student: Learner
     fake_learners: Sequence[Learner]
     matching: Matching
@@ -75,6 +74,16 @@ class Trainer:
     last_context: StepContext | None = None
 
     @property
+    def sampler(self) -> FewStepSampler:
+        """The student's, in training."""
+        return self.rollouts.sampler
+
+    @property
+    def prompts(self) -> PromptStream:
+        """Prompt rows, this process's share."""
+        return self.rollouts.prompts
+
+    @property
     def bad_steps(self) -> int:
         """How many steps in a row have just had an update skipped, since a loss or a gradient was not finite."""
         return self.bad.in_a_row
@@ -90,28 +99,25 @@ class Trainer:
         return [each for each in self.learners.values() if self.matches or each not in self.fake_learners]
 
     @phase("student")
-    def train_step(self, *, compare: bool = False) -> dict[str, float]:
+    def train_step(self, *, noted: bool = False) -> dict[str, float]:
         """One student update: L = dmd_weight L_DMD + rl_weight L_RL (DMDR, arXiv 2511.13649, eq. 3).
 
         Args:
-            compare: Log how strong RL is beside matching; costs memory for one more gradient of each objective, and a
-                pass through the student for those that act at x0.
+            noted: The step gets a line in the log, for which images are finished (`reward_metrics`) and RL is compared
+                with matching; that takes memory for one more gradient of each objective, and a pass through the
+                student for those that act at x0.
         """
         backend, matching, objectives = self.backend, self.matching, self.objectives
 
-        for k in range(self.rounds):  # 1. the fake score catches up with the student
-            ctx, last = self.context(k), k + 1 == self.rounds
-            shared = objectives.shared_noise(ctx) if last else ()
-            rollout = self.rollout(ctx, shared)  #    all steps, no gradient
-            draw = self.pick(rollout, ctx)  #    one stored state of each trajectory, and the answer given there
-            if self.matches and not last:  #    it is asked below for what it has not been trained on
-                self.learn_fake_score(draw, ctx)
+        *earlier, (ctx, draw) = self.draws(noted)  # 1. the student answers, without gradient
+        for before, answered in earlier:  #    and the fake score catches up with it
+            self.learn_fake_score(answered, before)
 
         for iteration in range(objectives.needs.updates_per_rollout):  # 2. where should the student's answer move?
             if iteration:
                 draw = self.answer_again(draw, ctx)
             draw = replace(draw, direction=self.direction(draw, ctx))  #    match the distribution ...
-            balance = self.balance(compare, ctx)
+            balance = self.balance(noted, ctx)
             reward_grad = objectives.gradient(draw, ctx, balance)  #    ... and climb the reward; its graphs are freed
 
             for part, r in self.micro_batches(draw, reward_grad):  # 3. the only student graph alive
@@ -149,50 +155,18 @@ class Trainer:
             self.scaler,
         )
 
-    @phase("rollout")
-    def rollout(self, ctx: StepContext, shared: Sequence[int] = ()) -> Rollout:
-        """Complete trajectories of the next prompts, made without gradient by the student as it is.
+    def draws(self, noted: bool) -> list[tuple[StepContext, Draw]]:
+        """What each update of the fake score learns, the last one after the student, each with its context."""
+        contexts = [self.context(k) for k in range(self.rounds)]
+        needs, last = self.objectives.needs, contexts[-1]
+        finish, shared = noted or needs.finished or self.weighs_finished, self.objectives.shared_noise(last)
+        draws = self.rollouts(contexts, finish=finish, shared=shared, log_prob=needs.log_prob)
+        return list(zip(contexts, draws, strict=True))
 
-        Args:
-            shared: Noises that the images of a group share (`RewardObjective.shared_noise`).
-        """
-        rows = next(self.prompts)
-        prompts, columns = split_columns(rows)
-        cond = self.backend.encode(prompts, **columns)
-        sample = self.accelerator.process_index * len(rows) + torch.arange(len(rows), device=self.accelerator.device)
-        group = sample // self.prompts.group_size
-        shape = (self.sampler.num_inference_steps, *self.backend.latent_shape)
-        log_prob = self.objectives.needs.log_prob
-        chunks = []
-        for start in range(0, len(rows), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            noise = ctx.random.normal("noise", sample[part], shape)
-            if shared:
-                noise[:, shared] = ctx.random.normal("noise/group", group[part], shape)[:, shared]
-            chunks.append(
-                self.sampler.rollout(
-                    self.backend.student,
-                    noise.transpose(0, 1),
-                    cond[part],
-                    sample=sample[part],
-                    group=group[part],
-                    log_prob=log_prob,
-                )
-            )
-        ctx.rollout = Rollout(
-            cond=cond,
-            t=self.sampler.t,
-            x_t=torch.cat([chunk.x_t for chunk in chunks], 1),
-            x0=torch.cat([chunk.x0 for chunk in chunks], 1),
-            sample=sample,
-            group=group,
-            log_prob=torch.cat([chunk.log_prob for chunk in chunks], 1) if log_prob else None,  # type: ignore[misc]
-        )
-        return ctx.rollout
-
-    def pick(self, rollout: Rollout, ctx: StepContext) -> Draw:
-        """A uniformly drawn student step for each sample."""
-        return rollout.pick(ctx.random.integers("index", rollout.sample, self.sampler.num_inference_steps))
+    @property
+    def weighs_finished(self) -> bool:
+        """Whether the weight of a sample depends on its finished image."""
+        return self.sample_weight is not None and getattr(self.sample_weight, "needs", Needs()).finished
 
     @phase("fake")
     def learn_fake_score(self, draw: Draw, ctx: StepContext) -> None:
@@ -242,9 +216,9 @@ class Trainer:
         weight = self.sample_weight(draw, direction, ctx)
         return weight.view(-1, *[1] * (direction.total.ndim - 1)).to(direction.total.dtype) * direction.total
 
-    def balance(self, compare: bool, ctx: StepContext) -> Balance | None:
+    def balance(self, noted: bool, ctx: StepContext) -> Balance | None:
         """What compares RL with matching in this step, where both are there."""
-        if not self.objectives.terms or not self.dmd_weight(ctx.step) or not (compare or self.balances):
+        if not self.objectives.terms or not self.dmd_weight(ctx.step) or not (noted or self.balances):
             return None
         return Balance(self.student, {term.name: term.weight for term in self.objectives.terms})
 

@@ -37,7 +37,7 @@ class ReFL:
     @property
     def needs(self) -> Needs:
         steps: Any = (int(self.steps),) if self.steps.isdecimal() else self.steps
-        return Needs(reward_grad=True, steps=steps)
+        return Needs(reward_grad=True, steps=steps, finished=False)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         images = ctx.backend.decode(draw.leaf)

@@ -70,7 +70,7 @@ class SRPO:
     @property
     def needs(self) -> Needs:
         steps: Any = (int(self.steps),) if self.steps.isdecimal() else self.steps
-        return Needs(reward_grad=True, text_features=True, steps=steps)
+        return Needs(reward_grad=True, text_features=True, steps=steps, finished=self.direct_align)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term | Iterator[Term]:
         positive = self._texts(self.positive, "srpo/positive", draw, ctx)

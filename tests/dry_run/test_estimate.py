@@ -208,7 +208,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     for learner in trainer.learners.values():
         for group in learner.optimizer.param_groups:
             group["foreach"] = True  # as on CUDA
-    trainer.train_step(compare=True)
+    trainer.train_step(noted=True)
     gc.collect()
 
     static = {name: size for name, size in found.phases[phase].items() if name not in ("gradients", "activations")}
@@ -219,7 +219,7 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
         assert static["average of the student"] == student
     else:
         assert static["student, LoRA"] == student and static["fake score, LoRA"] == fake
-    allocated = highest(lambda: trainer.train_step(compare=True))  # as in a step that is logged
+    allocated = highest(lambda: trainer.train_step(noted=True))  # as in a step that is logged
     assert sum(found.phases[phase].values()) - sum(static.values()) == pytest.approx(allocated, rel=0.02)
 
 

@@ -18,6 +18,7 @@ from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives, WeightedObjective
+from dmdr.training.rollouts import Rollouts
 from dmdr.training.schedules import Schedule
 from dmdr.training.scorer import RolloutScorer
 from dmdr.training.tilt import bounded, density_ratio
@@ -120,6 +121,7 @@ def trainer(
     rl_weight: float = 1.0,
     dmd_weight: float = 1.0,
     fake_updates: int = 1,
+    rollouts: int | None = None,
     sample_weight: SampleWeight | None = None,
     sde_type: Any = "cps",
     matching: Matching | None = None,
@@ -161,13 +163,20 @@ def trainer(
     settings = {"seed": 0, "fake_mix": lambda step: 0.0, "renoise": lambda step: (4.0, 1.5)}
     return Trainer(
         backend=backend,
-        sampler=FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta, sde_type),
-        prompts=PromptStream(
-            Prompts(rows),
-            batch * accelerator.num_processes,
-            group_size=group_size,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
+        rollouts=Rollouts(
+            backend,
+            FewStepSampler(backend.path, time_grid(steps) if grid is None else grid, eta, sde_type),
+            PromptStream(
+                Prompts(rows),
+                batch * accelerator.num_processes,
+                group_size=group_size,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            ),
+            accelerator,
+            count=rollouts or (fake_updates if dmd_weight else 1),
+            batch_size=micro,
+            always_finished=getattr(matching, "finished", False),
         ),
         student=student,
         fake_learners=[fake_score],

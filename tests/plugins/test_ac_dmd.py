@@ -373,7 +373,7 @@ def test_micro_batches_accumulate_to_the_whole(micro_batch: int, cls: type[ToyBa
 def test_a_step_takes_the_gradient_at_the_state_after_the_step() -> None:
     by_hand = trainer(prepared(DoubleToy), matching=ACDMD(), eta=0.9)
     ctx = by_hand.context(0)
-    draw = by_hand.pick(by_hand.rollout(ctx), ctx)
+    draw = by_hand.rollouts.pick(by_hand.rollouts.whole(ctx), ctx)
     assert len(draw.index.unique()) > 2
     g = by_hand.direction(draw, ctx)
     s, noise = column(level(draw)), math.cos(0.45 * math.pi)

@@ -38,7 +38,7 @@ def at_start(cls: type[ToyBackend] = DoubleToy) -> Any:
 
 def first_draw(running: Trainer) -> tuple[StepContext, Draw]:
     ctx = running.context(0)
-    return ctx, running.pick(running.rollout(ctx), ctx)
+    return ctx, running.rollouts.pick(running.rollouts.whole(ctx), ctx)
 
 
 def ask(objective: DPO, backend: Any, **settings: Any) -> tuple[Term, Draw, StepContext]:
@@ -417,7 +417,7 @@ def test_pairs_move_the_student_towards_the_chosen_images(tmp_path: Path) -> Non
         if objectives:
             assert line["dpo/coverage"] == 0.5
             assert line["dpo/accuracy"] > 0.5
-        return running.rollout(running.context(1)).final[:, 0].mean().item()
+        return running.rollouts.whole(running.context(1)).final[:, 0].mean().item()
 
     assert right([objective]) > right([]) + 0.1
 

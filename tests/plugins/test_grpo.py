@@ -29,7 +29,7 @@ def running(grpo: GRPO, backend: ToyBackend | None = None, **settings: Any) -> T
 
 def drawn(trainer: Trainer) -> tuple[Draw, Any]:
     ctx = trainer.context(0)
-    return trainer.pick(trainer.rollout(ctx, trainer.objectives.shared_noise(ctx)), ctx), ctx
+    return trainer.rollouts.pick(trainer.rollouts.whole(ctx, trainer.objectives.shared_noise(ctx)), ctx), ctx
 
 
 def terms(grpo: GRPO, trainer: Trainer, iteration: int = 0, draw: Draw | None = None, ctx: Any = None) -> list[Term]:

@@ -56,7 +56,7 @@ def running(objective: DiffusionNFT, backend: Any = None, **settings: Any) -> Tr
 def ask(objective: DiffusionNFT, toy: Trainer) -> tuple[Term, Draw, Any]:
     """The objective's answer to the first draw of four groups of four."""
     ctx = toy.context(0)
-    draw = toy.pick(toy.rollout(ctx), ctx)
+    draw = toy.rollouts.pick(toy.rollouts.whole(ctx), ctx)
     objective.setup(ctx)
     return objective(draw, ctx), draw, ctx
 

@@ -29,7 +29,7 @@ def running(objective: RWR, backend: Any = None, **settings: Any) -> Trainer:
 def ask(objective: RWR, toy: Trainer) -> tuple[Term, Draw, Any]:
     """The objective's answer to the first draw."""
     ctx = toy.context(0)
-    draw = toy.pick(toy.rollout(ctx), ctx)
+    draw = toy.rollouts.pick(toy.rollouts.whole(ctx), ctx)
     return objective(draw, ctx), draw, ctx
 
 

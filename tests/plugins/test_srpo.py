@@ -89,7 +89,7 @@ def step(objective: SRPO, reward: Any, **settings: Any) -> tuple[Trainer, Any, D
     """A trainer, its context, and a draw with its leaf."""
     running = trainer(objectives=[objective], rewards=reward, **settings)
     ctx = running.context(0)
-    draw = running.pick(running.rollout(ctx), ctx)
+    draw = running.rollouts.pick(running.rollouts.whole(ctx), ctx)
     return running, ctx, replace(draw, leaf=draw.x0.detach().requires_grad_())
 
 
@@ -325,7 +325,7 @@ def test_sensitivity_of_the_recovered_latents(start: float, end: float) -> None:
 def aligned_by_hand(objective: SRPO, running: Trainer) -> tuple[Tensor, Tensor]:
     """Losses [B] and the gradient at the student's parameters, in one graph."""
     ctx = running.context(0)
-    draw = running.pick(running.rollout(ctx), ctx)
+    draw = running.rollouts.pick(running.rollouts.whole(ctx), ctx)
     path, final = running.backend.path, draw.rollout.final
     eps = ctx.random.normal("srpo/eps", draw.sample, (2,)).double()
     up, down = torch.tensor(RED)[:2].double(), torch.tensor(GREEN)[:2].double()
@@ -435,7 +435,7 @@ def test_what_cannot_be_scored_is_left_out_and_counted(direct_align: bool, hinge
 
     whole = trainer(prepared(DoubleToy), objectives=[objective], rewards=Colour(), dmd_weight=0.0)
     ctx = whole.context(0)
-    draw = whole.pick(whole.rollout(ctx), ctx)
+    draw = whole.rollouts.pick(whole.rollouts.whole(ctx), ctx)
     kept = torch.tensor([prompt not in broken for prompt in draw.cond.prompts])
     student = list(whole.student.parameters.values())
     expected, loss = torch.zeros_like(found), 0.0

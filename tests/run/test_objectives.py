@@ -407,7 +407,7 @@ def test_grpo_on_an_sd3_pipeline_finds_a_lora_weight_that_moved(digits: Digits, 
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     ctx = trainer.context(0)
-    draw = trainer.pick(trainer.rollout(ctx, trainer.objectives.shared_noise(ctx)), ctx)
+    draw = trainer.rollouts.pick(trainer.rollouts.whole(ctx, trainer.objectives.shared_noise(ctx)), ctx)
     (term,) = trainer.objectives.terms
     for part in draw.split(trainer.micro_batch_size):
         for found in term.objective(replace(part, leaf=part.x0), ctx):  # type: ignore[union-attr]

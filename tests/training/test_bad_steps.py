@@ -172,7 +172,7 @@ PARTS: dict[str, dict[str, Any]] = {
 def test_images_without_a_score_are_counted(part: str, value: float, caplog: pytest.LogCaptureFixture) -> None:
     """Two of eight, in each step; the first is warned of."""
     running = trainer(rewards=Plain({"mode 1": value}), **PARTS[part])
-    lines = [running.train_step() for _ in range(3)]
+    lines = [running.train_step(noted=step == 2) for step in range(3)]
     assert [line["unscored/toy"] for line in lines] == [2, 2, 2]
     assert running.bad_steps == 0
     assert warnings(caplog) == [
@@ -223,7 +223,7 @@ def work(rank: int, folder: str) -> None:
         line = running.train_step()
         same = {role: unchanged(running, role, before[role]) for role in before}
         try:
-            running.train_step(compare=True)  # which averages the gradient before the update does
+            running.train_step(noted=True)  # which averages the gradient before the update does
         except TrainingError as error:
             found[case] = (line["bad_steps"], same, str(error))
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -34,7 +34,7 @@ def gradients(objectives: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("name", SUMS)
 def test_the_ratio_is_that_of_the_gradients_in_the_parameters(name: str, micro_batch: int) -> None:
     matching, each = gradients(SUMS[name])
-    line = trainer(objectives=SUMS[name], **SETTINGS, micro_batch=micro_batch).train_step(compare=True)
+    line = trainer(objectives=SUMS[name], **SETTINGS, micro_batch=micro_batch).train_step(noted=True)
     found = [value for key, value in line.items() if key.startswith("rl_ratio/")]
     expected = [grad.norm() / matching.norm() for grad in (each if len(each) == 1 else [*each, sum(each)])]
     assert found == pytest.approx([float(value) for value in expected], rel=1e-3)
@@ -43,7 +43,7 @@ def test_the_ratio_is_that_of_the_gradients_in_the_parameters(name: str, micro_b
 def test_comparing_changes_no_bit_of_the_update() -> None:
     plain, compared = (trainer(objectives=SUMS["grpo and refl"], **SETTINGS) for _ in range(2))
     assert not any(key.startswith("rl_ratio") for key in plain.train_step())
-    compared.train_step(compare=True)
+    compared.train_step(noted=True)
     assert torch.equal(flat(state(plain)), flat(state(compared)))
 
 

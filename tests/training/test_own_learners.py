@@ -51,7 +51,7 @@ def test_a_term_that_trains_a_learner_trains_nothing_else() -> None:
         before = critic.head.weight.detach().clone()
         by_hand = trainer(rewards=Plain())
         ctx = by_hand.context(0)
-        draw = by_hand.pick(by_hand.rollout(ctx), ctx)
+        draw = by_hand.rollouts.pick(by_hand.rollouts.whole(ctx), ctx)
         error = (critic.head(draw.rollout.final)[:, 0] - ctx.rewards.total(ctx.scores(draw.rollout))) ** 2  # type: ignore[union-attr]
         (expected,) = torch.autograd.grad(error.mean(), [critic.head.weight])
         running.train_step()
@@ -66,7 +66,7 @@ def test_each_learner_has_a_denominator_and_metrics_of_its_own() -> None:
     before = [running.objectives.own["critic"][0].parameters["bias"].detach().clone() for running in (whole, even)]
     by_hand = trainer(rewards=Plain())
     ctx = by_hand.context(0)
-    draw = by_hand.pick(by_hand.rollout(ctx), ctx)
+    draw = by_hand.rollouts.pick(by_hand.rollouts.whole(ctx), ctx)
     guess = draw.rollout.final @ torch.tensor([0.1, -0.2])
     gap = guess - ctx.rewards.total(ctx.scores(draw.rollout))
     lines = [running.train_step() for running in (whole, even)]
@@ -98,7 +98,7 @@ def test_the_student_learns_from_the_other_terms_alone() -> None:
     # d (-w . x0) / d x0 = -w for each sample: the same as of a reward that is linear in x0
     running = trainer(dmd_weight=0.0)
     ctx = running.context(0)
-    draw = running.pick(running.rollout(ctx), ctx)
+    draw = running.rollouts.pick(running.rollouts.whole(ctx), ctx)
     x0 = running.backend.student(draw.x_t, draw.t, draw.cond).x0
     loss = -(x0 @ torch.tensor([0.1, -0.2])).mean()
     expected = torch.autograd.grad(loss, list(running.student.parameters.values()))

@@ -104,7 +104,7 @@ def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1)
     )
     running.student.ema = EMA(running.student.parameters, 0.5)
     assert any(map(is_shared, running.student.parameters.values())) == (shards > 1 and "full" in kind)
-    lines = [running.train_step(compare=True) for _ in range(STEPS)]
+    lines = [running.train_step(noted=True) for _ in range(STEPS)]
     roles = {role: backend.parameters(role) for role in ("student", "fake_score")} | {
         "ema": running.student.ema.average
     }
