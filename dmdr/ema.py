@@ -30,8 +30,8 @@ class EMA:
                 that the values at the start do not weigh on a short run's average. None for no such warm-up.
         """
         decay = self.decay if seen is None else min(self.decay, (1 + seen) / (10 + seen))
-        for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter, 1 - decay)
+        followed: list[Tensor] = [self.parameters[name] for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), followed, 1 - decay)  # as torch's own averages do
 
     @torch.no_grad()
     def exchange(self) -> None:

@@ -4,12 +4,16 @@ One process with 2B samples therefore draws what two with B draw, and a resumed 
 on any device. Nothing here reads or moves a global generator.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+MANY = 2**18  # numbers that several threads draw; for fewer their start would take longer
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,19 @@ class Random:
 
     def normal(self, purpose: str, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Unit Gaussian, [B, *shape] float32, one independent draw of this purpose per key in `samples` [B]."""
-        draws = [self._generator(purpose, key).standard_normal(shape, np.float32) for key in samples.tolist()]
-        return torch.from_numpy(np.stack(draws)).to(samples.device, non_blocking=True)
+        numbers = torch.empty(len(samples), *shape, pin_memory=samples.is_cuda)
+
+        def draw(key: int, row: np.ndarray[Any, Any]) -> None:
+            self._generator(purpose, key).standard_normal(dtype=np.float32, out=row)
+
+        rows = numbers.numpy()
+        if numbers.numel() < MANY:
+            for key, row in zip(samples.tolist(), rows, strict=True):
+                draw(key, row)
+        else:  # numpy draws without Python's lock
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(draw, samples.tolist(), rows))
+        return numbers.to(samples.device, non_blocking=True)
 
     def uniform(self, purpose: str, samples: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform in [low, high), [B] float64, one draw of this purpose per key in `samples` [B]."""

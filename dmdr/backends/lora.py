@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dmdr.errors import ConfigError
@@ -26,7 +28,34 @@ from dmdr.states import load_strict, own_rows, rows_of
 MUCH_LOST = 0.25  # share of a merged adapter, in the root mean square
 logger = logging.getLogger("dmdr")
 
-Active = tuple[str | None, float]  # adapter and strength; None is the bare network
+Active = tuple[str | None, float]  # adapter and share of its strength; None is the bare network
+
+
+class Choice:
+    """The adapter that a network's linear layers apply, None for none, and the factor of its B A."""
+
+    adapter: str | None = None
+    factor: float = 0.0
+
+
+class ChosenLinear(lora.Linear):
+    """PEFT's linear layer with adapters, of which it applies the one that `choice` names.
+
+    x W + factor x A B in three kernels, where PEFT takes five, and in autocast's precision: PEFT casts the input to
+    float32, which autocast then takes back.
+    """
+
+    choice: Choice
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] to [..., out]."""
+        out: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.choice.adapter is None:
+            return out
+        a: Any = self.lora_A[self.choice.adapter].weight
+        b: Any = self.lora_B[self.choice.adapter].weight
+        low = F.linear(x, a).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), low, b.T, alpha=self.choice.factor).view(out.shape)
 
 
 class LoRARoles:
@@ -59,15 +88,22 @@ class LoRARoles:
         self.copies: dict[Role, Any] = {}
         self.roles = tuple(roles)
         self._active: Active = (None, 0.0)
+        self._choice = Choice()
         if full_student:
             self.copies = {role: _full_copy(network) for role in roles if role != "fake_score"}
             self.copies["student"].requires_grad_(True)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for role in roles:
                 if role not in self.copies:
                     self._inject(role, rank[role], alpha[role], target_modules)
         self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
+        self._others = []  # layers of PEFT's own, which each have to be told
+        for layer in self.layers.values():
+            if isinstance(layer, ChosenLinear):
+                layer.choice = self._choice
+            else:
+                self._others.append(layer)
         for role in roles:
             for parameter in self.parameters(role).values():
                 parameter.data = parameter.data.float()  # adapters train in float32
@@ -83,6 +119,7 @@ class LoRARoles:
             target_modules=list(target_modules),
             init_lora_weights="gaussian",
         )
+        config._register_custom_module({nn.Linear: ChosenLinear})
         try:
             with warnings.catch_warnings():  # PEFT warns of a second adapter; several are the point here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -92,16 +129,21 @@ class LoRARoles:
 
     def _switch(self, active: Active) -> None:
         adapter, share = active
-        for layer in self.layers.values():
+        factor = 0.0 if adapter is None else share * self._strength[adapter]  # type: ignore[index]
+        self._choice.adapter, self._choice.factor = adapter, factor
+        for layer in self._others:
             layer._disable_adapters = adapter is None
             if adapter is not None:
                 layer._active_adapter = [adapter]
-                layer.scaling[adapter] = share * self._strength[adapter]  # type: ignore[index]
+                layer.scaling[adapter] = factor
         self._active = active
 
     @contextmanager
     def _as(self, active: Active) -> Iterator[None]:
         before = self._active
+        if before == active:
+            yield
+            return
         self._switch(active)
         try:
             yield
@@ -130,7 +172,7 @@ class LoRARoles:
                 with self._as(active):
                     return module(*args, **kwargs)
 
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # nothing is random
 
         return function
 

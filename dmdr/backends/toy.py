@@ -106,7 +106,7 @@ class ToyBackend:
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
         self.device = accelerator.device
         self.centres = CENTRES.to(self.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
             self.residuals = {role: Residual().to(self.device) for role in roles}
         if "reference" in roles:

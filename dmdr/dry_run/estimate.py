@@ -333,7 +333,7 @@ class DryTrainers(Trainers):
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
         if self.job.config.optim == "adamw_bnb_8bit":
             return AdamW8bit(parameters, **options)
-        return torch.optim.AdamW(parameters, foreach=True, **options)  # as is the default on CUDA
+        return torch.optim.AdamW(parameters, foreach=False, **options)  # one kernel on CUDA, and no copies, either
 
 
 class Bridge:

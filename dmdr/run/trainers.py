@@ -138,5 +138,8 @@ class Trainers:
         return Learner(name, parameters, optimizer, scheduler, self.accelerator, self.scaler, clip, owner=owner)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        """The AdamW that --optim names."""
-        return adamw(self.job.config)(parameters, **options)
+        """The AdamW that --optim names; torch's own as one kernel where it has that."""
+        kind, given = adamw(self.job.config), list(parameters)
+        if kind is torch.optim.AdamW:
+            options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in given)
+        return kind(given, **options)

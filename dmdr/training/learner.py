@@ -241,10 +241,12 @@ def average(grads: Sequence[Tensor], bucket: int = 2**28) -> None:
 
 def _buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     part: list[Tensor] = []
+    held = 0
     for tensor in tensors:
-        if part and sum(t.nbytes for t in part) + tensor.nbytes > size:
+        if part and held + tensor.nbytes > size:
             yield part
-            part = []
+            part, held = [], 0
         part.append(tensor)
+        held += tensor.nbytes
     if part:
         yield part

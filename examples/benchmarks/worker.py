@@ -47,8 +47,11 @@ class Joint:
         self.batch, self.dtype = job.plan.batch.whole, dtype_of(accelerator.mixed_precision)
 
     def step(self) -> dict[str, float]:
-        """One update of the student, and those of the fake score that belong to it."""
+        """One update of the student and those of the fake score before; the first has the plain loop's rollouts."""
+        rollouts, first = self.trainer.rollouts, self.trainer.step == 0
+        usual, rollouts.count = rollouts.count, self.trainer.rounds if first else rollouts.count
         line = self.trainer.train_step()
+        rollouts.count = usual
         return {name.removeprefix("loss/"): value for name, value in line.items() if name.startswith("loss/")}
 
 
