@@ -44,7 +44,7 @@ class Meter(TorchDispatchMode):
 
     It answers for the values that meta tensors do not have: what is copied to the CPU is 0.5 everywhere (0 if it is of
     whole numbers), a number that is asked for is 1. Whole numbers that were copied from the CPU, such as lengths, are
-    remembered until they change.
+    remembered until they change, and so are rows that are taken of them.
 
     Attributes:
         now: Bytes by label; what was never labelled is REST.
@@ -117,6 +117,11 @@ class Meter(TorchDispatchMode):
             if func is aten._to_copy.default and out.is_meta and not args[0].is_meta and not out.is_floating_point():
                 value = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(args[0])
                 self._values[id(out.untyped_storage())] = value
+            if func is aten.index.Tensor and out.is_meta and not out.is_floating_point():
+                used = [tensor for tensor in (args[0], *args[1]) if tensor is not None]
+                if all(id(tensor.untyped_storage()) in self._values for tensor in used):
+                    found = func(*tree_map(lambda tensor: self._value(tensor, 0), (args[0], list(args[1]))))
+                    self._values[id(out.untyped_storage())] = found
             for tensor in _written(func, args, kwargs):
                 self._values.pop(id(tensor.untyped_storage()), None)
         for tensor in tree_leaves(out):

@@ -80,7 +80,7 @@ class Plain:
         index = json.loads((Path(job.folder) / "model_index.json").read_text())
         absent = {name: None for name, value in index.items() if value == [None, None]}
         with quiet():
-            self.pipe: Any = kind.from_pretrained(job.folder, torch_dtype=dtype, **absent).to(device)
+            self.pipe: Any = kind.from_pretrained(job.folder, dtype=dtype, **absent).to(device)
         self.text_length = getattr(job.backend, "text_length", 0)
         self.teacher = self.pipe.transformer.requires_grad_(False).eval()
         self.pipe.vae.requires_grad_(False)

@@ -366,7 +366,7 @@ def rewards_of(cls: type[ToyBackend], steps: int, objectives: Sequence[DPO]) -> 
     )
     found = []
     for _ in range(60):
-        running.train_step()
+        running.train_step(noted=True)
         found.append(running.reward_metrics()["reward/total"])
     return torch.tensor(found)
 

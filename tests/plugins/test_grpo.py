@@ -343,11 +343,7 @@ def test_random_steps_are_drawn_anew_and_equally_often() -> None:
 def test_noise_is_shared_in_the_rollout_that_is_climbed_only() -> None:
     """The fake score's other batches stay as varied as ever."""
     toy = running(GRPO(), dmd_weight=1.0, fake_updates=2)
-    seen = []
-    rollout = toy.rollout
-    toy.rollout = lambda *args: seen.append(rollout(*args)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-    toy.train_step()
-    first, last = seen
+    first, last = (draw.rollout for _, draw in toy.draws(noted=True))
     assert (own_noise(first, -1) > 0.1).all()
     assert (own_noise(last, -1) == 0).all()
 
@@ -423,18 +419,18 @@ def test_a_rollout_is_used_again_while_the_fake_score_rests() -> None:
     grpo = GRPO(num_iterations=3, epsilon=100.0)
     toy = running(grpo, dmd_weight=1.0, optimize=lambda p: torch.optim.SGD(p, lr=0.05))
     calls, fakes, iterations = [], [], []
-    rollout, again, ask = toy.rollout, toy.answer_again, toy.objectives.gradient_of
+    draws, again, ask = toy.draws, toy.answer_again, toy.objectives.gradient_of
 
     def spy(term: Any, draw: Draw, ctx: Any, *balance: Any) -> Tensor:
         iterations.append(draw.iteration)
         fakes.append(flat(state(toy, "fake_score")))
         return ask(term, draw, ctx, *balance)
 
-    toy.rollout = lambda *args: calls.append("rollout") or rollout(*args)  # type: ignore[method-assign,func-returns-value]
+    toy.draws = lambda *args: calls.append("draws") or draws(*args)  # type: ignore[method-assign,func-returns-value]
     toy.answer_again = lambda *args: calls.append("again") or again(*args)  # type: ignore[method-assign,func-returns-value]
     toy.objectives.gradient_of = spy  # type: ignore[method-assign]
     line = toy.train_step()
-    assert calls == ["rollout", "again", "again"]
+    assert calls == ["draws", "again", "again"]
     assert iterations == [0, 1, 2]
     assert torch.equal(fakes[0], fakes[2])
     assert line["grpo/log_ratio"] != 0
@@ -461,7 +457,7 @@ def test_climbs_a_reward_without_gradient_jointly(cls: type[ToyBackend], setting
             group_size=8,
             optimize=adam,
         )
-        found = [toy.train_step() | toy.reward_metrics() for _ in range(40)]
+        found = [toy.train_step(noted=True) | toy.reward_metrics() for _ in range(40)]
         return sum(line["reward/total"] for line in found[-5:]) / 5
 
     assert reward(3.0) > reward(0.0) + 0.01
@@ -470,7 +466,7 @@ def test_climbs_a_reward_without_gradient_jointly(cls: type[ToyBackend], setting
 @pytest.mark.parametrize("sde_type", ["ddim", "flow_sde", "dance_sde"])
 def test_climbs_with_other_policies(sde_type: str) -> None:
     toy = running(GRPO(), rewards=Blind(), batch=64, group_size=8, optimize=adam, sde_type=sde_type, eta=0.7)
-    found = [toy.train_step() | toy.reward_metrics() for _ in range(40)]
+    found = [toy.train_step(noted=True) | toy.reward_metrics() for _ in range(40)]
     assert found[-1]["reward/total"] > found[0]["reward/total"] + 0.02
 
 

@@ -287,7 +287,7 @@ def test_climbs_a_reward_without_gradient(cls: type[ToyBackend], options: dict[s
             rl_weight=rl_weight,
             dmd_weight=dmd_weight,
         )
-        return torch.tensor([(toy.train_step(), toy.reward_metrics()["reward/total"])[1] for _ in range(30)])
+        return torch.tensor([(toy.train_step(noted=True), toy.reward_metrics()["reward/total"])[1] for _ in range(30)])
 
     found = rewards(10.0)
     assert found[-8:].mean() > found[:3].mean() + 0.015

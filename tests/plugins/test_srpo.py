@@ -244,7 +244,8 @@ def test_template_and_the_empty_word() -> None:
 
 
 def test_steps_and_needs() -> None:
-    assert SRPO().needs == Needs(reward_grad=True, text_features=True)
+    assert SRPO().needs == Needs(reward_grad=True, text_features=True, finished=False)
+    assert SRPO(direct_align=True).needs.finished
     assert SRPO(steps="last", direct_align=True).needs.steps == "last"
     assert SRPO(steps="2").needs.steps == (2,)
 

@@ -55,12 +55,15 @@ def test_an_objective_that_compares_a_batch_counts_all_processes() -> None:
 
 
 def test_rounds_updates_and_rollouts() -> None:
-    both = plan(fake_updates=5, stage1_steps=7, stage2_steps=6)
-    assert (both.matches, both.rounds, both.updates, both.rollouts) == (True, 5, 13, 65)
-    given = plan(fake_updates=5, stage1_steps=7, init_student="x")  # which needs no stage 1
-    assert (given.matches, given.rounds, given.updates, given.rollouts) == (True, 5, 6, 30)
-    alone = plan(fake_updates=5, dmd_weight=0.0, init_student="x")  # there is no fake score to catch up
-    assert (alone.matches, alone.rounds, alone.updates, alone.rollouts) == (False, 1, 6, 6)
+    def of(**settings: Any) -> tuple[bool, int, int, int, int]:
+        found = plan(fake_updates=5, **settings)
+        return found.matches, found.rounds, found.rollouts, found.updates, found.batches_read
+
+    assert of(stage1_steps=7, stage2_steps=6) == (True, 5, 2, 13, 26)
+    assert of(stage1_steps=7, stage2_steps=6, rollouts=5) == (True, 5, 5, 13, 65)
+    assert of(stage1_steps=7, init_student="x") == (True, 5, 2, 6, 12)  # which needs no stage 1
+    assert of(dmd_weight=0.0, init_student="x") == (False, 1, 1, 6, 6)  # there is no fake score to catch up
+    assert plan(fake_updates=1).rollouts == 1
 
 
 def test_steps_of_the_student_and_the_teachers_guidance() -> None:
