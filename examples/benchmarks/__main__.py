@@ -121,8 +121,9 @@ def summary(steps: list[Figures]) -> Figures:
     }
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, size: int, seconds: float = 2.0) -> float:
-    """Floating-point operations a second in products of square matrices, the best of many."""
+def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
+    """Floating-point operations a second in products of large square matrices, the best of many."""
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
