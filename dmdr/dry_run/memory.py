@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 aten = torch.ops.aten
 REST = "activations"
 Note = Callable[[Tensor, Tensor], None]
+PLAIN = (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 # Operations that autocast runs in the lower precision, and in float32: PyTorch's lists of CUDA, as far as networks go.
 LOWER = """
@@ -60,6 +62,7 @@ class Meter(TorchDispatchMode):
         self._labels: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, Any] = {}
+        self._answers: dict[Any, Any] = {}  # of operations, by what they were asked
         self._values: dict[int, Tensor] = {}  # on the CPU, laid out as the storage on the meta device
         self._sum = self._highest = 0
 
@@ -104,6 +107,21 @@ class Meter(TorchDispatchMode):
             return torch.full_like(tensor, otherwise, device="cpu")
         return known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
+    def _computed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The answer of an operation; what it makes anew is the same for the same shapes, and is found once.
+
+        Many of torch's functions for the meta device are Python that takes ten times as long as a look into a table.
+        """
+        key = _signature(func, args, kwargs)
+        if key is None:
+            return func(*args, **kwargs)
+        if key not in self._answers:
+            out = func(*args, **kwargs)
+            like = tree_map(lambda t: _Like(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t, out)
+            self._answers[key] = like
+            return out
+        return tree_map(lambda answer: answer.made() if isinstance(answer, _Like) else answer, self._answers[key])
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -113,7 +131,7 @@ class Meter(TorchDispatchMode):
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             out: Any = self._value(args[0], 0.5).to(kwargs.get("dtype") or args[0].dtype)
         else:
-            out = func(*args, **kwargs)
+            out = self._computed(func, args, kwargs)
             if func is aten._to_copy.default and out.is_meta and not args[0].is_meta and not out.is_floating_point():
                 value = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype).copy_(args[0])
                 self._values[id(out.untyped_storage())] = value
@@ -128,6 +146,39 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return out
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A meta tensor that an operation answered with; no tuple, which would be taken apart as a part of the answer."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def made(self) -> Tensor:
+        """Another one."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def _signature(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What an operation's answer depends on; None for one that changes or returns what it is given, or has values."""
+    if func._schema.is_mutable or any(answer.alias_info for answer in func._schema.returns):
+        return None
+    parts: list[Any] = [func]
+    for value in (*args, *kwargs.items()):
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, Tensor):
+                if not part.is_meta:
+                    return None
+                parts.append((part.shape, part.stride(), part.dtype))
+            elif isinstance(part, PLAIN):
+                parts.append((type(part), part))
+            else:
+                return None
+        parts.append(None)
+    made_from = any(isinstance(part, tuple) and isinstance(part[0], torch.Size) for part in parts)
+    return tuple(parts) if made_from and "device" not in kwargs else None
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

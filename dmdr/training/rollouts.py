@@ -38,7 +38,7 @@ class Rollouts:
         prompts: Stream of prompt rows, this process's share.
         count: Rollouts of a step. The student and the last update of the fake score have one of their own, and the
             other updates share the others; at 1 all share it.
-        batch_size: Samples of a pass through the network.
+        batch_size: Samples of a pass through the network without gradient.
         always_finished: The matching looks at finished images.
         shards: Processes that share the network, and must call it equally often.
     """

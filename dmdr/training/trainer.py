@@ -192,7 +192,7 @@ class Trainer:
     def answer_again(self, draw: Draw, ctx: StepContext) -> Draw:
         """The same states, answered by the student as it is now: the next use of the rollout."""
         ctx.iteration += 1
-        answers = [self.backend.student(p.x_t, p.t, p.cond).x0 for p in draw.split(self.micro_batch_size)]
+        answers = [self.backend.student(p.x_t, p.t, p.cond).x0 for p in draw.split(self.rollouts.batch_size)]
         return replace(draw, x0=torch.cat(answers), iteration=ctx.iteration)
 
     @phase("direction")
@@ -203,7 +203,7 @@ class Trainer:
             return torch.zeros_like(draw.x0)
         found = [
             self.matching.direction(part, self.backend.teacher, self.backend.fake_score, ctx)
-            for part in draw.split(self.micro_batch_size)
+            for part in draw.split(self.rollouts.batch_size)
         ]
         names = found[0].parts
         direction = Direction(

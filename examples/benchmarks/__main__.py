@@ -6,7 +6,7 @@
 
 Run it in the root of the repository, on a machine that does nothing else. Both loops live at the same time and take
 their steps in turns, so that what slows the machine slows both; a figure is the median of the steps. Memory is that of
-a step at its peak: of the GPU, or of the process beyond what it had before its first tensor.
+all tensors that are alive at a step's peak.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def measure(name: str, objective: str, repeats: int, folder: Path) -> dict[str, 
                 steps[loop].append(loops[loop].ask("step"))
         found = {loop: summary(steps[loop]) for loop in names}
         for loop in names:
-            found[loop] |= loops[loop].ask("count") | loops[loop].ask("profile")
+            for what in ("count", "memory", "profile"):
+                found[loop] |= loops[loop].ask(what)
         return found
     finally:
         for each in loops.values():
@@ -115,7 +116,6 @@ def summary(steps: list[Figures]) -> Figures:
         "seconds": median(seconds),
         "least": min(seconds),
         "most": max(seconds),
-        "peak": max(step["peak"] for step in steps),
         **{name: steps[0][name] for name in ("batch", "device", "dtype")},
         "phases": {phase: median(step["phases"][phase] for step in steps) for phase in PARTS},
     }

@@ -3,7 +3,8 @@
     python -m examples.benchmarks.worker CASE OBJECTIVE dmdr|plain FOLDER
 
 A line on the standard input is answered by a line of JSON on the standard output. `step` is timed; in `count` the
-floating-point operations are counted, and in `profile` the time that is spent within torch's operators.
+floating-point operations are counted, in `memory` the tensors that are alive, and in `profile` the time that is spent
+within torch's operators.
 """
 
 import gc
@@ -55,50 +56,25 @@ class Joint:
         return {name.removeprefix("loss/"): value for name, value in line.items() if name.startswith("loss/")}
 
 
-class Memory:
-    """Peak memory of a step: of the GPU, or of the process beyond what it had at first."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.gpu, self.base = device.type == "cuda", self._resident("VmRSS")
-
-    def reset(self) -> None:
-        gc.collect()
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """Bytes."""
-        return torch.cuda.max_memory_allocated() if self.gpu else self._resident("VmHWM") - self.base
-
-    @staticmethod
-    def _resident(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
-
-
 def main(name: str, objective: str, loop: str, folder: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what else is printed
     settings = parse(settings=CASES[name].run(objective, Path(folder)))
     accelerator = open_accelerator(settings.config.mixed_precision)
     device = accelerator.device
-    memory = Memory(device)
     runs: Joint | Plain
     if loop == "dmdr":
         runs = Joint(settings, accelerator)
     else:
         runs = Plain(settings, device, dtype_of(accelerator.mixed_precision))
-    asked = {"step": partial(timed, runs, memory, device), "count": partial(counted, runs)}
-    asked |= {"profile": partial(profiled, runs)}
+    asked = {"step": partial(timed, runs, device), "count": partial(counted, runs)}
+    asked |= {"profile": partial(profiled, runs), "memory": partial(highest, runs, device)}
     for command in sys.stdin:
         print(json.dumps(asked[command.strip()]()), file=answers, flush=True)
 
 
-def timed(runs: Joint | Plain, memory: Memory, device: torch.device) -> dict[str, Any]:
-    """A step: its losses, seconds in all and by phase, and peak memory in bytes."""
-    memory.reset()
+def timed(runs: Joint | Plain, device: torch.device) -> dict[str, Any]:
+    """A step: its losses, and its seconds in all and by phase."""
     started = time.perf_counter()
     with Clock(device) as clock:
         losses = runs.step()
@@ -106,7 +82,7 @@ def timed(runs: Joint | Plain, memory: Memory, device: torch.device) -> dict[str
     seconds = time.perf_counter() - started
     phases = {phase: share * seconds for phase, share in shares.items()}
     about = {"device": device.type, "dtype": str(runs.dtype).removeprefix("torch."), "batch": runs.batch}
-    return {"losses": losses, "seconds": seconds, "phases": phases, "peak": memory.peak()} | about
+    return {"losses": losses, "seconds": seconds, "phases": phases} | about
 
 
 def counted(runs: Joint | Plain) -> dict[str, int]:
@@ -114,6 +90,27 @@ def counted(runs: Joint | Plain) -> dict[str, int]:
     with FlopCounterMode(display=False) as counter:
         runs.step()
     return {"flops": counter.get_total_flops()}
+
+
+def highest(runs: Joint | Plain, device: torch.device) -> dict[str, int]:
+    """The most bytes of tensors that are alive at a time in a step."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        runs.step()
+        return {"peak": torch.cuda.max_memory_allocated()}
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    storages = {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in tensors}
+    live = peak = sum(storages.values())
+    del tensors
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        runs.step()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return {"peak": peak}
 
 
 def profiled(runs: Joint | Plain) -> dict[str, float]:
