@@ -177,10 +177,9 @@ def _simulated(job: Job) -> Estimate:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
-        # Further updates of the fake score, and further micro-batches, find the same tensors alive.
-        few, batch = min(2, job.plan.rollouts), job.plan.batch
-        batch = replace(batch, processes=1, accumulated=min(2, batch.accumulated))
-        plan = replace(job.plan, rounds=few, rollouts=few, batch=batch)
+        # Further updates of the fake score find the same tensors alive.
+        few = min(2, job.plan.rollouts)
+        plan = replace(job.plan, rounds=few, rollouts=few, batch=replace(job.plan.batch, processes=1))
         dry = replace(job, plan=plan, backend=Bridge(backend))
         trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False))
         trainer: Trainer | None = None

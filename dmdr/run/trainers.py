@@ -22,7 +22,7 @@ from dmdr.training.schedules import Schedule
 from dmdr.training.scorer import RolloutScorer
 from dmdr.training.trainer import Trainer
 
-AT_ONCE = 4  # micro-batches in a pass without gradient, which still takes less memory than one with it
+AT_ONCE = 2  # micro-batches in a pass without gradient, which still takes less memory than one with it
 
 
 @dataclass

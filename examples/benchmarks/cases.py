@@ -118,7 +118,7 @@ CASES = {
     "sd3-100m": Case(
         "StableDiffusion3Pipeline of 113M parameters, 64 + 22 tokens, LoRA 64, 4 steps, guidance 7",
         # As examples/sd3/refl.yaml, but for precision and optimizer.
-        {"max_sequence_length": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        {"max_sequence_length": 16, "per_device_train_batch_size": 4}
         | {"learning_rate": 1e-6, "fake_learning_rate": 5e-7, "rl_weight": 1.0},
         {"none": {}, "refl": {}, "grpo": GROUPS},
         partial(sd3, width=512, layers=12, size=16),

@@ -248,15 +248,15 @@ def test_of_several_processes_one_is_estimated(
 
 
 def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
-    """AdamW takes a float32 copy of all parameters while it steps; one of 8 bits does not."""
+    """Neither it nor AdamW in one kernel takes a copy of the parameters while it steps."""
     given = {
         "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": True, "stage2_steps": 0,
         "resolution": 8, "per_device_train_batch_size": 1, "gradient_checkpointing": True,
     }  # fmt: skip
     plain, other = (dry(given | {"optim": optim}, tmp_path) for optim in ("adamw_torch", "adamw_bnb_8bit"))
     student = plain.phases["stage 1"]["student, full"]
-    assert plain.phases["stage 1"]["activations"] > student
-    assert all(phase["activations"] < student / 2 for name, phase in other.phases.items() if name != "prompts")
+    for found in (plain, other):
+        assert all(phase["activations"] < student / 2 for name, phase in found.phases.items() if name != "prompts")
     # Most of these layers are too small for 8 bits.
     assert other.phases["stage 1"][OPTIMIZER] < 0.6 * plain.phases["stage 1"][OPTIMIZER]
     assert plain.backbones == 2 and plain.backbone == plain.phases["stage 1"][NETWORK]
@@ -267,7 +267,7 @@ def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str,
 def test_what_processes_share_is_counted_in_shares(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
-    """Of a full student, the gradients, the optimizer's states and its copy while it steps, too."""
+    """Of a full student, the gradients and the optimizer's states, too."""
     given = {
         "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": full, "stage2_steps": 0,
         "resolution": 8, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "ema_decay": 0.9,
@@ -286,7 +286,6 @@ def test_what_processes_share_is_counted_in_shares(
     network = alone["student, full" if full else NETWORK]
     assert network * 0.8 < shared[GATHERED] < network * (1.6 if full else 1.01)
     if full:
-        assert shared["activations"] < alone["activations"] / 2
         assert shared.get(GRADIENTS, 0) < alone[GRADIENTS] / 4
     assert found.backbone == shared[NETWORK] and "network shared by 8" in found.what
 
