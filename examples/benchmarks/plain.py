@@ -79,8 +79,9 @@ class Plain:
         kind = SiTPipeline if "SiT" in type(job.backend).__name__ else diffusers.DiffusionPipeline
         index = json.loads((Path(job.folder) / "model_index.json").read_text())
         absent = {name: None for name, value in index.items() if value == [None, None]}
-        with quiet():
-            self.pipe: Any = kind.from_pretrained(job.folder, dtype=dtype, **absent).to(device)
+        with quiet():  # the code that a SiT's folder brings is ours
+            pipe = kind.from_pretrained(job.folder, dtype=dtype, trust_remote_code=True, **absent)
+        self.pipe: Any = pipe.to(device)
         self.text_length = getattr(job.backend, "text_length", 0)
         self.teacher = self.pipe.transformer.requires_grad_(False).eval()
         self.pipe.vae.requires_grad_(False)
