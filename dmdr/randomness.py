@@ -56,7 +56,7 @@ class Random:
         def draw(key: int, row: np.ndarray[Any, Any]) -> None:
             self._generator(purpose, key).standard_normal(dtype=np.float32, out=row)
 
-        rows = numbers.numpy()
+        rows = [numbers.numpy()[i, ...] for i in range(len(samples))]  # of a single number, too, an array
         if numbers.numel() < MANY:
             for key, row in zip(samples.tolist(), rows, strict=True):
                 draw(key, row)

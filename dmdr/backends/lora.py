@@ -48,7 +48,7 @@ class ChosenLinear(lora.Linear):
     choice: Choice
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Inputs x [B, ..., in] to outputs [B, ..., out]."""
         out: Tensor = self.base_layer(x, *args, **kwargs)
         if self.choice.adapter is None:
             return out
