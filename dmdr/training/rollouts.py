@@ -79,13 +79,15 @@ class Rollouts:
         picked: list[tuple[int, Tensor]] = []  # rollout and steps of each context
         for uses in shares(len(contexts), min(self.count, len(contexts))):
             ctx = contexts[uses[-1]]
-            drawn = [(self.drawn(ctx) + uses[-1] - k) % steps for k in uses]
+            own = self.drawn(ctx)
+            drawn = [(own + uses[-1] - k) % steps for k in uses]
             until = torch.stack(drawn).amax(0)
             if self.shards > 1 and (self.always_finished or (finish and ctx is last)):
                 until = torch.full_like(until, steps - 1)  # in as few passes as can be: each gathers the whole network
             picked += [(len(wanted), index) for index in drawn]
             wanted.append(Wanted(ctx, until, shared if ctx is last else ()))
-        rollouts = self.make(wanted, log_prob=log_prob, finish=finish or self.always_finished)
+        finish = (finish or self.always_finished) and self.shards == 1
+        rollouts = self.make(wanted, log_prob=log_prob, finish=finish)
         for ctx, (number, _) in zip(contexts, picked, strict=True):
             ctx.rollout = rollouts[number]
         return [rollouts[number].pick(self.own(index)) for number, index in picked]

@@ -99,7 +99,7 @@ def highest(runs: Joint | Plain, device: torch.device) -> dict[str, int]:
         torch.cuda.reset_peak_memory_stats()
         runs.step()
         return {"peak": torch.cuda.max_memory_allocated()}
-    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     storages = {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in tensors}
     live = peak = sum(storages.values())
     del tensors
