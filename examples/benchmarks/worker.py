@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,12 @@ def highest(runs: Joint | Plain, device: torch.device) -> dict[str, int]:
         runs.step()
         return {"peak": torch.cuda.max_memory_allocated()}
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in tensors}
+    storages = {}
+    for found in tensors:
+        with suppress(RuntimeError):  # of a compiler's tensors, which hold nothing
+            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
     live = peak = sum(storages.values())
-    del tensors
+    del tensors, found
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         runs.step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
