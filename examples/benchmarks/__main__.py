@@ -1,6 +1,6 @@
 """How fast and how small a training step is, beside a plain loop in the same run.
 
-    make speed                                                   # all cases of this machine, one table
+    make speed                                                   # all cases, one table
     python -m examples.benchmarks --cases digits --repeats 9     # one of them, more steps
     python -m examples.benchmarks --against before.json          # and what has changed since
 
@@ -192,7 +192,8 @@ def bench(arguments: list[str]) -> None:
         raise ConfigError(f"--objectives: these cases have no {', '.join(args.objectives)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "repeats": args.repeats, "figures": {}}
-    print(f"{result['machine']}, torch {result['torch']}, medians of {args.repeats} steps\n\n{HEAD}", flush=True)
+    print(f"{result['machine']}, torch {result['torch']}, medians of {args.repeats} steps")
+    print("\n".join(f"{name}: {CASES[name].about}" for name in args.cases), f"\n\n{HEAD}", sep="", flush=True)
     rates: dict[str, float] = {}
     for name, objective in chosen:
         found = measure(name, objective, args.repeats, cache_folder() / "benchmarks" / name)
@@ -212,8 +213,7 @@ def bench(arguments: list[str]) -> None:
 def flags(arguments: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = CommandParser(prog=f"python -m {__package__}", description=__doc__, formatter_class=layout)
-    usual = [name for name, case in CASES.items() if case.gpu == torch.cuda.is_available()]
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=usual, help=f"by default {' '.join(usual)}")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="by default all")
     parser.add_argument("--objectives", nargs="+", default=[], help="by default all of a case")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each loop that are measured")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON")

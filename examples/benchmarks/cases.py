@@ -31,14 +31,12 @@ class Case:
         settings: Of every run, as flags.
         objectives: Those that are measured, each with settings of its own; "none" is distillation alone.
         build: Saves the pipeline into a folder; None for the digits, which dmdr builds itself.
-        gpu: Whether it needs a GPU.
     """
 
     about: str
     settings: Mapping[str, Any]
     objectives: Mapping[str, Mapping[str, Any]]
     build: Callable[[Path], None] | None = None
-    gpu: bool = False
 
     def run(self, objective: str, root: Path) -> dict[str, Any]:
         """Settings of a run; the model is built into `root` if it is not there yet."""
