@@ -1,7 +1,8 @@
 """`--model digits`: the embedded default, a small StableDiffusion3Pipeline of real handwritten digits.
 
-Nothing is downloaded: the pipeline, its judge and its reward checkpoints are trained on the 8x8 scans of scikit-learn
-on first use, in a few minutes on one CPU core, and kept in `~/.cache/dmdr` (or `DMDR_CACHE`).
+Nothing is downloaded: the package holds the pipeline, its judge and its reward checkpoints, trained on the 8x8 scans of
+scikit-learn; `python -m dmdr_digits` trains them anew. Held-out rewards, and all of another length of training
+(`DMDR_DIGITS_BUDGET`), are built on first use and kept in `~/.cache/dmdr` (or `DMDR_CACHE`).
 """
 
 from collections.abc import Mapping
@@ -82,7 +83,7 @@ class Digits:
                 raise ConfigError(f"model 'digits' needs the package '{package}': pip install 'dmdr[digits]'")
 
     def folder(self) -> Path:
-        """The pipeline, trained on first use."""
+        """The trained pipeline."""
         from dmdr_digits.cache import cached
         from dmdr_digits.pipeline import build_pipeline
 
@@ -95,7 +96,7 @@ class Digits:
         return [{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]
 
     def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
-        """A folder in the layout of the published checkpoint, trained on first use; None for a reward not known.
+        """A folder in the layout of the published checkpoint; None for a reward not known.
 
         One that is `held_out` has seen the 597 scans that nothing else is trained on, and no other, from another seed.
         """
@@ -111,7 +112,7 @@ class Digits:
         return cached(f"reward-{reward}" + "-held-out" * held_out, build, seed=int(held_out))
 
     def judge(self) -> "DigitJudge":
-        """A classifier of real scans, trained on first use."""
+        """A classifier of real scans."""
         from dmdr_digits.cache import cached
         from dmdr_digits.judge import DigitJudge, build_judge
 

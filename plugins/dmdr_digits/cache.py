@@ -1,4 +1,4 @@
-"""Artefacts that are built once: each in a folder of its own, complete or absent."""
+"""Artefacts: those that the package holds, and others that are built once, each complete or absent."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ from filelock import FileLock
 from dmdr.cache import cache_folder
 from dmdr.errors import ConfigError
 
-VERSION = 1  # raise it whenever what a build writes changes
+VERSION = 2  # raise it whenever what a build writes changes, and run `python -m dmdr_digits`
+PACKAGED = Path(__file__).parent / "built"
 
 
 def budget() -> float:
@@ -37,10 +38,13 @@ def root() -> Path:
 
 
 def cached(name: str, build: Callable[[Path], None], *, seed: int = 0) -> Path:
-    """The folder of an artefact, built by `build(folder)` on first use, from this seed.
+    """The folder of an artefact: the package's own, unless `DMDR_DIGITS_BUDGET` asks for a training of its own.
 
+    One that the package lacks is built by `build(folder)` on first use, from this seed.
     The build works beside its final place and is renamed when it is complete; one process builds, others wait for it.
     """
+    if not os.environ.get("DMDR_DIGITS_BUDGET") and (PACKAGED / name).exists():
+        return PACKAGED / name
     target = root() / name
     if target.exists():
         return target

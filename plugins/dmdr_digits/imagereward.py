@@ -67,7 +67,7 @@ def build_imagereward(folder: Path, train: Scans) -> None:
     state = {f"blip.visual_encoder.{_published(name)}": value for name, value in vision.state_dict().items()}
     state |= {f"blip.text_encoder.{name}": value for name, value in text.state_dict().items()}
     state |= {f"mlp.layers.{name}": value for name, value in head.state_dict().items()}
-    torch.save(state, folder / "ImageReward.pt")
+    torch.save({name: value.half() for name, value in state.items()}, folder / "ImageReward.pt")
     (folder / "med_config.json").write_text(json.dumps(med_config, indent=2) + "\n")
     with quiet():
         tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ TEXT_LENGTH = 1  # there is no T5: one zero token in its place instead of the pi
 
 
 def build_pipeline(folder: Path) -> None:
-    """Train VAE and teacher; write what `StableDiffusion3Pipeline.from_pretrained` loads."""
+    """Train VAE and teacher; write, in half precision, what `StableDiffusion3Pipeline.from_pretrained` loads."""
     vae = build_vae()
     tokenizer = build_tokenizer()
     pipeline: Any = StableDiffusion3Pipeline(
@@ -34,6 +34,7 @@ def build_pipeline(folder: Path) -> None:
     )
     train_teacher(pipeline)
     with quiet():
+        pipeline.to(torch.float16)
         pipeline.save_pretrained(folder)
 
 

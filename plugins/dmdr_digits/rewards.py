@@ -1,4 +1,4 @@
-"""Small CLIP and DINOv2 reward checkpoints in the layouts of the published ones, trained on the scans."""
+"""Small CLIP and DINOv2 reward checkpoints in the layouts of the published ones, half precision, trained on scans."""
 
 import json
 from itertools import pairwise
@@ -30,16 +30,17 @@ from dmdr_digits.text import build_tokenizer
 def build_clip(folder: Path, train: Scans) -> None:
     """As apple/DFN5B-CLIP-ViT-H-14: flat state dict, QuickGELU, images squashed."""
     config = clip_config(quick_gelu=True)
-    model = open_clip.CLIP(**config)
+    model = new_clip(config)
     train_contrastive(model, train, "digits: reward clip")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
     write_config(folder, config, resize_mode="squash")
 
 
 def build_hps(folder: Path, train: Scans) -> None:
-    """As HPSv2.1: `{"state_dict": ...}` in half precision, GELU, images padded to a square; taught preferences."""
+    """As HPSv2.1: `{"state_dict": ...}`, GELU, images padded to a square; taught preferences."""
     config = clip_config()
-    model = open_clip.CLIP(**config)
+    model = new_clip(config)
     train_contrastive(model, train, "digits: reward hps (1/2)", clamp=False)
     train_preferences(model, train, "digits: reward hps (2/2)")
     state = {k: v.half() for k, v in model.state_dict().items()}
@@ -66,7 +67,7 @@ def build_dinov2(folder: Path, train: Scans) -> None:
 
     fit(model, loss, "digits: reward dinov2", examples=len(train), steps=scaled(1200), weight_decay=0.1)
     with quiet():
-        model.save_pretrained(folder)
+        model.half().save_pretrained(folder)
     BitImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -91,7 +92,7 @@ def build_pickscore(folder: Path, train: Scans) -> None:
 
     fit(model, loss, "digits: reward pickscore", examples=len(train), steps=scaled(1000), weight_decay=0.1)
     with quiet():
-        model.save_pretrained(folder)
+        model.half().save_pretrained(folder)
 
 
 def build_aesthetic(folder: Path, train: Scans) -> None:
@@ -110,9 +111,10 @@ def build_aesthetic(folder: Path, train: Scans) -> None:
 
     both = nn.ModuleList([model.vision_model, model.visual_projection, head])
     fit(both, loss, "digits: reward aesthetic", examples=len(train), steps=scaled(1000), weight_decay=0.1)
-    torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    state = {f"layers.{k}": v.half() for k, v in head.state_dict().items()}
+    torch.save(state, folder / "sac+logos+ava1-l14-linearMSE.pth")
     with quiet():
-        model.save_pretrained(folder)
+        model.half().save_pretrained(folder)
 
 
 def build_transformers_clip(folder: Path) -> tuple[Any, Tensor]:
@@ -136,6 +138,13 @@ def clip_config(**flags: bool) -> dict[str, Any]:
     return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, **flags}
 
 
+def new_clip(config: dict[str, Any]) -> open_clip.CLIP:
+    """Its words are frozen, since ten prompts use few of them: random signs, a hundredth of the file when packed."""
+    model = open_clip.CLIP(**config)
+    model.token_embedding.requires_grad_(False).weight.sign_().mul_(0.02)
+    return model
+
+
 def write_config(folder: Path, config: dict[str, Any], resize_mode: str) -> None:
     mean, std = CLIP_NORM
     preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": resize_mode}
@@ -151,7 +160,6 @@ def train_contrastive(model: open_clip.CLIP, train: Scans, label: str, clamp: bo
         images = preprocess(train.images[rows], CLIP_NORM, clamp)
         return F.cross_entropy(similarity(model, images, tokens), train.labels[rows])
 
-    model.token_embedding.requires_grad_(False)  # 1.6 of the 1.7 M parameters; ten prompts can do without
     fit(model, loss, label, examples=len(train), steps=scaled(800), weight_decay=0.1)
 
 
@@ -166,8 +174,7 @@ def train_preferences(model: open_clip.CLIP, train: Scans, label: str) -> None:
         margin = (better - worse).gather(1, labels[:, None])
         return F.cross_entropy(better, labels) - F.logsigmoid(margin).mean()
 
-    model.requires_grad_(True)
-    model.token_embedding.requires_grad_(False)
+    model.requires_grad_(True).token_embedding.requires_grad_(False)
     fit(model, loss, label, examples=len(train), steps=scaled(600), learning_rate=1e-3, weight_decay=0.1)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 
 from dmdr.errors import ConfigError
 from dmdr.protocols import Judge, NamedModel
-from dmdr_digits import Digits
-from dmdr_digits.cache import budget, cached, isolated, root
+from dmdr_digits import REWARDS, Digits
+from dmdr_digits.cache import PACKAGED, budget, cached, isolated, root
 from dmdr_digits.data import (
     PROMPTS,
     WORDS,
@@ -105,6 +106,20 @@ def test_killed_build_leaves_nothing_usable(empty_cache: Path) -> None:
     assert not list(root().glob("*.partial"))
 
 
+def test_the_package_holds_what_the_default_run_needs(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
+    """The full training's; another training is asked for by its budget."""
+    monkeypatch.delenv("DMDR_DIGITS_BUDGET")
+    digits = Digits()
+    assert digits.judge().correct(held_out_scans().images, [PROMPTS[i] for i in held_out_scans().labels]).mean() > 0.97
+    folders = [digits.folder(), *(digits.reward_checkpoint(reward) for reward in REWARDS)]
+    assert all(folder.parent == PACKAGED for folder in folders)
+    assert not list(empty_cache.iterdir())
+    size = sum(len(zlib.compress(file.read_bytes())) for file in PACKAGED.rglob("*") if file.is_file())
+    assert size < 5e6
+    monkeypatch.setenv("DMDR_DIGITS_BUDGET", "1")
+    assert cached("judge", lambda folder: None).is_relative_to(empty_cache)
+
+
 def test_concurrent_builders_build_once(empty_cache: Path) -> None:
     log = empty_cache / "log"
     command = [sys.executable, "-c", BUILDER, str(log), "time.sleep(0.5)"]
@@ -184,7 +199,7 @@ def test_folder_is_a_stock_pipeline(digits: Digits) -> None:
     from diffusers import StableDiffusion3Pipeline
 
     assert isinstance(digits, NamedModel)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(digits.folder(), **ABSENT)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(digits.folder(), torch_dtype=torch.float32, **ABSENT)
     pipeline.set_progress_bar_config(disable=True)
     call = {"max_sequence_length": digits.recipe["max_sequence_length"]}
     prompts = [row["prompt"] for row in digits.prompts()] * 4
@@ -239,8 +254,8 @@ def test_clip_layouts_load_strictly(digits: Digits, name: str, activation: str, 
         model.load_state_dict(state, strict=True)
     for tower in (model.visual.transformer, model.transformer):
         assert type(tower.resblocks[0].mlp.gelu).__name__ == activation
-    # a short training, on half as many scans where held out; chance is 0.1
-    assert clip_accuracy(model, unseen(held_out)) > (0.4 if held_out else 0.7)
+    # a short training; chance is 0.1
+    assert clip_accuracy(model, unseen(held_out)) > 0.4
 
 
 def clip_accuracy(model: torch.nn.Module, scans: Scans) -> float:
@@ -301,7 +316,7 @@ def test_held_out_rewards_share_no_scan_and_no_first_weight(digits: Digits) -> N
     assert seen != other
     models = [open_clip.create_model(f"local-dir:{folder}", require_pretrained=True) for folder in (seen, other)]
     first, second = (model.token_embedding.weight for model in models)  # which the training leaves alone
-    assert not torch.isclose(first, second).any(dim=1).all()
+    assert 0.49 < (first == second).float().mean() < 0.51  # signs
 
 
 def test_degraded_scans_are_worse_in_four_ways() -> None:
