@@ -35,6 +35,7 @@ from dmdr.backends.loading import (
 from dmdr.backends.lora import LoRARoles, check_targets, joined, merge, parted
 from dmdr.backends.lora_files import read_lora
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
+from dmdr.backends.quantized import Format, check_quantize, quantize
 from dmdr.backends.sharding import copy, fill, shard, stored
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
@@ -75,6 +76,7 @@ class PipelineOptions(RoleOptions):
         reward_vae: Small decoder for the rewards (AutoencoderTiny), a folder or hub id; 'none' for the model's own.
         vae_tiling: Decode by tiles.
         decode_chunk_size: Images that are decoded at a time for the rewards; all by default.
+        quantize: Keep the frozen network's blocks in 4 or 8 bits a number.
         torch_compile: Compile the network's blocks: minutes at the start, faster steps.
         attention_backend: Attention kernel by diffusers' name, e.g. flash, of families that choose one.
         cpu_offload: Keep text encoders and VAE on the CPU while they are idle; after a reward's gradient the VAE goes
@@ -96,6 +98,7 @@ class PipelineOptions(RoleOptions):
     reward_vae: str | None = None
     vae_tiling: bool = False
     decode_chunk_size: int | None = None
+    quantize: Format | None = None
     torch_compile: bool = False
     attention_backend: str | None = None
     cpu_offload: bool = False
@@ -109,6 +112,8 @@ class PipelineOptions(RoleOptions):
             require(self, name, value is None or value > 0, "above 0")
         if self.student_weights and not self.full_finetune:
             raise ConfigError("--student_weights needs --full_finetune, because it holds a full network")
+        if self.quantize and self.full_finetune:
+            raise ConfigError("--quantize needs a LoRA student: leave out --full_finetune, which trains every weight")
 
 
 class PipelineBackend:
@@ -292,6 +297,8 @@ class PipelineBackend:
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
         if sharding is None:
             merge(network.state_dict(), self._teacher_lora, f"--teacher_lora {options.teacher_lora}")
+            if options.quantize:
+                quantize(network, options.quantize, self.device)
             network.to(self.device)
         if options.attention_backend:
             set_attention_backend(network, options.attention_backend, self.blank)
@@ -334,7 +341,8 @@ class PipelineBackend:
             copy(network, each)
 
     def check_shardable(self) -> None:
-        """All options work with shares."""
+        if self.options.quantize:
+            raise ConfigError("--shard: a network with --quantize cannot be shared; leave one of them out")
 
     def connect(self, accelerator: Any) -> None:
         """Say where and in which precision all that is loaded will lie; loads nothing.
@@ -344,6 +352,7 @@ class PipelineBackend:
                 --teacher_lora is no LoRA of this network.
         """
         check_there("--student_weights", self.options.student_weights)
+        check_quantize(self.options.quantize)
         self.read_teacher_lora()
         if self.reward_decoder:
             self._check_reward_vae(self.reward_decoder)
@@ -548,7 +557,7 @@ class PipelineBackend:
         said = [f"{name}={_literal(value)}" for name, value in given.items() if value]
         left_out = [name for name in self.index if name.startswith(TEXT) and name not in self.text.components]
         said += [f"{name}=None" for name in left_out if name.isidentifier()]  # a folder's own index is no code
-        said += [f"torch_dtype={self.dtype}"] * (self.dtype != torch.float32)
+        said.append(f"torch_dtype={self.dtype}")  # left out, text encoders would have that of their files
         pipeline, network, scheduler = (
             kind.__name__ for kind in (self.pipeline_class, self.network_class, type(self.scheduler(sampler)))
         )

@@ -32,6 +32,9 @@ def arguments() -> CommandParser:
     parser.add_argument(
         "--cpu_offload", action="store_true", help="keep text encoders and VAE on the CPU while they are idle"
     )
+    parser.add_argument(
+        "--quantize", choices=("nf4", "int8", "fp8"), help="keep the network's blocks in 4 or 8 bits a number"
+    )
     return parser
 
 
@@ -59,7 +62,7 @@ def run(argv: list[str]) -> None:
     image_folder.check_place(Path(args.output_dir), rows)
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [columns | row for row in rows]
-    how = {name: getattr(args, name) for name in ("backend", "mixed_precision", "cpu_offload")}
+    how = {name: getattr(args, name) for name in ("backend", "mixed_precision", "cpu_offload", "quantize")}
     for path in sample_export(folder, about, rows, args.seed, args.model, Path(args.output_dir), **how):
         print(path)
 
@@ -75,6 +78,7 @@ def sample_export(
     backend: str | None = None,
     mixed_precision: str | None = None,
     cpu_offload: bool = False,
+    quantize: str | None = None,
 ) -> list[Path]:
     """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does.
 
@@ -100,6 +104,7 @@ def sample_export(
         "torch_compile": False,
         "prompt_cache": "off",
         "cpu_offload": cpu_offload,
+        "quantize": quantize,
         # As it was trained, also where the model that it is drawn with now has another resolution of its own.
         "resolution": about["options"].get("resolution") or about["call"].get("height"),
     }

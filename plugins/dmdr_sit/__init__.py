@@ -45,6 +45,7 @@ class SiTOptions(FlowOptions):
     drop_text_encoders: None = unread()
     zero_empty_prompt: None = unread()
     prompt_cache: None = unread()
+    quantize: None = unread()
 
 
 class SiTBackend(FlowBackend):
