@@ -123,7 +123,9 @@ class LoRARoles:
         try:
             with warnings.catch_warnings():  # PEFT warns of a second adapter; several are the point here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                inject_adapter_in_model(config, self.network, adapter_name=role)
+                # On the meta device adapters need no values either, whose drawing takes most of the time.
+                blank = any(parameter.is_meta for parameter in self.network.parameters())
+                inject_adapter_in_model(config, self.network, adapter_name=role, low_cpu_mem_usage=blank)
         except ValueError as error:
             raise ConfigError(f"--lora_target_modules {' '.join(target_modules)}: {error}") from error
 

@@ -316,6 +316,9 @@ class PipelineBackend:
             full_student=options.full_finetune,
             seed=options.seed,
         )
+        if options.gradient_checkpointing:
+            for vae in (self.vae, self.reward_vae):  # for a reward's gradient
+                vae.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
         for each in self.roles.networks:
             if options.gradient_checkpointing:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
@@ -352,13 +355,13 @@ class PipelineBackend:
                 --teacher_lora is no LoRA of this network.
         """
         check_there("--student_weights", self.options.student_weights)
-        check_quantize(self.options.quantize)
         self.read_teacher_lora()
         if self.reward_decoder:
             self._check_reward_vae(self.reward_decoder)
         self.accelerator, self.device = accelerator, accelerator.device
         if self.device.type != "meta":
             self._check_variant()
+            check_quantize(self.options.quantize)
         self.dtype = dtype_of(accelerator.mixed_precision)
         self.text.prepare(accelerator, self.dtype)
 

@@ -27,7 +27,7 @@ class QuantizedLinear(nn.Linear):
         layer: Its weight [out, in] and bias, in the precision that it is to compute in.
         to: How the weight is packed: nf4 as QLoRA has it (arXiv 2305.14314, section 3), with quantized scales;
             int8 and fp8 (e4m3) with a scale for each row.
-        device: Where to. On the meta device the weight has a size and no values.
+        device: Where to. On the meta device the weight has a size and no values, and `numbers`, how many it packs.
     """
 
     def __init__(self, layer: nn.Linear, to: Format, device: torch.device) -> None:
@@ -88,10 +88,12 @@ def quantize(network: Any, to: Format, device: torch.device) -> None:
                 setattr(parent, name, QuantizedLinear(layer, to, device))
 
 
-def _packed(weight: Tensor, to: Format, device: torch.device) -> nn.Parameter:
+def _packed(weight: Tensor, to: Format, device: torch.device) -> Any:
     if device.type == "meta":
         bits = weight.numel() * (NF4_BITS if to == "nf4" else 8) + len(weight) * ROW_BITS.get(to, 0)
-        return nn.Parameter(torch.empty(math.ceil(bits / 8), dtype=torch.uint8, device=device), False)
+        packed: Any = nn.Parameter(torch.empty(math.ceil(bits / 8), dtype=torch.uint8, device=device), False)
+        packed.numbers = weight.numel()
+        return packed
     if to == "nf4":
         from bitsandbytes.nn import Params4bit
 

@@ -17,8 +17,13 @@ def run(arguments: list[str]) -> None:
 
     if settings.config.dry_run:
         from dmdr.dry_run.estimate import estimate
+        from dmdr.dry_run.fit import advice
 
-        print(f"{estimate(settings)}\nnothing was loaded, nothing was written")
+        found = estimate(settings)
+        print(found)
+        if settings.config.gpu_memory:
+            print(advice(found, settings, lambda flags: estimate(parse([*arguments, *flags]))))
+        print("nothing was loaded, nothing was written")
         return
     handler = logging.StreamHandler()
     handler.setFormatter(Line("%(message)s"))

@@ -44,6 +44,13 @@ from dmdr.types import Condition, dtype_of
 META, CPU = torch.device("meta"), torch.device("cpu")
 NETWORK, AVERAGE, OPTIMIZER, GRADIENTS = "network, frozen", "average of the student", "optimizer states", "gradients"
 ENCODERS, GATHERED = "text encoders", "blocks gathered from other processes"
+WHAT = {
+    NETWORK: "the teacher; fake score and student are adapters on it, unless they are full",
+    "VAE": "decodes latents for rewards and image grids",
+    OPTIMIZER: "two moments of every trained parameter",
+    REST: "what networks keep for a backward pass, and what passes through them",
+    GATHERED: "whole for as long as they compute",
+}
 RUNNING = (AVERAGE, OPTIMIZER, GRADIENTS, REST)
 
 
@@ -84,16 +91,18 @@ class Estimate:
 
     def __str__(self) -> str:
         peak = self.phases[self.highest]
-        rows = [("", "parameters", "GiB")]
+        rows = [("", "parameters", "GiB", "")]
         for name, size in peak.items():
             count = self.parameters.get(name)
-            rows.append((name, "" if count is None else f"{count:,}", f"{size / GIB:.2f}"))
-        rows.append(("rewards", "", "not counted"))
-        for backbones in range(self.backbones, max(3, self.backbones) + 1):
-            what = f"total with {backbones} backbone{'s' if backbones > 1 else ''}"
-            rows.append((what, "", f"{self.total(backbones) / GIB:.2f}"))
+            rows.append((name, "" if count is None else f"{count:,}", f"{size / GIB:.2f}", WHAT.get(name, "")))
+        rows.append(("rewards", "", "not counted", ""))
+        rows.append(("total", "", f"{self.total() / GIB:.2f}", "at once, when the run needs most"))
+        for backbones in range(self.backbones + 1, 4):
+            whose = "the fake score" if backbones == 2 else "fake score and student each"
+            what = f"if {whose} had a frozen network of {'its' if backbones == 2 else 'their'} own"
+            rows.append((f"with {backbones} backbones", "", f"{self.total(backbones) / GIB:.2f}", what))
         left, middle, right = (max(len(row[i]) for row in rows) for i in range(3))
-        table = [f"{a:<{left}}  {b:>{middle}}  {c:>{right}}".rstrip() for a, b, c in rows]
+        table = [f"{a:<{left}}  {b:>{middle}}  {c:>{right}}  {d}".rstrip() for a, b, c, d in rows]
         peaks = (f"{name} {sum(parts.values()) / GIB:.2f}" for name, parts in self.phases.items())
         plan = [f"{title}: {text}" for title, text in self.overview.items()]
         return "\n".join([*plan, "", self.what, *table, f"peak in {self.highest}, of: {', '.join(peaks)} GiB"])
@@ -300,7 +309,8 @@ def _parts(backend: PipelineBackend, roles: Sequence[Role]) -> dict[str, list[Te
 
 
 def _count(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
-    return {name: sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for name, tensors in parts.items()}
+    parameters = {name: [t for t in tensors if isinstance(t, nn.Parameter)] for name, tensors in parts.items()}
+    return {name: sum(getattr(t, "numbers", t.numel()) for t in found) for name, found in parameters.items()}
 
 
 def _label_gradient(meter: Meter, shares: Shares, parameter: Tensor) -> None:

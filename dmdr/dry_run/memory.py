@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,10 +118,9 @@ class Meter(TorchDispatchMode):
             return func(*args, **kwargs)
         if key not in self._answers:
             out = func(*args, **kwargs)
-            like = tree_map(lambda t: _Like(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t, out)
-            self._answers[key] = like
+            self._answers[key] = _each(_like, out)
             return out
-        return tree_map(lambda answer: answer.made() if isinstance(answer, _Like) else answer, self._answers[key])
+        return _each(_made, self._answers[key])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -142,28 +142,45 @@ class Meter(TorchDispatchMode):
                     self._values[id(out.untyped_storage())] = found
             for tensor in _written(func, args, kwargs):
                 self._values.pop(id(tensor.untyped_storage()), None)
-        for tensor in tree_leaves(out):
+        for tensor in out if isinstance(out, list | tuple) else (out,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return out
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and what would keep it from that takes as long as a look into a table."""
+        return False
+
 
 @dataclass(frozen=True)
 class _Like:
-    """A meta tensor that an operation answered with; no tuple, which would be taken apart as a part of the answer."""
+    """A meta tensor that an operation answered with; no tuple, which would be taken for a row of answers."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    def made(self) -> Tensor:
-        """Another one."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+def _like(answer: Any) -> Any:
+    return _Like(answer.shape, answer.stride(), answer.dtype) if isinstance(answer, Tensor) else answer
+
+
+def _made(answer: Any) -> Any:
+    """Another one."""
+    if not isinstance(answer, _Like):
+        return answer
+    return torch.empty_strided(answer.shape, answer.stride, dtype=answer.dtype, device="meta")
+
+
+def _each(of: Callable[[Any], Any], answer: Any) -> Any:
+    """Of an operation's answer, which is one value or a row of them; torch's trees take ten times as long."""
+    return type(answer)(map(of, answer)) if isinstance(answer, list | tuple) else of(answer)
 
 
 def _signature(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """What an operation's answer depends on; None for one that changes or returns what it is given, or has values."""
-    if func._schema.is_mutable or any(answer.alias_info for answer in func._schema.returns):
+    if not _makes(func):
         return None
     parts: list[Any] = [func]
     for value in (*args, *kwargs.items()):
@@ -181,9 +198,20 @@ def _signature(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     return tuple(parts) if made_from and "device" not in kwargs else None
 
 
+@cache
+def _makes(func: Any) -> bool:
+    """Whether an operation changes nothing, and answers with nothing that it is given."""
+    return not func._schema.is_mutable and not any(answer.alias_info for answer in func._schema.returns)
+
+
+@cache
+def _writes(func: Any) -> bool:
+    return func._schema.is_mutable
+
+
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """The arguments that an operation changes in place."""
-    if func._schema.is_mutable:
+    if _writes(func):
         names = [argument.name for argument in func._schema.arguments if argument.is_write]
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
         yield from (t for t in tree_leaves([given.get(name) for name in names]) if isinstance(t, Tensor))
@@ -220,7 +248,8 @@ class GPUKernels(TorchFunctionMode):
         if name in AUTOCAST:
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu") if AUTOCAST[name] else torch.float32
-                args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, dict(kwargs)))
+                args = tuple(_casts_of(value, dtype) for value in args)
+                kwargs = {name: _casts_of(value, dtype) for name, value in kwargs.items()}
             if name in KERNELS and all(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
                 return KERNELS[name](*args, **kwargs)
         if func in BACKWARD:
@@ -273,6 +302,11 @@ def _engine(
         allow_unreachable=True,
         accumulate_grad=accumulate_grad,
     )
+
+
+def _casts_of(value: Any, dtype: torch.dtype) -> Any:
+    """Of a tensor, or of a row of them."""
+    return type(value)(_cast(each, dtype) for each in value) if type(value) in (list, tuple) else _cast(value, dtype)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

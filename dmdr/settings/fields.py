@@ -188,6 +188,7 @@ class Config(Flags):
     seed: int = flag(0, "seed of all random numbers")
     # What is written
     dry_run: bool = flag(False, "check the settings, print the plan and the estimated memory, and write nothing")
+    gpu_memory: float | None = flag(None, "GiB of a GPU: --dry_run says which switches make the run fit in it")
     architecture: str | None = flag(
         None, "folder of configuration files without weights that --dry_run reads instead of the model"
     )
@@ -224,7 +225,7 @@ class Config(Flags):
         what = f"so small that an update has at most {MOST_IMAGES} images"
         self._require(update <= MOST_IMAGES, "gradient_accumulation_steps", what)
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
-            adam_epsilon"""
+            adam_epsilon gpu_memory"""
         for name in positive.split():
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         number = self.shard.isdecimal() and int(self.shard) >= 1

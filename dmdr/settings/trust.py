@@ -12,7 +12,8 @@ from dmdr.settings import registry
 from dmdr.settings.chosen import parts_of
 
 # Where a run writes to is never among the settings that it keeps: who finds one there would lose another folder to it.
-PLACES = ("dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+# Nor is what only --dry_run reads.
+PLACES = ("dry_run", "gpu_memory", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 def require_installed(group: str, name: str, place: object, cure: str) -> None:

@@ -94,7 +94,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
         # What is written
         (not c.num_eval_samples, "eval_reward eval_rewards eval_steps", "without --num_eval_samples"),
-        (not c.dry_run, "architecture", "without --dry_run"),
+        (not c.dry_run, "architecture gpu_memory", "without --dry_run"),
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),
     ]

@@ -342,3 +342,19 @@ def test_the_snippet_is_python_whatever_the_names(model: Path, name: str) -> Non
     found = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
     assert found.count(name) == 2
     assert "import os" not in snippet and "text_encoder_9=None" in snippet
+
+
+def test_checkpointing_the_decoder_keeps_less_and_changes_no_gradient(model: Path) -> None:
+    latents, grads, kept = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), [], []
+    for gradient_checkpointing in (False, True):
+        backend = prepared(model, gradient_checkpointing=gradient_checkpointing)
+        given, saved = latents.clone().requires_grad_(), dict[int, int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t.nbytes) and t, lambda t: t
+        ):
+            images = backend.decode(given)
+        images.square().sum().backward()
+        grads.append(given.grad)
+        kept.append(sum(saved.values()))
+    assert torch.equal(*grads)
+    assert kept[1] < 0.6 * kept[0]
