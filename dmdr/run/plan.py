@@ -137,6 +137,8 @@ class Plan:
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
         rounds = config.fake_updates if config.dmd_weight else 1
+        steps = len(times) or config.num_inference_steps
+        rollouts = min(2, rounds) if steps > 1 else rounds  # a trajectory of one step has no others to share
         return cls(
             batch=Batch(
                 config.per_device_train_batch_size,
@@ -145,11 +147,11 @@ class Plan:
                 config.num_generations,
             ),
             shards=_shards(config.shard, processes),
-            num_inference_steps=len(times) or config.num_inference_steps,
+            num_inference_steps=steps,
             times=tuple(times) or None,
             matches=config.dmd_weight > 0,
             rounds=rounds,
-            rollouts=min(2, rounds) if config.rollouts is None else config.rollouts,
+            rollouts=rollouts if config.rollouts is None else config.rollouts,
             guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
             roles=("student", "fake_score", *combined_needs(objectives).roles),
             stages=_stages(config, tuple(objectives), sample_weight),

@@ -122,7 +122,7 @@ class Config(Flags):
     rollouts: int | None = flag(
         None,
         "rollouts for each update of the student, at most fake_updates; by default 2: one for the student, one that "
-        "the fake score's other updates share",
+        "the fake score's other updates share; where the student has one step, fake_updates",
     )
     dyna_steps: int | None = flag(
         None, "student updates until DynaDG and DynaRS have faded out; all of stage 1 by default and at most"

@@ -64,6 +64,8 @@ def test_rounds_updates_and_rollouts() -> None:
     assert of(stage1_steps=7, init_student="x") == (True, 5, 2, 6, 12)  # which needs no stage 1
     assert of(dmd_weight=0.0, init_student="x") == (False, 1, 1, 6, 6)  # there is no fake score to catch up
     assert plan(fake_updates=1).rollouts == 1
+    assert plan(fake_updates=5, num_inference_steps=1).rollouts == 5  # of one step, there are no others to share
+    assert plan(fake_updates=5, timesteps=[400], rollouts=2).rollouts == 2
 
 
 def test_steps_of_the_student_and_the_teachers_guidance() -> None:
