@@ -91,6 +91,8 @@ READERS = {
     "max_sequence_length": "FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline",
     "prompt_cache": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, "
     "ZImagePipeline",
+    "quantize": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, "
+    "ZImagePipeline",
     "shift": "FluxPipeline, SiTPipeline, StableDiffusion3Pipeline, ToyPipeline, ZImagePipeline",
     "zero_empty_prompt": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
 }

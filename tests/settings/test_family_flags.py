@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dmdr.backends.quantized import Format
 from dmdr.errors import ConfigError
 from dmdr.settings import models, registry
 from dmdr.settings.parse import Settings, parse
@@ -136,6 +137,7 @@ def example(hint: Any) -> tuple[list[str], Any]:
         float: (["0.25"], 0.25),
         str: (["some"], "some"),
         list[str]: (["some", "more"], ["some", "more"]),
+        Format: (["int8"], "int8"),
     }
     return examples[kinds[0]]
 
