@@ -334,7 +334,7 @@ def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
     written = yaml.safe_load(toy("--rl", "refl", "--resume_from_checkpoint", "latest").as_yaml())
     names = {f.name for f in dataclasses.fields(Config)}
     assert names - written.keys() == {
-        "dry_run", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
+        "dry_run", "gpu_memory", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
     }  # fmt: skip
     tilt = {"reward_tilt", "tilt_weight", "tilt_divergence", "tilt_baseline", "tilt_clip"}
     own = {"refl_steps", "refl_hinge", "dmd_floor", "shift", *(f"rt_dm_{name}" for name in tilt)}
