@@ -9,10 +9,26 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr_rewards.checkpoint import Source, read_state
-from dmdr_rewards.network import ResizingReward, frozen, score_head
+from dmdr_rewards.network import HEAD_WIDTHS, ResizingReward, frozen, new_head, score_head
 from dmdr_rewards.transformers_clip import TransformersCLIP
 
 CLIP = "openai/clip-vit-large-patch14"
+VIT_L = {  # of its `config.json`
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "projection_dim": 768,
+}
 
 
 @dataclass
@@ -46,15 +62,20 @@ class Aesthetic(ResizingReward):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
-        source = Source(self.checkpoint or "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth")
-        path = source.file or source.only(".pt", ".pth")
-        head = score_head(read_state(path), "layers", f"checkpoint {path}")
+        source = Source(self.checkpoint, "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth", device)
+        what = source.name
+        if source.known:
+            head = new_head(HEAD_WIDTHS, device)
+        else:
+            path = source.file or source.only(".pt", ".pth")
+            what = f"checkpoint {path}"
+            head = score_head(read_state(path, meta=source.meta), "layers", what)
         self._head = frozen(head, device, torch.promote_types(dtype, torch.float32))
-        tower = source if source.folder and not self.clip else Source(self.clip or CLIP, "clip")
-        self._towers = TransformersCLIP(tower, device, dtype, images_only=True)
+        tower = source if source.folder and not self.clip else Source(self.clip, CLIP, device, "clip")
+        self._towers = TransformersCLIP(tower, device, dtype, VIT_L, images_only=True)
         if head[0].in_features != self._towers.width:
             raise ConfigError(
-                f"checkpoint {path} needs {head[0].in_features} features, but {tower.name} gives {self._towers.width}"
+                f"{what} needs {head[0].in_features} features, but {tower.name} gives {self._towers.width}"
             )
         # The authors crop as torchvision does, which may differ by a pixel.
         self._towers.preprocess = replace(self._towers.preprocess, offset="round")

@@ -1,9 +1,14 @@
-"""Finding, reading and checking checkpoints; every failure is one line."""
+"""Finding, reading and checking checkpoints; every failure is one line.
+
+For the meta device, on which --dry_run counts memory, nothing is fetched and no weights are read: a checkpoint on this
+machine says its architecture by its configuration or the shapes in it, and that of the published one is in the code.
+"""
 
 import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +29,26 @@ class Source:
     Attributes:
         name: What messages call it.
         file: The one file that was named, on disk; None where files are looked up by name.
+        meta: Whether it is for the meta device.
+        known: Whether its architecture is in the code, and no file of it is looked for: the published one, for the meta
+            device.
     """
 
-    def __init__(self, checkpoint: str, option: str = "checkpoint") -> None:
+    def __init__(
+        self, checkpoint: str | None, published: str, device: torch.device, option: str = "checkpoint"
+    ) -> None:
         """Look for it; a single file on the hub is fetched.
 
         Args:
-            checkpoint: What is named.
+            checkpoint: What is named; None for the published one.
+            published: The published one.
+            device: Where the network will be.
             option: The reward's option that names it.
 
         Raises:
             ConfigError: If there is none.
         """
+        checkpoint = checkpoint or published
         path = Path(checkpoint).expanduser()
         self.name = f"checkpoint {checkpoint}"
         self.folder = path if path.is_dir() else None
@@ -45,7 +58,9 @@ class Source:
         self._option = option
         self._repo = ""
         self._refused = ""  # why the hub did not give what it was asked for
-        if not path.exists():
+        self.meta = device.type == "meta"
+        self.known = self.meta and checkpoint == published and not path.exists()
+        if not (self.known or path.exists()):
             repo, _, file = checkpoint.partition(":")
             if not is_hub_id(repo) or (not file and checkpoint.endswith(SUFFIXES)):
                 raise ConfigError(f"{self.name} does not exist; give a local path or a hub id such as org/name")
@@ -71,7 +86,9 @@ class Source:
     @property
     def where(self) -> dict[str, bool]:
         """What else it is given, so that it does not wait for a hub that is out of reach."""
-        return cached_only() if self._repo else {}
+        if not self._repo:
+            return {}
+        return {"local_files_only": True} if self.meta else cached_only()
 
     def find(self, *names: str) -> Path | None:
         """The first of these files that the folder holds, on disk."""
@@ -94,6 +111,9 @@ class Source:
 
     def lacks(self, *names: str) -> ConfigError:
         """The error that none of these files is there."""
+        if self._repo and self.meta:
+            what = f"{self.name} cannot be built without its files: {' or '.join(names)} is not in the hub's cache here"
+            return MissingFile(what, self._option)
         if self._repo and (why := unreachable() or self._refused):
             what = f"{self.name} is no local path and cannot be fetched from the hub: {' or '.join(names)} ({why})"
             return MissingFile(what, self._option)
@@ -114,8 +134,12 @@ class Source:
         return found[0]
 
     def _fetch(self, file: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+        if self.meta:
+            cached = try_to_load_from_cache(self._repo, file)
+            return Path(cached) if isinstance(cached, str) else None
         try:
             return fetch(self._repo, file)
         except LocalEntryNotFoundError as error:  # offline; it may be optional, and the others in the cache
@@ -128,8 +152,12 @@ class Source:
             raise self.lacks(file) from error
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, *, meta: bool = False) -> dict[str, Tensor]:
     """The tensors of a weights file, on the CPU; `{"state_dict": ...}` and a leading `module.` are unwrapped.
+
+    Args:
+        path: The file.
+        meta: On the meta device: what the file says about its tensors, without their values.
 
     Raises:
         ConfigError: If it cannot be read, or holds anything but tensors: a pickle that could run code is refused.
@@ -140,11 +168,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            if zipfile.is_zipfile(path) and (torn := zipfile.ZipFile(path).testzip()):  # torch does not check
+            zipped = zipfile.is_zipfile(path)
+            if zipped and not meta and (torn := zipfile.ZipFile(path).testzip()):  # torch does not check
                 raise zipfile.BadZipFile(f"{torn} is damaged")
             with warnings.catch_warnings():  # of odd pickles, with advice that does not concern its reader
                 warnings.simplefilter("ignore")
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and meta)
     except Exception as error:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
@@ -161,7 +190,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"checkpoint {path} holds no state dict (tensors by name) or {{'state_dict': ...}}")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+    return {key: value.to("meta") for key, value in state.items()} if meta else state
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -193,8 +222,13 @@ def image_processor(source: Source) -> dict[str, Any]:
     return read_json(alone) if alone else {}
 
 
-def from_pretrained(kind: Any, source: Source) -> Any:
-    """A model of transformers in float32, its weights checked strictly.
+def from_pretrained(kind: Any, source: Source, published: Mapping[str, Any]) -> Any:
+    """A model of transformers in float32, its weights checked strictly; on the meta device of its configuration alone.
+
+    Args:
+        kind: Class of the model.
+        source: A folder or hub id with it.
+        published: The configuration of the published one.
 
     Raises:
         ConfigError: If it cannot be loaded as `kind`, or a weight is missing or unexpected.
@@ -202,6 +236,9 @@ def from_pretrained(kind: Any, source: Source) -> Any:
     from transformers.utils import logging
 
     pretrained = source.pretrained
+    if source.meta:
+        config = published if source.known else read_json(source.require("config.json"))
+        return _without_weights(kind, config, source.name)
     if source.where:  # or transformers would only say that it has no connection
         source.require("config.json")
         source.require(*TRANSFORMERS)
@@ -226,14 +263,28 @@ def from_pretrained(kind: Any, source: Source) -> Any:
     return model
 
 
+def _without_weights(kind: Any, config: Mapping[str, Any], what: str) -> Any:
+    """A model of transformers on the meta device."""
+    own = kind.config_class.model_type
+    try:
+        if config.get("model_type", own) != own:
+            raise ValueError(f"its config.json is of a {config['model_type']}")
+        with torch.device("meta"):
+            return kind(kind.config_class.from_dict(dict(config)))
+    except Exception as error:  # whatever odd settings lead to
+        raise ConfigError(f"{what} cannot be built as {kind.__name__} ({reason(error)})") from error
+
+
 def tokenizer_of(source: Source, vocabulary: int) -> Any:
-    """The tokenizer beside a model of transformers that knows so many tokens.
+    """The tokenizer beside a model of transformers that knows so many tokens; any tokens where nothing is read.
 
     Raises:
         ConfigError: If there is none, or it is another model's.
     """
     from transformers import AutoTokenizer
 
+    if source.known:
+        return _any_tokens
     source.require("tokenizer.json", "vocab.json", "vocab.txt")  # without, transformers makes up an empty one
     try:
         # without code of the folder's, about which transformers would ask on a terminal
@@ -247,6 +298,14 @@ def tokenizer_of(source: Source, vocabulary: int) -> Any:
             f"{source.name}: its tokenizer has {len(tokenizer)} tokens, but its network only {vocabulary}"
         )
     return tokenizer
+
+
+def _any_tokens(prompts: Sequence[str], *, max_length: int, **options: Any) -> Any:
+    """What a tokenizer that pads to `max_length` gives: ids and mask, [B, max_length] each."""
+    from transformers import BatchEncoding
+
+    ids = torch.zeros(len(prompts), max_length, dtype=torch.long)
+    return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def reason(error: Exception) -> str:

@@ -8,6 +8,8 @@ from dmdr_rewards.network import ResizingReward
 from dmdr_rewards.preprocess import Preprocess
 from dmdr_rewards.towers import CosineReward, open_towers
 
+PUBLISHED = "apple/DFN5B-CLIP-ViT-H-14"
+
 
 @dataclass
 class CLIP(CosineReward, ResizingReward):
@@ -31,5 +33,5 @@ class CLIP(CosineReward, ResizingReward):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
-        checkpoint = self.checkpoint or "apple/DFN5B-CLIP-ViT-H-14"
-        self.use(open_towers(checkpoint, device, dtype, "ViT-H-14-quickgelu", Preprocess(size=224, geometry="squash")))
+        squash = Preprocess(size=224, geometry="squash")
+        self.use(open_towers(self.checkpoint, PUBLISHED, device, dtype, "ViT-H-14-quickgelu", squash))

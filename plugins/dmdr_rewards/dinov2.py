@@ -18,6 +18,15 @@ from dmdr_rewards.network import ResizingReward, frozen
 from dmdr_rewards.preprocess import IMAGENET_NORM, Preprocess
 
 PUBLISHED = "facebook/dinov2-large-imagenet1k-1-layer"
+VIT_L = {  # of its `config.json`
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 518,
+    "num_labels": 1000,
+}
+SIZES = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24), "vitg14": (1536, 40)}  # width, depth
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 EVALUATED = Preprocess(224, edge=256, mean=IMAGENET_NORM[0], std=IMAGENET_NORM[1])
 OFFSET = 0.1  # by which the authors' code enlarges a grid of positions before it scales
@@ -55,15 +64,20 @@ class DINOv2(ResizingReward):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
-        checkpoint = self.checkpoint or PUBLISHED
-        if match := re.fullmatch(r"dinov2_(vit[sblg]14)_lc", checkpoint):
+        meta = device.type == "meta"
+        if match := re.fullmatch(r"dinov2_(vit[sblg]14)_lc", self.checkpoint or ""):
             folder = f"{URL}/dinov2_{match[1]}/dinov2_{match[1]}"
-            model, preprocess = of_torch_hub(_fetch(f"{folder}_pretrain.pth"), _fetch(f"{folder}_linear4_head.pth"))
+            if meta:
+                width, depth = SIZES[match[1]]
+                config = config_of(width, depth, gated=match[1] == "vitg14")
+                model, preprocess = new_classifier(config, 5 * width, 1000, device), EVALUATED
+            else:
+                model, preprocess = of_torch_hub(_fetch(f"{folder}_pretrain.pth"), _fetch(f"{folder}_linear4_head.pth"))
         else:
-            source = Source(checkpoint)
+            source = Source(self.checkpoint, PUBLISHED, device)
             backbone, head = (_hub_file(source, end) for end in ("_pretrain.pth", "_head.pth"))
             if backbone and head:
-                model, preprocess = of_torch_hub(backbone, head)
+                model, preprocess = of_torch_hub(backbone, head, meta=meta)
             elif backbone or head:
                 raise ConfigError(f"{source.name} holds only one of the two files *_pretrain.pth and *_head.pth")
             else:
@@ -125,7 +139,7 @@ def of_transformers(source: Source) -> tuple[Classifier, Preprocess]:
     """The one-layer classifier of a `Dinov2ForImageClassification`."""
     from transformers import Dinov2ForImageClassification
 
-    model = from_pretrained(Dinov2ForImageClassification, source)
+    model = from_pretrained(Dinov2ForImageClassification, source, VIT_L)
     # The published network was pre-trained at 518 pixels, which is what its config says, and is evaluated at 224.
     size = model.config.image_size
     defaults = (
@@ -137,42 +151,55 @@ def of_transformers(source: Source) -> tuple[Classifier, Preprocess]:
     return Classifier(model.dinov2, model.classifier), preprocess
 
 
-def of_torch_hub(backbone: Path, head: Path) -> tuple[Classifier, Preprocess]:
-    """The classifier of the authors' two files, at 224 pixels.
+def of_torch_hub(backbone: Path, head: Path, *, meta: bool = False) -> tuple[Classifier, Preprocess]:
+    """The classifier of the authors' two files, at 224 pixels; `meta` as in `read_state`.
 
     Raises:
         ConfigError: If a file cannot be read, or is of another architecture.
     """
-    from transformers import Dinov2Config, Dinov2Model
-
-    given, linear = read_state(backbone), read_state(head)
+    given, linear = (read_state(path, meta=meta) for path in (backbone, head))
     what = f"checkpoint {backbone}"
     try:
         width, patch = given["pos_embed"].shape[-1], given["patch_embed.proj.weight"].shape[-1]
         depth = 1 + max(int(match[1]) for name in given if (match := re.match(r"blocks\.(\d+)\.", name)))
         gated = "blocks.0.mlp.w12.weight" in given
-        config = Dinov2Config(
-            hidden_size=width,
-            num_hidden_layers=depth,
-            num_attention_heads=width // 64,
-            mlp_ratio=4 if gated else given["blocks.0.mlp.fc1.weight"].shape[0] // width,
-            use_swiglu_ffn=gated,
-            patch_size=patch,
-            image_size=224,
-        )
+        ratio = 4 if gated else given["blocks.0.mlp.fc1.weight"].shape[0] // width
+        config = config_of(width, depth, ratio=ratio, gated=gated, patch=patch)
         state = _renamed({**given, "pos_embed": positions(given["pos_embed"], EVALUATED.size // patch)})
         classes, inputs = linear["weight"].shape
-        model = Dinov2Model(config)
+        classifier = new_classifier(config, inputs, classes, given["pos_embed"].device)
     except Exception as error:  # whatever odd shapes lead to
         raise ConfigError(f"{what} and {head.name} are no DINOv2 classifier of torch.hub ({reason(error)})") from error
-    load_strict(model.state_dict(), state, what)
-    classifier = Classifier(model, nn.Linear(inputs, classes))
+    load_strict(classifier.backbone.state_dict(), state, what)
     if inputs not in (2 * width, 5 * width):
         raise ConfigError(
             f"checkpoint {head} takes {inputs} features; a backbone of width {width} gives {2 * width} or {5 * width}"
         )
     load_strict(classifier.head.state_dict(), linear, f"checkpoint {head}")
     return classifier, EVALUATED
+
+
+def config_of(width: int, depth: int, *, ratio: int = 4, gated: bool = False, patch: int = 14) -> Any:
+    """The authors' backbone as a `Dinov2Config`, at 224 pixels."""
+    from transformers import Dinov2Config
+
+    return Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+        mlp_ratio=ratio,
+        use_swiglu_ffn=gated,
+        patch_size=patch,
+        image_size=EVALUATED.size,
+    )
+
+
+def new_classifier(config: Any, inputs: int, classes: int, device: torch.device) -> Classifier:
+    """A classifier on a `Dinov2Config`, without what it learnt."""
+    from transformers import Dinov2Model
+
+    with device:
+        return Classifier(Dinov2Model(config), nn.Linear(inputs, classes))
 
 
 def positions(embeddings: Tensor, side: int) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from dmdr_rewards.preprocess import Method, Preprocess
 from dmdr_rewards.towers import CosineReward, open_towers
 
+PUBLISHED = "xswu/HPSv2:HPS_v2.1_compressed.pt"
+
 
 @dataclass
 class HPS(CosineReward):
@@ -27,8 +29,7 @@ class HPS(CosineReward):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
-        checkpoint = self.checkpoint or "xswu/HPSv2:HPS_v2.1_compressed.pt"
-        towers = open_towers(checkpoint, device, dtype, "ViT-H-14", Preprocess(size=224))
+        towers = open_towers(self.checkpoint, PUBLISHED, device, dtype, "ViT-H-14", Preprocess(size=224))
         towers.preprocess = replace(towers.preprocess, geometry="longest", edge=None)  # whatever a folder says
         self.use(towers)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dmdr.errors import ConfigError
 from dmdr.states import load_strict
 from dmdr_rewards.checkpoint import Source, read_json, read_state, reason, tokenizer_of
-from dmdr_rewards.network import ResizingReward, at_least_float32, frozen, score_head
+from dmdr_rewards.network import HEAD_WIDTHS, ResizingReward, at_least_float32, frozen, new_head, score_head
 from dmdr_rewards.preprocess import Preprocess
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores of the authors' training data
@@ -19,6 +19,13 @@ BERT = "google-bert/bert-base-uncased"
 LENGTH = 35  # tokens of a prompt
 HEAD_WIDTH = 64  # of the vision transformer, whose file does not say how many heads it has
 UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
+VISION = {  # of the published weights
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "image_size": 224,
+    "patch_size": 16,
+}
 TEXT = {  # of the published `med_config.json`
     "vocab_size": 30524,
     "hidden_size": 768,
@@ -73,12 +80,16 @@ class ImageReward(ResizingReward):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
-        source = Source(self.checkpoint or "THUDM/ImageReward")
-        path = source.file or source.require("ImageReward.pt")
-        config = None if source.file else source.find("med_config.json")
-        model = network_of(read_state(path), read_json(config) if config else {}, f"checkpoint {path}")
+        source = Source(self.checkpoint, "THUDM/ImageReward", device)
+        if source.known:
+            model = new_network(VISION, {}, new_head(HEAD_WIDTHS, device), device)
+        else:
+            path = source.file or source.require("ImageReward.pt")
+            config = None if source.file else source.find("med_config.json")
+            state = read_state(path, meta=source.meta)
+            model = network_of(state, read_json(config) if config else {}, f"checkpoint {path}")
         own = not self.tokenizer and source.file is None and source.find("tokenizer.json", "vocab.txt")
-        words = source if own else Source(self.tokenizer or BERT, "tokenizer")
+        words = source if own else Source(self.tokenizer, BERT, device, "tokenizer")
         self._tokenizer = tokenizer_of(words, model.text.config.vocab_size)
         frozen(model, device, dtype)
         model.head.to(torch.promote_types(dtype, torch.float32))
@@ -112,12 +123,9 @@ class Network(nn.Module):
         """[B, 3, size, size], [B, 35], [B, 35] -> standardised scores [B]."""
         # Not the pooled output, which is normalised twice.
         patches = self.vision(pixels).last_hidden_state
-        read = self.text(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=patches,
-            encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
-        ).last_hidden_state
+        # transformers would ask a mask whether it leaves out any token, which one on the meta device cannot tell.
+        mask = None if attention_mask.is_meta else attention_mask
+        read = self.text(input_ids=input_ids, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
         return (self.head(at_least_float32(read[:, 0])).squeeze(-1) - MEAN) / STD
 
 
@@ -129,37 +137,48 @@ def network_of(given: Mapping[str, Tensor], med_config: Mapping[str, Any], what:
         med_config: Settings of the text transformer; the published ones where it is silent.
         what: Where from, for messages.
 
+    Returns:
+        The network, on the device of the state dict.
+
     Raises:
         ConfigError: If a weight is missing, unexpected or of another shape.
     """
-    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
-    from transformers.models.blip.modeling_blip_text import BlipTextModel
-
     given = {name: value for name, value in given.items() if not name.startswith(UNUSED)}
     head = score_head({name: given[name] for name in given if name.startswith("mlp.layers.")}, "mlp.layers", what)
     try:
         patch_weight = given["blip.visual_encoder.patch_embed.proj.weight"]
         width, patch = patch_weight.shape[0], patch_weight.shape[-1]
         tokens = given["blip.visual_encoder.pos_embed"].shape[1] - 1
-        vision_config = BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=given["blip.visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=1
+        vision = {
+            "hidden_size": width,
+            "intermediate_size": given["blip.visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
+            "num_hidden_layers": 1
             + max(int(m[1]) for n in given if (m := re.match(r"blip\.visual_encoder\.blocks\.(\d+)\.", n))),
-            num_attention_heads=max(1, width // HEAD_WIDTH),
-            image_size=round(tokens**0.5) * patch,
-            patch_size=patch,
-            layer_norm_eps=1e-6,
-        )
-        known = {key: med_config.get(key, value) for key, value in TEXT.items()}
-        # is_decoder: cross-attention.
-        text_config = BlipTextConfig(**known, encoder_hidden_size=width, is_decoder=True, bos_token_id=None)
-        vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
+            "image_size": round(tokens**0.5) * patch,
+            "patch_size": patch,
+        }
+        network = new_network(vision, med_config, head, patch_weight.device)
     except Exception as error:  # whatever odd shapes or settings lead to
         raise ConfigError(f"{what} is no ImageReward ({reason(error)})") from error
-    network = Network(vision, text, head)
     load_strict({_published(name): value for name, value in network.state_dict().items()}, given, what)
     return network
+
+
+def new_network(
+    vision: Mapping[str, Any], med_config: Mapping[str, Any], head: nn.Sequential, device: torch.device
+) -> Network:
+    """The network of these sizes, without what it learnt; `med_config` as in `network_of`."""
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    width = vision["hidden_size"]
+    heads = max(1, width // HEAD_WIDTH)
+    vision_config = BlipVisionConfig(**vision, num_attention_heads=heads, layer_norm_eps=1e-6)
+    known = {key: med_config.get(key, value) for key, value in TEXT.items()}
+    # is_decoder: cross-attention.
+    text_config = BlipTextConfig(**known, encoder_hidden_size=width, is_decoder=True, bos_token_id=None)
+    with device:
+        return Network(BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False), head)
 
 
 def _published(name: str) -> str:

@@ -1,6 +1,6 @@
 """What rewards that are a frozen network share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from dmdr.states import load_strict, refuse_misfits
 from dmdr_rewards.preprocess import Method
 
 HEAD_LAYERS = (0, 2, 4, 6, 7)
+HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)  # of the published heads
 
 
 @dataclass
@@ -83,8 +84,13 @@ class ResizingReward(NetworkReward):
 
 
 def _precisely(network: Callable[..., Tensor], pixels: Tensor, *columns: Tensor) -> Tensor:
-    with torch.autocast(pixels.device.type, enabled=False):
+    with no_autocast(pixels.device):
         return at_least_float32(network(pixels, *columns))
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Of the caller's; that of meta tensors in --dry_run goes by the CPU's."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -113,7 +119,12 @@ def score_head(state: Mapping[str, Tensor], prefix: str, what: str) -> nn.Sequen
     if any(state[name].ndim != 1 + name.endswith("weight") for name in names):
         raise ConfigError(f"{what} has no linear layers under {prefix}")
     widths = [state[f"{prefix}.0.weight"].shape[-1], *(len(state[f"{prefix}.{i}.bias"]) for i in HEAD_LAYERS)]
-    layers = iter([nn.Linear(*pair) for pair in pairwise(widths)])
-    head = nn.Sequential(*(next(layers) if i in HEAD_LAYERS else nn.Identity() for i in range(HEAD_LAYERS[-1] + 1)))
+    head = new_head(widths, state[f"{prefix}.0.weight"].device)
     load_strict({f"{prefix}.{name}": value for name, value in head.state_dict().items()}, state, what)
     return head
+
+
+def new_head(widths: Sequence[int], device: torch.device) -> nn.Sequential:
+    """The five layers of `score_head`, without what they learnt."""
+    layers = iter([nn.Linear(*pair, device=device) for pair in pairwise(widths)])
+    return nn.Sequential(*(next(layers) if i in HEAD_LAYERS else nn.Identity() for i in range(HEAD_LAYERS[-1] + 1)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dmdr.errors import ConfigError
 from dmdr.states import load_strict
 from dmdr_rewards.checkpoint import SUFFIXES, Source, read_json, read_state, reason
-from dmdr_rewards.network import at_least_float32
+from dmdr_rewards.network import at_least_float32, no_autocast
 from dmdr_rewards.preprocess import CLIP_NORM, Preprocess
 
 CONFIG = "open_clip_config.json"
@@ -35,11 +35,11 @@ class OpenCLIP:
             import open_clip
         except ModuleNotFoundError as error:
             raise ConfigError(f"needs the package '{error.name}': pip install 'dmdr[clip]'") from error
-        if source.file:
+        if source.known or source.file:
             path, config = source.file, open_clip.get_model_config(architecture)
         else:
             path, config, preprocess = self._of_folder(source)
-        state = read_state(path)
+        state = read_state(path, meta=source.meta) if path else None
         half = dtype if dtype in (torch.float16, torch.bfloat16) else None
         try:
             text_config = config["text_cfg"]
@@ -51,7 +51,8 @@ class OpenCLIP:
             self._tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
         except Exception as error:  # whatever odd settings lead to
             raise ConfigError(f"{source.name} is no plain CLIP ({reason(error)})") from error
-        load_strict(model.state_dict(), state, f"checkpoint {path}")
+        if state is not None:
+            load_strict(model.state_dict(), state, f"checkpoint {path}")
         if half:
             open_clip.convert_weights_to_lp(model, half)
         else:
@@ -94,6 +95,6 @@ class OpenCLIP:
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> [B, D] of length one, at least float32."""
-        with torch.autocast(self._device.type, enabled=False):
+        with no_autocast(self._device):
             features = self._model.encode_text(self._tokenizer(list(prompts)).to(self._device))
             return F.normalize(at_least_float32(features), dim=-1)

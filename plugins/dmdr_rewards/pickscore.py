@@ -11,6 +11,25 @@ from dmdr_rewards.network import ResizingReward
 from dmdr_rewards.towers import CosineReward
 from dmdr_rewards.transformers_clip import TransformersCLIP
 
+VIT_H = {  # of the published `config.json`
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+    "projection_dim": 1024,
+}
+
 
 @dataclass
 class PickScore(CosineReward, ResizingReward):
@@ -34,7 +53,8 @@ class PickScore(CosineReward, ResizingReward):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
-        towers = TransformersCLIP(Source(self.checkpoint or "yuvalkirstain/PickScore_v1"), device, dtype)
+        source = Source(self.checkpoint, "yuvalkirstain/PickScore_v1", device)
+        towers = TransformersCLIP(source, device, dtype, VIT_H)
         self.scale = towers.scale
         self.use(towers)
 

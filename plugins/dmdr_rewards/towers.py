@@ -32,21 +32,26 @@ class Towers(Protocol):
 
 
 def open_towers(
-    checkpoint: str, device: torch.device, dtype: torch.dtype, architecture: str, preprocess: Preprocess
+    checkpoint: str | None,
+    published: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    architecture: str,
+    preprocess: Preprocess,
 ) -> Towers:
     """The model of a checkpoint, with open_clip or transformers as its files ask.
 
     Args:
-        checkpoint: See `checkpoint.Source`. A folder's own configuration says what it holds.
+        checkpoint, published: See `checkpoint.Source`. A folder's own configuration says what it holds.
         device: Where it runs.
         dtype: Of its matrices.
-        architecture: open_clip's name of what a single weights file holds.
+        architecture: open_clip's name of what a single weights file holds, and the published checkpoint.
         preprocess: What that is fed.
 
     Raises:
         ConfigError: If the checkpoint is missing, damaged, or of another architecture.
     """
-    source = Source(checkpoint)
+    source = Source(checkpoint, published, device)
     if source.file is None and source.find("open_clip_config.json") is None and source.find("config.json"):
         from dmdr_rewards.transformers_clip import TransformersCLIP
 

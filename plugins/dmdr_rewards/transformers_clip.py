@@ -1,6 +1,7 @@
 """CLIP models in transformers' layout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,20 +10,29 @@ from torch.nn import functional as F
 
 from dmdr.errors import ConfigError
 from dmdr_rewards.checkpoint import Source, from_pretrained, image_processor, tokenizer_of
-from dmdr_rewards.network import at_least_float32, frozen
+from dmdr_rewards.network import at_least_float32, frozen, no_autocast
 from dmdr_rewards.preprocess import Preprocess
 
 
 class TransformersCLIP:
     """`Towers` of a `CLIPModel`."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, *, images_only: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        published: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        images_only: bool = False,
+    ) -> None:
         """Load it.
 
         Args:
             source: A folder or hub id with the model, and its tokenizer unless `images_only`.
             device: Where it runs.
             dtype: Of its weights.
+            published: The configuration of the published one.
             images_only: Keep no text tower.
 
         Raises:
@@ -30,8 +40,8 @@ class TransformersCLIP:
         """
         from transformers import CLIPModel
 
-        model = from_pretrained(CLIPModel, source)
-        self.scale = model.logit_scale.exp().item()
+        model = from_pretrained(CLIPModel, source, published)
+        self.scale = 1.0 if source.meta else model.logit_scale.exp().item()
         self._length = model.config.text_config.max_position_embeddings
         self._tokenizer = None if images_only else tokenizer_of(source, model.config.text_config.vocab_size)
         if images_only:
@@ -57,6 +67,8 @@ class TransformersCLIP:
         tokens = self._tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
         )
-        with torch.autocast(self._device.type, enabled=False):
+        if self._device.type == "meta":  # transformers would ask it whether it leaves out any token
+            del tokens["attention_mask"]
+        with no_autocast(self._device):
             features = self._model.get_text_features(**tokens.to(self._device)).pooler_output
             return F.normalize(at_least_float32(features), dim=-1)
