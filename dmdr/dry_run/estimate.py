@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,9 +44,10 @@ from dmdr.types import Condition, dtype_of
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 NETWORK, AVERAGE, OPTIMIZER, GRADIENTS = "network, frozen", "average of the student", "optimizer states", "gradients"
-ENCODERS, GATHERED = "text encoders", "blocks gathered from other processes"
+ENCODERS, GATHERED, REWARDS = "text encoders", "blocks gathered from other processes", "rewards"
 WHAT = {
     NETWORK: "the teacher; fake score and student are adapters on it, unless they are full",
+    REWARDS: "their frozen networks",
     "VAE": "decodes latents for rewards and image grids",
     OPTIMIZER: "two moments of every trained parameter",
     REST: "what networks keep for a backward pass, and what passes through them",
@@ -66,6 +68,7 @@ class Estimate:
             are alive at that moment, not their own peaks.
         backbones: Full networks that the run keeps: one, or more with a full student.
         backbone: Bytes of one frozen network in the run's precision, or of a process's share of it.
+        uncounted: Rewards whose networks are not part of it.
     """
 
     overview: Mapping[str, str]
@@ -74,6 +77,7 @@ class Estimate:
     phases: Mapping[str, Mapping[str, int]]
     backbones: int
     backbone: int
+    uncounted: Sequence[str] = ()
 
     @property
     def highest(self) -> str:
@@ -95,7 +99,8 @@ class Estimate:
         for name, size in peak.items():
             count = self.parameters.get(name)
             rows.append((name, "" if count is None else f"{count:,}", f"{size / GIB:.2f}", WHAT.get(name, "")))
-        rows.append(("rewards", "", "not counted", ""))
+        for name in self.uncounted:
+            rows.append((f"reward {name}", "", "not counted", "since it cannot be built without weights"))
         rows.append(("total", "", f"{self.total() / GIB:.2f}", "at once, when the run needs most"))
         for backbones in range(self.backbones + 1, 4):
             whose = "the fake score" if backbones == 2 else "fake score and student each"
@@ -149,8 +154,19 @@ def _weightless(job: Job) -> Job:
         torch_compile=False,
         reward_vae=str(own) if job.backend.reward_decoder and own.is_dir() else options.reward_vae,
     )
-    rewards = job.rewards and Rewards({name: (share, AnyReward()) for name, share in job.rewards.weights.items()})
-    return replace(job, backend=type(job.backend)(job.folder, options), rewards=rewards)
+    rewards, eval_rewards = (each and _on_meta(each) for each in (job.rewards, job.eval_rewards))
+    backend = type(job.backend)(job.folder, options)
+    return replace(job, backend=backend, rewards=rewards, eval_rewards=eval_rewards)
+
+
+def _on_meta(rewards: Rewards) -> Rewards:
+    """The same sum, of rewards on the meta device and stand-ins for those that cannot be there."""
+    found = copy(rewards)
+    found.parts = {
+        name: (weight, MetaReward(reward) if getattr(reward, "weightless", False) else AnyReward())
+        for name, (weight, reward) in rewards.parts.items()
+    }
+    return found
 
 
 def _simulated(job: Job) -> Estimate:
@@ -173,6 +189,11 @@ def _simulated(job: Job) -> Estimate:
         elif asked.get("cpu_offload"):
             held.clear()
         del encoders
+        meter.newest = REWARDS
+        sums = [rewards for rewards in (job.rewards, job.eval_rewards) if rewards]
+        for rewards in sums:
+            rewards.prepare(META, dtype_of(config.reward_dtype))
+        meter.newest = REST
         backend.prepare(process, roles=roles)
         parts = _parts(backend, roles) | held
         parameters |= _count(parts)
@@ -203,7 +224,8 @@ def _simulated(job: Job) -> Estimate:
     text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
     if shares.count > 1:
         text += f", network shared by {shares.count}"
-    names = (ENCODERS, *parts, *RUNNING)
+    names = (ENCODERS, REWARDS, *parts, *RUNNING)
+    uncounted = [name for each in sums for name, (_, reward) in each.parts.items() if isinstance(reward, AnyReward)]
     return Estimate(
         overview(job, trainers.own_learners, precision=precision),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
@@ -211,6 +233,7 @@ def _simulated(job: Job) -> Estimate:
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
         backbones=1 + len(backend.roles.copies),
         backbone=sum(tensor.nbytes // shares.of(tensor) for tensor in parts[NETWORK]),
+        uncounted=uncounted,
     )
 
 
@@ -379,6 +402,23 @@ class Bridge:
 
     def encode_images(self, images: Tensor) -> Tensor:
         return self._backend.encode_images(images.to(META)).to(CPU)
+
+
+class MetaReward:
+    """A reward on the meta device, as a trainer on the CPU sees it; no two of a batch score the same."""
+
+    def __init__(self, reward: Any) -> None:
+        self._reward = reward
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._reward, name)
+        if name == "image_features":
+            return lambda images: value(images.to(META)).to(CPU)
+        return (lambda prompts: value(prompts).to(CPU)) if name == "text_features" else value
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        scores: Tensor = self._reward(images.to(META), prompts, **columns).to(CPU)
+        return scores + torch.arange(len(images))
 
 
 class AnyReward:

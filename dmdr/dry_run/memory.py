@@ -53,13 +53,14 @@ class Meter(TorchDispatchMode):
         now: Bytes by label; what was never labelled is REST.
         peak: The same at the highest sum since `restart`.
         shares: Processes among which new storages are divided.
+        newest: What new storages are counted as.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self.shares = 1
+        self.shares, self.newest = 1, REST
         self._labels: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, Any] = {}
@@ -96,8 +97,8 @@ class Meter(TorchDispatchMode):
             self._sum -= counted
 
         size = storage.nbytes() // self.shares
-        self._alive[key], self._labels[key], self._sizes[key] = weakref.ref(storage, gone), REST, size
-        self.now[REST] += size
+        self._alive[key], self._labels[key], self._sizes[key] = weakref.ref(storage, gone), self.newest, size
+        self.now[self.newest] += size
         self._sum += size
         if self._sum > self._highest:
             self._highest, self.peak = self._sum, self.now.copy()
@@ -250,8 +251,8 @@ class GPUKernels(TorchFunctionMode):
                 dtype = torch.get_autocast_dtype("cpu") if AUTOCAST[name] else torch.float32
                 args = tuple(_casts_of(value, dtype) for value in args)
                 kwargs = {name: _casts_of(value, dtype) for name, value in kwargs.items()}
-            if name in KERNELS and all(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
-                return KERNELS[name](*args, **kwargs)
+        if name in KERNELS and all(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            return KERNELS[name](*args, **kwargs)
         if func in BACKWARD:
             with self:  # off within this method, while backward may recompute what was checkpointed
                 return BACKWARD[func](*args, **kwargs)
@@ -353,6 +354,16 @@ def attention(
     )[0]
 
 
+def multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    """torch's own, whose inner functions no mode sees, with the attention of CUDA."""
+    own = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attention
+    try:
+        return F.multi_head_attention_forward(*args, **kwargs)
+    finally:
+        F.scaled_dot_product_attention = own
+
+
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """Layer norm in its place: one kernel, as RMS norm is on CUDA, that keeps the same for backward."""
     return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-5)
@@ -382,5 +393,9 @@ class AdamW8bit(torch.optim.Optimizer):
                     state[f"absmax{moment}"] = torch.zeros(blocks, device=parameter.device)
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {"scaled_dot_product_attention": attention, "rms_norm": rms_norm}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": attention,
+    "multi_head_attention_forward": multi_head_attention,
+    "rms_norm": rms_norm,
+}
 BACKWARD: dict[Any, Callable[..., Any]] = {Tensor.backward: backward, torch.autograd.grad: gradients}

@@ -29,7 +29,8 @@ class NetworkReward:
             them.
     """
 
-    differentiable = True  # not annotated, hence no flag
+    differentiable = True  # not annotated, hence no flag; nor is the next
+    weightless = True
     checkpoint: str | None = None
     chunk_size: int | None = None
     gradient_checkpointing: bool = False
