@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dmdr.errors import ConfigError
 from dmdr.hub import OFFLINE, is_hub_id, unreachable
-from dmdr.prompt_files import BINARY, TEXT, Row, open_file, refuse_arguments, suffix_of
+from dmdr.prompt_files import BINARY, TEXT, Row, TextFile, open_file, refuse_arguments, suffix_of
 
 BUFFER = 10_000  # rows among which a stream is shuffled
 PLAIN = ("string", "large_string", "int", "uint", "float", "bool", "null")  # how the types of plain columns begin
@@ -51,11 +51,12 @@ class Prompts:
         return list(islice(cycle(self.rows), number))
 
     def shuffled(self, seed: int) -> Generator[Row]:
-        from trl.trainer.utils import RepeatSampler  # takes seconds, which who only reads prompts need not wait
+        import torch  # takes seconds, which who only reads prompts need not wait
 
-        sampler = RepeatSampler(self.rows, mini_repeat_count=1, seed=seed)
+        # The order of TRL's RepeatSampler, whose module would import transformers, datasets and pandas for it.
+        generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from (self.rows[i] for i in sampler)
+            yield from (self.rows[i] for i in torch.randperm(self.size, generator=generator).tolist())
 
 
 class StreamedPrompts:
@@ -206,7 +207,8 @@ class _Source:
     """What `--prompts` names, opened: examples of text and numbers, and how they become rows.
 
     Attributes:
-        examples: `datasets.IterableDataset`, or a `Dataset` where there was one on disk; may be read again and again.
+        examples: `datasets.IterableDataset`, a `Dataset` where there was one on disk, or a `TextFile` that is not
+            streamed; may be read again and again.
         left_out: Columns without text or numbers, for people.
     """
 
@@ -221,7 +223,7 @@ class _Source:
     ) -> None:
         self.path, self.column = path, column
         self.left_out = ""
-        with self._refusing(), _quiet():
+        with self._refusing():
             self.examples = _open(path, column, config, split, streaming)
         if self.examples.features is not None:
             self._select(self.examples.features)
@@ -262,13 +264,13 @@ class _Source:
     @contextmanager
     def _refusing(self) -> Iterator[None]:
         """What goes wrong, in one line."""
-        from datasets.exceptions import DatasetGenerationError
-
         try:
             yield
         except ConfigError:
             raise
         except Exception as error:  # of datasets, Arrow, the hub and the network
+            from datasets.exceptions import DatasetGenerationError  # here, as reading text needs no datasets
+
             cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
             said = str(cause or error).strip().partition("\n")[0]
             what = "cannot be read" if Path(self.path).exists() else "no such file, and the hub says"
@@ -289,14 +291,25 @@ def _quiet() -> Iterator[None]:
 
 
 def _open(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
-    """The dataset that a path or id names; what lies on this machine is read where it is, without a copy."""
-    from datasets import Dataset, load_dataset, load_from_disk
-
+    """The rows that a path or id names; what lies on this machine is read where it is, without a copy."""
     place = Path(path)
     if (place.is_file() or (place / "state.json").is_file()) and (config or split != "train"):
         raise ConfigError(
             f"--prompts: {path} has no configurations or splits; leave out --dataset_config, --dataset_train_split"
         )
+    if place.is_file() and suffix_of(path) in TEXT and not streaming:
+        return TextFile(path, column)
+    if not place.exists() and (not is_hub_id(path) or suffix_of(path) in (*TEXT, *BINARY)):
+        raise ConfigError(f"--prompts: no such file: {path}")
+    with _quiet():  # imports datasets: most of a second, and 80 MB, for which none of the above need wait
+        return _open_dataset(path, column, config, split, streaming)
+
+
+def _open_dataset(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
+    """The same of what `datasets` reads."""
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    place = Path(path)
     if place.is_file():
         return open_file(path, column, streaming=streaming)
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -308,12 +321,9 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
                 f"--prompts: {path} has no split '{split}' (--dataset_train_split); it has {', '.join(saved)}"
             )
         return saved[split]
-    if not place.is_dir():
-        if not is_hub_id(path) or suffix_of(path) in (*TEXT, *BINARY):
-            raise ConfigError(f"--prompts: no such file: {path}")
-        if (why := unreachable()) not in ("", OFFLINE):  # of which `datasets` would find out in half a minute
-            what = f"no such file, and {why}; set HF_HUB_OFFLINE=1 to read a dataset from the cache"
-            raise ConfigError(f"--prompts: {path}: {what}")
+    if not place.is_dir() and (why := unreachable()) not in ("", OFFLINE):  # which costs `datasets` half a minute
+        what = f"no such file, and {why}; set HF_HUB_OFFLINE=1 to read a dataset from the cache"
+        raise ConfigError(f"--prompts: {path}: {what}")
     return load_dataset(path, config, split=split, streaming=streaming or place.is_dir())
 
 

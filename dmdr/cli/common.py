@@ -58,10 +58,10 @@ def command(function: Callable[[list[str]], None]) -> int:
             raise
         _forget_output()
         where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
-        _say(f"{error.strerror}{where}")
+        say(f"{error.strerror}{where}")
         return 1 if error.errno in FULL else 2
     except (ConfigError, TrainingError) as error:
-        _say(str(error))
+        say(str(error))
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -87,8 +87,8 @@ def _is_of_the_machine(error: OSError) -> bool:
     return named and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(Path(dmdr.__file__).parent)
 
 
-def _say(text: str) -> None:
-    """The one line on stderr."""
+def say(text: str) -> None:
+    """A line on stderr, after the command's name."""
     print(f"{_name()}: {printable(' '.join(text.split()))}", file=sys.stderr)
 
 

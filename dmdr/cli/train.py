@@ -4,13 +4,12 @@ import logging
 import os
 import sys
 
-from dmdr.cli.common import Line, command
+from dmdr.cli.common import Line, command, say
 from dmdr.settings.parse import parse
 
 
 def run(arguments: list[str]) -> None:
-    settings = parse(arguments)
-    # torch is imported only after the settings have been found good
+    settings = parse(arguments, beginning=_say_beginning)
     from accelerate import PartialState
 
     from dmdr.run.run import run
@@ -28,12 +27,23 @@ def run(arguments: list[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Line("%(message)s"))
     logging.basicConfig(handlers=[handler])
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         logging.getLogger("dmdr").setLevel(logging.INFO)
 
     folder = run(settings)
     if PartialState().is_main_process:
         print(f"done: {folder}/report.html")
+
+
+def _say_beginning(what: str) -> None:
+    """The first sign of life, seconds before the log begins; whoever has torch already does not wait for it."""
+    if _is_first() and "torch" not in sys.modules:
+        say(f"{what}; loading torch and the plugins")
+
+
+def _is_first() -> bool:
+    """Whether this is the main process, as launchers say it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:

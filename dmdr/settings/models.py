@@ -65,13 +65,27 @@ class Model:
         return name, registry.load("backends", name, self.distribution or None)
 
 
+def check_place(folder: str) -> None:
+    """Refuse what is no diffusers pipeline; of a hub id nobody is asked yet.
+
+    Raises:
+        ConfigError: As `pipeline_class`.
+    """
+    if _is_local(folder):
+        pipeline_class(folder)
+
+
+def _is_local(folder: str) -> bool:
+    return os.path.exists(folder) or not is_hub_id(folder)  # Path.exists raises for a name that is too long
+
+
 def pipeline_class(folder: str, revision: str | None = None) -> str:
     """Class name of the pipeline in a folder, or of a hub id at some revision.
 
     Raises:
         ConfigError: If it is no diffusers pipeline.
     """
-    if os.path.exists(folder) or not is_hub_id(folder):  # Path.exists raises for a name that is too long
+    if _is_local(folder):
         index = Path(folder) / "model_index.json"
         if not os.path.isfile(index):
             known = ", ".join(registry.plugins("models"))

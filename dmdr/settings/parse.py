@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ from dmdr.settings import registry
 from dmdr.settings.chosen import ALONE, SUMS, Chosen, load, named_in, parts_of
 from dmdr.settings.fields import Config, Flags, typed
 from dmdr.settings.leftovers import left_out
-from dmdr.settings.models import Model
-from dmdr.settings.parser import Parser, Sources, Told, as_argparse_reads, first_look, parse_flags
+from dmdr.settings.models import Model, check_place
+from dmdr.settings.parser import Parser, Sources, Told, as_argparse_reads, check_own, first_look, parse_flags
 from dmdr.settings.trust import PLACES, check_config
 from dmdr.settings.unread import check_read
 
@@ -89,7 +89,11 @@ class Settings:
         return yaml.safe_dump(self.values(), sort_keys=False)
 
 
-def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Settings:
+def parse(
+    arguments: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    beginning: Callable[[str], None] | None = None,
+) -> Settings:
     """Settings of a run from flags, over those given as a mapping, over `--config`, over the model's recipe.
 
     A run that is resumed takes its own `config.yaml` where no other is named.
@@ -97,12 +101,14 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     Args:
         arguments: Command-line flags.
         settings: Settings by name, as Python calls give them.
+        beginning: Called with what is to be run, in a few words, before plugins are imported, which takes seconds; not
+            for a dry run.
 
     Raises:
         ConfigError: For anything unknown, malformed, contradictory or without effect.
         SystemExit: After printing `--help`.
     """
-    found = resolve(arguments, settings)
+    found = resolve(arguments, settings, beginning)
     check_read(found.config, found.plugins, found.told)
     for plugin in found.plugins:
         for doubt in registry.doubts(plugin.group.removeprefix("eval_"), plugin.cls):
@@ -110,7 +116,11 @@ def parse(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = No
     return found
 
 
-def resolve(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Settings:
+def resolve(
+    arguments: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    beginning: Callable[[str], None] | None = None,
+) -> Settings:
     """As `parse`, but settings may be without effect: of those that several runs share.
 
     Raises:
@@ -128,6 +138,12 @@ def resolve(arguments: Sequence[str] = (), settings: Mapping[str, Any] | None = 
         raise SystemExit(0)
 
     bare = _first_given(asked["architecture"], recipe.get("architecture"))  # what --dry_run can do with for a model
+    if not first.help:
+        check_own(Config, Sources(file=in_file, settings=settings, arguments=arguments), **about)
+        _check_names(asked, bare)
+        if beginning and not _is_dry(asked):
+            beginning(_in_short({**asked, "model": _first_given(asked["model"], bare, Config.model)}))
+    # Models and plugins are imported from here on, and torch with them.
     model = _find_model(_first_given(asked["model"], bare))
     recipe |= {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
     sums = {key: str(_first_given(asked[key], recipe.get(key), getattr(Config, key))) for key in SUMS.values()}
@@ -175,6 +191,26 @@ def _names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, **{key: typed(f"--{key}", value, text[key]) for key, value in given.items()}}
 
 
+def _check_names(asked: Mapping[str, Any], architecture: Any) -> None:
+    """Refuse names that nobody has, as `_choose` and `_family` would, but before anything is imported.
+
+    Raises:
+        ConfigError: Names the known ones.
+    """
+    for group, term in parts_of({key: asked[key] for key in SUMS.values() if asked[key] is not None}):
+        registry.check_name(group.removeprefix("eval_"), term.name)
+    if asked["backend"]:
+        registry.check_name("backends", asked["backend"])
+    model = asked["model"]
+    if model and not architecture and not registry.registered("models", model):
+        check_place(model)
+
+
+def _in_short(asked: Mapping[str, Any]) -> str:
+    """What somebody asks for; the model's recipe, which decides the rest, has not been read."""
+    return ", ".join(f"{key} {asked[key]}" for key in ("model", *SUMS.values()) if asked[key] is not None)
+
+
 def _find_model(name: Any) -> Model:
     """The model of this name, folder or id, or else the default one."""
     if name is None:  # of several models of the default's name, nobody has typed a stranger's
@@ -196,11 +232,14 @@ def _choose(sums: Mapping[str, str], own: Mapping[str, str]) -> list[Chosen]:
 
 def _family(model: Model, asked: Mapping[str, Any], architecture: Any) -> Chosen:
     """The model family that trains; only --dry_run reads the architecture."""
-    said = asked["dry_run"]
-    dry = said.lower() in ("true", "1", "yes", "y", "t") if isinstance(said, str) else said is True
-    place = (asked["backend"], asked["revision"], architecture if dry else None)
+    place = (asked["backend"], asked["revision"], architecture if _is_dry(asked) else None)
     name, cls = model.family(*(None if value is None else str(value) for value in place))
     return Chosen("backends", name, name, 1.0, cls)
+
+
+def _is_dry(asked: Mapping[str, Any]) -> bool:
+    said = asked["dry_run"]
+    return said.lower() in ("true", "1", "yes", "y", "t") if isinstance(said, str) else said is True
 
 
 def _fitted(recipe: Mapping[str, Any], chosen: Sequence[Chosen]) -> dict[str, Any]:

@@ -90,6 +90,17 @@ def parse_flags(
     return config, plugins, Told(frozenset(unusual & typed), frozenset((unusual & file.keys()) - typed))
 
 
+def check_own(command: type[Any], sources: Sources, **about: str) -> None:
+    """Refuse values that the command's own flags cannot have; all others may be flags of plugins not yet imported."""
+    parser = Parser(command, whole=True, **about)
+    given = {**sources.file, **sources.settings}
+    parser.set_defaults_with_config(**{f.name: given[f.name] for f in dataclasses.fields(command) if f.name in given})
+    values, *_ = parser.parse_args_into_dataclasses(
+        sources.arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    check_types(values)
+
+
 def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict[str, str]]:
     """A dataclass of the plugins' fields under their prefixed names, and the short names that are unambiguous.
 

@@ -204,6 +204,17 @@ def is_installed(group: str, name: str) -> bool:
     return any(_is_called(plugin, name) for plugin in offers(group))
 
 
+def check_name(group: str, name: str) -> None:
+    """Refuse a name that no installed plugin has, unless it could be that of a file or module; imports nothing.
+
+    Raises:
+        PluginError: As `find`.
+    """
+    head = registered(group, name)
+    if head or ":" not in name:
+        find(group, head or name)
+
+
 def load(group: str, name: str, own: str | None = None) -> Any:
     """Import and return the plugin's class; `file.py:name` and `package.module:name` need no registration.
 

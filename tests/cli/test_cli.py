@@ -197,6 +197,51 @@ def test_help_comes_at_once_and_imports_nothing_heavy(command: tuple[str, ...], 
     assert not [name for name in imported if name.split(".")[0] in HEAVY or name.startswith(PLUGINS)]
 
 
+TRACED = """
+import sys
+from dmdr.cli import train
+
+class Stderr:  # which says of each line whether torch was there before it
+    def write(self, text):
+        sys.__stderr__.write(text if text.isspace() else f"{'torch' in sys.modules} {text}")
+
+    def flush(self): ...
+
+    def isatty(self):
+        return False
+
+sys.argv[0], sys.stderr = "dmdr-train", Stderr()
+train.main()
+"""
+STARTS = "model toy, rl refl; loading torch and the plugins"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "code", "said"),
+    [
+        ((), "0", 2, [f"False dmdr-train: {STARTS}", "True dmdr-train: --eta must be between 0 and 1"]),
+        ((), "1", 2, ["True dmdr-train: --eta must be between 0 and 1"]),
+        (("--dry_run",), "0", 2, ["True dmdr-train: --eta must be between 0 and 1"]),
+        (("--help",), "0", 0, []),
+        (("--reward=hpss",), "0", 2, ["False dmdr-train: unknown reward 'hpss' (did you mean 'hps'?)"]),
+        (("--backend=nosuch",), "0", 2, ["False dmdr-train: unknown backend 'nosuch'"]),
+        (("--model=nosuch",), "0", 2, ["False dmdr-train: --model nosuch is neither a diffusers pipeline folder"]),
+        (("--stage1_steps=few",), "0", 2, ["False dmdr-train: --stage1_steps: invalid int value: 'few'"]),
+        (("--config=run.yaml",), "0", 2, ["False dmdr-train: --warmup_steps: invalid int value: 'few'"]),
+    ],
+)
+def test_what_is_said_before_torch_is_imported(
+    room: Path, arguments: tuple[str, ...], rank: str, code: int, said: list[str]
+) -> None:
+    Path("run.yaml").write_text("warmup_steps: few\n")
+    command = [sys.executable, "-c", TRACED, "--model=toy", "--rl=refl", "--eta=5", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": rank})
+    assert done.returncode == code
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+
+
 def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
     code, out, told = call(plugins, "check")
     rows = [line.split() for line in out.splitlines()]

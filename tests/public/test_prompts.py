@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -71,6 +73,17 @@ def test_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
 )
 def test_unfit_file_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     assert refusal(write(tmp_path, content)).endswith(message)
+
+
+def test_text_is_read_and_shuffled_without_large_libraries(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"prompt": "a red fox"}\n{"prompt": "a boat"}\n', "prompts.jsonl")
+    code = (
+        "import sys; from dmdr.prompts import read_prompts; rows = read_prompts(sys.argv[1])\n"
+        "assert 'torch' not in sys.modules and next(rows.shuffled(0)) in rows.rows\n"
+        "print([name for name in ('datasets', 'pandas', 'transformers', 'trl') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
@@ -501,6 +514,14 @@ def test_each_epoch_holds_each_prompt_once_in_a_new_order() -> None:
     epochs = [read[start : start + 8] for start in range(0, 32, 8)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_order_is_that_of_trl() -> None:
+    from trl.trainer.utils import RepeatSampler
+
+    prompts, sampler = Prompts([{"prompt": str(i)} for i in range(7)]), RepeatSampler(range(7), 1, seed=5)
+    epochs = [{"prompt": str(i)} for _ in range(3) for i in sampler]
+    assert list(islice(prompts.shuffled(5), 21)) == epochs
 
 
 def test_batches_run_on_across_epochs() -> None:

@@ -475,7 +475,7 @@ def test_a_weight_with_a_leading_minus_is_refused_in_one_line(flag: str) -> None
         ("seed: " + "{a: " * 3000, "is nested too deeply"),
         ("seed: 2020-13-45", "is no YAML"),
         ("seed: " + "1" * 5000, "is no YAML"),
-        ("a: &a [1, 1]\nb: &b [*a, *a]\nseed: &c [*b, *b]", "unknown setting 'a'"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nseed: &c [*b, *b]", "--seed must be a whole number"),
     ],
 )
 def test_bad_yaml(file: Path, text: str, said: str) -> None:

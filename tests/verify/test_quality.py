@@ -76,6 +76,19 @@ def test_help_within_two_seconds(command: list[str]) -> None:
     assert took < 2
 
 
+@pytest.mark.parametrize("flags", [[], ["--model", "toy"]], ids=["digits", "toy"])
+def test_first_line_within_three_seconds(tmp_path: Path, flags: list[str]) -> None:
+    started = time.perf_counter()
+    command = [str(BIN / "dmdr-train"), "--output_dir", str(tmp_path / "run"), *flags]
+    with subprocess.Popen(command, env=FULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        line = run.stderr.readline()
+        took = time.perf_counter() - started
+        run.kill()
+    print(f"\n{took:.1f} s: {line}", end="")
+    assert "loading torch" in line
+    assert took < 3
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("name", ["hps", "clip"])
 def test_rewards_know_scans_that_they_never_saw(full_digits: Digits, name: str, held_out: bool) -> None:
