@@ -3,13 +3,13 @@ PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test coverage lint verify bench speed
+.PHONY: demo test coverage lint verify gpu bench speed
 
 demo: $(READY)
 	$(BIN)/dmdr-train
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not verify" -n 2 --dist worksteal $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not verify and not gpu" -n 2 --dist worksteal $(PYTEST_OPTIONS)
 
 # Tests as above, a third slower.
 coverage: PYTEST_OPTIONS := --cov=dmdr --cov-report=term-missing:skip-covered
@@ -23,6 +23,9 @@ lint: $(READY)
 
 verify: $(READY)
 	$(BIN)/python -m pytest -m verify -s --timeout 0 -o faulthandler_timeout=0
+
+gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu -m gpu -s --durations 0
 
 bench: $(READY)
 	$(BIN)/python examples/digits/table.py

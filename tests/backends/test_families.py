@@ -1,6 +1,7 @@
 """What every model family must show, on a small random pipeline of its real classes, against stock diffusers."""
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from dmdr.settings.parse import resolve
 from dmdr.testing import check_backend
 from family import FAMILIES, Family, Stock
 from old_files import SAMPLING_OPTIONS
+from steps import frozen, question, settings_of, trainer_of
+from steps import prepared as trainers_of
 
 ROLES = ("student", "fake_score")
 CASES = [(name, objective) for name, family in FAMILIES.items() for objective in family.objectives]
@@ -373,3 +376,20 @@ def test_compiled_blocks_are_the_same_in_every_role(
     assert compiled
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_stays_within_the_networks(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """What losses are made of is float32, and so is what is trained; the teacher is bfloat16."""
+    trainers = trainers_of(settings_of(name, folders[name], tmp_path, "refl", mixed_precision="bf16"))
+    trainer, backend = trainer_of(trainers), trainers.job.backend
+    x_t, t, cond = question(trainers)
+    answers = [getattr(backend, role)(x_t, t, cond).value for role in ("teacher", *ROLES)]
+    images = backend.decode(answers[1])
+    loss = images.square().mean() + answers[2].square().mean()
+    loss.backward()
+    trained = [p for role in ROLES for p in backend.parameters(role).values()]
+    grads = [p.grad for p in trained if p.grad is not None]
+    assert {tensor.dtype for tensor in (*answers, images, loss, *trained, *grads)} == {torch.float32} and grads
+    assert {tensor.dtype for tensor in frozen(backend).values() if tensor.is_floating_point()} == {torch.bfloat16}
+    line = trainer.train_step(noted=True)
+    assert all(math.isfinite(value) for key, value in line.items() if key.startswith(("loss/", "grad_norm/")))
