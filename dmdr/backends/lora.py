@@ -54,8 +54,8 @@ class ChosenLinear(lora.Linear):
             return out
         a: Any = self.lora_A[self.choice.adapter].weight
         b: Any = self.lora_B[self.choice.adapter].weight
-        low = F.linear(x, a).flatten(0, -2)
-        return torch.addmm(out.flatten(0, -2), low, b.T, alpha=self.choice.factor).view(out.shape)
+        low = F.linear(x, a).flatten(0, -2) * self.choice.factor  # addmm's alpha would be a constant of compiled code
+        return torch.addmm(out.flatten(0, -2), low, b.T).view(out.shape)
 
 
 class LoRARoles:

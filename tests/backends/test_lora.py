@@ -430,7 +430,6 @@ def test_two_adapters_in_one_come_apart_again() -> None:
             parted(both, other, first, "file")
 
 
-@pytest.mark.xfail(strict=True, reason="the strength is a constant of the graph: addmm(alpha=...) in backends/lora.py")
 def test_a_share_that_anneals_makes_no_new_graph() -> None:
     """Traced as for a GPU, which the backend "eager" is not; beyond 64 graphs a run would go on uncompiled."""
     network, ours = nn.Sequential(nn.Linear(8, 8)), {"rank": {"fake_score": 2}, "alpha": {"fake_score": 4.0}}
