@@ -207,9 +207,10 @@ def _simulated(job: Job) -> Estimate:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
-        # Further updates of the fake score find the same tensors alive.
-        few = min(2, job.plan.rollouts)
-        plan = replace(job.plan, rounds=few, rollouts=few, batch=replace(job.plan.batch, processes=1))
+        # Further updates of the fake score find the same tensors alive, and so do further micro-batches.
+        few, passes = min(2, job.plan.rollouts), min(2, job.plan.batch.accumulated)
+        batch = replace(job.plan.batch, processes=1, accumulated=passes)
+        plan = replace(job.plan, rounds=few, rollouts=few, batch=batch)
         dry = replace(job, plan=plan, backend=Bridge(backend))
         trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False))
         trainer: Trainer | None = None

@@ -246,11 +246,10 @@ class GPUKernels(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in AUTOCAST:
-            if torch.is_autocast_enabled("cpu"):
-                dtype = torch.get_autocast_dtype("cpu") if AUTOCAST[name] else torch.float32
-                args = tuple(_casts_of(value, dtype) for value in args)
-                kwargs = {name: _casts_of(value, dtype) for name, value in kwargs.items()}
+        if name in AUTOCAST and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu") if AUTOCAST[name] else torch.float32
+            args = tuple(_casts_of(value, dtype) for value in args)
+            kwargs = {key: _casts_of(value, dtype) for key, value in kwargs.items()}
         if name in KERNELS and all(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             return KERNELS[name](*args, **kwargs)
         if func in BACKWARD:

@@ -27,7 +27,7 @@ from toy_trainer import prepared, trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(file for file in EXAMPLES.glob("*/*.yaml") if (file.parent / "architecture").is_dir())
-FAMILY = {"sd3": "sd3", "sd35l": "sd3", "sdxl": "sdxl", "sit": "sit"}  # by folder
+FAMILY = {"sd3": "sd3", "sd35l": "sd3", "sdxl": "sdxl", "sit": "sit", "flux": "flux"}  # by folder
 PUBLISHED = {  # parameters
     "sd3": {
         "transformer": 2_028_328_000,
@@ -44,6 +44,7 @@ PUBLISHED = {  # parameters
         "text_encoder_2": 694_659_840,
     },
     "sit": {"transformer": 674_816_272, "vae": 83_653_863},
+    "flux": {"transformer": 11_901_408_320, "vae": 83_819_683, "text_encoder_2": 4_762_310_656},
 }
 TWO_RUNS = [("sd3/stage1", "sd3/refl"), ("sdxl/1step_stage1", "sdxl/1step_refl"), ("sit/stage1", "sit/stage2")]
 WORDS = ("zero", "one", "two", "three")
