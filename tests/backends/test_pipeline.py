@@ -144,7 +144,7 @@ def test_a_component_falls_back_to_the_weights_that_it_has(
     )
     card = backend.snippet(str(mixed), "seven", FewStepSampler(backend.path, backend.grid(2), 1.0))
     code = next(line for line in card.splitlines() if "from_pretrained" in line).removeprefix("pipe = ")
-    stock = eval(code, {"StableDiffusion3Pipeline": StableDiffusion3Pipeline})
+    stock = eval(code, {"StableDiffusion3Pipeline": StableDiffusion3Pipeline, "torch": torch})
     weights = {key.replace(".base_layer", ""): value for key, value in backend.roles.network.state_dict().items()}
     assert all(torch.equal(tensor, weights[name]) for name, tensor in stock.transformer.state_dict().items())
 
@@ -198,7 +198,10 @@ print(backend.snippet("org/name", "seven", FewStepSampler(backend.path, backend.
     assert done.returncode == 0, done.stderr
     first, second, *snippet = done.stdout.splitlines()
     assert (first, second) == ("no main", "(1, 262, 64)")  # six tokens of CLIP, 256 of T5
-    assert 'pipe = StableDiffusion3Pipeline.from_pretrained("org/name", revision="other")' in snippet
+    assert (
+        'pipe = StableDiffusion3Pipeline.from_pretrained("org/name", revision="other", torch_dtype=torch.float32)'
+        in snippet
+    )
 
 
 def test_weights_of_an_old_torch(tmp_path: Path) -> None:

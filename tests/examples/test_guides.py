@@ -296,7 +296,7 @@ def test_the_commands_work(
                 shutil.copytree(run_of_digits, folder)
     for content in python:
         if not content.startswith("# "):
-            here = f'"{digits.folder()}", text_encoder_3=None, tokenizer_3=None'
+            here = f'"{digits.folder()}", torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None'
             content = re.sub(r'"stabilityai/[^)]*torch\.bfloat16', here, content)
             monkeypatch.setattr(dmdr, "train", partial(dmdr.train, **SHORT))
             exec(content, {})

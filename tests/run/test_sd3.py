@@ -28,7 +28,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 base, student, output, prompts = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-pipe = StableDiffusion3Pipeline.from_pretrained(base, text_encoder_3=None, tokenizer_3=None)
+pipe = StableDiffusion3Pipeline.from_pretrained(base, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)
 if __import__("pathlib").Path(student, "transformer").exists():
     pipe.transformer = SD3Transformer2DModel.from_pretrained(student, subfolder="transformer")
 else:
@@ -56,7 +56,8 @@ def backend(digits: Digits) -> SD3Backend:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_teacher_is_the_stock_pipeline(backend: SD3Backend, digits: Digits, guidance: float) -> None:
     """The noise prediction that the pipeline makes at its own latents and timesteps, seen through its callback."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(digits.folder(), text_encoder_3=None, tokenizer_3=None)
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(digits.folder(), torch_dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     step = pipe.scheduler.step
