@@ -207,8 +207,9 @@ def _simulated(job: Job) -> Estimate:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
-        # Further updates of the fake score find the same tensors alive, and so do further micro-batches.
-        few, passes = min(2, job.plan.rollouts), min(2, job.plan.batch.accumulated)
+        # Further updates of the fake score find the same tensors alive, and so do further micro-batches but for what
+        # is kept of each prompt, one or two MiB.
+        few, passes = min(2, job.plan.rollouts), min(3, job.plan.batch.accumulated)
         batch = replace(job.plan.batch, processes=1, accumulated=passes)
         plan = replace(job.plan, rounds=few, rollouts=few, batch=batch)
         dry = replace(job, plan=plan, backend=Bridge(backend))

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,8 @@ def trained(
         "logging_steps": 1, "fake_updates": 1, "sample_images": 1, "sample_steps": 0, "teacher_steps": 1,
         "report_to": "none",
     }  # fmt: skip
+    if given.get("quantize") == "nf4" and find_spec("bitsandbytes") is None:
+        small["quantize"] = "fp8"  # which needs torchao
     if "init_student" in more:
         del small["stage1_steps"]
     files = small_files(given, folders[family], digits, tmp_path)
