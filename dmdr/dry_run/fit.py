@@ -28,11 +28,12 @@ def advice(estimate: Estimate, settings: Settings, again: Callable[[Sequence[str
         return f"fits in {what}"
     flags: list[str] = []
     for switch in switches(settings):
-        logger.warning("%.1f GiB are too many; trying %s", estimate.total() / GIB, " ".join([*flags, *switch]))
-        found = again([*flags, *switch])
+        more = [*(flags[:-2] if switch[0] in flags[-2:] else flags), *switch]  # a second value replaces the first
+        logger.warning("%.1f GiB are too many; trying %s", estimate.total() / GIB, " ".join(more))
+        found = again(more)
         if found.total() > HELPS * estimate.total():
             continue
-        flags, estimate = [*flags, *switch], found
+        flags, estimate = more, found
         if estimate.total() <= room:
             return f"does not fit in {what}; it does, with {estimate.total() / GIB:.1f} GiB, with\n  {' '.join(flags)}"
     tried = f"; with {' '.join(flags)} it needs {estimate.total() / GIB:.1f} GiB" if flags else ""
@@ -40,7 +41,7 @@ def advice(estimate: Estimate, settings: Settings, again: Callable[[Sequence[str
 
 
 def switches(settings: Settings) -> Iterator[list[str]]:
-    """What saves memory and is not yet in use, by what it costs, the cheapest first."""
+    """What saves memory and is not yet in use, in the order in which it is tried."""
     config, options = settings.config, settings.family.options
     if not options.get("gradient_checkpointing", True):
         yield ["--gradient_checkpointing", "true"]
@@ -54,5 +55,6 @@ def switches(settings: Settings) -> Iterator[list[str]]:
         yield ["--per_device_train_batch_size", str(least), "--gradient_accumulation_steps", str(passes)]
     if options.get("vae_tiling") is False:
         yield ["--vae_tiling", "true"]
-    if "quantize" in options and options["quantize"] is None and not options.get("full_finetune"):
+    packable = "quantize" in options and not options.get("full_finetune") and config.shard == "1"
+    if packable and options["quantize"] is None:
         yield from (["--quantize", "int8"], ["--quantize", "nf4"])

@@ -52,6 +52,7 @@ def test_switches_are_added_until_the_run_fits_and_those_that_do_not_help_are_le
         "it does, with 0.6 GiB, with\n  --gradient_checkpointing true --optim adamw_bnb_8bit --quantize int8"
     )
     assert all("--decode_chunk_size" not in flags for flags in tried[2:])
+    assert "--quantize int8 --quantize nf4" not in advice(sized(found, 5.0), settings, again)
     needs.clear()
     said = advice(sized(found, 4.0), settings, again)
     assert said.startswith("does not fit in 1 GiB") and said.endswith("several GPUs can share the network: --shard all")
