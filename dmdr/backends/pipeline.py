@@ -55,6 +55,9 @@ torch.manual_seed(0)
 image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
 image.save("image.png")"""
 
+# For its gradient, a function is run again in the backward pass; nothing here is random.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 # A network with its role chosen: keyword arguments in, tuple out.
 Network = Callable[..., Any]
 
@@ -318,7 +321,7 @@ class PipelineBackend:
         )
         if options.gradient_checkpointing:
             for vae in (self.vae, self.reward_vae):  # for a reward's gradient
-                vae.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+                vae.enable_gradient_checkpointing(recomputed)
         for each in self.roles.networks:
             if options.gradient_checkpointing:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
@@ -449,7 +452,7 @@ class PipelineBackend:
         size = self.options.decode_chunk_size or len(latents)
         decode = partial(self._decode, vae)
         if self.options.decode_chunk_size and latents.requires_grad and torch.is_grad_enabled():
-            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+            decode = partial(recomputed, decode)
         with on_device(self.device, vae, offload=self.options.cpu_offload):
             return torch.cat([decode(part) for part in latents.split(size)])
 

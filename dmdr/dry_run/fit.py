@@ -1,4 +1,4 @@
-"""`--dry_run --gpu_memory 24`: which switches make a run fit on a GPU; the estimate says it of each."""
+"""`--dry_run --gpu_memory 24`: which switches make a run fit on a GPU; each is tried by an estimate."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ def advice(estimate: Estimate, settings: Settings, again: Callable[[Sequence[str
             continue
         flags, estimate = more, found
         if estimate.total() <= room:
-            return f"does not fit in {what}; it does, with {estimate.total() / GIB:.1f} GiB, with\n  {' '.join(flags)}"
+            return f"does not fit in {what}; with these it takes {estimate.total() / GIB:.1f} GiB:\n  {' '.join(flags)}"
     tried = f"; with {' '.join(flags)} it needs {estimate.total() / GIB:.1f} GiB" if flags else ""
     return f"does not fit in {what}{tried}; several GPUs can share the network: --shard all"
 

@@ -139,7 +139,7 @@ def clip_config(**flags: bool) -> dict[str, Any]:
 
 
 def new_clip(config: dict[str, Any]) -> open_clip.CLIP:
-    """Its words are frozen, since ten prompts use few of them: random signs, a hundredth of the file when packed."""
+    """Its words are frozen, since ten prompts use few of them: random signs, so that the file packs well."""
     model = open_clip.CLIP(**config)
     model.token_embedding.requires_grad_(False).weight.sign_().mul_(0.02)
     return model

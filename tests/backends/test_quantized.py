@@ -1,4 +1,4 @@
-"""Frozen networks in 4 or 8 bits; nf4 needs the extra of its name and is skipped where bitsandbytes is missing."""
+"""Frozen networks in 4 or 8 bits; nf4 is skipped where bitsandbytes is missing."""
 
 import json
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmdr.backends.quantized import PACKAGES, Format, QuantizedLinear, quantize
-from dmdr.cli.sample import sample_export
+from dmdr.cli.sample import arguments, sample_export
 from dmdr.dry_run.estimate import estimate
 from dmdr.errors import ConfigError
 from dmdr.settings.parse import parse
@@ -184,6 +184,11 @@ def test_refused(
     }
     with pytest.raises(ConfigError, match=said):
         estimate(parse(settings=settings))
+
+
+def test_dmdr_sample_knows_the_same_formats() -> None:
+    """It names them itself: its help comes before torch is imported."""
+    assert next(a.choices for a in arguments()._actions if a.dest == "quantize") == get_args(Format)
 
 
 def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

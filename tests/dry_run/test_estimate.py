@@ -56,6 +56,7 @@ from dmdr.settings import registry
 from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse, resolve
 from dmdr.training.objectives import combined_needs
+from dmdr_digits import Digits
 from family import FAMILIES
 
 logging.set_verbosity_error()
@@ -575,6 +576,29 @@ def test_config_yaml_does_not_hold_it(folders: dict[str, Path]) -> None:
     place = str(folders["sd3"])
     settings = parse(settings={"model": place, "architecture": place, "dry_run": True})
     assert not {"dry_run", "architecture"} & set(settings.as_yaml().replace(":", " ").split())
+
+
+def test_rewards_networks_are_counted(folders: dict[str, Path], digits: Digits, tmp_path: Path) -> None:
+    """Their weights to the byte, beside one that cannot be built without weights."""
+    checkpoint = str(digits.reward_checkpoint("pickscore"))
+    given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "rl": "refl", "reward": "pickscore+toy"}
+    found = dry(given | {"pickscore_checkpoint": checkpoint, "reward_dtype": "bf16"}, tmp_path)
+    reward = registry.load("rewards", "pickscore")(checkpoint=checkpoint)
+    reward.prepare(torch.device("cpu"), torch.bfloat16)
+    network = reward.towers._model
+    loaded = sum(t.nbytes for t in {id(t): t for t in (*network.parameters(), *network.buffers())}.values())
+    assert [peak["rewards"] for phase, peak in found.phases.items() if phase != "prompts"] == [loaded] * 3
+    assert found.uncounted == ["toy"] and "reward toy" in str(found)
+
+
+def test_torchs_own_attention_layer_keeps_no_weights_of_tokens() -> None:
+    """Its inner functions are seen by no mode; open_clip's networks are made of it."""
+    layer = nn.MultiheadAttention(32, 2, batch_first=True, device="meta")
+    x = torch.empty(1, 1000, 32, device="meta", requires_grad=True)
+    with Meter() as meter, GPUKernels():
+        meter.restart()
+        layer(x, x, x, need_weights=False)[0]
+    assert sum(meter.peak.values()) < 1000 * 1000 * 4
 
 
 def test_further_backbones_are_frozen_copies() -> None:

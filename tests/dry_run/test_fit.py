@@ -49,7 +49,7 @@ def test_switches_are_added_until_the_run_fits_and_those_that_do_not_help_are_le
 
     said = advice(sized(found, 4.0), settings, again)
     assert said.endswith(
-        "it does, with 0.6 GiB, with\n  --gradient_checkpointing true --optim adamw_bnb_8bit --quantize int8"
+        "with these it takes 0.6 GiB:\n  --gradient_checkpointing true --optim adamw_bnb_8bit --quantize int8"
     )
     assert all("--decode_chunk_size" not in flags for flags in tried[2:])
     assert "--quantize int8 --quantize nf4" not in advice(sized(found, 5.0), settings, again)
