@@ -48,7 +48,7 @@ PARSED = {
     r"torchrun .*": "test_objectives.py runs it with two processes",
     r"dmdr-reward-server .*": "it waits for requests; test_remote.py runs it",
     r"dmdr-train .*http://.*": "it needs a server",
-    r"(WORLD_SIZE=\d+ )?dmdr-train .*--dry_run": "networks of full size; test_estimate.py runs it",
+    r"(WORLD_SIZE=\d+ )?dmdr-train .*--dry_run( --gpu_memory \d+)?": "networks of full size; tests/dry_run runs it",
     r"dmdr-train .*--model (?!toy|digits)\S+[/:].*": "a model of the hub, or a checkpoint",
     r"python -m examples\.ablation_matrix (?!--dry_run).*": "an hour; test_ablation_run.py runs it on the toy",
 }
