@@ -119,7 +119,7 @@ class Backend(Protocol):
     `guidance_scale`, ...) is given that setting's value.
 
     It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
-    `GuidanceInput` and `Shardable`.
+    `GuidanceInput`, `SeveralSizes` and `Shardable`.
     """
 
     options: Any
@@ -608,6 +608,17 @@ class GuidanceInput(Protocol):
 
 
 @runtime_checkable
+class SeveralSizes(Protocol):
+    """A family whose images may have several sizes in a run; each update of the student draws one.
+
+    Attributes:
+        latent_shapes: Of each size, at least one; `latent_shape`, of image grids and evaluations, is the first.
+    """
+
+    latent_shapes: Sequence[tuple[int, ...]]
+
+
+@runtime_checkable
 class Submits(Protocol):
     """A reward that waits for something else, such as a server."""
 
@@ -620,7 +631,10 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "rewards": (Submits, FeatureReward),
     "matchings": (Stateful, BringsLearners),
     "sample_weights": (Stateful,),
-    "backends": (ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceInput, Shardable),
+    "backends": (
+        *(ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceInput, SeveralSizes),
+        Shardable,
+    ),
     "models": (),
 }
 

@@ -40,6 +40,7 @@ from dmdr.backends.sharding import copy, fill, shard, stored
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
+from dmdr.sizes import Size, parse_sizes
 from dmdr.states import load_strict, own_rows, read_tensors, refuse_infinite, whole
 from dmdr.types import Condition, dtype_of
 
@@ -67,7 +68,9 @@ class PipelineOptions(RoleOptions):
     """Options of a diffusers pipeline.
 
     Attributes:
-        resolution: Image size in pixels; the model's own by default.
+        resolution: Image size in pixels, such as 1024 or 1152x896 (width x height); with several, such as
+            1024,1152x896, each update draws one, and the first is that of grids and evaluation. The model's own by
+            default.
         max_sequence_length: Tokens of the longest text encoder; the model's own by default.
         drop_text_encoders: Text encoders to do without, e.g. text_encoder_3 (T5) of SD3.
         zero_empty_prompt: Guidance leads away from zeros (true) or the empty prompt (false); as the model says by
@@ -91,7 +94,7 @@ class PipelineOptions(RoleOptions):
         ConfigError: For an invalid value.
     """
 
-    resolution: int | None = None
+    resolution: str | None = None
     max_sequence_length: int | None = None
     drop_text_encoders: list[str] | None = None
     zero_empty_prompt: bool | None = None
@@ -110,13 +113,21 @@ class PipelineOptions(RoleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("resolution", "max_sequence_length", "decode_chunk_size"):
+        for name in ("max_sequence_length", "decode_chunk_size"):
             value = getattr(self, name)
             require(self, name, value is None or value > 0, "above 0")
+        try:
+            self.sizes()
+        except ValueError as error:
+            require(self, "resolution", False, str(error))
         if self.student_weights and not self.full_finetune:
             raise ConfigError("--student_weights needs --full_finetune, because it holds a full network")
         if self.quantize and self.full_finetune:
             raise ConfigError("--quantize needs a LoRA student: leave out --full_finetune, which trains every weight")
+
+    def sizes(self) -> tuple[Size, ...]:
+        """Those of `resolution`; none where the model's own is meant."""
+        return () if self.resolution is None else parse_sizes(self.resolution)
 
 
 class PipelineBackend:
@@ -170,13 +181,13 @@ class PipelineBackend:
             wanted = channels * self.packing
             if self.network_config.get(name) not in (None, wanted):
                 raise self.network_config.refused(name, f"{wanted}, of latents with {channels} channels")
-        resolution = options.resolution or self.vae_scale * self._own_size()
-        cell = self.vae_scale * self.patch_size
-        if resolution % cell:
-            raise ConfigError(f"--resolution {resolution} must be a multiple of {cell} for {folder}")
-        side = resolution // self.vae_scale
-        self.latent_shape: tuple[int, ...] = (channels, side, side)
-        self.resolution = resolution
+        self.sizes = options.sizes() or (Size(*[self.vae_scale * self._own_size()] * 2),)
+        cell, scale = self.vae_scale * self.patch_size, self.vae_scale
+        for size in self.sizes:
+            if size.width % cell or size.height % cell:
+                raise ConfigError(f"--resolution {size} must be a multiple of {cell} for {folder}")
+        self.latent_shapes = tuple((channels, size.height // scale, size.width // scale) for size in self.sizes)
+        self.latent_shape: tuple[int, ...] = self.latent_shapes[0]
         self._teacher_lora: Mapping[str, Tensor] = {}
         own = min(self.own_call_arguments().get("max_sequence_length", 0), self.text_limit)
         self.text_length: int = options.max_sequence_length or own
@@ -267,8 +278,8 @@ class PipelineBackend:
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """Arguments of the pipeline's call that no scheduler can hold; a family adds its grid."""
         text = {"max_sequence_length": self.text_length} if self.text_length else {}
-        size = {"height": self.resolution, "width": self.resolution}
-        return {"num_inference_steps": len(sampler.t) - 1} | text | size
+        width, height = self.sizes[0]
+        return {"num_inference_steps": len(sampler.t) - 1} | text | {"height": height, "width": width}
 
     def own_call_arguments(self) -> dict[str, Any]:
         """Defaults of the pipeline's call."""

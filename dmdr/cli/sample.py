@@ -1,13 +1,15 @@
 """`dmdr-sample`: few-step images from a run folder or an export."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
 
+OPTIONS = ("cpu_offload", "quantize", "resolution")  # of model families, which need not be those of the run
 MOST = 100_000  # images of a prompt, which are drawn as one batch
 
 
@@ -32,6 +34,7 @@ def arguments() -> CommandParser:
     parser.add_argument(
         "--cpu_offload", action="store_true", help="keep text encoders and VAE on the CPU while they are idle"
     )
+    parser.add_argument("--resolution", help="image size, such as 1024 or 1152x896 (default: the run's first)")
     parser.add_argument(
         "--quantize", choices=("nf4", "int8", "fp8"), help="keep the network's blocks in 4 or 8 bits a number"
     )
@@ -57,12 +60,15 @@ def run(argv: list[str]) -> None:
         raise ConfigError(f"--num_images must be between 1 and {MOST:,}, not {args.num_images}")
     if not -(2**63) <= args.seed < 2**64:
         raise ConfigError(f"--seed must be between -2**63 and 2**64 - 1, not {args.seed}")
+    if "," in (args.resolution or ""):
+        raise ConfigError(f"--resolution {args.resolution}: give one size")
     rows = [row for row in rows for _ in range(args.num_images)]
     about = read_export(folder)
     image_folder.check_place(Path(args.output_dir), rows)
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [columns | row for row in rows]
-    how = {name: getattr(args, name) for name in ("backend", "mixed_precision", "cpu_offload", "quantize")}
+    options = {name: value for name in OPTIONS if (value := getattr(args, name))}
+    how = {"backend": args.backend, "mixed_precision": args.mixed_precision, "options": options}
     for path in sample_export(folder, about, rows, args.seed, args.model, Path(args.output_dir), **how):
         print(path)
 
@@ -77,13 +83,25 @@ def sample_export(
     *,
     backend: str | None = None,
     mixed_precision: str | None = None,
-    cpu_offload: bool = False,
-    quantize: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Sample an export with our own sampler, drawing noise in the order in which the stock pipeline does.
 
     Each process draws a share; the main one writes the images with an index of their prompt rows
     (`evaluation.image_folder`), and returns their paths.
+
+    Args:
+        folder, about: The export, and what it says of itself.
+        rows: Prompt rows, one for each image.
+        seed: Of torch's generator.
+        model: Folder or hub id of the teacher, if it has moved.
+        output: Where to.
+        backend: Model family in a file or module.
+        mixed_precision: Of the networks; the run's by default.
+        options: Options of the model family that differ from the run's.
+
+    Raises:
+        ConfigError: If the export or its teacher cannot be loaded, or the family does not read an option.
     """
     import torch
 
@@ -92,7 +110,7 @@ def sample_export(
     from dmdr.prompts import split_columns
     from dmdr.protocols import DrawsNoise
     from dmdr.run.device import avoid_mps, open_accelerator, share_of, together
-    from dmdr.run.export import read_options
+    from dmdr.run.export import read_options, resolution_of
     from dmdr.sampling import FewStepSampler
 
     avoid_mps()
@@ -103,15 +121,19 @@ def sample_export(
         "gradient_checkpointing": False,
         "torch_compile": False,
         "prompt_cache": "off",
-        "cpu_offload": cpu_offload,
-        "quantize": quantize,
+        "cpu_offload": False,
+        "quantize": None,
         # As it was trained, also where the model that it is drawn with now has another resolution of its own.
-        "resolution": about["options"].get("resolution") or about["call"].get("height"),
+        "resolution": resolution_of(about),
     }
     if model:
         values["revision"] = None  # which was of where it lay before
     cls = family_of(folder, about, backend, base, values.get("revision"))
-    family = cls(base, read_options(folder, cls.Options, values))
+    trained = read_options(folder, cls.Options, values)
+    for name in options or ():
+        if name not in {f.name for f in fields(trained) if f.init}:
+            raise ConfigError(f"--{name}: the model family of {folder} does not read it; leave it out")
+    family = cls(base, replace(trained, **options or {}))
     accelerator = open_accelerator(mixed_precision or about["mixed_precision"])
     family.prepare(accelerator, roles=("student",))
     family.load_export(folder)

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def _weightless(job: Job) -> Job:
         cpu_offload=False,
         prompt_cache="off",
         torch_compile=False,
+        resolution=str(max(job.backend.sizes, key=prod)),
         reward_vae=str(own) if job.backend.reward_decoder and own.is_dir() else options.reward_vae,
     )
     rewards, eval_rewards = (each and _on_meta(each) for each in (job.rewards, job.eval_rewards))
@@ -223,7 +225,7 @@ def _simulated(job: Job) -> Estimate:
                 phases[f"stage {stage.number}"] = _train(trainer, meter, shares)
         phases["image grid"] = _draw(Observer(dry, Process(CPU), Path()), meter)  # while the last stage goes on
         del trainer
-    text = f"{config.model}: {backend.resolution} px, batch {config.per_device_train_batch_size}"
+    text = f"{config.model}: {backend.sizes[0]} px, batch {config.per_device_train_batch_size}"
     if shares.count > 1:
         text += f", network shared by {shares.count}"
     names = (ENCODERS, REWARDS, *parts, *RUNNING)

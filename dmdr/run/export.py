@@ -17,6 +17,7 @@ from dmdr.errors import ConfigError, one_line, printable
 from dmdr.protocols import LORA_FILE, Backend, Sampler
 from dmdr.run import durable
 from dmdr.settings.fields import typed
+from dmdr.sizes import Size
 
 ABOUT = "sampling.json"
 KEYS = {"base_model", "backend", "sample_eta", "grid", "call", "mixed_precision", "options"}
@@ -37,6 +38,8 @@ It inherits the licence of {{ name | code }}
 {{ snippet }}
 {{ fence }}
 
+{% if sizes %}The student was trained at {{ sizes }} pixels (width x height).
+{% endif -%}
 `sampling.json` holds the call arguments that no scheduler configuration can hold; the student was trained on exactly
 that grid. Sampling {{ "draws fresh noise at every step" if stochastic else "is deterministic given the first noise" }}.
 """
@@ -86,6 +89,7 @@ def export(
         snippet=snippet,
         fence="`" * max(3, _longest_run(snippet) + 1),
         lora=(partial / LORA_FILE).exists(),
+        sizes=" and ".join(map(str, sizes)) if len(sizes := getattr(backend, "sizes", ())) > 1 else "",
         stochastic=sampler.eta > 0 and len(sampler.t) > 2,
     )
     (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text
@@ -131,18 +135,32 @@ def read_export(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
+def resolution_of(about: Mapping[str, Any]) -> str | None:
+    """The image sizes of an export's run, as --resolution names them; None where its family has none.
+
+    Args:
+        about: As `read_export` returns it.
+    """
+    told, call = about["options"].get("resolution"), about["call"]
+    if told is None and {"width", "height"} <= call.keys():  # the model's own
+        told = Size(call["width"], call["height"])
+    return None if told is None else str(told)
+
+
 def _sound(about: Mapping[str, Any]) -> dict[str, bool]:
     """What can be wrong with an export's file, and whether it is right."""
     grid, eta, call = (about[key] for key in ("grid", "sample_eta", "call"))
     falls = isinstance(grid, list) and len(grid) > 1 and all(map(_is_number, grid)) and grid[0] <= 1
-    height = call.get("height") if isinstance(call, dict) else None
+    sides = [call.get(name) for name in ("height", "width")] if isinstance(call, dict) else []
     return {
         "base_model is no text": isinstance(about["base_model"], str),
         "backend is neither a name nor null": isinstance(about["backend"], str | None),
         "mixed_precision is none of no, bf16 and fp16": about["mixed_precision"] in ("no", "bf16", "fp16"),
         "call is no table": isinstance(call, dict),
         "options is no table": isinstance(about["options"], dict),
-        "call has a height that is no whole number above 0": height is None or (type(height) is int and height > 0),
+        "call has a height or width that is no whole number above 0": all(
+            side is None or (type(side) is int and side > 0) for side in sides
+        ),
         "grid does not fall from 1 or below to 0": falls and grid[-1] == 0 and all(a > b for a, b in pairwise(grid)),
         "sample_eta is not in [0, 1]": _is_number(eta) and 0 <= eta <= 1,
     }

@@ -5,35 +5,44 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.run.export import is_export, read_export
+from dmdr.run.export import is_export, read_export, resolution_of
 from dmdr.settings.parse import read_yaml
+from dmdr.sizes import Size, join_sizes, parse_sizes
 
 
-def differences(initial: Path, steps: int, resolution: int | None) -> list[str]:
+def differences(initial: Path, steps: int, sizes: tuple[Size, ...]) -> list[str]:
     """How the run that a student comes from used it otherwise.
 
     Args:
         initial: Its export, or a checkpoint in its run's folder.
         steps: Those that it is to take now.
-        resolution: Pixels along a side of its images now; None where the family does not say.
+        sizes: Of its images now; none where the family does not say.
     """
-    before, size = _trained_for(initial)
+    before, trained = _trained_for(initial)
     found = []
     if before not in (None, steps):
         found.append(f"was trained for {before} step{'s' * (before != 1)}, but this run uses {steps}")
-    if None not in (size, resolution) and size != resolution:
-        found.append(f"was trained at a resolution of {size}, but this run uses {resolution}")
+    if trained and sizes and set(trained) != set(sizes):
+        found.append(f"was trained at a resolution of {join_sizes(trained)}, but this run uses {join_sizes(sizes)}")
     return found
 
 
-def _trained_for(initial: Path) -> tuple[int | None, int | None]:
-    """Steps and resolution, None where they are not known: a model's own resolution is in no settings."""
+def _trained_for(initial: Path) -> tuple[int | None, tuple[Size, ...]]:
+    """Steps, None where they are not known, and sizes: a model's own resolution is in no settings."""
     if is_export(initial):
         about = read_export(initial)
-        return len(about["grid"]) - 1, about["call"].get("height")
+        return len(about["grid"]) - 1, _sizes(resolution_of(about))
     given = _settings_of(initial)
     times = next((value for key in ("sigmas", "timesteps") if isinstance(value := given.get(key), list)), [])
-    return len(times) or _whole(given.get("num_inference_steps")), _whole(given.get("resolution"))
+    return len(times) or _whole(given.get("num_inference_steps")), _sizes(given.get("resolution"))
+
+
+def _sizes(value: Any) -> tuple[Size, ...]:
+    """What a file of anybody has in the place of sizes; older files have a number."""
+    try:
+        return parse_sizes(str(value))
+    except ValueError:
+        return ()
 
 
 def _whole(value: Any) -> int | None:

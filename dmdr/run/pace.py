@@ -4,13 +4,16 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import ceil
 
 import torch
 
-from dmdr.training.phases import Clock
+from dmdr.training.phases import Clock, phase
 
 GIB = 2**30
+MUCH = 0.1  # of a run's time, for image grids and evaluations
 SUMS = "unscored/"  # counts, of which none between two lines may be lost
 
 
@@ -20,18 +23,20 @@ class Pace:
     Attributes:
         clock: Runs during the training of a stage.
         sums: Counts since the last line, by name; a checkpoint keeps them.
+        evaluation: Seconds that image grids and evaluations have taken, those outside of the training included.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.clock = device, Clock(device)
         self._updates = self._images = 0
-        self._seconds = 0.0
+        self._seconds = self._in_updates = self.evaluation = 0.0
+        self._opened = time.perf_counter()
         self.sums: Counter[str] = Counter()
         self.begin_stage()
 
     def begin_stage(self) -> None:
         """Updates may take another time from here on."""
-        self._began, self._done = time.perf_counter(), 0
+        self._began, self._done, self._in_updates = time.perf_counter(), 0, 0.0
 
     def add(self, values: Mapping[str, float], seconds: float, images: int) -> None:
         """Count an update in.
@@ -42,7 +47,29 @@ class Pace:
         """
         self._updates, self._images, self._seconds = self._updates + 1, self._images + images, self._seconds + seconds
         self.sums.update({name: value for name, value in values.items() if name.startswith(SUMS)})
-        self._done += 1
+        self._done, self._in_updates = self._done + 1, self._in_updates + seconds
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """An image grid or an evaluation goes on inside."""
+        started = time.perf_counter()
+        with phase("evaluation"):
+            yield
+        self.evaluation += time.perf_counter() - started
+
+    def evaluated(self) -> str:
+        """What they have taken since the run was opened, in this process."""
+        whole = time.perf_counter() - self._opened
+        return f"{self.evaluation:.0f} of {whole:.0f} seconds ({self.evaluation / whole:.0%})"
+
+    def too_often(self, seconds: float, every: int) -> str:
+        """The share of the training's time of what takes these seconds after every so many updates; "" of a small one.
+
+        There must have been an update in this stage.
+        """
+        update = self._in_updates / self._done
+        share, enough = seconds / (seconds + every * update), ceil((1 / MUCH - 1) * seconds / update)
+        return f"{share:.0%} of the training's time; {enough} would make it {MUCH:.0%}" if share > MUCH else ""
 
     def seconds_left(self, updates: int) -> float:
         """Of a run with so many updates to come, if all go on as those of this stage, evaluations and all."""

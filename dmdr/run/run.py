@@ -58,7 +58,6 @@ from dmdr.run.trainers import Trainers
 from dmdr.settings.chosen import SUMS
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
-from dmdr.training.phases import phase
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
 
@@ -144,6 +143,7 @@ class Run:
         self.keeper = Keeper(self.trainers, output, self.pace.sums)
         self.interrupts = Interrupts(self.accelerator)
         self._in_update = False
+        self._said: set[str] = set()  # flags that the user has been told about
 
     # --- The course of a run ---------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class Run:
             return
         backend = self.job.backend
         if self.accelerator.is_main_process:
-            for what in differences(self.initial, self.plan.num_inference_steps, getattr(backend, "resolution", None)):
+            for what in differences(self.initial, self.plan.num_inference_steps, getattr(backend, "sizes", ())):
                 logger.warning("--init_student %s %s", self.initial, what)
         if (self.initial / "progress.json").is_file():
             role = "ema" if holds(self.initial, "ema") else "student"  # what its users got
@@ -261,8 +261,10 @@ class Run:
                     self.progress = self._progress(stage, trainer, trainer.prompts.consumed)
                     self._note(trainer, line, time.perf_counter() - started, bar)
                     if self._due(config.sample_steps):
+                        spent = self.pace.evaluation
                         with self._averaged(trainer):
                             self._draw_grid()
+                        self._weigh("sample_steps", self.pace.evaluation - spent)
                     if self._due(config.save_steps) and trainer.step < stage.steps:
                         self.keeper.save(trainer, self.progress)
             except Exception as error:
@@ -281,7 +283,8 @@ class Run:
             trainer.student.ema.settle()
         self._draw_grid()
         if config.num_eval_samples:
-            self.observer.evaluate_student(f"stage {stage.number}")
+            with self.pace.evaluating():
+                self.observer.evaluate_student(f"stage {stage.number}")
 
     def _progress(self, stage: Stage, trainer: Trainer, consumed: int) -> Progress:
         return Progress(
@@ -298,17 +301,19 @@ class Run:
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         noted = self._noted(trainer.step, self.progress.total)
-        values, failure = dict(line), None
+        values, failure, spent = dict(line), None, self.pace.evaluation
         try:
             if noted and (trainer.sample_weight or trainer.objectives.terms):
                 values |= trainer.reward_metrics()
             if self._evaluated(self.progress.total):
-                with phase("evaluation"), self._averaged(trainer):
+                with self.pace.evaluating(), self._averaged(trainer):
                     found = self.observer.measure_student(f"step {self.progress.total}")
                 values |= {logged(name): value for name, value in found.items()}
         except Exception as error:  # of a reward: the update will be saved, and its line is not made again
             failure = error
         self.pace.add(values, seconds, self.plan.rollouts * trainer.prompts.batch_size)
+        if self.pace.evaluation > spent:
+            self._weigh("eval_steps", self.pace.evaluation - spent)
         self._show(values, bar)
         if noted or trainer.bad_steps:
             self.log.write(self.progress, values | self.pace.line(self.plan.updates - self.progress.total))
@@ -334,15 +339,23 @@ class Run:
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.total > 0 and self.progress.total % every == 0
 
+    def _weigh(self, flag: str, seconds: float) -> None:
+        """Say it once where what is done every so many updates takes much of the training's time."""
+        often = self.pace.too_often(seconds, getattr(self.config, flag))
+        if often and flag not in self._said and self.accelerator.is_main_process:
+            self._said.add(flag)
+            logger.warning("--%s %d: this takes %s", flag, getattr(self.config, flag), often)
+
     def _draw_grid(self) -> None:
-        with phase("evaluation"):
+        with self.pace.evaluating():
             grids = self.observer.draw_grid(self.progress.total)
         self.log.show({f"samples/{name}": grid for name, grid in grids.items()}, self.progress.total)
 
     def _finish(self) -> None:
         """Teacher's share of the evaluation, export and report."""
         if self.config.num_eval_samples:
-            self.observer.evaluate_teacher()
+            with self.pace.evaluating():
+                self.observer.evaluate_teacher()
         if isinstance(self.job.backend, Shardable) and self.plan.shards > 1:
             self.job.backend.gather()
         if self.accelerator.is_main_process:
@@ -361,5 +374,6 @@ class Run:
                 rewards=self.config.reward if self.job.rewards else "",
             )
             write_report(self.output)
+            logger.info("image grids and evaluations: %s", self.pace.evaluated())
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.paths import add_noise
-from dmdr.protocols import Backend, Role
+from dmdr.protocols import Backend, Role, SeveralSizes
 from dmdr.sampling import FewStepSampler
 from dmdr.testing.common import spelt, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition
@@ -276,6 +276,24 @@ def images_are_encoded_to_latents(trial: BackendTrial) -> None:
     assert latents.isfinite().all(), "encode_images must be finite"
 
 
+@torch.no_grad()
+def every_size_is_taken(trial: BackendTrial) -> None:
+    """Latents of each of several sizes (`SeveralSizes`) are answered and decoded; `latent_shape` is the first size."""
+    backend = trial.prepared
+    if not isinstance(backend, SeveralSizes):
+        return
+    first, shapes = tuple(backend.latent_shape), [tuple(shape) for shape in backend.latent_shapes]
+    assert shapes[:1] == [first], f"latent_shapes begins with latent_shape, {list(first)}, not {shapes[:1]}"
+    _, t, cond = trial.state
+    sides = []
+    for shape in shapes:
+        x_t = torch.randn(len(cond), *shape, generator=torch.Generator().manual_seed(3))
+        found = backend.student(x_t, t, cond).value
+        assert found.shape == x_t.shape, f"of latents {list(x_t.shape)} the student makes {list(found.shape)}"
+        sides.append(tuple(backend.decode(x_t).shape[2:]))
+    assert len(set(sides)) == len(set(shapes)), f"decode makes images of {sides} of latents of {shapes}"
+
+
 def an_export_brings_back_the_student(trial: BackendTrial) -> None:
     """On another machine, that is, in another object, as --init_student and dmdr-sample load it."""
     backend, other = trial.prepared, trial.copy()
@@ -336,6 +354,7 @@ BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     gradients_reach_their_own_role,
     decoded_images_are_differentiable,
     images_are_encoded_to_latents,
+    every_size_is_taken,
     an_export_brings_back_the_student,
     no_random_numbers,
     no_method_is_misspelt,

@@ -1,7 +1,7 @@
 """The student's trajectories, as few and as short as a step needs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dmdr.prompts import PromptStream, split_columns
-from dmdr.protocols import Backend
+from dmdr.protocols import Backend, SeveralSizes
 from dmdr.sampling import FewStepSampler
 from dmdr.training.context import StepContext
 from dmdr.training.phases import phase
@@ -166,13 +166,21 @@ class Rollouts:
 
     def _noise(self, wanted: Wanted, samples: Tensor) -> Tensor:
         """Unit Gaussian of all steps, [B, K, *latent]."""
-        random, shape = wanted.ctx.random, (self.sampler.num_inference_steps, *self.backend.latent_shape)
+        random, shape = wanted.ctx.random, (self.sampler.num_inference_steps, *self.latent_shape(wanted.ctx))
         samples = samples.to(self.accelerator.device, non_blocking=True)
         noise = random.normal("noise", samples, shape)
         if wanted.shared:
             shared = list(wanted.shared)
             noise[:, shared] = random.normal("noise/group", samples // self.prompts.group_size, shape)[:, shared]
         return noise
+
+    def latent_shape(self, ctx: StepContext) -> tuple[int, ...]:
+        """Of this update's images, in all of its rollouts and all processes."""
+        shapes = self.backend.latent_shapes if isinstance(self.backend, SeveralSizes) else [self.backend.latent_shape]
+        if len(shapes) == 1:
+            return shapes[0]
+        of_update = replace(ctx.random, phase="update", iteration=0)
+        return shapes[int(of_update.integers("size", torch.zeros(1, dtype=torch.int64), len(shapes)))]
 
     def _falling(self, wanted: Sequence[Wanted], own: int) -> Tensor:
         """Last steps of this process's samples, the longest first; at each place the longest of all processes."""

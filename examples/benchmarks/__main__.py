@@ -213,7 +213,9 @@ def bench(arguments: list[str]) -> None:
 def flags(arguments: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = CommandParser(prog=f"python -m {__package__}", description=__doc__, formatter_class=layout)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="by default all")
+    here = [name for name, case in CASES.items() if case.gpu == torch.cuda.is_available()]
+    what = "by default all of this device: those of published shapes on a GPU, the small ones on a CPU"
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=here, help=what)
     parser.add_argument("--objectives", nargs="+", default=[], help="by default all of a case")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each loop that are measured")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
@@ -221,6 +223,9 @@ def flags(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, not {args.repeats}")
+    large = [name for name in args.cases if CASES[name].gpu]
+    if large and not torch.cuda.is_available():
+        raise ConfigError(f"--cases {' '.join(large)}: models of published shapes need a GPU")
     if args.against and not args.against.is_file():
         raise ConfigError(f"--against {args.against} is no file")
     return args

@@ -14,12 +14,20 @@ from dmdr_digits import Digits
 from dmdr_digits.text import WIDTH, build_text_encoder, build_tokenizer
 from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel
 
+from . import published
+
 # Of a run in stage 2: nothing fades out any more, nothing is written.
 STEADY = {"stage1_steps": 0, "seed": 0, "num_eval_samples": 0, "report_to": "none"}
 # Distillation alone is stage 1, here without its cold start, which the plain loop has not.
 DISTILS = {"reward": "none", "sample_weight": "none", "dyna_guidance": 0.0, "dyna_renoise": [1.0, 1.0]}
 DISTILS |= {"stage1_steps": 1000, "stage2_steps": 0}
 GROUPS = {"num_generations": 4}
+# Of the published models, as in their recipes but for optimizer and T5.
+LARGE = {"mixed_precision": "bf16", "gradient_checkpointing": True, "per_device_train_batch_size": 4}
+LARGE |= {"learning_rate": 1e-6, "fake_learning_rate": 5e-7, "rl_weight": 1.0}
+SD3 = LARGE | {"gradient_checkpointing": False, "max_sequence_length": 128, "gradient_accumulation_steps": 4}
+EIGHT = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+JOINT: Mapping[str, Mapping[str, Any]] = {"none": {}, "refl": {}, "grpo": EIGHT}
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,14 @@ class Case:
         settings: Of every run, as flags.
         objectives: Those that are measured, each with settings of its own; "none" is distillation alone.
         build: Saves the pipeline into a folder; None for the digits, which dmdr builds itself.
+        gpu: Whether it is too large for a CPU.
     """
 
     about: str
     settings: Mapping[str, Any]
     objectives: Mapping[str, Mapping[str, Any]]
     build: Callable[[Path], None] | None = None
+    gpu: bool = False
 
     def run(self, objective: str, root: Path) -> dict[str, Any]:
         """Settings of a run; the model is built into `root` if it is not there yet."""
@@ -128,5 +138,40 @@ CASES = {
         | {"fake_lora_rank": 32, "fake_lora_alpha": 64.0, "learning_rate": 2e-5, "fake_learning_rate": 2e-5},
         {"none": {}},
         partial(sit, width=768, layers=12, heads=12),
+    ),
+    "sd3-medium-512": Case(
+        "SD3-Medium without T5, 512 pixels, 16 images in 4 passes, LoRA 64, 4 steps, guidance 7, bfloat16",
+        SD3 | {"resolution": 512},
+        JOINT,
+        published.sd3,
+        gpu=True,
+    ),
+    "sd3-medium-1024": Case(
+        "the same at 1024 pixels, checkpointed",
+        SD3 | {"resolution": 1024, "gradient_checkpointing": True},
+        JOINT,
+        published.sd3,
+        gpu=True,
+    ),
+    "sdxl": Case(
+        "SDXL, 1024 pixels, 8 images in 2 passes, LoRA 64, 4 steps, guidance 8, bfloat16, checkpointed",
+        LARGE | {"resolution": 1024, "guidance_scale": 8.0, "gradient_accumulation_steps": 2},
+        {"none": {}, "refl": {}},
+        published.sdxl,
+        gpu=True,
+    ),
+    "sd35-large": Case(
+        "SD3.5-Large without T5, 1024 pixels, 8 images in 2 passes, LoRA 64, guidance 7, bfloat16, checkpointed",
+        LARGE | {"max_sequence_length": 128, "resolution": 1024, "gradient_accumulation_steps": 2},
+        {"none": {}, "refl": {}},
+        partial(published.sd3, recipe="sd35l"),
+        gpu=True,
+    ),
+    "flux-dev": Case(
+        "FLUX.1-dev, 1024 pixels, 2 images, LoRA 64, 4 steps, guidance 3.5 as an input, bfloat16, checkpointed",
+        LARGE | {"resolution": 1024, "guidance_scale": 3.5, "guidance_jitter": 0.0, "per_device_train_batch_size": 2},
+        {"none": {}, "refl": {}},
+        published.flux,
+        gpu=True,
     ),
 }

@@ -28,6 +28,8 @@ from dmdr.settings.parse import Settings
 from dmdr.training.phases import phase
 from dmdr_sit.pipeline import SiTPipeline
 
+from .stock import STOCK, Cond
+
 
 class Draws:
     """Random numbers: in the first step those of DMDR, then torch's own.
@@ -82,8 +84,9 @@ class Plain:
         with quiet():  # the code that a SiT's folder brings is ours
             pipe = kind.from_pretrained(job.folder, dtype=dtype, trust_remote_code=True, **absent)
         self.pipe: Any = pipe.to(device)
-        self.text_length = getattr(job.backend, "text_length", 0)
-        self.teacher = self.pipe.transformer.requires_grad_(False).eval()
+        self.path, size = job.backend.path, job.backend.sizes[0]  # type: ignore[attr-defined]
+        self.stock = STOCK[index["_class_name"]](self.pipe, self.path, getattr(job.backend, "text_length", 0), size)
+        self.teacher = self.stock.network.requires_grad_(False).eval()
         self.pipe.vae.requires_grad_(False)
         self.generator = deepcopy(self.teacher)
         targets = list(options.lora_target_modules or job.backend.lora_targets)  # type: ignore[attr-defined]
@@ -93,6 +96,9 @@ class Plain:
         else:
             self._adapt(self.generator, options.lora_rank, options.lora_alpha, targets)
         self._adapt(self.teacher, options.fake_lora_rank, options.fake_lora_alpha, targets)
+        if options.gradient_checkpointing:
+            for each in (self.teacher, self.generator, self.pipe.vae):
+                each.enable_gradient_checkpointing()
         self.student = [p for p in self.generator.parameters() if p.requires_grad]
         self.fake = [p for p in self.teacher.parameters() if p.requires_grad]
         betas = (self.config.adam_beta1, self.config.adam_beta2)
@@ -114,25 +120,24 @@ class Plain:
 
     # --- The networks ------------------------------------------------------------------------------------------------
 
-    def encode(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
-        if isinstance(self.pipe, SiTPipeline):
-            return (torch.tensor([row["label"] for row in rows], device=self.device),)
-        with torch.no_grad():
-            prompts = [row["prompt"] for row in rows]
-            sequence, _, pooled, _ = self.pipe.encode_prompt(
-                prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_length
-            )
-        return sequence, pooled
+    @torch.no_grad()
+    def encode(self, rows: Sequence[Row]) -> Cond:
+        return self.stock.encode(rows)
 
-    def velocity(self, network: Any, x_t: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
+    def answer(self, network: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if isinstance(self.pipe, SiTPipeline):
-                return network(x_t.to(self.dtype), t, *cond).sample.float()
-            return network(x_t.to(self.dtype), cond[0], cond[1], 1000 * t).sample.float()
+            return self.stock.call(network, x_t.to(self.dtype), t, cond, guidance).float()
 
-    def clean(self, network: Any, x_t: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
-        """x0 = x_t - t v."""
-        return x_t - t[:, None, None, None] * self.velocity(network, x_t, t, cond)
+    def clean(self, network: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
+        """x0 = x_t - t v, or (x_t - sigma eps) / alpha."""
+        answer = self.answer(network, x_t, t, cond, guidance)
+        alpha, sigma = self.scales(t)
+        return (x_t - sigma * answer) / alpha if self.stock.eps else x_t - t[:, None, None, None] * answer
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of times [B], each [B, 1, 1, 1] float32."""
+        alpha, sigma = (self.path.alpha(t), self.path.sigma(t))
+        return alpha.float()[:, None, None, None], sigma.float()[:, None, None, None]
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -164,7 +169,7 @@ class Plain:
         return losses
 
     @torch.no_grad()
-    def rollout(self, cond: tuple[Tensor, ...], draws: Draws) -> tuple[list[Tensor], list[Tensor]]:
+    def rollout(self, cond: Cond, draws: Draws) -> tuple[list[Tensor], list[Tensor]]:
         """All steps of the student: the states before them, and its answers."""
         noise = draws.normal("noise", self.sampler.num_inference_steps, *self.latent).transpose(0, 1)
         x, states, answers = noise[0], [], []
@@ -173,19 +178,20 @@ class Plain:
             states.append(x)
             answers.append(self.clean(self.generator, x, t, cond))
             if i + 1 < self.sampler.num_inference_steps:
-                s = t_next[:, None, None, None]
-                x = (1 - s) * answers[-1] + s * noise[i + 1]
+                alpha, sigma = self.scales(t_next)
+                x = alpha * answers[-1] + sigma * noise[i + 1]
         return states, answers
 
     def renoised(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         t, eps = draws.time(*self.stage.renoise(self.steps)), draws.normal("renoise/eps", *self.latent)
-        s = t[:, None, None, None]
-        return (1 - s) * x0 + s * eps, t, eps
+        alpha, sigma = self.scales(t)
+        return alpha * x0 + sigma * eps, t, eps
 
     @phase("fake")
-    def learn_fake_score(self, x0: Tensor, cond: tuple[Tensor, ...], draws: Draws) -> float:
+    def learn_fake_score(self, x0: Tensor, cond: Cond, draws: Draws) -> float:
         x_t, t, eps = self.renoised(x0, draws)
-        loss = (self.velocity(self.teacher, x_t, t, cond) - (eps - x0)).square().mean()
+        target = eps if self.stock.eps else eps - x0
+        loss = (self.answer(self.teacher, x_t, t, cond) - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.fake, self.config.max_grad_norm)
         self.fake_optimizer.step()
@@ -194,22 +200,20 @@ class Plain:
 
     @phase("direction")
     @torch.no_grad()
-    def direction(self, x0: Tensor, cond: tuple[Tensor, ...], draws: Draws) -> Tensor:
+    def direction(self, x0: Tensor, cond: Cond, draws: Draws) -> Tensor:
         x_t, t, _ = self.renoised(x0, draws)
         fake = self.clean(self.teacher, x_t, t, cond)
         with self.bare():
-            real = self.clean(self.teacher, x_t, t, cond)
-            if self.plan.guidance != (1.0, 1.0):
-                w = draws.uniform("guidance", *self.plan.guidance)[:, None, None, None]
-                empty = self.encode([{"prompt": ""}] * len(x0))
-                without = self.clean(self.teacher, x_t, t, empty)
+            low, high = self.plan.guidance
+            real = self.clean(self.teacher, x_t, t, cond, low if self.stock.guided else 1.0)
+            if not self.stock.guided and (low, high) != (1.0, 1.0):
+                w = draws.uniform("guidance", low, high)[:, None, None, None]
+                without = self.clean(self.teacher, x_t, t, self.stock.empty(len(x0)))
                 real = without + w * (real - without)
         return (fake - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
 
     @phase("student")
-    def learn(
-        self, x_t: Tensor, t: Tensor, cond: tuple[Tensor, ...], rows: Sequence[Row], draws: Draws
-    ) -> dict[str, float]:
+    def learn(self, x_t: Tensor, t: Tensor, cond: Cond, rows: Sequence[Row], draws: Draws) -> dict[str, float]:
         x0 = self.clean(self.generator, x_t, t, cond)
         g = self.direction(x0.detach(), cond, draws)
         dmd = 0.5 * (x0 - (x0 - g).detach()).square().mean()

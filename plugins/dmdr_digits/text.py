@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dmdr_digits.data import PROMPTS
 
@@ -30,13 +30,18 @@ def build_tokenizer() -> CLIPTokenizer:
     return tokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Random and frozen: it only has to tell prompts apart."""
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, *, projected: bool = True) -> Any:
+    """Random and frozen: it only has to tell prompts apart.
+
+    Args:
+        width: Of its embeddings.
+        projected: With the pooled output of `CLIPTextModelWithProjection`; else a `CLIPTextModel`.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
@@ -44,9 +49,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    encoder = CLIPTextModelWithProjection(config)
+    return told_apart((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
+
+
+def told_apart(encoder: nn.Module) -> nn.Module:
+    """A random encoder that keeps prompts apart: the usual 0.02 would leave its encodings near zero."""
     with torch.no_grad():
         for module in encoder.modules():
             if isinstance(module, nn.Embedding):
-                module.weight.mul_(25)  # the usual 0.02 would leave the encodings, which no one trains, near zero
+                module.weight.mul_(25)
     return encoder.requires_grad_(False).eval()

@@ -69,9 +69,11 @@ class FluxBackend(FlowBackend):
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:
         super().prepare(accelerator, roles=roles, sharding=sharding)
-        _, height, width = self.latent_shape
         place = self.device, self.dtype
-        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, *place)
+        self.image_ids = {
+            (height, width): FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, *place)
+            for _, height, width in self.latent_shapes
+        }
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5's sequence [B, max_sequence_length, D] and CLIP's pooled [B, P]."""
@@ -96,7 +98,7 @@ class FluxBackend(FlowBackend):
             encoder_hidden_states=cond["sequence"],
             pooled_projections=cond["pooled"],
             txt_ids=x_t.new_zeros(cond["sequence"].shape[1], 3),
-            img_ids=self.image_ids,
+            img_ids=self.image_ids[height, width],
             return_dict=False,
         )[0]
         unpacked: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)

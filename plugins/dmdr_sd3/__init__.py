@@ -27,8 +27,9 @@ class SD3Backend(FlowBackend):
         super().__init__(folder, options)
         self.network_config.whole("sample_size")  # its position embeddings are cut from the middle of the table
         longest = self.network_config.whole("pos_embed_max_size") * self.patch_size * self.vae_scale
-        if self.resolution > longest:
-            raise ConfigError(f"--resolution {self.resolution} is too large for {folder}: give {longest} or less")
+        for size in self.sizes:
+            if max(size) > longest:
+                raise ConfigError(f"--resolution {size} is too large for {folder}: give {longest} or less")
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Sequence [B, 77 + max_sequence_length, D] and pooled [B, P]; without T5 its part of the sequence is zero."""

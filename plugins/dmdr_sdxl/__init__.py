@@ -219,12 +219,18 @@ class SDXLBackend(UNetBackend):
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:
         super().prepare(accelerator, roles=roles, sharding=sharding)
-        size = [self.resolution] * 2  # as the pipeline gives them: original, corner of the crop, target
-        self.time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
+
+        def ids(width: int, height: int) -> Tensor:
+            """As the pipeline gives them: original size, corner of the crop, target size."""
+            return torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype, device=self.device)
+
+        self.time_ids: dict[tuple[int, ...], Tensor] = {
+            shape[1:]: ids(*size) for shape, size in zip(self.latent_shapes, self.sizes, strict=True)
+        }
 
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pooled embeddings, and sizes."""
-        return {"text_embeds": cond["pooled"], "time_ids": self.time_ids.expand(len(x_t), -1)}
+        return {"text_embeds": cond["pooled"], "time_ids": self.time_ids[x_t.shape[2:]].expand(len(x_t), -1)}
 
 
 class SD1Backend(UNetBackend):

@@ -63,8 +63,9 @@ class SiTBackend(FlowBackend):
     def __init__(self, folder: str, options: SiTOptions) -> None:
         super().__init__(folder, options)
         own = self.vae_scale * self.network_config.whole("sample_size")
-        if self.resolution != own:
-            raise ConfigError(f"--resolution {self.resolution} does not work with {folder}: give {own}")
+        for size in self.sizes:
+            if size != (own, own):
+                raise ConfigError(f"--resolution {size} does not work with {folder}: give {own}")
         self.num_classes = self.network_config.whole("num_classes")
 
     def _pipeline(self, network: Any, **parts: Any) -> Any:

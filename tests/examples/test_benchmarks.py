@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from examples.benchmarks import __main__ as benchmarks
-from examples.benchmarks import cases, worker
+from examples.benchmarks import cases, published, worker
 from examples.benchmarks.cases import Case
 from examples.benchmarks.plain import Plain
 
@@ -18,6 +18,17 @@ from dmdr.errors import TrainingError
 from dmdr.settings.parse import parse
 
 SMALL = {"max_sequence_length": 2, "per_device_train_batch_size": 3, "lora_rank": 4, "fake_lora_rank": 4}
+CPU = torch.device("cpu")
+UNET = {
+    "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": 1, "attention_head_dim": 2,
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + published.CLIP_G,
+    "layers_per_block": 1,
+}  # fmt: skip
+FLUX = {
+    "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+    "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
 CASES = {
     "sd3": Case("", SMALL, {"none": {}}, partial(cases.sd3, width=64, layers=1, size=4)),
     "sit": Case(
@@ -26,12 +37,24 @@ CASES = {
         {"none": {}},
         partial(cases.sit, width=32, layers=1, heads=2),
     ),
+    "sdxl": Case(
+        "",
+        {"resolution": 64, "per_device_train_batch_size": 2, "lora_rank": 4, "fake_lora_rank": 4},
+        {"none": {}},
+        partial(published.sdxl, device=CPU, **UNET),
+    ),
+    "flux": Case(
+        "",
+        SMALL | {"resolution": 64, "guidance_scale": 3.5, "guidance_jitter": 0.0},
+        {"none": {}},
+        partial(published.flux, device=CPU, **FLUX),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_loops_begin_alike(name: str, tmp_path: Path) -> None:
-    cache = {"prompt_cache": "off"} if name == "sd3" else {}
+    cache = {} if name == "sit" else {"prompt_cache": "off"}
     settings = parse(settings=CASES[name].run("none", tmp_path / "model") | cache)
     ours = worker.Joint(settings, Accelerator(cpu=True))
     plain = Plain(settings, torch.device("cpu"), torch.float32)
@@ -78,6 +101,7 @@ def test_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["--against", "absent.json"], "--against absent.json is no file"),
         (["--cases", "sit-b", "--objectives", "grpo"], "--objectives: these cases have no grpo"),
+        (["--cases", "digits", "sdxl"], "--cases sdxl: models of published shapes need a GPU"),
     ],
 )
 def test_bad_flags(

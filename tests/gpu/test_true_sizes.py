@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from examples.benchmarks import published
 
-import published
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.dry_run.estimate import estimate
 from dmdr.settings.parse import resolve

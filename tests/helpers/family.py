@@ -21,6 +21,8 @@ import z_image
 from dmdr.errors import ConfigError
 from dmdr.settings.parse import parse
 
+SIZES = "24x16,16"  # of a run, in pixels
+FIRST = {"height": 16, "width": 24}
 Stock = Callable[[Path, Sequence[str], Path], None]  # draws an export's images for prompts, as its card says
 
 
@@ -111,8 +113,8 @@ FAMILIES: dict[str, Family] = {
     "sd3": Family(
         sd3.build,
         objectives={**Family(sd3.build).objectives, "nft": {"num_generations": 2, "old_decay_ramp": 0.1}},
-        settings={"max_sequence_length": 5},
-        call={"max_sequence_length": 5},
+        settings={"max_sequence_length": 5, "resolution": SIZES},
+        call={"max_sequence_length": 5, **FIRST},
         variants=(
             {},
             {"full_finetune": True},
@@ -122,6 +124,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "sdxl": Family(
         sdxl.build,
+        settings={"resolution": SIZES},
+        call=FIRST,
         lora_keys=UNET_LORA_KEYS,
         objectives=UNET_OBJECTIVES,
         variants=UNET_VARIANTS,
@@ -140,15 +144,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "flux": Family(
         flux.dev,
-        settings={"resolution": 16, "max_sequence_length": 8},
-        call={"height": 16, "width": 16, "max_sequence_length": 8},
+        settings={"resolution": SIZES, "max_sequence_length": 8},
+        call={**FIRST, "max_sequence_length": 8},
         unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
     ),
     "flux-schnell": Family(
         flux.schnell,
         guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": ["", ""]},
-        settings={"resolution": 16, "max_sequence_length": 8},
-        call={"height": 16, "width": 16, "max_sequence_length": 8},
+        settings={"resolution": SIZES, "max_sequence_length": 8},
+        call={**FIRST, "max_sequence_length": 8},
         unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
         objectives={"none": {}},
         variants=({},),
@@ -156,8 +160,8 @@ FAMILIES: dict[str, Family] = {
     "z-image": Family(
         z_image.build,
         guided=lambda scale: {"guidance_scale": scale - 1},
-        settings={"resolution": 16, "max_sequence_length": 40},
-        call={"height": 16, "width": 16, "max_sequence_length": 40},
+        settings={"resolution": SIZES, "max_sequence_length": 40},
+        call={**FIRST, "max_sequence_length": 40},
     ),
     "sit": Family(sit.build, prompts=("class 7", "class 2"), stock=sit.stock),
 }

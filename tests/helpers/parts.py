@@ -2,42 +2,15 @@
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
-from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from dmdr_digits.text import build_tokenizer
+from dmdr_digits.text import build_text_encoder as clip_text_encoder
+from dmdr_digits.text import build_tokenizer as clip_tokenizer
+from dmdr_digits.text import told_apart
 
 WIDTH = 32
-
-
-def clip_tokenizer() -> Any:
-    """Knows every byte; ten words are one token each."""
-    return build_tokenizer()
-
-
-def clip_text_encoder(tokenizer: Any, *, projected: bool = True, width: int = WIDTH) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return told_apart((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
+__all__ = ["WIDTH", "clip_text_encoder", "clip_tokenizer", "t5_text_encoder", "t5_tokenizer", "told_apart", "vae"]
 
 
 def t5_tokenizer() -> Any:
@@ -66,12 +39,3 @@ def vae(channels: int = 4, **config: Any) -> AutoencoderKL:
         sample_size=16,
         **config,
     )
-
-
-def told_apart(encoder: nn.Module) -> nn.Module:
-    """With embeddings so large that random layers keep prompts apart."""
-    with torch.no_grad():
-        for module in encoder.modules():
-            if isinstance(module, nn.Embedding):
-                module.weight.mul_(25)
-    return encoder.requires_grad_(False).eval()

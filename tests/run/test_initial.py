@@ -13,6 +13,9 @@ from dmdr.run.checkpoint import find_initial
 from dmdr.run.export import read_export
 from dmdr.run.initial import differences
 from dmdr.run.run import train
+from dmdr.sizes import parse_sizes
+
+SQUARE = parse_sizes("512")
 
 FAST: dict[str, Any] = {
     "model": "toy",
@@ -51,8 +54,8 @@ def change(export: Path, key: str, value: Any) -> None:
 @pytest.mark.parametrize("start", ["", "checkpoints/step-000002", "student"])
 def test_other_steps(finished: Path, start: str) -> None:
     initial = find_initial(str(finished / start))
-    assert differences(initial, 2, None) == differences(initial, 2, 512) == []
-    assert differences(initial, 7, 512) == ["was trained for 2 steps, but this run uses 7"]
+    assert differences(initial, 2, ()) == differences(initial, 2, SQUARE) == []
+    assert differences(initial, 7, SQUARE) == ["was trained for 2 steps, but this run uses 7"]
 
 
 def test_another_resolution(copy: Path) -> None:
@@ -62,8 +65,15 @@ def test_another_resolution(copy: Path) -> None:
     text = settings.read_text().replace("timesteps: null", "timesteps: [999, 500, 250]")
     settings.write_text(f"{text}resolution: 512\n")
     for initial, steps in ((copy / "student", 2), (find_initial(str(copy)), 3)):
-        assert differences(initial, steps, 512) == []
-        assert differences(initial, steps, 1024) == ["was trained at a resolution of 512, but this run uses 1024"]
+        assert differences(initial, steps, SQUARE) == []
+        several = parse_sizes("512,640x384")
+        assert differences(initial, steps, several) == [
+            "was trained at a resolution of 512, but this run uses 512,640x384"
+        ]
+    about = json.loads((copy / "student" / "sampling.json").read_text())
+    change(copy / "student", "options", about["options"] | {"resolution": "640x384,512"})
+    assert differences(copy / "student", 2, several) == []  # in another order
+    assert len(differences(copy / "student", 2, SQUARE)) == 1
 
 
 def test_a_run_says_what_differs(

@@ -19,6 +19,7 @@ import dmdr.run.run
 from dmdr import train
 from dmdr.evaluation.names import metric
 from dmdr.run.log import RunLog, beside_the_bar
+from dmdr.run.observer import Observer
 from dmdr.run.pace import GIB, Pace
 
 FAST: dict[str, Any] = {
@@ -51,6 +52,47 @@ def test_a_line_sums_up_the_updates_before_it(monkeypatch: pytest.MonkeyPatch) -
     assert 0.05 < line["peak_memory_gib"] < 64 and GIB == 1024**3
     pace.add({"unscored/toy": 0}, 1.0, images=16)
     assert pace.line(0)["unscored/toy"] == 0
+
+
+def test_what_image_grids_and_evaluations_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    pace = Pace(torch.device("cpu"))
+    with pace.clock:
+        for seconds in (1.0, 3.0):
+            now[0] += seconds
+            pace.add({}, seconds, images=1)
+        with pace.evaluating():
+            now[0] += 4.0
+    assert pace.clock.read()["evaluation"] == 0.5
+    with pace.evaluating():  # after the training
+        now[0] += 2.0
+    assert pace.evaluated() == "6 of 10 seconds (60%)"
+    assert pace.too_often(4.0, every=2) == "50% of the training's time; 18 would make it 10%"
+    assert pace.too_often(4.0, every=17) == "11% of the training's time; 18 would make it 10%"
+    assert pace.too_often(4.0, every=18) == ""
+
+
+def test_a_run_says_once_which_setting_makes_it_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw, measure = Observer.draw_grid, Observer.measure_student
+
+    def slow(of: Any) -> Any:
+        def slowly(*args: Any) -> Any:
+            time.sleep(0.3)
+            return of(*args)
+
+        return slowly
+
+    monkeypatch.setattr(Observer, "draw_grid", slow(draw))
+    monkeypatch.setattr(Observer, "measure_student", slow(measure))
+    often = {"eval_steps": 1, "num_eval_samples": 2}
+    train(**FAST | often, report_to="none", output_dir=str(tmp_path / "run"))
+    said = [message for message in caplog.messages if "of the training's time" in message]
+    for each, flag in zip(sorted(said), ("--eval_steps 1: this takes", "--sample_steps 2: this takes"), strict=True):
+        assert each.startswith(flag)
+    assert any(message.startswith("image grids and evaluations: ") for message in caplog.messages)
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ def test_help_shows_a_familys_flags_where_a_model_is_named(
     text = shown(capsys, "--model", str(folder("StableDiffusion3Pipeline")), "--help")
     _, _, own = text.partition("model family StableDiffusion3Pipeline: ")
     flags = ("--lora_rank INT", "--teacher_lora TEXT", "--full_finetune Train", "--lora_target_modules TEXT ...")
-    for flag in (*flags, "--shift FLOAT", "--resolution INT", "--zero_empty_prompt BOOL"):
+    for flag in (*flags, "--shift FLOAT", "--resolution TEXT", "--zero_empty_prompt BOOL"):
         assert flag in own
     assert "Rank of the student's LoRA. (default: 64)" in own  # of a base of its options
     assert "--eta" not in text and "--seed INT seed of all random numbers" in text

@@ -394,7 +394,11 @@ def test_a_flag_has_one_spelling_in_a_message() -> None:
         (("--lora_rank", "0"), "--lora_rank must be at least 1, not 0"),
         (("--fake_lora_rank", "-1"), "--fake_lora_rank must be at least 1, not -1"),
         (("--lora_alpha", "0"), "--lora_alpha must be above 0, not 0.0"),
-        (("--resolution", "0"), "--resolution must be above 0, not 0"),
+        (
+            ("--resolution", "0"),
+            "--resolution must be sizes such as 1024 or 1152x896 (width x height)",
+        ),
+        (("--resolution", "16,8x0"), "with commas between several, not 16,8x0"),
         (("--max_sequence_length", "0"), "--max_sequence_length must be above 0, not 0"),
         (("--decode_chunk_size", "-2"), "--decode_chunk_size must be above 0, not -2"),
         (("--shift", "0"), "--shift must be above 0, not 0.0"),

@@ -1,5 +1,6 @@
 """How few steps of the student an update is made of, and that nobody sees the difference."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,3 +144,18 @@ def test_a_rollout_that_is_asked_for_alone_is_whole() -> None:
     assert not found.finished
     assert [int(found.x0[:, row, 0].isfinite().sum()) for row in range(8)] == [4, 1, 3, 2, 4, 1, 1, 4]
     assert rollouts.whole(running.context(0)).finished
+
+
+def test_an_update_has_images_of_one_size() -> None:
+    """The same in all rollouts and processes; over the updates each size is drawn as often as another."""
+    running = trainer(fake_updates=3, rollouts=2)
+    running.backend.latent_shapes = [(2,), (3,), (4,)]  # type: ignore[attr-defined]
+    drawn = []
+    for _ in range(300):
+        shapes = {running.rollouts.latent_shape(ctx) for ctx in map(running.context, range(3))}
+        assert len(shapes) == 1
+        drawn.append(shapes.pop())
+        running.step += 1
+    assert all(70 < drawn.count(shape) < 130 for shape in [(2,), (3,), (4,)])
+    again = replace(running.context(0), first_random=replace(running.context(0).first_random, step=299), iteration=1)
+    assert running.rollouts.latent_shape(again) == drawn[-1]
