@@ -21,12 +21,11 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def short_digits() -> Iterator[None]:
-    """No test trains the full digits: their cache here is of a short training, kept between runs of the same code."""
+def own_cache() -> Iterator[None]:
+    """What is built on first use is kept between runs of the same code, apart from the user's own."""
     sources = (file.read_bytes() for file in sorted(PLUGIN.glob("*.py")) if file.name != "__init__.py")
     key = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DMDR_DIGITS_BUDGET", "0.15")
         patch.setenv("DMDR_CACHE", str(Path.home() / ".cache" / "dmdr" / "tests" / key))
         yield
 
@@ -37,7 +36,13 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
 
 
+@pytest.fixture
+def short_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package does not hold is trained shortly."""
+    monkeypatch.setenv("DMDR_DIGITS_BUDGET", "0.15")
+
+
 @pytest.fixture(scope="session")
-def digits(short_digits: None) -> Digits:
-    """The embedded default model, shortly trained; built on the first run only (about a minute)."""
+def digits() -> Digits:
+    """The embedded default model, as the package holds it."""
     return Digits()

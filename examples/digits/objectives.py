@@ -16,13 +16,13 @@ from table import METRICS, REWARD, Cells, cell, markdown
 
 # Updates of the joint run and of the objective alone that take as long as 60 of ReFL jointly; the table measures it.
 STEPS = {
-    "refl": (60, 300),
-    "grpo": (52, 216),
-    "dpo": (53, 247),
-    "srpo": (59, 298),
-    "nft": (54, 262),
-    "rwr": (56, 322),
-    "grpo+0.1*refl": (49, 151),
+    "refl": (60, 218),
+    "grpo": (50, 143),
+    "dpo": (54, 185),
+    "srpo": (62, 221),
+    "nft": (55, 195),
+    "rwr": (56, 224),
+    "grpo+0.1*refl": (47, 101),
 }
 SIZE = "examples/digits/png_size.py:score"
 AGGREGATIONS = ("normalize_then_sum", "sum_then_normalize")

@@ -21,10 +21,9 @@ pytestmark = pytest.mark.verify
 
 
 @pytest.fixture(scope="module", autouse=True)
-def full_digits(short_digits: None) -> Digits:
-    """The full-length model of the user's own cache, not the short one of the other tests."""
+def full_digits(own_cache: None) -> Digits:
+    """The model of the package; what it does not hold is built at full length into the user's own cache."""
     patch = pytest.MonkeyPatch()
-    patch.delenv("DMDR_DIGITS_BUDGET")
     patch.delenv("DMDR_CACHE")
     digits = Digits()
     digits.folder()
