@@ -127,7 +127,7 @@ class PipelineOptions(RoleOptions):
 
     def sizes(self) -> tuple[Size, ...]:
         """Those of `resolution`; none where the model's own is meant."""
-        return () if self.resolution is None else parse_sizes(self.resolution)
+        return () if self.resolution is None else parse_sizes(str(self.resolution))
 
 
 class PipelineBackend:

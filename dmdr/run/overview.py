@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from dmdr.protocols import OwnLearner
+from dmdr.protocols import OwnLearner, SeveralSizes
 from dmdr.run.job import Job
 from dmdr.run.plan import Stage
 
@@ -24,13 +24,15 @@ def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: st
         trained["fake score"] = backend.parameters("fake_score")
     active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
     trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
+    shapes = backend.latent_shapes if isinstance(backend, SeveralSizes) else [backend.latent_shape]
+    sizes = " or ".join(map(str, getattr(backend, "sizes", shapes)))
     low, high = plan.guidance
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     lines = {
         "model": config.model,
         "family": family.name,
         "trained parameters": ", ".join(f"{name} {_count(parameters):,}" for name, parameters in trained.items()),
-        "update": str(plan.batch),
+        "update": str(plan.batch) + (f", all of one size: {sizes}" if len(shapes) > 1 else ""),
         "student": f"{plan.num_inference_steps} steps, trained at eta {job.sampler.eta:g}, used at eta "
         f"{job.user_sampler.eta:g}",
         "matching": f"{config.matching}, {plan.rounds} updates of the fake score and {plan.rollouts} rollouts for each "

@@ -72,7 +72,8 @@ def test_sizes(name: str, tmp_path: Path) -> None:
     folder = folder_of(name, tmp_path / "model")
     backend = made(folder)
     assert backend.latent_shape[0] == (4 if name in ("SiTPipeline", *NETWORK) else 16)
-    assert backend.resolution == {"StableDiffusionPipeline": 512, "SiTPipeline": 256}.get(name, 1024)
+    side = {"StableDiffusionPipeline": 512, "SiTPipeline": 256}.get(name, 1024)
+    assert backend.sizes == ((side, side),)
     network = NETWORK.get(name, "transformer")
     channels = 4 * backend.latent_shape[0] if name == "FluxPipeline" else backend.latent_shape[0]
     cases: list[tuple[str, str, Any, str]] = [
@@ -85,7 +86,7 @@ def test_sizes(name: str, tmp_path: Path) -> None:
         (network, "in_channels", 9, f"is 9; expected {channels}, of latents with {backend.latent_shape[0]} channels"),
     ]
     if name not in ("SiTPipeline", "StableDiffusion3Pipeline"):
-        assert made(changed(folder, network, sample_size=None)).resolution == backend.resolution
+        assert made(changed(folder, network, sample_size=None)).sizes == backend.sizes
     else:
         cases.append((network, "sample_size", None, "is null; expected a whole number above 0"))
     for part, key, value, said in cases:

@@ -38,6 +38,7 @@ from family import FAMILIES, Stock
 
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
+OFFLOAD = {"cpu_offload": True}
 COMMIT = "0123abcd" * 5
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -275,7 +276,7 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
     assert f'from_pretrained("{half}", variant="fp16", torch_dtype=torch.bfloat16)' in card
     assert about["mixed_precision"] == "bf16"
     sample_export(student, about, ROWS, 0, None, tmp_path / "ours")
-    sample_export(student, about, ROWS, 0, None, tmp_path / "exact", mixed_precision="no", cpu_offload=True)
+    sample_export(student, about, ROWS, 0, None, tmp_path / "exact", mixed_precision="no", options=OFFLOAD)
     stock(student, PROMPTS, tmp_path / "stock")
     for i in range(len(PROMPTS)):
         ours, theirs, exact = (
@@ -296,6 +297,9 @@ def test_an_export_is_drawn_at_the_resolution_of_its_run(model: Path, copy: Path
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 4}))
     (picture,) = sample_export(student, read_export(student), ROWS[:1], 0, str(copy), tmp_path / "drawn")
     assert Image.open(picture).size == (16, 16)
+    asked = {"options": {"resolution": "24x16"}}
+    (picture,) = sample_export(student, read_export(student), ROWS[:1], 0, None, tmp_path / "wide", **asked)
+    assert Image.open(picture).size == (24, 16)
 
 
 @pytest.mark.parametrize(("flag", "name"), [("teacher_lora", "gone.safetensors"), ("student_weights", "a/b/c")])

@@ -158,7 +158,7 @@ def test_a_run_trains_exports_and_samples(model: Path, tmp_path: Path, to: Forma
         np.asarray(Image.open(sample_export(student, about, rows, 0, None, tmp_path / str(to), **given)[0])).astype(
             float
         )
-        for to, given in ((None, {}), (to, {"quantize": to}))
+        for to, given in ((None, {}), (to, {"options": {"quantize": to}}))
     )
     assert 0 < np.abs(whole - packed).mean() < 5
 

@@ -120,9 +120,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sd3.build(folder / "sd3")
+        lora = 0.3 * torch.randn(2, 32)
     (folder / "mine.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("seven\ntwo\nfour\n")
-    module, lora = "transformer.transformer_blocks.0.attn.to_q.lora_", torch.randn(2, 32)
+    module = "transformer.transformer_blocks.0.attn.to_q.lora_"
     save_file({f"{module}A.weight": lora, f"{module}B.weight": lora.T.contiguous()}, folder / "lora.safetensors")
     return folder
 

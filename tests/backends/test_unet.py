@@ -156,15 +156,6 @@ def test_the_empty_prompts_embeddings_in_place_of_zeros(built: Callable[..., Pat
         torch.testing.assert_close(found.value, output, rtol=1e-5, atol=4e-5)
 
 
-def test_another_resolution_is_told_to_the_network(built: Callable[..., Path]) -> None:
-    folder = built(sdxl.build)
-    family = Family(sdxl.build, call={"height": 24, "width": 24})
-    backend = prepared(folder, family, resolution=24)
-    for output, timestep, x_t in stock_steps(folder, family, 1.0):
-        found = backend.teacher(x_t, (timestep.double() / 1000).expand(len(PROMPTS)), backend.encode(PROMPTS))
-        torch.testing.assert_close(found.value, output, rtol=1e-5, atol=1e-5)
-
-
 # --- Weights and decoders ---------------------------------------------------------------------------------------------
 
 

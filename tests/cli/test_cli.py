@@ -541,6 +541,23 @@ def test_sample_writes_pictures_and_prints_where(call: Call, finished: Path, roo
     assert "rename the column 'file_name'" in call(sample, str(finished), "--prompts", "rows.jsonl")[2]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cpu_offload"], "--cpu_offload: the model family of {} does not read it; leave it out"),
+        (["--quantize", "int8"], "--quantize: the model family of {} does not read it; leave it out"),
+        (["--resolution", "64"], "--resolution: the model family of {} does not read it; leave it out"),
+        (["--resolution", "64,32"], "--resolution 64,32: give one size"),
+    ],
+)
+def test_sample_refuses_options_that_are_not_read(
+    call: Call, finished: Path, room: Path, flags: list[str], said: str
+) -> None:
+    code, out, err = call(sample, str(finished), "--prompt", "mode 1", *flags)
+    assert (code, out, err) == (2, "", f"dmdr-sample: {said.format(finished / 'student')}\n")
+    assert not (room / "samples").exists()
+
+
 def test_sample_is_its_seed(call: Call, finished: Path, room: Path) -> None:
     for name, seed in (("one", "5"), ("two", "5"), ("three", "6")):
         arguments = ("--prompt", "mode 1", "--num_images", "3", "--seed", seed, "--output_dir", name)

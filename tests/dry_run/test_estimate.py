@@ -249,6 +249,12 @@ def test_of_several_processes_one_is_estimated(
     assert dry(given, tmp_path).phases["stage 2"]["activations"] < alone.phases["stage 2"]["activations"]
 
 
+def test_of_several_sizes_the_largest_is_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "stage2_steps": 0, "fake_updates": 1}
+    largest, several = (dry(given | {"resolution": sizes}, tmp_path) for sizes in ("16x24", "16,16x24,8x24"))
+    assert several.phases == largest.phases and "16x24 px" in several.what
+
+
 def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
     """Neither it nor AdamW in one kernel takes a copy of the parameters while it steps."""
     given = {

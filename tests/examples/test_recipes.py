@@ -119,7 +119,7 @@ def test_fits_the_published_model(recipe: Path, tmp_path: Path, caplog: pytest.L
     settings = settings_of(recipe, model=str(recipe.parent / "architecture"))
     backend = settings.open_backend(settings.config.model)
     assert not caplog.records
-    assert backend.latent_shape[1:] == (settings.family.options["resolution"] // 8,) * 2
+    assert backend.latent_shape[1:] == (int(settings.family.options["resolution"]) // 8,) * 2
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

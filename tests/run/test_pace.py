@@ -76,6 +76,7 @@ def test_what_image_grids_and_evaluations_take(monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_says_once_which_setting_makes_it_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "dmdr")
     draw, measure = Observer.draw_grid, Observer.measure_student
 
     def slow(of: Any) -> Any:
