@@ -10,10 +10,10 @@ import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -37,11 +37,13 @@ from dmdr.run.job import Job, assemble, find_start
 from dmdr.run.observer import Observer
 from dmdr.run.overview import overview
 from dmdr.run.pace import GIB
+from dmdr.run.plan import Plan
 from dmdr.run.run import check_tracker
 from dmdr.run.trainers import Trainers
 from dmdr.settings.parse import Settings
+from dmdr.training.rollouts import Rollouts
 from dmdr.training.trainer import Trainer
-from dmdr.types import Condition, dtype_of
+from dmdr.types import Condition, Draw, dtype_of
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 NETWORK, AVERAGE, OPTIMIZER, GRADIENTS = "network, frozen", "average of the student", "optimizer states", "gradients"
@@ -209,13 +211,13 @@ def _simulated(job: Job) -> Estimate:
             for parameter in backend.parameters(role).values():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
-        # Further updates of the fake score find the same tensors alive, and so do further micro-batches but for what
-        # is kept of each prompt, one or two MiB.
-        few, passes = min(2, job.plan.rollouts), min(3, job.plan.batch.accumulated)
+        # Further updates of the fake score and further micro-batches find the same tensors alive, but for trajectories
+        # and prompts, whose bytes are added.
+        few, passes = min(2, job.plan.rollouts), min(2, job.plan.batch.accumulated)
         batch = replace(job.plan.batch, processes=1, accumulated=passes)
         plan = replace(job.plan, rounds=few, rollouts=few, batch=batch)
-        dry = replace(job, plan=plan, backend=Bridge(backend))
-        trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False))
+        dry = replace(job, plan=plan, backend=Bridge(backend, meter))
+        trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False), job.plan)
         trainer: Trainer | None = None
         for stage in job.plan.stages:
             trainer = None
@@ -365,8 +367,21 @@ class Process:
         return tensor
 
 
+@dataclass
 class DryTrainers(Trainers):
-    """Trainers on the CPU around a backend on the meta device, whose optimizers keep what they would on a GPU."""
+    """Trainers on the CPU around a backend on the meta device, whose optimizers keep what they would on a GPU.
+
+    Attributes:
+        real: The plan of the run, of which the job's has less.
+    """
+
+    real: Plan
+
+    def rollouts(self) -> Rollouts:
+        made, few = super().rollouts(), self.job.plan
+        given = {f.name: getattr(made, f.name) for f in fields(made)}
+        batch = self.real.batch.accumulated / few.batch.accumulated
+        return DryRollouts(**given, more=(batch, self.real.rollouts / few.rollouts, self.real.rounds / few.rounds))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
         if self.job.config.optim == "adamw_bnb_8bit":
@@ -374,18 +389,55 @@ class DryTrainers(Trainers):
         return torch.optim.AdamW(parameters, foreach=False, **options)  # one kernel on CUDA, and no copies, either
 
 
+@dataclass
+class DryRollouts(Rollouts):
+    """Rollouts that also hold what further micro-batches, rollouts and updates of the fake score would.
+
+    Attributes:
+        more: Micro-batches, rollouts and updates of the run, each over those that are followed.
+        rest: On the meta device, until the next rollouts.
+    """
+
+    more: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    rest: Tensor | None = None
+
+    def __call__(self, *args: Any, **options: Any) -> list[Draw]:
+        self.rest = None
+        draws = super().__call__(*args, **options)
+        batch, rollouts, rounds = self.more
+        kept = [t for d in draws for t in (d.rollout.x_t, d.rollout.x0, *d.rollout.cond.tensors.values())]
+        picked = [t for d in draws for t in (d.x_t, d.x0)]
+        # Of each sample there are also its direction, leaf and gradients.
+        alike = 4 * draws[-1].x0.nbytes * (batch - 1)
+        size = _bytes(kept) * (batch * rollouts - 1) + _bytes(picked) * (batch * rounds - 1) + alike
+        self.rest = torch.empty(int(size), dtype=torch.uint8, device=META)
+        return draws
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages."""
+    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 class Bridge:
     """A backend on the meta device, as a trainer on the CPU sees it; conditions stay on the meta device."""
 
-    def __init__(self, backend: PipelineBackend) -> None:
-        self._backend = backend
+    def __init__(self, backend: PipelineBackend, meter: Meter) -> None:
+        self._backend, self._meter = backend, meter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
     def _predict(self, role: str, x_t: Tensor, t: Tensor, cond: Condition, **options: float) -> Prediction:
-        found = getattr(self._backend, role)(x_t.to(META), t.to(META), cond, **options)
-        return replace(found, value=found.value.to(CPU), x_t=x_t, t=t)
+        backend, x, times = self._backend, x_t.to(META), t.to(META)
+        answer: Callable[[], Tensor] = lambda: getattr(backend, role)(x, times, cond, **options).value  # noqa: E731
+        if not torch.is_grad_enabled():
+            of = tuple((name, tensor.shape) for name, tensor in cond.tensors.items())
+            key = role, x.shape, of, *((name, value in (0, 1)) for name, value in options.items())
+            value = self._meter.passed(key, answer)
+        else:
+            value = answer()
+        return Prediction(value.to(CPU), backend.kind, x_t, t, backend.path)
 
     def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return self._predict("student", x_t, t, cond)
