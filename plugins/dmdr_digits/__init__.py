@@ -66,7 +66,7 @@ class Digits:
         "save_steps": 0,
         "sample_steps": 20,
         "sample_images": 40,
-        "num_eval_samples": 1000,
+        "num_eval_samples": 640,
         "objectives": {
             "grpo": {"num_generations": 8, "rl_weight": 1.0},
             "dpo": {"num_generations": 8, "rl_weight": 0.2},
