@@ -6,6 +6,7 @@ the teacher. Only the Frechet distance and the recall see it, so that all are re
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +63,122 @@ def _root(features: Tensor) -> Tensor:
     return torch.linalg.qr(features - features.mean(0), mode="r").R / math.sqrt(len(features) - 1)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean [D] and unbiased covariance [D, D] of features, float64.
+
+    Sets that are too large to keep are summed up in parts: `Moments.of(a) + Moments.of(b)` is that of both.
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Of features [N, D], any float dtype; N is 1 or more, and a single one has covariance 0."""
+        found = features.detach().cpu().double()
+        centred = found - found.mean(0)
+        return cls(len(found), found.mean(0), centred.T @ centred / max(len(found) - 1, 1))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Of both sets together (Chan et al. 1979, "Updating Formulae and a Pairwise Algorithm")."""
+        count, shift = self.count + other.count, other.mean - self.mean
+        scatter = (self.count - 1) * self.covariance + (other.count - 1) * other.covariance
+        scatter = scatter + self.count * other.count / count * torch.outer(shift, shift)
+        return Moments(count, self.mean + other.count / count * shift, scatter / (count - 1))
+
+
+def frechet_distance_of_moments(real: Moments, fake: Moments) -> float:
+    """`frechet_distance` of sets of which no more is known than their moments, such as published references.
+
+    Tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric. With fewer
+    samples than dimensions the roots of eigenvalues near 0 are less exact than those of `frechet_distance`.
+
+    Returns: 0 or more; NaN where a moment is not finite.
+
+    Raises:
+        ValueError: The features have different sizes.
+    """
+    if real.mean.shape != fake.mean.shape:
+        raise ValueError(f"features of {len(real.mean)} and of {len(fake.mean)} numbers cannot be compared")
+    tensors = [t.double() for each in (real, fake) for t in (each.mean, each.covariance)]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        return math.nan
+    mean_a, c_a, mean_b, c_b = tensors
+    values, vectors = torch.linalg.eigh(c_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ c_b @ root).clamp_min(0).sqrt().sum()
+    return max(0.0, float((mean_a - mean_b).square().sum() + c_a.trace() + c_b.trace() - 2 * overlap))
+
+
+def kernel_distance(
+    real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance (KID): the unbiased squared MMD of random subsets with the kernel (x y / D + 1)^3.
+
+    Unlike the Frechet distance it has no bias for small sets, and may therefore be a little below 0.
+
+    Args:
+        real, fake: Features [N, D] and [M, D], any float dtype. Computed in float64 on the CPU.
+        subsets: How many are drawn, each without replacement.
+        subset_size: Features of each in a subset; fewer where a set has fewer.
+        seed: Of the draws.
+
+    Returns: Mean and standard deviation over the subsets; NaN where a feature is not finite.
+
+    Raises:
+        ValueError: The shapes do not fit, or a set has fewer than two samples.
+
+    Source: Binkowski et al. 2018 (arXiv:1801.01401), eq. 3 and section 4.1.
+    """
+    _check(real, fake, least=2)
+    generator, distances = torch.Generator().manual_seed(seed), []
+    size = min(subset_size, len(real), len(fake))
+    for _ in range(subsets):
+        x, y = (
+            each[torch.randperm(len(each), generator=generator)[:size].to(each.device)].detach().cpu().double()
+            for each in (real, fake)
+        )
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        distances.append(within - 2 * xy.mean())
+    found = torch.stack(distances)
+    return float(found.mean()), float(found.std(unbiased=False))
+
+
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5, *, max_distances: int = 2**24) -> tuple[float, float]:
+    """How densely the fakes lie among real images, and the share of real images that they cover.
+
+        density = 1 / (k M) sum_f #{ r: |f - r| <= radius(r) }    coverage = mean_r [ any f with |f - r| <= radius(r) ]
+
+    with radii to the k-th nearest other real point. Density may exceed 1. Outliers among the fakes, which widen their
+    balls in `precision_recall`, change neither.
+
+    Args:
+        real, fake: Embeddings [N, D] and [M, D], any float dtype; more than k real ones.
+        k: Neighbours, 1 or more.
+        max_distances: Distances held at a time, which bounds the memory.
+
+    Raises:
+        ValueError: The shapes do not fit, or there are k real points or fewer.
+
+    Source: Naeem et al. 2020 (arXiv:2002.09797), eq. 4 and 5.
+    """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, not {k}")
+    _check(real, fake, least=1)
+    if len(real) <= k:
+        raise ValueError(f"density and coverage need more than {k} real images; there are {len(real)}")
+    real, fake = real.detach().float(), fake.detach().float()
+    radius = _radii(real, k, max_distances)
+    inside, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for part in fake.split(max(1, max_distances // len(real))):
+        within = _distances(part, real) <= radius
+        inside, covered = inside + int(within.sum()), covered | within.any(0)
+    return inside / (k * len(fake)), covered.double().mean().item()
+
+
 def precision_recall(
     real: Tensor, fake: Tensor, k: int = NEIGHBOURS, *, max_distances: int = 2**24
 ) -> tuple[float, float]:
@@ -93,24 +210,29 @@ def precision_recall(
     return _covered(fake, real, k, max_distances), _covered(real, fake, k, max_distances)
 
 
-def inception_score(probabilities: Tensor) -> float:
+def inception_score(probabilities: Tensor, chunk: int | None = None) -> float:
     """How sure a classifier is of each image, and of how many classes over all.
 
         score = exp( mean_x KL( p(y|x) || p(y) ) ),  p(y) = mean_x p(y|x)
 
     Args:
         probabilities: p(y|x), [N, C], any float dtype; rows sum to 1, N is 1 or more.
+        chunk: The mean of the scores of consecutive parts of so many images; by default all at once. ADM's evaluator
+            takes 5,000: images that are sorted by class then score less.
 
     Returns: From 1 (each image says the same) to C (certain, and every class as often); NaN where one is not finite.
 
     Raises:
         ValueError: It is no such matrix.
 
-    Source: Salimans et al. 2016 (arXiv:1606.03498), eq. 1; over all images at once, not over ten parts of them.
+    Source: Salimans et al. 2016 (arXiv:1606.03498), eq. 1.
     """
     if probabilities.ndim != 2 or probabilities.numel() == 0:
         raise ValueError(f"expected probabilities [N, C], not {list(probabilities.shape)}")
     p = probabilities.detach().cpu().double()
+    if chunk is not None:
+        parts = [inception_score(part) for part in p.split(chunk)]
+        return sum(parts) / len(parts)
     entropy = torch.special.entr(p).sum(1).mean()
     return float((torch.special.entr(p.mean(0)).sum() - entropy).exp())  # the mean KL is H(y) - H(y|x)
 
@@ -118,10 +240,16 @@ def inception_score(probabilities: Tensor) -> float:
 def _covered(points: Tensor, manifold: Tensor, k: int, max_distances: int) -> float:
     """Share of `points` inside the k-NN manifold of another set."""
     rows = max(1, max_distances // len(manifold))
-    # The k + 1st smallest: each point's distance to itself, 0, comes first.
-    radius = torch.cat([_distances(part, manifold).kthvalue(k + 1, dim=1).values for part in manifold.split(rows)])
+    radius = _radii(manifold, k, max_distances)
     inside = [(_distances(part, manifold) <= radius).any(dim=1).cpu() for part in points.split(rows)]
     return torch.cat(inside).double().mean().item()
+
+
+def _radii(points: Tensor, k: int, max_distances: int) -> Tensor:
+    """Distance of each point to its k-th nearest other, [N]."""
+    # The k + 1st smallest: each point's distance to itself, 0, comes first.
+    parts = points.split(max(1, max_distances // len(points)))
+    return torch.cat([_distances(part, points).kthvalue(k + 1, dim=1).values for part in parts])
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Tensor:

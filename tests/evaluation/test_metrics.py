@@ -14,7 +14,16 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from dmdr.evaluation.metrics import evaluate, frechet_distance, inception_score, precision_recall
+from dmdr.evaluation.metrics import (
+    Moments,
+    density_coverage,
+    evaluate,
+    frechet_distance,
+    frechet_distance_of_moments,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from dmdr.images import embed, image_grid, save, to_pil
 
 
@@ -119,6 +128,82 @@ def test_points_that_are_not_finite_lie_outside() -> None:
         precision_recall(real, real[:3])
     with pytest.raises(ValueError, match="k must be"):
         precision_recall(real, real, k=0)
+
+
+def test_moments_of_parts_are_those_of_the_whole(generator: torch.Generator) -> None:
+    features = 5 + torch.randn(700, 12, generator=generator)
+    whole = Moments.of(features)
+    summed = Moments.of(features[:1]) + Moments.of(features[1:400]) + Moments.of(features[400:])
+    assert summed.count == 700
+    torch.testing.assert_close(summed.mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(summed.covariance, whole.covariance, rtol=1e-10, atol=1e-12)
+    expected = torch.from_numpy(np.cov(features.double().numpy(), rowvar=False))
+    torch.testing.assert_close(whole.covariance, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_frechet_distance_of_moments_is_that_of_the_features(generator: torch.Generator) -> None:
+    real = torch.randn(300, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    fake = torch.randn(200, 16, generator=generator) @ torch.randn(16, 16, generator=generator) + 0.5
+    found = frechet_distance_of_moments(Moments.of(real), Moments.of(fake))
+    assert found == pytest.approx(frechet_distance(real, fake), rel=1e-9)
+    assert frechet_distance_of_moments(Moments.of(real), Moments.of(real)) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(frechet_distance_of_moments(Moments.of(real), Moments.of(fake * torch.nan)))
+    with pytest.raises(ValueError, match="of 16 and of 3 numbers"):
+        frechet_distance_of_moments(Moments.of(real), Moments.of(real[:, :3]))
+
+
+def test_metrics_of_the_same_features_are_torch_fidelitys(generator: torch.Generator) -> None:
+    fid, kid, isc, prc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "isc", "prc"))
+    real, fake = torch.randn(300, 24, generator=generator), 0.8 * torch.randn(250, 24, generator=generator) + 0.1
+    statistics = [
+        {"mu": each.double().mean(0).numpy(), "sigma": np.cov(each.double().numpy(), rowvar=False)}
+        for each in (fake, real)
+    ]
+    theirs = fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert frechet_distance(real, fake) == pytest.approx(theirs, rel=1e-6)
+    given = {"kid_subsets": 1, "kid_subset_size": 250, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1}
+    given |= {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
+    given |= {"kid_kernel_poly_coef0": 1, "rng_seed": 0, "verbose": False}
+    theirs = kid.kid_features_to_metric(fake.double(), real[:250].double(), **given)["kernel_inception_distance_mean"]
+    assert kernel_distance(real[:250], fake, subsets=1)[0] == pytest.approx(theirs, rel=1e-6)
+    logits = torch.randn(400, 10, generator=generator)
+    theirs = isc.isc_features_to_metric(logits, splits=4, shuffle=False)["inception_score_mean"]
+    assert inception_score(logits.double().softmax(1), chunk=100) == pytest.approx(theirs, rel=1e-6)
+    theirs = prc.prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100, verbose=False)
+    assert precision_recall(real, fake) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+def test_the_kernel_distance_has_no_bias(generator: torch.Generator) -> None:
+    """Of equal distributions it is 0 on average, also of few images; of others it is the closed form."""
+    pairs = [torch.randn(2, 40, 3, generator=generator, dtype=torch.float64) for _ in range(200)]
+    equal = [kernel_distance(a, b, subsets=1)[0] for a, b in pairs]
+    assert abs(np.mean(equal)) < 4 * np.std(equal) / math.sqrt(200)
+    # One dimension, unit Gaussians, one shifted by 1: E (x y + 1)^3 by the moments of a Gaussian.
+    x, y = torch.randn(2, 20_000, 1, generator=generator, dtype=torch.float64)
+    expected = (1 + 3 * 1) + (1 + 3 + 3 * 4 + 16) - 2 * (1 + 3 * 0 + 3 * 2 + 0)
+    found, spread = kernel_distance(x, y + 1, subsets=40, subset_size=500)
+    assert found == pytest.approx(expected, abs=4 * spread / math.sqrt(40))
+    with pytest.raises(ValueError, match="2 samples or more"):
+        kernel_distance(x[:1], y)
+
+
+def test_density_and_coverage_by_hand(generator: torch.Generator) -> None:
+    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])  # radii for k = 1: 1, 1, 2, 7
+    fake = torch.tensor([[-1.0], [-1.5], [4.5], [30.0]])
+    # -1 lies in the ball of 0 alone, 4.5 in those of 3 and 10, the others in none.
+    assert density_coverage(real, fake, k=1) == (3 / 4, 3 / 4)
+    points, others = torch.randn(2, 150, 6, generator=generator)
+    whole = density_coverage(points, others)
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    radius = distances.sort(1).values[:, 5]
+    inside = torch.cdist(others, points, compute_mode="donot_use_mm_for_euclid_dist") <= radius
+    assert whole == pytest.approx((inside.sum().item() / (5 * 150), inside.any(0).float().mean().item()))
+    assert density_coverage(points, others, max_distances=151) == whole
+    assert density_coverage(points, points + 1000) == (0.0, 0.0)
+    collapsed = points[3].expand(150, -1)
+    assert density_coverage(points, collapsed)[1] < 0.1
+    with pytest.raises(ValueError, match="more than 5 real images; there are 5"):
+        density_coverage(points[:5], others)
 
 
 class PixelJudge:
