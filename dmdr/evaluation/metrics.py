@@ -264,6 +264,19 @@ def _check(real: Tensor, fake: Tensor, least: int) -> None:
         raise ValueError(f"each set needs {least} samples or more; there are {len(real)} real and {len(fake)} fake")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What there is to say of a set of images.
+
+    Attributes:
+        metrics: By name.
+        totals: Weighted sum of the rewards of each image, [N], under `reward` and `eval_reward`, where there are such.
+    """
+
+    metrics: dict[str, float]
+    totals: dict[str, Tensor]
+
+
 @torch.no_grad()
 def evaluate(
     images: Tensor,
@@ -276,7 +289,7 @@ def evaluate(
     chunk: int = 128,
     device: torch.device | None = None,
     together: Callable[[Tensor], Tensor] = lambda values: values,
-) -> dict[str, float]:
+) -> Evaluation:
     """All metrics of one set of images: a column of the metric table.
 
     With a judge: `accuracy` in [0, 1], `frechet_distance` of `judge.features`, `precision` and `recall` of
@@ -306,6 +319,7 @@ def evaluate(
     device = images.device if device is None else device
     starts = range(0, len(images), chunk)
     metrics: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}
 
     if judge is not None:
         parts = [judge.correct(images[i : i + chunk].to(device), prompts[i : i + chunk]).float().cpu() for i in starts]
@@ -337,8 +351,9 @@ def evaluate(
         # The total is taken of all images at once, in case it depends on the statistics of its batch.
         scores = {name: together(torch.cat([part[name] for part in scored])) for name in scored[0]}
         metrics |= {f"{kind}/{name}": _finite_mean(values) for name, values in scores.items()}
-        metrics[f"{kind}/total"] = _finite_mean(scorer.total(scores))
-    return metrics
+        totals[kind] = scorer.total(scores)
+        metrics[f"{kind}/total"] = _finite_mean(totals[kind])
+    return Evaluation(metrics, totals)
 
 
 def _map(function: Callable[[Tensor], Tensor], images: Tensor, chunk: int, device: torch.device) -> Tensor:

@@ -54,6 +54,12 @@ METRICS = {
     "eval_reward": Metric(
         "Held-out rewards", "Rewards that only measure: the student was not trained on them.", "higher"
     ),
+    "guard": Metric(
+        "Beside stage 1",
+        "Beside images of the same prompts and noise at the end of stage 1: the gain of the trained "
+        "and of the held-out rewards (reward_gain, held_out_gain), how much images of one prompt differ, over how much "
+        "they did (variety), and the share of the earlier images that lie among the present ones (recall).",
+    ),
     "loss": Metric("Losses", "Of the fake score, of distribution matching and of each objective."),
     "grad_norm": Metric("Gradient norms", "Of each trained role, before clipping."),
     "rl_ratio": Metric(

@@ -70,7 +70,7 @@ class StageTimes:
 def write_report(run_folder: Path) -> Path:
     """Build `report.html` from what lies in a run folder, atomically.
 
-    Reads `config.yaml`, `overview.json`, `metrics.jsonl`, `evaluation.json`, `samples/teacher.png` and
+    Reads `config.yaml`, `overview.json`, `metrics.jsonl`, `evaluation.json`, `hacking.json`, `samples/teacher.png` and
     `samples/step-*.png`. Each of them may be missing; unreadable lines and images are left out.
 
     Returns: The path of the report.
@@ -105,12 +105,20 @@ def write_report(run_folder: Path) -> Path:
         others=[curve for curves in groups.values() for curve in curves],
         staged=len({row["stage"] for row in rows}) > 1,
         settings=settings.strip(),
+        hacked=_hacked(run_folder / "hacking.json"),
         command=[shlex.quote(f"{run_folder}{end}") for end in ("/config.yaml", "-again")],
         versions={"Python": platform.python_version()} | _versions(),
     )
     report = run_folder / "report.html"
     write_atomically(report, html.encode(errors="replace"))
     return report
+
+
+def _hacked(file: Path) -> str:
+    """What the guard against hacked rewards found last; "" if nothing."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads(file.read_text())[-1]["text"])
+    return ""
 
 
 def template(file: Path) -> jinja2.Template:

@@ -1,6 +1,7 @@
 """Image grids and evaluations written during a run, of student and teacher, from the same noise each time."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdr import images
+from dmdr.evaluation.guard import Look, thumbnails
 from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Denoiser, TeacherGrid
@@ -28,13 +30,17 @@ class Observer:
 
     Attributes:
         sampler: The student's, as its users run it.
-        rows: The prompt rows that image grids and evaluations begin with.
+        rows: The prompt rows of image grids.
+        eval_rows: Those of evaluations, each prompt several times.
     """
 
     def __init__(self, job: Job, accelerator: Any, output: Path) -> None:
         self.job, self.accelerator, self.sampler, self.output = job, accelerator, job.user_sampler, output
-        self.config = job.config
-        self.rows = job.prompts.first(max(job.config.sample_images, job.config.num_eval_samples))
+        self.config = config = job.config
+        self.rows = job.prompts.first(config.sample_images)
+        again = config.eval_images_per_prompt
+        prompts = job.prompts.first(math.ceil(config.num_eval_samples / again)) if config.num_eval_samples else []
+        self.eval_rows = [row for row in prompts for _ in range(again)][: config.num_eval_samples]
 
     def teacher(self) -> tuple[Denoiser, FewStepSampler]:
         """The teacher as its users run it: guided, many ODE steps at the model's own times."""
@@ -88,13 +94,15 @@ class Observer:
         draw("student", self.job.backend.student, self.sampler, f"step-{step:06d}.png")
         return grids
 
-    def measure_student(self, title: str) -> dict[str, float]:
-        """Its metrics as it is now."""
+    def measure_student(self, title: str) -> tuple[dict[str, float], Look | None]:
+        """Its metrics as it is now, and what the guard sees of it where there is a reward."""
         return self._measure(title, self.job.backend.student, self.sampler)
 
-    def evaluate_student(self, title: str) -> None:
+    def evaluate_student(self, title: str) -> Look | None:
         """Add its column."""
-        self._write_column(title, self.measure_student(title))
+        metrics, look = self.measure_student(title)
+        self._write_column(title, metrics)
+        return look
 
     def evaluate_teacher(self) -> None:
         """Add its columns: as its users run it, and in the student's steps."""
@@ -102,15 +110,16 @@ class Observer:
         samplers = {s.num_inference_steps: s for s in (sampler, self.sampler)}  # of the same steps, the student's
         for steps, chosen in samplers.items():
             title = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-            self._write_column(title, self._measure(title, denoiser, chosen))
+            self._write_column(title, self._measure(title, denoiser, chosen)[0])
 
-    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> dict[str, float]:
+    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> tuple[dict[str, float], Look | None]:
         """What the model's judge sees, and the rewards, those that only measure included."""
-        rows = self.rows[: self.config.num_eval_samples]
+        rows = self.eval_rows
         judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns([rows[index] for index in share_of(self.accelerator, len(rows))])
-        return evaluate(
+        everyone = partial(together, self.accelerator, count=len(rows))
+        found = evaluate(
             pictures,
             prompts,
             columns,
@@ -118,8 +127,14 @@ class Observer:
             self.job.rewards,
             self.job.eval_rewards,
             device=self.accelerator.device,
-            together=partial(together, self.accelerator, count=len(rows)),
+            together=everyone,
         )
+        if "reward" not in found.totals:
+            return found.metrics, None
+        totals = {kind: total.cpu() for kind, total in found.totals.items()}
+        small = everyone(thumbnails(pictures))
+        look = Look([row["prompt"] for row in rows], totals["reward"], small, totals.get("eval_reward"))
+        return found.metrics, look
 
     def _write_column(self, title: str, metrics: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:

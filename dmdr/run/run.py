@@ -55,6 +55,7 @@ from dmdr.run.pace import Pace
 from dmdr.run.plan import Stage
 from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
+from dmdr.run.watch import Watch
 from dmdr.settings.chosen import SUMS
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
@@ -138,6 +139,7 @@ class Run:
         self.plan = job.plan
         self.trainers = Trainers(job, self.accelerator, scaler)
         self.observer = Observer(job, self.accelerator, output)
+        self.watch = Watch(config, self.accelerator, output)
         self.log = RunLog(output, self.accelerator, config.report_to)
         self.pace = Pace(self.accelerator.device)
         self.keeper = Keeper(self.trainers, output, self.pace.sums)
@@ -164,6 +166,8 @@ class Run:
             self.keeper.resumed(first, progress.step, self.resume) if self.resume else self.trainers.of(first)
         )
         with self._opened(progress):
+            if self.resume and progress.stage == 2:
+                self.watch.resume([row["prompt"] for row in self.observer.eval_rows], progress.total)
             self.log.begin(self.job.settings.values())
             bar = tqdm(
                 total=self.plan.updates,
@@ -207,7 +211,9 @@ class Run:
         stream = self.trainers.prompts()
         some = self.plan.batches_read * stream.batch_size < size * stream.group_size
         drawn = stream.first(self.plan.batches_read) if some else self.job.prompts.first(size)
-        return [row["prompt"] for row in (*drawn, *self.observer.rows)] + own_prompts(self.job.objectives)
+        return [row["prompt"] for row in (*drawn, *self.observer.rows, *self.observer.eval_rows)] + own_prompts(
+            self.job.objectives
+        )
 
     def _load_initial(self) -> None:
         if self.initial is None or self.resume:
@@ -249,6 +255,9 @@ class Run:
                 self.job.backend.snapshot()
             if stage.first_step == 0:
                 self._draw_grid()
+            if stage.number == 2 and self._guards and not self.watch.before:
+                with self.pace.evaluating():
+                    self.watch.remember(self.observer.measure_student("before stage 2")[1], self.progress.total)
         self.pace.begin_stage()
         with closing(trainer.prompts), self.interrupts, self.pace.clock:
             try:
@@ -284,7 +293,11 @@ class Run:
         self._draw_grid()
         if config.num_eval_samples:
             with self.pace.evaluating():
-                self.observer.evaluate_student(f"stage {stage.number}")
+                look = self.observer.evaluate_student(f"stage {stage.number}")
+            if stage.number == 1 and self._guards:
+                self.watch.remember(look, self.progress.total)
+            else:
+                self.watch(look, self.progress.total)
 
     def _progress(self, stage: Stage, trainer: Trainer, consumed: int) -> Progress:
         return Progress(
@@ -294,6 +307,12 @@ class Run:
     def _noted(self, step: int, total: int) -> bool:
         """Whether an update, so many into the stage and into the run, gets a line in the log."""
         return step == 1 or step % self.config.logging_steps == 0 or self._evaluated(total)
+
+    @property
+    def _guards(self) -> bool:
+        """Whether the run can hack a reward, and is evaluated."""
+        rl = any(stage.objectives for stage in self.plan.stages)
+        return rl and self.job.rewards is not None and self.config.num_eval_samples > 0
 
     def _evaluated(self, total: int) -> bool:
         """Whether the student is evaluated after so many updates of the run."""
@@ -307,8 +326,9 @@ class Run:
                 values |= trainer.reward_metrics()
             if self._evaluated(self.progress.total):
                 with self.pace.evaluating(), self._averaged(trainer):
-                    found = self.observer.measure_student(f"step {self.progress.total}")
+                    found, look = self.observer.measure_student(f"step {self.progress.total}")
                 values |= {logged(name): value for name, value in found.items()}
+                values |= self.watch(look, self.progress.total)
         except Exception as error:  # of a reward: the update will be saved, and its line is not made again
             failure = error
         self.pace.add(values, seconds, self.plan.rollouts * trainer.prompts.batch_size)

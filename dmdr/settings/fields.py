@@ -205,12 +205,16 @@ class Config(Flags):
     sample_images: int = flag(8, "images of an image grid")
     num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 evaluates nothing")
     eval_steps: int = flag(0, "updates between further evaluations of the student; 0 makes none")
+    eval_images_per_prompt: int = flag(2, "images of each prompt in an evaluation")
+    on_hacking: Literal["warn", "stop"] = flag(
+        "warn", "what a run does where its evaluations speak for a hacked reward: say so, or save and stop"
+    )
     teacher_steps: int = flag(28, "sampling steps of the teacher in image grids and evaluation")
 
     def validate(self) -> None:
         super().validate()
         at_least_one = """num_inference_steps fake_updates num_generations sample_images per_device_train_batch_size
-            gradient_accumulation_steps logging_steps teacher_steps ddp_timeout"""
+            gradient_accumulation_steps logging_steps teacher_steps eval_images_per_prompt ddp_timeout"""
         for name in at_least_one.split():
             self._require(getattr(self, name) >= 1, name, "at least 1")
         not_negative = """stage1_steps stage2_steps warmup_steps rl_warmup_steps save_steps sample_steps eval_steps

@@ -19,6 +19,7 @@ DATASET = "prompt_column dataset_config dataset_train_split dataset_streaming"
 STAGE1 = "dyna_steps dyna_guidance dyna_renoise sample_weight sample_weights"
 STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_steps stage2_learning_rate
     stage2_fake_learning_rate"""
+EVALUATION = "eval_reward eval_rewards eval_steps eval_images_per_prompt on_hacking"
 MATCHING = "matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance"
 
 
@@ -93,7 +94,11 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
         # What is written
-        (not c.num_eval_samples, "eval_reward eval_rewards eval_steps", "without --num_eval_samples"),
+        (
+            not c.num_eval_samples,
+            "eval_reward eval_rewards eval_steps eval_images_per_prompt on_hacking",
+            "without --num_eval_samples",
+        ),
         (not c.dry_run, "architecture gpu_memory", "without --dry_run"),
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmdr.evaluation.metrics import (
+    Evaluation,
     Moments,
     density_coverage,
     evaluate,
@@ -242,7 +243,7 @@ def test_evaluate(chunk: int, generator: torch.Generator) -> None:
     real, images = torch.rand(2, 20, 3, 4, 4, generator=generator)
     prompts = ["0"] * 15 + ["1"] * 5
     label = [float(i) for i in range(20)]
-    metrics = evaluate(images, prompts, {"label": label}, PixelJudge(real), TwoRewards(), chunk=chunk)
+    metrics = evaluate(images, prompts, {"label": label}, PixelJudge(real), TwoRewards(), chunk=chunk).metrics
     assert set(metrics) == {
         *("accuracy", "frechet_distance", "precision", "recall"),
         *("reward/mean", "reward/column", "reward/total"),
@@ -260,9 +261,9 @@ def test_evaluate(chunk: int, generator: torch.Generator) -> None:
 def test_evaluate_without_judge_rewards_or_enough_images(generator: torch.Generator) -> None:
     images = torch.rand(3, 3, 4, 4, generator=generator)
     judge, columns = PixelJudge(images), {"label": [1.0, 2.0, 3.0]}
-    assert evaluate(images, ["0"] * 3, {}, None, None) == {}
-    assert evaluate(images, ["0"] * 3, {}, judge, None) == {"accuracy": 1.0}
-    metrics = evaluate(images, ["1"] * 3, columns, None, TwoRewards())
+    assert evaluate(images, ["0"] * 3, {}, None, None) == Evaluation({}, {})
+    assert evaluate(images, ["0"] * 3, {}, judge, None).metrics == {"accuracy": 1.0}
+    metrics = evaluate(images, ["1"] * 3, columns, None, TwoRewards()).metrics
     assert metrics["reward/column"] == 2.0
     assert math.isnan(metrics["reward/mean"])
     with pytest.raises(ValueError, match="3 images to evaluate, 2 prompts, 4 label"):
@@ -356,13 +357,15 @@ def test_only_a_judge_with_probabilities_gives_an_inception_score(generator: tor
             return torch.eye(3)[torch.arange(len(images)) % 3]
 
     real, images = torch.rand(2, 6, 3, 2, 2, generator=generator)
-    with_, without = (evaluate(images, ["0"] * 6, {}, kind(real), None, chunk=3) for kind in (SureJudge, PixelJudge))
+    with_, without = (
+        evaluate(images, ["0"] * 6, {}, kind(real), None, chunk=3).metrics for kind in (SureJudge, PixelJudge)
+    )
     assert with_.pop("inception_score") == pytest.approx(3)
     assert with_ == without
 
 
 def test_rewards_that_only_measure_are_named_apart(generator: torch.Generator) -> None:
     images, columns = torch.rand(4, 3, 2, 2, generator=generator), {"label": [1.0, 2.0, 3.0, 4.0]}
-    trained = evaluate(images, ["0"] * 4, columns, None, TwoRewards())
-    both = evaluate(images, ["0"] * 4, columns, None, TwoRewards(), TwoRewards())
+    trained = evaluate(images, ["0"] * 4, columns, None, TwoRewards()).metrics
+    both = evaluate(images, ["0"] * 4, columns, None, TwoRewards(), TwoRewards()).metrics
     assert both == trained | {f"eval_{name}": value for name, value in trained.items()}

@@ -272,6 +272,16 @@ def test_it_explains_the_metrics_that_are_there_and_no_others(run: Path) -> None
     assert "accuracy" not in page.text.lower()
 
 
+def test_a_hacked_reward_is_named_at_the_top(run: Path) -> None:
+    assert 'class="alarm"' not in check(run)[0]
+    findings = [{"text": "earlier"}, {"text": "the reward looks <hacked> since update 20"}]
+    (run / "hacking.json").write_text(json.dumps(findings))
+    html, _ = check(run)
+    assert html.index("the reward looks &lt;hacked&gt; since update 20.") < html.index("<h2>") and "earlier" not in html
+    (run / "hacking.json").write_text("[]")
+    assert 'class="alarm"' not in check(run)[0]
+
+
 def test_the_plan_is_shown(run: Path) -> None:
     (run / "overview.json").write_text('{"update": "64 images (64 a pass)", "stage 1": "5 updates"}')
     _, page = check(run)
