@@ -38,7 +38,15 @@ def cell(folder: Path, **settings: Any) -> dict[str, dict[str, float]]:
         settings |= {"num_eval_samples": 2000, "overwrite_output_dir": folder.exists()}
         train(model="digits", output_dir=str(folder), **settings)
     columns: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text())["columns"]
+    if "stage 2" in columns:
+        columns["stage 2"]["hacked"] = hacked_since(folder)
     return columns
+
+
+def hacked_since(folder: Path) -> float:
+    """The update at which the run's guard began to see a hacked reward; 0 if it never did."""
+    file = folder / "hacking.json"
+    return float(json.loads(file.read_text())[0]["since"]) if file.exists() else 0.0
 
 
 def measure(root: Path, seeds: list[int]) -> Cells:
@@ -118,6 +126,10 @@ def gates(rows: Cells) -> list[tuple[bool, str]]:
     gate("RL only: Frechet distance at least 3 x stage 1's", values, [v >= 3 for v in values])
     values = each(rl, "recall")
     gate("RL only: recall at most 0.3", values, [v <= 0.3 for v in values])
+    values = each(rl, "hacked")
+    gate("RL only: the guard sees a hacked reward, since update", values, [v > 0 for v in values])
+    values = each(joint, "hacked")
+    gate("joint: the guard sees none", values, [v == 0 for v in values])
     return found
 
 
