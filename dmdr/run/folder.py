@@ -29,7 +29,7 @@ SETTINGS, INPUTS = "config.yaml", "inputs.json"
 
 # What a run writes before its first update; the log has a line of that one.
 AT_THE_START = re.compile(
-    r"config\.yaml|inputs\.json|overview\.json|samples/(teacher|step-0+)\.png"
+    r"config\.yaml|inputs\.json|overview\.json|guard\.safetensors|samples/(teacher|step-0+)\.png"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
 

@@ -18,7 +18,8 @@ def look(*, gain: float = 0.0, held: float | None = None, spread: float = 1.0, s
     images = centre + spread * 0.1 * torch.randn(40, 4, 192, generator=generator) + shift
     noise = torch.randn(2, 160, generator=generator)
     other = None if held is None else noise[1] + held
-    return Look(PROMPTS, noise[0] + gain + 0.1 * torch.randn(160), images.reshape(160, 192), other)
+    jitter = torch.randn(160, generator=generator)
+    return Look(PROMPTS, noise[0] + gain + 0.1 * (jitter if gain else 0), images.reshape(160, 192), other)
 
 
 def causes(**now: Any) -> list[str]:
@@ -28,7 +29,7 @@ def causes(**now: Any) -> list[str]:
 
 def test_what_speaks_for_a_hacked_reward() -> None:
     rose, fell = causes(gain=0.5, spread=0.6)
-    assert rose.startswith("the trained reward rose by 0.5") and fell == (
+    assert rose.startswith("the trained reward rose by 0.") and fell == (
         "images of one prompt differ 0.36 times as much as after stage 1"
     )
     assert "the held-out rewards fell by 0.4 (" in causes(gain=0.5, held=-0.4)[1]

@@ -179,6 +179,7 @@ def test_run_folder_holds_what_it_promises(whole: Path) -> None:
         "checkpoints",
         "config.yaml",
         "evaluation.json",
+        "guard.safetensors",
         "inputs.json",
         "metrics.jsonl",
         "overview.json",

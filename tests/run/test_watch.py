@@ -9,6 +9,7 @@ import pytest
 import dmdr.run.run
 from dmdr import train
 from dmdr.errors import TrainingError
+from dmdr.run.folder import never_trained
 
 SMALL: dict[str, Any] = {
     "model": "toy", "per_device_train_batch_size": 32, "sample_steps": 0, "sample_images": 2, "report_to": "none",
@@ -83,3 +84,12 @@ def test_a_reference_that_cannot_be_read_costs_the_guard_alone(
         more["num_eval_samples"] = 32
     train(resume_from_checkpoint="latest", output_dir=str(run), **more)
     assert any("hacked rewards are not looked for: " in message for message in caplog.messages)
+
+
+def test_a_run_that_ended_before_its_first_update_may_be_replaced(first: Path, tmp_path: Path, no_report: None) -> None:
+    run = train(**ALONE | {"stage2_steps": 1}, init_student=str(first), output_dir=str(tmp_path / "run"))
+    early = tmp_path / "early"
+    early.mkdir()
+    for name in ("config.yaml", "inputs.json", "overview.json", "guard.safetensors"):
+        (run / name).rename(early / name)
+    assert never_trained(early)
