@@ -3,12 +3,14 @@
 import base64
 import math
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 CELL = 48  # px; smaller images are enlarged to at least this
@@ -67,10 +69,16 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int | None = N
     return picture
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Write an image, atomically; the suffix of `path` names the format, its folder is made."""
-    buffer = BytesIO()
-    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()])
+def save(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write an image, atomically; the suffix of `path` names the format, its folder is made.
+
+    Args:
+        text: Keys and values that a PNG file shall hold beside the pixels.
+    """
+    buffer, told = BytesIO(), PngInfo()
+    for key, value in (text or {}).items():
+        told.add_itxt(key, value)
+    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], pnginfo=told)
     write_atomically(path, buffer.getvalue())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dmdr.errors import ConfigError
 from dmdr.paths import NoisePath, Prediction
 from dmdr.randomness import Random
+from dmdr.sizes import Size
 from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
@@ -611,10 +612,14 @@ class GuidanceInput(Protocol):
 class SeveralSizes(Protocol):
     """A family whose images may have several sizes in a run; each update of the student draws one.
 
+    A draw's latents then have the shape of its update: what an objective builds for `latent_shape` fits the first size.
+
     Attributes:
-        latent_shapes: Of each size, at least one; `latent_shape`, of image grids and evaluations, is the first.
+        sizes: Width and height of images in pixels, at least one; those of image grids and evaluations come first.
+        latent_shapes: Of each size, in the same order; `latent_shape` is the first.
     """
 
+    sizes: Sequence[Size]
     latent_shapes: Sequence[tuple[int, ...]]
 
 

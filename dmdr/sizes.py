@@ -1,6 +1,7 @@
 """Image sizes, as users write them: `1024` (a square), `1152x896` (width x height), or several with commas."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -18,7 +19,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     """The sizes that a text names, in its order.
 
     Raises:
-        ValueError: If it names none, or one without pixels.
+        ValueError: If it names none, one without pixels, or one twice; in words that go on from "must be".
     """
     found = []
     for part in text.split(","):
@@ -27,9 +28,11 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
         if not width or not height:
             raise ValueError("sizes such as 1024 or 1152x896 (width x height), with commas between several")
         found.append(Size(width, height))
+    if len(set(found)) < len(found):
+        raise ValueError("different sizes")
     return tuple(found)
 
 
-def join_sizes(sizes: tuple[Size, ...]) -> str:
+def join_sizes(sizes: Sequence[Size]) -> str:
     """The text that names them."""
     return ",".join(map(str, sizes))

@@ -26,6 +26,7 @@ def own_cache() -> Iterator[None]:
     sources = (file.read_bytes() for file in sorted(PLUGIN.glob("*.py")) if file.name != "__init__.py")
     key = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DMDR_DIGITS_BUDGET", raising=False)
         patch.setenv("DMDR_CACHE", str(Path.home() / ".cache" / "dmdr" / "tests" / key))
         yield
 

@@ -29,6 +29,7 @@ from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, Note, autoca
 from dmdr.errors import ConfigError, one_line
 from dmdr.hub import is_hub_id
 from dmdr.paths import Prediction
+from dmdr.prompts import split_columns
 from dmdr.protocols import Role, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.device import chosen_precision
@@ -41,6 +42,7 @@ from dmdr.run.plan import Plan
 from dmdr.run.run import check_tracker
 from dmdr.run.trainers import Trainers
 from dmdr.settings.parse import Settings
+from dmdr.sizes import Size
 from dmdr.training.rollouts import Rollouts
 from dmdr.training.trainer import Trainer
 from dmdr.types import Condition, Draw, dtype_of
@@ -56,6 +58,7 @@ WHAT = {
     REST: "what networks keep for a backward pass, and what passes through them",
     GATHERED: "whole for as long as they compute",
 }
+FOLLOWED = 2  # micro-batches, rollouts and updates of the fake score; what more of them add is computed
 RUNNING = (AVERAGE, OPTIMIZER, GRADIENTS, REST)
 
 
@@ -130,9 +133,10 @@ def estimate(settings: Settings) -> Estimate:
     _, resume = choose_folder(settings.config)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it; one of them is followed
     find_start(settings, resume, processes)
-    job = _weightless(assemble(settings, processes))
+    real = assemble(settings, processes)
+    job = _weightless(real)
     try:
-        return _simulated(job)
+        return _simulated(job, real.backend.sizes)  # type: ignore[attr-defined]
     except ConfigError:
         raise
     except (NotImplementedError, RuntimeError, ValueError, LookupError) as error:
@@ -173,7 +177,7 @@ def _on_meta(rewards: Rewards) -> Rewards:
     return found
 
 
-def _simulated(job: Job) -> Estimate:
+def _simulated(job: Job, sizes: Sequence[Size]) -> Estimate:
     config, backend = job.config, job.backend
     assert isinstance(backend, PipelineBackend)
     roles = job.plan.roles
@@ -213,7 +217,7 @@ def _simulated(job: Job) -> Estimate:
                     parameter.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
         # Further updates of the fake score and further micro-batches find the same tensors alive, but for trajectories
         # and prompts, whose bytes are added.
-        few, passes = min(2, job.plan.rollouts), min(2, job.plan.batch.accumulated)
+        few, passes = min(FOLLOWED, job.plan.rollouts), min(FOLLOWED, job.plan.batch.accumulated)
         batch = replace(job.plan.batch, processes=1, accumulated=passes)
         plan = replace(job.plan, rounds=few, rollouts=few, batch=batch)
         dry = replace(job, plan=plan, backend=Bridge(backend, meter))
@@ -233,7 +237,7 @@ def _simulated(job: Job) -> Estimate:
     names = (ENCODERS, REWARDS, *parts, *RUNNING)
     uncounted = [name for each in sums for name, (_, reward) in each.parts.items() if isinstance(reward, AnyReward)]
     return Estimate(
-        overview(job, trainers.own_learners, precision=precision),
+        overview(job, trainers.own_learners, precision=precision, sizes=sizes),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",
         {name: number for name, number in parameters.items() if number},
         {phase: {name: peak[name] for name in dict.fromkeys(names) if peak[name]} for phase, peak in phases.items()},
@@ -308,7 +312,10 @@ def _train(trainer: Trainer, meter: Meter, shares: Shares) -> Counter[str]:
             meter.label(AVERAGE, learner.ema.average.values(), count)
     meter.restart()
     trainer.train_step(noted=True)  # as in a step that is logged
-    return meter.peak
+    peak = meter.peak
+    assert isinstance(trainer.rollouts, DryRollouts)
+    trainer.rollouts.end_step()
+    return peak
 
 
 def _draw(observer: Observer, meter: Meter) -> Counter[str]:
@@ -372,7 +379,7 @@ class DryTrainers(Trainers):
     """Trainers on the CPU around a backend on the meta device, whose optimizers keep what they would on a GPU.
 
     Attributes:
-        real: The plan of the run, of which the job's has less.
+        real: The plan of the run; that of the job has fewer micro-batches, rollouts and updates.
     """
 
     real: Plan
@@ -394,24 +401,37 @@ class DryRollouts(Rollouts):
     """Rollouts that also hold what further micro-batches, rollouts and updates of the fake score would.
 
     Attributes:
-        more: Micro-batches, rollouts and updates of the run, each over those that are followed.
-        rest: On the meta device, until the next rollouts.
+        more: Micro-batches, rollouts and updates of the fake score of the run, each over the number that is followed.
+        rest: As many bytes on the meta device: while rollouts are made, and then until the next ones.
     """
 
     more: tuple[float, float, float] = (1.0, 1.0, 1.0)
     rest: Tensor | None = None
+    _trajectories: float = 0.0
 
     def __call__(self, *args: Any, **options: Any) -> list[Draw]:
-        self.rest = None
-        draws = super().__call__(*args, **options)
         batch, rollouts, rounds = self.more
+        steps, samples = self.sampler.num_inference_steps, self.count * (self.mine.stop - self.mine.start)
+        prompts, columns = split_columns(self.prompts.prompts.first(1))
+        state = 4 * prod(self.backend.latent_shape)  # float32
+        made = (3 * steps + 1) * state + _bytes(self.backend.encode(prompts, **columns).tensors.values())
+        self._hold(samples * (batch * rollouts - 1) * made)  # noise, states and answers
+        draws = super().__call__(*args, **options)
         kept = [t for d in draws for t in (d.rollout.x_t, d.rollout.x0, *d.rollout.cond.tensors.values())]
         picked = [t for d in draws for t in (d.x_t, d.x0)]
         # Of each sample there are also its direction, leaf and gradients.
         alike = 4 * draws[-1].x0.nbytes * (batch - 1)
-        size = _bytes(kept) * (batch * rollouts - 1) + _bytes(picked) * (batch * rounds - 1) + alike
-        self.rest = torch.empty(int(size), dtype=torch.uint8, device=META)
+        self._trajectories = _bytes(kept) * (batch * rollouts - 1)
+        self._hold(self._trajectories + _bytes(picked) * (batch * rounds - 1) + alike)
         return draws
+
+    def end_step(self) -> None:
+        """Only the trajectories stay."""
+        self._hold(self._trajectories)
+
+    def _hold(self, size: float) -> None:
+        self.rest = None  # before there is another
+        self.rest = torch.empty(int(size), dtype=torch.uint8, device=META)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -70,7 +70,12 @@ class Meter(TorchDispatchMode):
         self._sum = self._highest = 0
 
     def passed(self, key: Any, run: Callable[[], Tensor]) -> Tensor:
-        """The answer of a pass without gradient; one of a key that has passed before needs as much, and is not run."""
+        """The answer of a pass without gradient.
+
+        Args:
+            key: What its memory depends on. Of passes with the same key the first is run, and counted for the others.
+            run: The pass.
+        """
         if key in self._passes:
             answer, more, parts = self._passes[key]
             if self._sum + more > self._highest:

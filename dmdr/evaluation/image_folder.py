@@ -36,22 +36,21 @@ def check_place(folder: Path, rows: Sequence[Row]) -> None:
     if any("file_name" in row for row in rows):
         raise ConfigError(f"--prompts: rename the column 'file_name': {INDEX} uses this name for the images")
     index = find_index(str(folder))
-    if index and not (index.name == INDEX and _named(index) <= set(_names(len(rows)))):
+    if index and not (index.name == INDEX and _named(index) <= set(names(len(rows)))):
         what = f"{index} lists other images than the {len(rows)} of this command"
         raise ConfigError(f"--output_dir {folder}: {what}; give another folder, or empty this one")
 
 
-def save_images(folder: Path, pictures: Sequence[Image.Image], rows: Sequence[Row]) -> list[Path]:
-    """Write images with their prompt rows, as many of each, and the index at last; returns the images' paths."""
-    names = _names(len(rows))
-    for name, picture in zip(names, pictures, strict=True):
-        images.save(picture, folder / name)
-    lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in zip(names, rows, strict=True)]
+def write_index(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write the index of images that are there, one for each prompt row; returns the images' paths."""
+    found = names(len(rows))
+    lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in zip(found, rows, strict=True)]
     images.write_atomically(folder / INDEX, "".join(lines).encode())
-    return [folder / name for name in names]
+    return [folder / name for name in found]
 
 
-def _names(count: int) -> list[str]:
+def names(count: int) -> list[str]:
+    """Of so many images' files."""
     return [f"{i:04d}.png" for i in range(count)]
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from dmdr.errors import ConfigError, one_line, printable
-from dmdr.protocols import LORA_FILE, Backend, Sampler
+from dmdr.protocols import LORA_FILE, Backend, Sampler, SeveralSizes
 from dmdr.run import durable
 from dmdr.settings.fields import typed
 from dmdr.sizes import Size
@@ -89,7 +89,9 @@ def export(
         snippet=snippet,
         fence="`" * max(3, _longest_run(snippet) + 1),
         lora=(partial / LORA_FILE).exists(),
-        sizes=" and ".join(map(str, sizes)) if len(sizes := getattr(backend, "sizes", ())) > 1 else "",
+        sizes=" and ".join(map(str, backend.sizes))
+        if isinstance(backend, SeveralSizes) and len(backend.sizes) > 1
+        else "",
         stochastic=sampler.eta > 0 and len(sampler.t) > 2,
     )
     (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text
@@ -142,8 +144,8 @@ def resolution_of(about: Mapping[str, Any]) -> str | None:
         about: As `read_export` returns it.
     """
     told, call = about["options"].get("resolution"), about["call"]
-    if told is None and {"width", "height"} <= call.keys():  # the model's own
-        told = Size(call["width"], call["height"])
+    if told is None and None not in (sides := (call.get("width"), call.get("height"))):  # the model's own
+        told = Size(*sides)
     return None if told is None else str(told)
 
 

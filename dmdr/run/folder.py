@@ -183,7 +183,7 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
         f"--{name} is {value} now, and was {before[name]}"
         for name, value in settings.items()
         if name in before and before[name] != (list(value) if isinstance(value, tuple) else value)
-        if str(before[name]) != value  # older files have the resolution as a number
+        if name != "resolution" or str(before[name]) != value  # which older files have as a number
     ]
     if read_progress(checkpoint).torn:
         found.append(f"{checkpoint} was saved during a failed update; the run goes on, but its result may differ")

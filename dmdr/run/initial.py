@@ -1,6 +1,6 @@
 """What a student to start from is, and was trained for, where the run uses it otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from dmdr.settings.parse import read_yaml
 from dmdr.sizes import Size, join_sizes, parse_sizes
 
 
-def differences(initial: Path, steps: int, sizes: tuple[Size, ...]) -> list[str]:
+def differences(initial: Path, steps: int, sizes: Sequence[Size]) -> list[str]:
     """How the run that a student comes from used it otherwise.
 
     Args:
@@ -38,7 +38,7 @@ def _trained_for(initial: Path) -> tuple[int | None, tuple[Size, ...]]:
 
 
 def _sizes(value: Any) -> tuple[Size, ...]:
-    """What a file of anybody has in the place of sizes; older files have a number."""
+    """The sizes that a file names, as a text or, in older files, as a number; none where it names no sizes."""
     try:
         return parse_sizes(str(value))
     except ValueError:

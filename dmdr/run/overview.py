@@ -7,9 +7,17 @@ from torch import nn
 from dmdr.protocols import OwnLearner, SeveralSizes
 from dmdr.run.job import Job
 from dmdr.run.plan import Stage
+from dmdr.sizes import Size
 
 
-def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: str, device: str = "") -> dict[str, str]:
+def overview(
+    job: Job,
+    own: Mapping[str, Sequence[OwnLearner]],
+    *,
+    precision: str,
+    device: str = "",
+    sizes: Sequence[Size] = (),
+) -> dict[str, str]:
     """Title -> text.
 
     Args:
@@ -17,6 +25,7 @@ def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: st
         own: What matching ("") and objectives train beside student and fake score, by objective.
         precision: Of the networks.
         device: Where the main process runs; "" of a dry run.
+        sizes: Of images; the backend's by default.
     """
     config, plan, family, backend = job.config, job.plan, job.settings.family, job.backend
     trained = {"student": backend.parameters("student")}
@@ -24,15 +33,14 @@ def overview(job: Job, own: Mapping[str, Sequence[OwnLearner]], *, precision: st
         trained["fake score"] = backend.parameters("fake_score")
     active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
     trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
-    shapes = backend.latent_shapes if isinstance(backend, SeveralSizes) else [backend.latent_shape]
-    sizes = " or ".join(map(str, getattr(backend, "sizes", shapes)))
+    sizes = sizes or (backend.sizes if isinstance(backend, SeveralSizes) else ())
     low, high = plan.guidance
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     lines = {
         "model": config.model,
         "family": family.name,
         "trained parameters": ", ".join(f"{name} {_count(parameters):,}" for name, parameters in trained.items()),
-        "update": str(plan.batch) + (f", all of one size: {sizes}" if len(shapes) > 1 else ""),
+        "update": str(plan.batch) + (f", of one of the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""),
         "student": f"{plan.num_inference_steps} steps, trained at eta {job.sampler.eta:g}, used at eta "
         f"{job.user_sampler.eta:g}",
         "matching": f"{config.matching}, {plan.rounds} updates of the fake score and {plan.rollouts} rollouts for each "

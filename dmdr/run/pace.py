@@ -58,18 +58,22 @@ class Pace:
         self.evaluation += time.perf_counter() - started
 
     def evaluated(self) -> str:
-        """What they have taken since the run was opened, in this process."""
+        """Seconds of image grids and evaluations, and of the whole run, in this process."""
         whole = time.perf_counter() - self._opened
         return f"{self.evaluation:.0f} of {whole:.0f} seconds ({self.evaluation / whole:.0%})"
 
-    def too_often(self, seconds: float, every: int) -> str:
-        """The share of the training's time of what takes these seconds after every so many updates; "" of a small one.
+    def too_often(self, seconds: float, flag: str, every: int) -> str:
+        """Whether something takes much of the training's time, in words; "" if it does not.
 
-        There must have been an update in this stage.
+        Args:
+            seconds: Of one time.
+            flag: The setting that says how often it is done.
+            every: Updates between two times; there has been one in this stage.
         """
         update = self._in_updates / self._done
         share, enough = seconds / (seconds + every * update), ceil((1 / MUCH - 1) * seconds / update)
-        return f"{share:.0%} of the training's time; {enough} would make it {MUCH:.0%}" if share > MUCH else ""
+        text = f"take {share:.0%} of the training's time; --{flag} {enough} would make it {MUCH:.0%}"
+        return text if share > MUCH else ""
 
     def seconds_left(self, updates: int) -> float:
         """Of a run with so many updates to come, if all go on as those of this stage, evaluations and all."""

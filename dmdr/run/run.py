@@ -19,7 +19,7 @@ from dmdr import images
 from dmdr.errors import ConfigError, TrainingError, not_exiting, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
-from dmdr.protocols import CachesPrompts, Shardable
+from dmdr.protocols import CachesPrompts, SeveralSizes, Shardable
 from dmdr.run import durable
 from dmdr.run.checkpoint import (
     Progress,
@@ -63,6 +63,7 @@ from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
 
 logger = logging.getLogger("dmdr")
+OFTEN = {"sample_steps": "image grids", "eval_steps": "evaluations"}  # what is done every so many updates
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # the time left is ours, that of the log
 
 
@@ -220,7 +221,8 @@ class Run:
             return
         backend = self.job.backend
         if self.accelerator.is_main_process:
-            for what in differences(self.initial, self.plan.num_inference_steps, getattr(backend, "sizes", ())):
+            sizes = backend.sizes if isinstance(backend, SeveralSizes) else ()
+            for what in differences(self.initial, self.plan.num_inference_steps, sizes):
                 logger.warning("--init_student %s %s", self.initial, what)
         if (self.initial / "progress.json").is_file():
             role = "ema" if holds(self.initial, "ema") else "student"  # what its users got
@@ -361,10 +363,10 @@ class Run:
 
     def _weigh(self, flag: str, seconds: float) -> None:
         """Say it once where what is done every so many updates takes much of the training's time."""
-        often = self.pace.too_often(seconds, getattr(self.config, flag))
+        often = self.pace.too_often(seconds, flag, getattr(self.config, flag))
         if often and flag not in self._said and self.accelerator.is_main_process:
             self._said.add(flag)
-            logger.warning("--%s %d: this takes %s", flag, getattr(self.config, flag), often)
+            logger.warning("%s %s", OFTEN[flag], often)
 
     def _draw_grid(self) -> None:
         with self.pace.evaluating():

@@ -1,6 +1,6 @@
 """The student's trajectories, as few and as short as a step needs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -128,38 +128,34 @@ class Rollouts:
         own = torch.cat([self.own(each.until) for each in wanted])
         order = own.argsort(descending=True, stable=True)
         until = self._falling(wanted, len(samples)).tolist()
-        chunks = []
+        steps, count, latent = self.sampler.num_inference_steps, len(samples), noise.shape[2:]
+        states, answers = noise.new_empty(steps + 1, len(order), *latent), noise.new_empty(steps, len(order), *latent)
+        kept = noise.new_empty(steps - 1, len(order), dtype=torch.float64) if log_prob and steps > 1 else None
         for start in range(0, len(order), self.batch_size):
             part = slice(start, start + self.batch_size)
-            chunks.append(
-                self.sampler.rollout(
-                    self.backend.student,
-                    noise[order[part].to(noise.device, non_blocking=True)].transpose(0, 1),
-                    cond.ordered(order[part]),
-                    log_prob=log_prob,
-                    until=until[part],
-                    finish=finish,
-                )
+            rows = order[part].to(noise.device, non_blocking=True)
+            chunk = self.sampler.rollout(
+                self.backend.student,
+                noise[rows].transpose(0, 1),
+                cond.ordered(order[part]),
+                log_prob=log_prob,
+                until=until[part],
+                finish=finish,
             )
-        back = order.argsort().to(noise.device, non_blocking=True)
-
-        def parted(parts: Iterable[Tensor]) -> Sequence[Tensor]:
-            """Of each rollout, in the order of its samples."""
-            return torch.cat(list(parts), 1)[:, back].split(len(samples), 1)
-
-        states, answers = parted(chunk.x_t for chunk in chunks), parted(chunk.x0 for chunk in chunks)
-        kept = parted(chunk.log_prob for chunk in chunks if chunk.log_prob is not None) if log_prob else ()
+            states[:, rows], answers[:, rows] = chunk.x_t, chunk.x0
+            if kept is not None and chunk.log_prob is not None:
+                kept[:, rows] = chunk.log_prob
         samples = samples.to(noise.device, non_blocking=True)
         return [
             Rollout(
-                cond=cond[i * len(samples) : (i + 1) * len(samples)],
+                cond=cond[i * count : (i + 1) * count],
                 t=self.sampler.t,
-                x_t=states[i],
-                x0=answers[i],
+                x_t=states[:, i * count : (i + 1) * count],
+                x0=answers[:, i * count : (i + 1) * count],
                 sample=samples,
                 group=samples // self.prompts.group_size,
-                log_prob=kept[i] if kept else None,
-                finished=finish or bool((each.until == self.sampler.num_inference_steps - 1).all()),
+                log_prob=kept[:, i * count : (i + 1) * count] if kept is not None else None,
+                finished=finish or bool((each.until == steps - 1).all()),
             )
             for i, each in enumerate(wanted)
         ]
@@ -176,9 +172,9 @@ class Rollouts:
 
     def latent_shape(self, ctx: StepContext) -> tuple[int, ...]:
         """Of this update's images, in all of its rollouts and all processes."""
-        shapes = self.backend.latent_shapes if isinstance(self.backend, SeveralSizes) else [self.backend.latent_shape]
-        if len(shapes) == 1:
-            return shapes[0]
+        if not isinstance(self.backend, SeveralSizes) or len(self.backend.latent_shapes) == 1:
+            return self.backend.latent_shape
+        shapes = self.backend.latent_shapes
         of_update = replace(ctx.random, phase="update", iteration=0)
         return shapes[int(of_update.integers("size", torch.zeros(1, dtype=torch.int64), len(shapes)))]
 

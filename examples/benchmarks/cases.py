@@ -22,7 +22,7 @@ STEADY = {"stage1_steps": 0, "seed": 0, "num_eval_samples": 0, "report_to": "non
 DISTILS = {"reward": "none", "sample_weight": "none", "dyna_guidance": 0.0, "dyna_renoise": [1.0, 1.0]}
 DISTILS |= {"stage1_steps": 1000, "stage2_steps": 0}
 GROUPS = {"num_generations": 4}
-# Of the published models, as in their recipes but for optimizer and T5.
+# Of the published models: LoRA students, the same settings for all, and the small CLIP of the digits as reward.
 LARGE = {"mixed_precision": "bf16", "gradient_checkpointing": True, "per_device_train_batch_size": 4}
 LARGE |= {"learning_rate": 1e-6, "fake_learning_rate": 5e-7, "rl_weight": 1.0}
 SD3 = LARGE | {"gradient_checkpointing": False, "max_sequence_length": 128, "gradient_accumulation_steps": 4}

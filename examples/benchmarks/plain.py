@@ -14,7 +14,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from peft import LoraConfig
 from torch import Tensor
@@ -26,7 +25,6 @@ from dmdr.randomness import Random
 from dmdr.run.job import assemble
 from dmdr.settings.parse import Settings
 from dmdr.training.phases import phase
-from dmdr_sit.pipeline import SiTPipeline
 
 from .stock import STOCK, Cond
 
@@ -78,14 +76,14 @@ class Plain:
         self.device, self.dtype, self.rewards = device, dtype, job.rewards
         self.stage = job.plan.stages[0]
         options: Any = job.backend.options
-        kind = SiTPipeline if "SiT" in type(job.backend).__name__ else diffusers.DiffusionPipeline
         index = json.loads((Path(job.folder) / "model_index.json").read_text())
+        stock = STOCK[index["_class_name"]]
         absent = {name: None for name, value in index.items() if value == [None, None]}
         with quiet():  # the code that a SiT's folder brings is ours
-            pipe = kind.from_pretrained(job.folder, dtype=dtype, trust_remote_code=True, **absent)
+            pipe = stock.pipeline.from_pretrained(job.folder, dtype=dtype, trust_remote_code=True, **absent)
         self.pipe: Any = pipe.to(device)
         self.path, size = job.backend.path, job.backend.sizes[0]  # type: ignore[attr-defined]
-        self.stock = STOCK[index["_class_name"]](self.pipe, self.path, getattr(job.backend, "text_length", 0), size)
+        self.stock = stock(self.pipe, self.path, getattr(job.backend, "text_length", 0), size)
         self.teacher = self.stock.network.requires_grad_(False).eval()
         self.pipe.vae.requires_grad_(False)
         self.generator = deepcopy(self.teacher)

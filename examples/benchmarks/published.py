@@ -20,7 +20,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from dmdr_digits.text import build_text_encoder, build_tokenizer, told_apart
+from dmdr_digits.text import build_text_encoder, build_tokenizer, with_large_embeddings
 from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def flux(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, subfolder="scheduler"),
         text_encoder=build_text_encoder(clip, CLIP_L, projected=False),
         tokenizer=clip,
-        text_encoder_2=told_apart(T5EncoderModel(config)),
+        text_encoder_2=with_large_embeddings(T5EncoderModel(config)),
         tokenizer_2=t5,
     ).save_pretrained(folder)
 

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dmdr.paths import NoisePath
 from dmdr.prompts import Row
+from dmdr_sit.pipeline import SiTPipeline
 
 Cond = tuple[Tensor, ...]
 
@@ -16,6 +18,7 @@ class Stock:
     """A pipeline on a device.
 
     Attributes:
+        pipeline: The class that loads it.
         network: Its denoising network.
         eps: Whether that predicts the noise; else it predicts the velocity eps - x0.
         guided: Whether guidance is an input of the network.
@@ -23,7 +26,8 @@ class Stock:
 
     name: ClassVar[str] = "transformer"
     eps: ClassVar[bool] = False
-    guided: ClassVar[bool] = False
+    pipeline: ClassVar[Any] = DiffusionPipeline
+    guided = False
 
     def __init__(self, pipe: Any, path: NoisePath, text_length: int, size: tuple[int, int]) -> None:
         self.pipe, self.path, self.text_length, self.size = pipe, path, text_length, size
@@ -60,6 +64,8 @@ class SD3(Stock):
 class SiT(Stock):
     """`SiTPipeline`."""
 
+    pipeline = SiTPipeline
+
     def encode(self, rows: Sequence[Row]) -> Cond:
         return (torch.tensor([row["label"] for row in rows], device=self.pipe.device),)
 
@@ -91,9 +97,11 @@ class SDXL(Stock):
 
 
 class Flux(Stock):
-    """`FluxPipeline` of a guidance-distilled network."""
+    """`FluxPipeline`."""
 
-    guided = True
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.guided = bool(self.network.config.guidance_embeds)
 
     def encode(self, rows: Sequence[Row]) -> Cond:
         sequence, pooled, _ = self.pipe.encode_prompt(
@@ -106,7 +114,7 @@ class Flux(Stock):
         answer = network(
             hidden_states=self.pipe._pack_latents(x_t, count, channels, height, width),
             timestep=t.to(x_t.dtype),
-            guidance=torch.full((count,), guidance, device=x_t.device),
+            guidance=torch.full((count,), guidance, device=x_t.device) if self.guided else None,
             encoder_hidden_states=cond[0],
             pooled_projections=cond[1],
             txt_ids=x_t.new_zeros(cond[0].shape[1], 3),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from dmdr import images, train
-from dmdr.cli.sample import sample_export
+from dmdr.run.drawing import open_export
 from dmdr_digits import Digits
 
 REWARD = "reward/total"
@@ -144,9 +144,7 @@ def picture(root: Path, seed: int, path: Path) -> None:
     for axes, (title, name) in zip(top.subplots(1, 3), runs.items(), strict=True):
         student = root / f"{name}-seed{seed}" / "student"
         about = json.loads((student / "sampling.json").read_text())
-        paths = sample_export(
-            student, about, [{"prompt": prompt} for prompt in prompts], 0, None, root / "drawn" / name
-        )
+        paths = open_export(student, about).draw([{"prompt": prompt} for prompt in prompts], 0, root / "drawn" / name)
         pixels = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255
         axes.imshow(images.image_grid(torch.tensor(pixels).permute(0, 3, 1, 2), columns=10), interpolation="nearest")
         axes.set_title(title)

@@ -33,7 +33,10 @@ class Network(nn.Module):
 
 
 class DigitJudge:
-    """The `Judge` of the digits; images are [B, 3, 8, 8] in [0, 1], results are on their device."""
+    """The `Judge` of the digits; images are [B, 3, H, W] in [0, 1], results are on their device.
+
+    It was trained on 8 x 8 pixels, which it makes of other sizes.
+    """
 
     def __init__(self, folder: Path) -> None:
         state = load_file(folder / "judge.safetensors")
@@ -44,29 +47,35 @@ class DigitJudge:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The penultimate layer, [B, 64]."""
-        return SCALE * self._network.to(images.device).body(images.float().mean(1, keepdim=True))
+        return SCALE * self._network.to(images.device).body(as_scans(images).mean(1, keepdim=True))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """The first 32 principal components of the pixels, [B, 32]."""
-        pixels = images.float().mean(1).flatten(1)
+        pixels = as_scans(images).mean(1).flatten(1)
         return (pixels - self._mean.to(pixels.device)) @ self._basis.to(pixels.device)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """Of the ten digits, [B, 10]."""
-        return self._network.to(images.device)(images.float()).softmax(1)
+        return self._network.to(images.device)(as_scans(images)).softmax(1)
 
     @torch.no_grad()
     def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """1 where the image is classified as the digit that its prompt names, else 0, [B] float32."""
         asked = torch.tensor([label_of(prompt) for prompt in prompts], device=images.device)
-        predicted = self._network.to(images.device)(images.float()).argmax(1)
+        predicted = self._network.to(images.device)(as_scans(images)).argmax(1)
         return (predicted == asked).float()
 
     def reference(self) -> Tensor:
         """All 1,797 real scans."""
         return scans().images
+
+
+def as_scans(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in the size of the scans, [B, 3, 8, 8] float32."""
+    images = images.float()
+    return images if images.shape[2:] == (8, 8) else F.interpolate(images, (8, 8), mode="bilinear", antialias=True)
 
 
 def build_judge(folder: Path) -> None:

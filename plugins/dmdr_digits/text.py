@@ -49,11 +49,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, *, projecte
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return told_apart((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
+    return with_large_embeddings((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
 
 
-def told_apart(encoder: nn.Module) -> nn.Module:
-    """A random encoder that keeps prompts apart: the usual 0.02 would leave its encodings near zero."""
+def with_large_embeddings(encoder: nn.Module) -> nn.Module:
+    """A random encoder that keeps prompts apart: with the usual 0.02 its encodings would be near zero."""
     with torch.no_grad():
         for module in encoder.modules():
             if isinstance(module, nn.Embedding):

@@ -54,7 +54,8 @@ class DPO:
             not match its pure noise, so that its clean image is compared instead of its output; and a pair shares new
             noise, since on their own noise its images have no error.
         pairs: Preferences from a JSONL file instead of a reward, with prompt, chosen and rejected in each line: paths
-            of images of the training resolution, relative to the file. They are of the diffusion form.
+            of images of the training resolution (the first of several), relative to the file. They are of the diffusion
+            form.
         sync_ref_model: Make the reference what the student is, every ref_model_sync_steps steps. A run has one
             reference: with GRPO beside it, its KL is to the same.
         ref_model_sync_steps: Steps between two such.

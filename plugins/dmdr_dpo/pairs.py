@@ -101,7 +101,7 @@ def latents_of(files: Sequence[Path], backend: Backend) -> Tensor:
         if tuple(latent.shape[1:]) != tuple(backend.latent_shape):
             raise ConfigError(
                 f"dpo: {file} becomes a latent of {list(latent.shape[1:])}, and the student makes "
-                f"{list(backend.latent_shape)}: images must have the training resolution"
+                f"{list(backend.latent_shape)}: images must have the training resolution, the first of several"
             )
         latents.append(latent)
     return torch.cat(latents)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmdr.cli.sample import sample_export
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.protocols import with_options
+from dmdr.run.drawing import open_export
 from dmdr.run.export import export
 from dmdr.run.job import assemble
 from dmdr.run.run import Run
@@ -123,12 +124,16 @@ def test_teacher_is_the_stock_pipeline(folders: dict[str, Path], name: str) -> N
     """Its own noise prediction, at its own latents and times, with and without guidance."""
     family, backend = FAMILIES[name], prepared(folders[name], FAMILIES[name])
     cond = backend.encode(family.prompts)
-    for guidance in (1.0, family.guidance):
-        for output, timestep, latents in stock_steps(folders[name], family, guidance):
-            x_t = family.unpacked(latents, backend.latent_shape)
+    width, height = backend.sizes[-1]
+    last = replace(family, call={**family.call, "width": width, "height": height})  # another size than the first
+    given = [(family, 1.0, backend.latent_shape), (family, family.guidance, backend.latent_shape)]
+    given += [(last, 1.0, backend.latent_shapes[-1])] if len(backend.sizes) > 1 else []
+    for called, guidance, shape in given:
+        for output, timestep, latents in stock_steps(folders[name], called, guidance):
+            x_t = family.unpacked(latents, shape)
             t = family.timestep(timestep).expand(2)
             found = backend.teacher(x_t, t, cond, guidance=guidance).value
-            expected = family.unpacked(output, backend.latent_shape)
+            expected = family.unpacked(output, shape)
             # Stock pipelines run both branches of guidance in one batch, whose last bits differ.
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(guidance, 1.0))
 
@@ -164,7 +169,7 @@ def test_the_model_card_reproduces_dmdr_sample(
         run = trained(folders[name], family, folder, "none", stage1_steps=2, stage2_steps=0, **variant)
         student = run.output / "student"
         about = json.loads((student / "sampling.json").read_text())
-        sample_export(student, about, family.rows, 0, None, folder / "ours")
+        open_export(student, about).draw(family.rows, 0, folder / "ours")
         stock(student, family.prompts, folder / "stock")
         for k in range(2):
             a, b = (np.asarray(Image.open(folder / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock"))
@@ -184,7 +189,7 @@ def test_an_older_versions_export_is_drawn_from_as_before(folders: dict[str, Pat
     old = told | {"options": SAMPLING_OPTIONS | {n: value for n, value in own.items() if n in SAMPLING_OPTIONS}}
     assert len(old["options"]) == 25
     places = {"a": told, "b": old}.items()
-    drawn = [sample_export(student, each, family.rows, 0, None, tmp_path / place) for place, each in places]
+    drawn = [open_export(student, each).draw(family.rows, 0, tmp_path / place) for place, each in places]
     for a, b in zip(*drawn, strict=True):
         assert a.read_bytes() == b.read_bytes()
 

@@ -27,9 +27,9 @@ from test_families import trained
 from torch import nn
 
 from dmdr.backends.loading import digest, on_device, read_weights
-from dmdr.cli.sample import sample_export
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import Progress
+from dmdr.run.drawing import open_export
 from dmdr.run.export import export, read_export
 from dmdr.run.run import train
 from dmdr.sampling import FewStepSampler, time_grid
@@ -275,8 +275,8 @@ def test_an_export_is_sampled_in_the_precision_of_its_run(half: Path, tmp_path: 
     card, about = (student / "README.md").read_text(), json.loads((student / "sampling.json").read_text())
     assert f'from_pretrained("{half}", variant="fp16", torch_dtype=torch.bfloat16)' in card
     assert about["mixed_precision"] == "bf16"
-    sample_export(student, about, ROWS, 0, None, tmp_path / "ours")
-    sample_export(student, about, ROWS, 0, None, tmp_path / "exact", mixed_precision="no", options=OFFLOAD)
+    open_export(student, about).draw(ROWS, 0, tmp_path / "ours")
+    open_export(student, about, mixed_precision="no", options=OFFLOAD).draw(ROWS, 0, tmp_path / "exact")
     stock(student, PROMPTS, tmp_path / "stock")
     for i in range(len(PROMPTS)):
         ours, theirs, exact = (
@@ -295,10 +295,10 @@ def test_an_export_is_drawn_at_the_resolution_of_its_run(model: Path, copy: Path
     student = export(tmp_path / "student", backend, sampler, mixed_precision="no", **about)
     file = copy / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 4}))
-    (picture,) = sample_export(student, read_export(student), ROWS[:1], 0, str(copy), tmp_path / "drawn")
+    (picture,) = open_export(student, read_export(student), model=str(copy)).draw(ROWS[:1], 0, tmp_path / "drawn")
     assert Image.open(picture).size == (16, 16)
     asked = {"options": {"resolution": "24x16"}}
-    (picture,) = sample_export(student, read_export(student), ROWS[:1], 0, None, tmp_path / "wide", **asked)
+    (picture,) = open_export(student, read_export(student), **asked).draw(ROWS[:1], 0, tmp_path / "wide")
     assert Image.open(picture).size == (24, 16)
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmdr.backends.quantized import PACKAGES, Format, QuantizedLinear, quantize
-from dmdr.cli.sample import arguments, sample_export
+from dmdr.cli.sample import arguments
 from dmdr.dry_run.estimate import estimate
 from dmdr.errors import ConfigError
+from dmdr.run.drawing import open_export
 from dmdr.settings.parse import parse
 from dmdr_sd3 import SD3Backend
 from family import FAMILIES
@@ -155,9 +156,7 @@ def test_a_run_trains_exports_and_samples(model: Path, tmp_path: Path, to: Forma
     )
     about, rows = json.loads((student / "sampling.json").read_text()), FAMILIES["sd3"].rows[:1]
     whole, packed = (
-        np.asarray(Image.open(sample_export(student, about, rows, 0, None, tmp_path / str(to), **given)[0])).astype(
-            float
-        )
+        np.asarray(Image.open(open_export(student, about, **given).draw(rows, 0, tmp_path / str(to))[0])).astype(float)
         for to, given in ((None, {}), (to, {"options": {"quantize": to}}))
     )
     assert 0 < np.abs(whole - packed).mean() < 5

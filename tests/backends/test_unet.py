@@ -26,9 +26,9 @@ from torch import Tensor
 import parts
 import sd1
 import sdxl
-from dmdr.cli.sample import sample_export
 from dmdr.errors import ConfigError
 from dmdr.paths import Prediction, add_noise
+from dmdr.run.drawing import open_export
 from dmdr.run.job import assemble
 from dmdr.run.run import Run
 from dmdr.sampling import FewStepSampler
@@ -191,7 +191,7 @@ def test_an_export_is_sampled_without_what_only_training_needs(built: Callable[.
     shutil.rmtree(small)
     student = run.output / "student"
     about = json.loads((student / "sampling.json").read_text())
-    assert all(path.is_file() for path in sample_export(student, about, ROWS, 0, None, tmp_path / "drawn"))
+    assert all(path.is_file() for path in open_export(student, about).draw(ROWS, 0, tmp_path / "drawn"))
 
 
 def tiny_decoder() -> AutoencoderTiny:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import dmdr.run.run
 from dmdr.cli import sample, train
 from dmdr.errors import ConfigError
+from dmdr.run.drawing import open_export
 from dmdr.settings.parse import parse
 
 FAST = {
@@ -234,7 +235,7 @@ def test_a_sampling_file_that_is_none(refused: Callable[..., str], export: Path,
 def test_an_option_that_no_family_has_is_of_another_version(export: Path) -> None:
     change(export, options={"shift": None, "seed": 0, "depth": 3})
     about = sample_about(export)
-    assert sample.sample_export(export, about, [{"prompt": "mode 1"}], 0, None, export / "drawn")
+    assert open_export(export, about).draw([{"prompt": "mode 1"}], 0, export / "drawn")
 
 
 def sample_about(export: Path) -> dict[str, Any]:

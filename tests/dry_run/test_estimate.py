@@ -249,10 +249,28 @@ def test_of_several_processes_one_is_estimated(
     assert dry(given, tmp_path).phases["stage 2"]["activations"] < alone.phases["stage 2"]["activations"]
 
 
+@pytest.mark.parametrize(("rl", "rollouts"), [("none", 5), ("refl", 2)])
+def test_what_is_not_followed_is_added(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rollouts: int, rl: str
+) -> None:
+    """Micro-batches, rollouts and updates of the fake score, also where rollouts are the peak of the run."""
+    given = {
+        "model": str(folders["sd3"]), "max_sequence_length": 5, "fake_updates": 5, "rollouts": rollouts, "rl": rl,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 5, "gradient_checkpointing": True,
+        "resolution": 32, "lora_rank": 1, "fake_lora_rank": 1, "stage1_steps": 1, "stage2_steps": int(rl != "none"),
+    }  # fmt: skip
+    found = dry(given, tmp_path)
+    monkeypatch.setattr("dmdr.dry_run.estimate.FOLLOWED", 99)
+    followed = dry(given, tmp_path)
+    for phase, whole in followed.phases.items():
+        assert sum(found.phases[phase].values()) == pytest.approx(sum(whole.values()), rel=0.04), phase
+
+
 def test_of_several_sizes_the_largest_is_counted(folders: dict[str, Path], tmp_path: Path) -> None:
     given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "stage2_steps": 0, "fake_updates": 1}
     largest, several = (dry(given | {"resolution": sizes}, tmp_path) for sizes in ("16x24", "16,16x24,8x24"))
     assert several.phases == largest.phases and "16x24 px" in several.what
+    assert several.overview["update"].endswith(", of one of the sizes 16, 16x24, 8x24")
 
 
 def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:

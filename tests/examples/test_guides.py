@@ -50,6 +50,7 @@ PARSED = {
     r"dmdr-train .*http://.*": "it needs a server",
     r"(WORLD_SIZE=\d+ )?dmdr-train .*--dry_run( --gpu_memory \d+)?": "networks of full size; tests/dry_run runs it",
     r"dmdr-train .*--model (?!toy|digits)\S+[/:].*": "a model of the hub, or a checkpoint",
+    r"dmdr-sample .*--(resolution|guidance_scale) .*": "a model of the hub, or of large images",
     r"python -m examples\.ablation_matrix (?!--dry_run).*": "an hour; test_ablation_run.py runs it on the toy",
 }
 EXECUTED = {
@@ -269,6 +270,9 @@ def parse_only(command: Command) -> str | None:
         return None
     if program == "python":
         importlib.import_module("examples.ablation_matrix.__main__").flags(words[2:])
+        return None
+    if program == "dmdr-sample":
+        sample.check(sample.arguments().parse_args(words))
         return None
     if "dmdr.cli.eval" in words:
         parse_command(eval_command.EvalFlags, words[words.index("dmdr.cli.eval") + 1 :], prog=program, description="")

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import dmdr
-from dmdr.cli.sample import sample_export
 from dmdr.errors import TrainingError
 from dmdr.run.checkpoint import Progress, checkpoints, damage
+from dmdr.run.drawing import open_export
 from dmdr.run.keeper import Keeper
 from family import FAMILIES, Stock
 from steps import FEW, prepared, settings_of, trainer_of
@@ -43,7 +43,7 @@ def test_stock_diffusers_draws_what_dmdr_sample_draws(
     settings = settings_of(name, folders[name], tmp_path, "none", mixed_precision="no", **variant) | few
     student = run_of(settings, tmp_path / "run") / "student"
     about, family = json.loads((student / "sampling.json").read_text()), FAMILIES[name]
-    sample_export(student, about, family.rows, 0, None, tmp_path / "ours")
+    open_export(student, about).draw(family.rows, 0, tmp_path / "ours")
     stock(student, family.prompts, tmp_path / "stock")
     for k in range(len(family.prompts)):
         a, b = (np.asarray(Image.open(tmp_path / f / f"{k:04d}.png")).astype(int) for f in ("ours", "stock"))

@@ -7,10 +7,18 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from dmdr_digits.text import build_text_encoder as clip_text_encoder
 from dmdr_digits.text import build_tokenizer as clip_tokenizer
-from dmdr_digits.text import told_apart
+from dmdr_digits.text import with_large_embeddings
 
 WIDTH = 32
-__all__ = ["WIDTH", "clip_text_encoder", "clip_tokenizer", "t5_text_encoder", "t5_tokenizer", "told_apart", "vae"]
+__all__ = [
+    "WIDTH",
+    "clip_text_encoder",
+    "clip_tokenizer",
+    "t5_text_encoder",
+    "t5_tokenizer",
+    "vae",
+    "with_large_embeddings",
+]
 
 
 def t5_tokenizer() -> Any:
@@ -22,7 +30,7 @@ def t5_text_encoder(tokenizer: Any, width: int = WIDTH) -> Any:
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2, pad_token_id=0
     )
-    return told_apart(T5EncoderModel(config))
+    return with_large_embeddings(T5EncoderModel(config))
 
 
 def vae(channels: int = 4, **config: Any) -> AutoencoderKL:

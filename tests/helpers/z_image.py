@@ -59,6 +59,6 @@ def build(folder: Path) -> None:
         transformer=transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=parts.vae(scaling_factor=1.5, shift_factor=0.06),
-        text_encoder=parts.told_apart(Qwen3Model(text)),
+        text_encoder=parts.with_large_embeddings(Qwen3Model(text)),
         tokenizer=words,
     ).save_pretrained(folder)

@@ -365,3 +365,6 @@ def test_judge(digits: Digits) -> None:
     asked = torch.tensor([label_of(prompt) for prompt in prompts])
     assert torch.equal((probabilities.argmax(1) == asked).float(), judge.correct(images, prompts))
     assert not judge.features(images.requires_grad_()).requires_grad
+    wide = torch.nn.functional.interpolate(images.detach(), (16, 24), mode="nearest")
+    assert judge.correct(wide, prompts).mean() > 0.95 and judge.embed(wide).shape == (597, 32)
+    assert judge.features(wide).shape == (597, 64) and judge.probabilities(wide).shape == (597, 10)

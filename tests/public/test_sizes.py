@@ -19,6 +19,11 @@ def test_sizes(text: str, sizes: list[tuple[int, int]]) -> None:
     assert parse_sizes(join_sizes(found)) == found
 
 
+def test_a_size_is_named_once() -> None:
+    with pytest.raises(ValueError, match=r"^different sizes$"):
+        parse_sizes("1024,512,1024x1024")
+
+
 def test_as_users_write_them() -> None:
     assert join_sizes((Size(1024, 1024), Size(1152, 896))) == "1024,1152x896"
 

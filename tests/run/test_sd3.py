@@ -14,8 +14,8 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 import dmdr
-from dmdr.cli.sample import sample_export
 from dmdr.errors import ConfigError
+from dmdr.run.drawing import open_export
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr_digits import Digits
 from dmdr_sd3 import SD3Backend
@@ -111,7 +111,7 @@ def test_stock_diffusers_reproduces_dmdr_sample(digits: Digits, tmp_path: Path, 
     ours, stock = tmp_path / "ours", tmp_path / "stock"
     stock.mkdir()
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    sample_export(student, json.loads((student / "sampling.json").read_text()), rows, 5, None, ours)
+    open_export(student, json.loads((student / "sampling.json").read_text())).draw(rows, 5, ours)
     command = [sys.executable, "-c", STOCK, str(digits.folder()), str(student), str(stock), json.dumps(PROMPTS)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     for i in range(len(PROMPTS)):

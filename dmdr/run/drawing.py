@@ -1,0 +1,251 @@
+"""Images of an export or of a stock pipeline, as its users would draw them: in batches, resumable, by all processes."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dmdr import images
+from dmdr.errors import ConfigError
+from dmdr.evaluation import image_folder
+from dmdr.prompts import Row, split_columns
+from dmdr.protocols import Backend, Denoiser, DrawsNoise, TeacherGrid, with_options
+from dmdr.run.device import avoid_mps, on_main_process, open_accelerator, share_of, together
+from dmdr.run.export import ABOUT, read_options, resolution_of
+from dmdr.sampling import FewStepSampler
+from dmdr.settings import registry
+from dmdr.settings.models import Model, pipeline_class
+from dmdr.settings.trust import require_installed
+
+KEY = "dmdr"  # of a PNG's text
+BATCH = 16  # images
+UNUSED: Mapping[str, Any] = {  # what only training needs, and may be gone by now
+    "student_weights": None,
+    "reward_vae": None,
+    "gradient_checkpointing": False,
+    "torch_compile": False,
+    "prompt_cache": "off",
+    "cpu_offload": False,
+    "quantize": None,
+}
+
+
+@dataclass(frozen=True)
+class Artist:
+    """A student or a teacher with its sampler.
+
+    Attributes:
+        family: Prepared.
+        denoiser: What it draws with.
+        about: What an image tells of it, beside its prompt and seed.
+    """
+
+    family: Backend
+    denoiser: Denoiser
+    sampler: FewStepSampler
+    accelerator: Accelerator
+    about: Mapping[str, Any]
+
+    def draw(self, rows: Sequence[Row], seed: int, output: Path, *, batch_size: int = BATCH) -> list[Path]:
+        """Write an image of each prompt row, with an index of the rows (`evaluation.image_folder`).
+
+        A batch is what the stock pipeline draws when it is called with its prompts after all batches before, with one
+        seed at the start. Batches whose images are there already, drawn from the same settings, are left out. Each
+        process draws a share of every batch; the main one writes.
+
+        Args:
+            rows: At least one.
+            seed: Of torch's generator.
+            output: Folder of the images.
+            batch_size: Images that are drawn at a time.
+
+        Returns: The paths in the main process; none in the others.
+        """
+        torch.manual_seed(seed)
+        main = self.accelerator.is_main_process
+        names = image_folder.names(len(rows))
+        starts = range(0, len(rows), batch_size)
+        told = [self._told(rows, i, seed, batch_size) for i in range(len(rows))]
+
+        def missing() -> list[int]:
+            return [start for start in starts if not all(_is_drawn(output / names[i], told[i]) for i in of(start))]
+
+        def of(start: int) -> range:
+            return range(start, min(start + batch_size, len(rows)))
+
+        due = set(on_main_process(self.accelerator, missing))
+        with torch.no_grad(), tqdm(total=len(rows), desc="draw", unit="image", leave=False, disable=not main) as bar:
+            for start in starts:
+                count = len(of(start))
+                noise = [self._noise(step, count) for step in range(self.sampler.num_inference_steps)]
+                if start in due:
+                    pictures = self._batch(rows[start : start + count], noise)
+                    for i, picture in zip(of(start), images.to_pil(pictures) if main else (), strict=main):
+                        images.save(picture, output / names[i], {"prompt": rows[i]["prompt"], KEY: told[i]})
+                bar.update(count)
+        return image_folder.write_index(output, rows) if main else []
+
+    def _batch(self, rows: Sequence[Row], noise: Sequence[Tensor]) -> Tensor:
+        """Images of all rows on the CPU."""
+        own = share_of(self.accelerator, len(rows))
+        prompts, columns = split_columns([rows[index] for index in own])
+        cond = self.family.encode(prompts, **columns)
+        rollout = self.sampler.rollout(self.denoiser, [each[own] for each in noise], cond)
+        return together(self.accelerator, self.family.decode(rollout.final, exact=True).cpu(), len(rows))
+
+    def _noise(self, step: int, count: int) -> Tensor:
+        if isinstance(self.family, DrawsNoise):
+            return self.family.draw_noise(step, count)
+        return torch.randn((count, *self.family.latent_shape), device=self.accelerator.device)
+
+    def _told(self, rows: Sequence[Row], index: int, seed: int, batch_size: int) -> str:
+        """What an image is a function of, as JSON."""
+        batch, row = divmod(index, batch_size)
+        size = min(batch_size, len(rows) - batch * batch_size)
+        place = {"seed": seed, "batch": batch, "row": row, "batch_size": size}
+        return json.dumps({"prompt_row": dict(rows[index]), **place, **self.about}, default=str)
+
+
+def _is_drawn(file: Path, told: str) -> bool:
+    """Whether an image is there, whole and of these settings."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return bool(getattr(image, "text", {}).get(KEY) == told)
+    except OSError:
+        return False
+
+
+def open_export(
+    folder: Path,
+    about: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    backend: str | None = None,
+    mixed_precision: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    num_inference_steps: int | None = None,
+    teacher: bool = False,
+    guidance_scale: float = 1.0,
+) -> Artist:
+    """The student of an export, or its teacher.
+
+    Args:
+        folder, about: The export, and what it says of itself (`run.export.read_export`).
+        model: Folder or hub id of the teacher, if it has moved.
+        backend: Model family in a file or module.
+        mixed_precision: Of the networks; the run's by default.
+        options: Options of the model family that differ from the run's.
+        num_inference_steps: Steps at the family's own times; those of the training by default.
+        teacher: Draw with the teacher instead, by ODE steps at the model's own times.
+        guidance_scale: Of the teacher.
+
+    Raises:
+        ConfigError: If the export or its teacher cannot be loaded, or the family does not read an option.
+    """
+    base = model or about["base_model"]
+    # As it was trained, also where the model that it is drawn with now has another resolution of its own.
+    values = {**about["options"], **UNUSED, "resolution": resolution_of(about)}
+    if model:
+        values["revision"] = None  # which was of where it lay before
+    cls = family_of(folder, about, backend, base, values.get("revision"))
+    trained = read_options(folder, cls.Options, values)
+    precision = mixed_precision or about["mixed_precision"]
+    family, accelerator = _prepared(cls, base, _changed(trained, options or {}, str(folder)), precision)
+    told = {"model": base, "mixed_precision": precision, "dmdr": version("dmdr")} | dict(options or {})
+    if teacher:
+        return _teacher(family, accelerator, num_inference_steps, guidance_scale, told)
+    family.load_export(folder)
+    times = torch.tensor(about["grid"], dtype=torch.float64)
+    if num_inference_steps:
+        times = family.grid(num_inference_steps)
+    sampler = FewStepSampler.stock(family.path, times, about["sample_eta"])
+    told |= {"student": str(folder), "files": _files(folder), "grid": times.tolist(), "eta": about["sample_eta"]}
+    return Artist(family, family.student, sampler, accelerator, told)
+
+
+def open_pipeline(
+    model: str,
+    *,
+    backend: str | None = None,
+    mixed_precision: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float = 1.0,
+) -> Artist:
+    """A stock pipeline, guided, by ODE steps at its own times.
+
+    Args:
+        model: Folder or hub id.
+        backend: Model family; by default that of the pipeline's class.
+        mixed_precision: Of the networks; bf16 on a GPU by default.
+        options: Of the model family.
+        num_inference_steps, guidance_scale: As its users choose them.
+
+    Raises:
+        ConfigError: If there is no such pipeline, or the family does not read an option.
+    """
+    cls: Any
+    _, cls = Model(model).family(backend, None, None)
+    chosen = _changed(with_options(cls.Options, **UNUSED), options or {}, model)
+    family, accelerator = _prepared(cls, model, chosen, mixed_precision)
+    told = {"model": model, "mixed_precision": accelerator.mixed_precision, "dmdr": version("dmdr")}
+    return _teacher(family, accelerator, num_inference_steps, guidance_scale, told | dict(options or {}))
+
+
+def _changed(options: Any, asked: Mapping[str, Any], whose: str) -> Any:
+    """Options with those that the user asks for; a family must read them."""
+    for name in asked:
+        if name not in {f.name for f in fields(options) if f.init}:
+            raise ConfigError(f"--{name}: the model family of {whose} does not read it; leave it out")
+    return replace(options, **asked)
+
+
+def _prepared(cls: Any, base: str, options: Any, precision: str | None) -> tuple[Any, Accelerator]:
+    avoid_mps()
+    family, accelerator = cls(base, options), open_accelerator(precision)
+    family.prepare(accelerator, roles=("student",))
+    return family, accelerator
+
+
+def _teacher(family: Any, accelerator: Accelerator, steps: int | None, guidance: float, told: dict[str, Any]) -> Artist:
+    count = steps or 28
+    times = family.teacher_grid(count) if isinstance(family, TeacherGrid) else family.grid(count)
+    denoiser: Callable[..., Any] = partial(family.teacher, guidance=guidance)
+    told = told | {"grid": times.tolist(), "guidance_scale": guidance}
+    return Artist(family, denoiser, FewStepSampler(family.path, times, 0.0), accelerator, told)
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the export's weights."""
+    found = sorted(folder.rglob("*.safetensors"))
+    return {str(f.relative_to(folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in found}
+
+
+def family_of(folder: Path, about: Mapping[str, Any], named: str | None, base: str, revision: str | None) -> Any:
+    """The class of the model family: the one that the user names, or else an installed one.
+
+    Args:
+        folder, about: The export, and what it says of itself.
+        named: By the user.
+        base, revision: The teacher.
+
+    Raises:
+        ConfigError: If the export or the teacher's folder names a file or module, whose code may be a stranger's.
+    """
+    if named:
+        return registry.load("backends", named)
+    told = about["backend"]
+    name = told or pipeline_class(base, revision)
+    place = folder / ABOUT if told else f"{base}/model_index.json"
+    require_installed("backends", name, place, f"if you trust its code, add --backend {name}")
+    return registry.load("backends", name)
