@@ -419,8 +419,8 @@ class DryRollouts(Rollouts):
         draws = super().__call__(*args, **options)
         kept = [t for d in draws for t in (d.rollout.x_t, d.rollout.x0, *d.rollout.cond.tensors.values())]
         picked = [t for d in draws for t in (d.x_t, d.x0)]
-        # Of each sample there are also its direction, leaf and gradients.
-        alike = 4 * draws[-1].x0.nbytes * (batch - 1)
+        # Of each sample there are also its direction and its gradient.
+        alike = 2 * draws[-1].x0.nbytes * (batch - 1)
         self._trajectories = _bytes(kept) * (batch * rollouts - 1)
         self._hold(self._trajectories + _bytes(picked) * (batch * rounds - 1) + alike)
         return draws

@@ -582,7 +582,7 @@ def test_files_that_options_name_are_looked_for(folders: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("recipe", ["sdxl/1step_stage1", "sdxl/1step_refl"])
 def test_a_recipes_published_weights_need_not_be_there(recipe: str) -> None:
     root = Path(dmdr.__file__).parents[1]
-    with mock.patch("dmdr.dry_run.estimate._simulated", lambda job: job.backend.options.student_weights):
+    with mock.patch("dmdr.dry_run.estimate._simulated", lambda job, sizes: job.backend.options.student_weights):
         assert estimate(parse(["--config", str(root / f"examples/{recipe}.yaml"), "--dry_run"])) is None
 
 

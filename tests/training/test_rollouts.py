@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
+from dmdr.sizes import parse_sizes
 from dmdr.training.rollouts import Rollouts, Wanted, shares
 from dmdr.training.trainer import Trainer
 from dmdr.types import Draw
@@ -149,7 +150,8 @@ def test_a_rollout_that_is_asked_for_alone_is_whole() -> None:
 def test_an_update_has_images_of_one_size() -> None:
     """The same in all rollouts and processes; over the updates each size is drawn as often as another."""
     running = trainer(fake_updates=3, rollouts=2)
-    running.backend.latent_shapes = [(2,), (3,), (4,)]  # type: ignore[attr-defined]
+    backend: Any = running.backend
+    backend.sizes, backend.latent_shapes = parse_sizes("8,9,10"), [(2,), (3,), (4,)]
     drawn = []
     for _ in range(300):
         shapes = {running.rollouts.latent_shape(ctx) for ctx in map(running.context, range(3))}
