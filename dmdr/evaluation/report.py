@@ -117,7 +117,7 @@ def write_report(run_folder: Path) -> Path:
 def _hacked(file: Path) -> str:
     """What the guard against hacked rewards found last; "" if nothing."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        return str(json.loads(file.read_text())[-1]["text"])
+        return str(next((each["text"] for each in reversed(json.loads(file.read_text())) if each["text"]), ""))
     return ""
 
 

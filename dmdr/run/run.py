@@ -259,7 +259,7 @@ class Run:
                 self._draw_grid()
             if stage.number == 2 and self._guards and not self.watch.before:
                 with self.pace.evaluating():
-                    self.watch.remember(self.observer.measure_student("before stage 2")[1], self.progress.total)
+                    self.watch.remember(self.observer.measure_student("before stage 2")[1])
         self.pace.begin_stage()
         with closing(trainer.prompts), self.interrupts, self.pace.clock:
             try:
@@ -297,7 +297,7 @@ class Run:
             with self.pace.evaluating():
                 look = self.observer.evaluate_student(f"stage {stage.number}")
             if stage.number == 1 and self._guards:
-                self.watch.remember(look, self.progress.total)
+                self.watch.remember(look)
             else:
                 self.watch(look, self.progress.total)
 

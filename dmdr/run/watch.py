@@ -3,6 +3,7 @@
 import json
 import logging
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,66 @@ class Watch:
 
     Attributes:
         before: The evaluation at the end of stage 1, once it is known.
+        found: Of each later one, in order: updates of the run (`step`), and what speaks for a hacked reward (`text`);
+            "" if nothing does.
     """
 
     def __init__(self, config: Config, accelerator: Any, output: Path) -> None:
         self.config, self.accelerator, self.output = config, accelerator, output
         self.before: Look | None = None
-        self._since: int | None = None  # updates, where the last evaluation spoke for a hacked reward
-        self._clean = 0  # updates, at the last evaluation that did not
+        self.found: list[dict[str, Any]] = []
 
     def resume(self, prompts: list[str], step: int) -> None:
         """Go on after `step` updates, with what the run's folder holds of the time before."""
 
         def read() -> tuple[Look | None, list[dict[str, Any]]]:
-            found = self._findings()
-            kept = [each for each in found if each["step"] <= step]
-            if len(kept) < len(found):
-                self._write(kept)
-            return self._read(prompts), kept
+            found = [each for each in self._findings() if each["step"] <= step]
+            self._write(found)
+            return self._read(prompts), found
 
-        self.before, found = on_main_process(self.accelerator, read)
-        self._since, self._clean = (found[-1]["since"], found[-1]["clean"]) if found else (None, step)
+        self.before, self.found = on_main_process(self.accelerator, read)
+
+    def remember(self, look: Look | None) -> None:
+        """What later evaluations are compared with; None of a run without rewards."""
+        self.before = look
+        if look is not None:
+            content = save(look.tensors())
+            on_main_process(self.accelerator, lambda: images.write_atomically(self.output / REFERENCE, content))
+
+    def __call__(self, look: Look | None, step: int) -> dict[str, float]:
+        """Look at an evaluation after `step` updates of the run.
+
+        Returns: What has become of stage 1's images, for the log; nothing where there is nothing to compare with.
+
+        Raises:
+            TrainingError: With --on_hacking stop, where it speaks for a hacked reward.
+        """
+        before = self.before
+        if before is None or look is None:
+            return {}
+        metrics, causes = on_main_process(self.accelerator, lambda: compare(before, look))
+        earlier = list(takewhile(lambda each: each["text"], reversed(self.found)))
+        text = self._said(causes, min([step, *(each["step"] for each in earlier)])) if causes else ""
+        self.found.append({"step": step, "text": text})
+        on_main_process(self.accelerator, lambda: self._write(self.found))
+        if text and self.config.on_hacking == "stop":
+            raise TrainingError(f"--on_hacking stop: {text}")
+        if text and not earlier and self.accelerator.is_main_process:
+            logger.warning("%s", text)
+        return {f"guard/{name}": value for name, value in metrics.items()}
+
+    def _said(self, causes: list[str], since: int) -> str:
+        """In words.
+
+        Args:
+            causes: That the reward has risen, then what has fallen.
+            since: Updates at the first evaluation that spoke for it, with none in between that did not.
+        """
+        saved = [path for path in checkpoints(self.output) if number_of(path) < since]
+        good = saved[-1] if saved else self.config.init_student
+        where = f"the last student before is {good}" if good else "no checkpoint from before was kept (--save_steps)"
+        rose, *fell = causes
+        return f"the reward looks hacked since update {since}: {rose}, but {' and '.join(fell)}; {where}"
 
     def _read(self, prompts: list[str]) -> Look | None:
         file = self.output / REFERENCE
@@ -67,49 +108,8 @@ class Watch:
         """What was found so far; nothing of a damaged file."""
         with suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads((self.output / FINDINGS).read_text())
-            return [{name: each[name] for name in ("step", "since", "clean", "text")} for each in found]
+            return [{"step": int(each["step"]), "text": str(each["text"])} for each in found]
         return []
 
-    def remember(self, look: Look | None, step: int) -> None:
-        """What later evaluations are compared with; None of a run without rewards."""
-        self.before, self._clean = look, step
-        if look is not None:
-            content = save(look.tensors())
-            on_main_process(self.accelerator, lambda: images.write_atomically(self.output / REFERENCE, content))
-
-    def __call__(self, look: Look | None, step: int) -> dict[str, float]:
-        """Look at an evaluation after `step` updates of the run.
-
-        Returns: What has become of stage 1's images, for the log; nothing where there is nothing to compare with.
-
-        Raises:
-            TrainingError: With --on_hacking stop, where it speaks for a hacked reward.
-        """
-        before = self.before
-        if before is None or look is None:
-            return {}
-        metrics, causes = on_main_process(self.accelerator, lambda: compare(before, look))
-        if causes:
-            began, self._since = self._since is None, self._since or step
-            text = self._said(causes)
-            on_main_process(self.accelerator, lambda: self._add(step, text))
-            if self.config.on_hacking == "stop":
-                raise TrainingError(f"--on_hacking stop: {text}")
-            if began and self.accelerator.is_main_process:
-                logger.warning("%s", text)
-        else:
-            self._since, self._clean = None, step
-        return {f"guard/{name}": value for name, value in metrics.items()}
-
-    def _said(self, causes: list[str]) -> str:
-        earlier = [path for path in checkpoints(self.output) if number_of(path) <= self._clean]
-        good = earlier[-1] if earlier else self.config.init_student
-        where = f"the last student before is {good}" if good else "no checkpoint from before was kept (--save_steps)"
-        rose, *fell = causes
-        return f"the reward looks hacked since update {self._since}: {rose}, but {' and '.join(fell)}; {where}"
-
-    def _add(self, step: int, text: str) -> None:
-        self._write([*self._findings(), {"step": step, "since": self._since, "clean": self._clean, "text": text}])
-
-    def _write(self, findings: list[dict[str, Any]]) -> None:
-        images.write_atomically(self.output / FINDINGS, (json.dumps(findings, indent=2) + "\n").encode())
+    def _write(self, found: list[dict[str, Any]]) -> None:
+        images.write_atomically(self.output / FINDINGS, (json.dumps(found, indent=2) + "\n").encode())

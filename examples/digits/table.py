@@ -46,7 +46,8 @@ def cell(folder: Path, **settings: Any) -> dict[str, dict[str, float]]:
 def hacked_since(folder: Path) -> float:
     """The update at which the run's guard began to see a hacked reward; 0 if it never did."""
     file = folder / "hacking.json"
-    return float(json.loads(file.read_text())[0]["since"]) if file.exists() else 0.0
+    found = json.loads(file.read_text()) if file.exists() else []
+    return float(next((each["step"] for each in found if each["text"]), 0))
 
 
 def measure(root: Path, seeds: list[int]) -> Cells:

@@ -274,7 +274,7 @@ def test_it_explains_the_metrics_that_are_there_and_no_others(run: Path) -> None
 
 def test_a_hacked_reward_is_named_at_the_top(run: Path) -> None:
     assert 'class="alarm"' not in check(run)[0]
-    findings = [{"text": "earlier"}, {"text": "the reward looks <hacked> since update 20"}]
+    findings = [{"text": "earlier"}, {"text": "the reward looks <hacked> since update 20"}, {"text": ""}]
     (run / "hacking.json").write_text(json.dumps(findings))
     html, _ = check(run)
     assert html.index("the reward looks &lt;hacked&gt; since update 20.") < html.index("<h2>") and "earlier" not in html

@@ -180,6 +180,7 @@ def test_run_folder_holds_what_it_promises(whole: Path) -> None:
         "config.yaml",
         "evaluation.json",
         "guard.safetensors",
+        "hacking.json",
         "inputs.json",
         "metrics.jsonl",
         "overview.json",

@@ -31,8 +31,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def findings(run: Path) -> list[dict[str, Any]]:
-    file = run / "hacking.json"
-    return list(json.loads(file.read_text())) if file.exists() else []
+    return [each for each in json.loads((run / "hacking.json").read_text()) if each["text"]]
 
 
 def test_rl_alone_is_caught_and_goes_on(
@@ -41,8 +40,8 @@ def test_rl_alone_is_caught_and_goes_on(
     run = train(**ALONE, init_student=str(first), output_dir=str(tmp_path / "run"))
     (said,) = [message for message in caplog.messages if "looks hacked" in message]
     found = findings(run)
-    assert found[0]["text"] == said and {each["since"] for each in found} == {found[0]["step"]}
-    since = found[0]["since"]
+    since = found[0]["step"]
+    assert found[0]["text"] == said and all(f"since update {since}: " in each["text"] for each in found)
     assert said.startswith(f"the reward looks hacked since update {since}: the trained reward rose by ")
     good = run / "checkpoints" / f"step-{since - 10:06d}" if since > 10 else first
     assert said.endswith(f"; the last student before is {good}")
