@@ -75,6 +75,9 @@ def run(argv: list[str]) -> None:
         paths = artist.draw(
             [columns | row for row in rows], args.seed, Path(args.output_dir), batch_size=args.batch_size
         )
+    except KeyboardInterrupt:
+        print(f"dmdr-sample: stopped; the same command goes on with {args.output_dir}", file=sys.stderr)
+        raise
     finally:
         artist.accelerator.end_training()  # or a thread between processes may outlive the interpreter, and abort it
     for path in paths:
