@@ -70,28 +70,24 @@ class Artist:
 
         Returns: The paths in the main process; none in the others.
         """
-        torch.manual_seed(seed)
-        main = self.accelerator.is_main_process
-        names = image_folder.names(len(rows))
-        starts = range(0, len(rows), batch_size)
+        main, names = self.accelerator.is_main_process, image_folder.names(len(rows))
         told = [self._told(rows, i, seed, batch_size) for i in range(len(rows))]
+        batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
 
-        def missing() -> list[int]:
-            return [start for start in starts if not all(_is_drawn(output / names[i], told[i]) for i in of(start))]
+        def missing() -> list[bool]:
+            return [not all(_is_drawn(output / names[i], told[i]) for i in batch) for batch in batches]
 
-        def of(start: int) -> range:
-            return range(start, min(start + batch_size, len(rows)))
-
-        due = set(on_main_process(self.accelerator, missing))
+        due = on_main_process(self.accelerator, missing)
+        torch.manual_seed(seed)
         with torch.no_grad(), tqdm(total=len(rows), desc="draw", unit="image", leave=False, disable=not main) as bar:
-            for start in starts:
-                count = len(of(start))
-                noise = [self._noise(step, count) for step in range(self.sampler.num_inference_steps)]
-                if start in due:
-                    pictures = self._batch(rows[start : start + count], noise)
-                    for i, picture in zip(of(start), images.to_pil(pictures) if main else (), strict=main):
+            for batch, wanted in zip(batches, due, strict=True):
+                steps = range(self.sampler.num_inference_steps)
+                noise = [self._noise(step, len(batch)) for step in steps]  # also of what is there: the next ones follow
+                if wanted:
+                    pictures = self._batch([rows[i] for i in batch], noise)
+                    for i, picture in zip(batch, images.to_pil(pictures), strict=True) if main else ():
                         images.save(picture, output / names[i], {"prompt": rows[i]["prompt"], KEY: told[i]})
-                bar.update(count)
+                bar.update(len(batch))
         return image_folder.write_index(output, rows) if main else []
 
     def _batch(self, rows: Sequence[Row], noise: Sequence[Tensor]) -> Tensor:
@@ -121,7 +117,7 @@ def _is_drawn(file: Path, told: str) -> bool:
         with Image.open(file) as image:
             image.load()
             return bool(getattr(image, "text", {}).get(KEY) == told)
-    except OSError:
+    except Exception:  # each decoder has its own
         return False
 
 
