@@ -128,9 +128,7 @@ class Rollouts:
         own = torch.cat([self.own(each.until) for each in wanted])
         order = own.argsort(descending=True, stable=True)
         until = self._falling(wanted, len(samples)).tolist()
-        steps, count, latent = self.sampler.num_inference_steps, len(samples), noise.shape[2:]
-        states, answers = noise.new_empty(steps + 1, len(order), *latent), noise.new_empty(steps, len(order), *latent)
-        kept = noise.new_empty(steps - 1, len(order), dtype=torch.float64) if log_prob and steps > 1 else None
+        found: dict[str, Tensor] = {}
         for start in range(0, len(order), self.batch_size):
             part = slice(start, start + self.batch_size)
             rows = order[part].to(noise.device, non_blocking=True)
@@ -142,20 +140,22 @@ class Rollouts:
                 until=until[part],
                 finish=finish,
             )
-            states[:, rows], answers[:, rows] = chunk.x_t, chunk.x0
-            if kept is not None and chunk.log_prob is not None:
-                kept[:, rows] = chunk.log_prob
+            for name in ("x_t", "x0", "log_prob"):
+                made = getattr(chunk, name)
+                if made is not None and name not in found:
+                    found[name] = made.new_empty(len(made), len(order), *made.shape[2:])
+                if made is not None:  # into its place: parts that are joined at the end would be there twice
+                    found[name][:, rows] = made
+        count, last = len(samples), self.sampler.num_inference_steps - 1
         samples = samples.to(noise.device, non_blocking=True)
         return [
             Rollout(
                 cond=cond[i * count : (i + 1) * count],
                 t=self.sampler.t,
-                x_t=states[:, i * count : (i + 1) * count],
-                x0=answers[:, i * count : (i + 1) * count],
+                **{name: whole[:, i * count : (i + 1) * count] for name, whole in found.items()},
                 sample=samples,
                 group=samples // self.prompts.group_size,
-                log_prob=kept[:, i * count : (i + 1) * count] if kept is not None else None,
-                finished=finish or bool((each.until == steps - 1).all()),
+                finished=finish or bool((each.until == last).all()),
             )
             for i, each in enumerate(wanted)
         ]
