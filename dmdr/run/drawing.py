@@ -79,13 +79,9 @@ class Artist:
 
         due = on_main_process(self.accelerator, missing)
         torch.manual_seed(seed)
-        shown = {
-            "desc": "draw",
-            "unit": "image",
-            "leave": False,
-            "disable": None if main else True,
-        }  # None: on a terminal
-        with torch.no_grad(), tqdm(total=len(rows), **shown) as bar:
+        hidden = None if main else True  # None: where there is no terminal
+        bar = tqdm(total=len(rows), desc="draw", unit="image", leave=False, disable=hidden)
+        with torch.no_grad(), bar:
             for batch, wanted in zip(batches, due, strict=True):
                 steps = range(self.sampler.num_inference_steps)
                 noise = [self._noise(step, len(batch)) for step in steps]  # also of what is there: the next ones follow
