@@ -3,6 +3,7 @@
 Text encoders have the published widths and few layers, since a run encodes its prompts before it trains.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from dmdr_sit.pipeline import SiTPipeline, SiTTransformer2DModel
 ROOT = Path(__file__).parents[1]
 CLIP_L, CLIP_G, T5 = 768, 1280, 4096  # widths of the text encoders
 GPU = torch.device("cuda")
+Changes = Mapping[str, Any]  # of a component's configuration
+NONE: Changes = {}
 
 
 def component(name: str, cls: Any, part: str, device: torch.device, **changes: Any) -> Any:
@@ -44,12 +47,12 @@ def component(name: str, cls: Any, part: str, device: torch.device, **changes: A
         return cls.from_config(config).to(torch.bfloat16)
 
 
-def sd3(folder: Path, device: torch.device = GPU, *, recipe: str = "sd3", **changes: Any) -> None:
+def sd3(folder: Path, device: torch.device = GPU, *, recipe: str = "sd3", vae: Changes = NONE, **changes: Any) -> None:
     """SD3-Medium, or SD3.5-Large (`sd35l`), without T5, in whose place are zeros."""
     clip = build_tokenizer()
     StableDiffusion3Pipeline(
         transformer=component(recipe, SD3Transformer2DModel, "transformer", device, **changes),
-        vae=component(recipe, AutoencoderKL, "vae", device),
+        vae=component(recipe, AutoencoderKL, "vae", device, **vae),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=build_text_encoder(clip, CLIP_L),
         tokenizer=clip,
@@ -60,12 +63,12 @@ def sd3(folder: Path, device: torch.device = GPU, *, recipe: str = "sd3", **chan
     ).save_pretrained(folder)
 
 
-def sdxl(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
+def sdxl(folder: Path, device: torch.device = GPU, *, vae: Changes = NONE, **changes: Any) -> None:
     """SDXL."""
     clip, scheduler = build_tokenizer(), ROOT / "sdxl" / "architecture"
     StableDiffusionXLPipeline(
         unet=component("sdxl", UNet2DConditionModel, "unet", device, **changes),
-        vae=component("sdxl", AutoencoderKL, "vae", device),
+        vae=component("sdxl", AutoencoderKL, "vae", device, **vae),
         scheduler=EulerDiscreteScheduler.from_pretrained(scheduler, subfolder="scheduler"),
         text_encoder=build_text_encoder(clip, CLIP_L, projected=False),
         tokenizer=clip,
@@ -74,7 +77,7 @@ def sdxl(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
     ).save_pretrained(folder)
 
 
-def flux(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
+def flux(folder: Path, device: torch.device = GPU, *, vae: Changes = NONE, **changes: Any) -> None:
     """FLUX.1-dev."""
     clip, scheduler = build_tokenizer(), ROOT / "flux" / "architecture"
     letters = [(letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
@@ -84,7 +87,7 @@ def flux(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
     )
     FluxPipeline(
         transformer=component("flux", FluxTransformer2DModel, "transformer", device, **changes),
-        vae=component("flux", AutoencoderKL, "vae", device),
+        vae=component("flux", AutoencoderKL, "vae", device, **vae),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, subfolder="scheduler"),
         text_encoder=build_text_encoder(clip, CLIP_L, projected=False),
         tokenizer=clip,
@@ -93,8 +96,8 @@ def flux(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
     ).save_pretrained(folder)
 
 
-def sit(folder: Path, device: torch.device = GPU, **changes: Any) -> None:
+def sit(folder: Path, device: torch.device = GPU, *, vae: Changes = NONE, **changes: Any) -> None:
     """SiT-XL/2."""
     network = component("sit", SiTTransformer2DModel, "transformer", device, **changes)
-    vae = component("sit", AutoencoderKL, "vae", device)
-    SiTPipeline(network, vae, FlowMatchEulerDiscreteScheduler(shift=1.0)).save_pretrained(folder)
+    decoder = component("sit", AutoencoderKL, "vae", device, **vae)
+    SiTPipeline(network, decoder, FlowMatchEulerDiscreteScheduler(shift=1.0)).save_pretrained(folder)

@@ -25,6 +25,7 @@ UNET = {
     "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + published.CLIP_G,
     "layers_per_block": 1,
 }  # fmt: skip
+VAE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 16, "layers_per_block": 1}
 FLUX = {
     "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
     "axes_dims_rope": (4, 6, 6),
@@ -41,13 +42,13 @@ CASES = {
         "",
         {"resolution": 64, "per_device_train_batch_size": 2, "lora_rank": 4, "fake_lora_rank": 4},
         {"none": {}},
-        partial(published.sdxl, device=CPU, **UNET),
+        partial(published.sdxl, device=CPU, vae=VAE, **UNET),
     ),
     "flux": Case(
         "",
         SMALL | {"resolution": 64, "guidance_scale": 3.5, "guidance_jitter": 0.0},
         {"none": {}},
-        partial(published.flux, device=CPU, **FLUX),
+        partial(published.flux, device=CPU, vae=VAE, **FLUX),
     ),
 }
 
