@@ -623,6 +623,11 @@ class SeveralSizes(Protocol):
     latent_shapes: Sequence[tuple[int, ...]]
 
 
+def sizes_of(backend: Backend) -> Sequence[Size]:
+    """The image sizes of a run; none where the family does not say them."""
+    return backend.sizes if isinstance(backend, SeveralSizes) else ()
+
+
 @runtime_checkable
 class Submits(Protocol):
     """A reward that waits for something else, such as a server."""

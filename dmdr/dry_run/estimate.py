@@ -453,8 +453,7 @@ class Bridge:
         answer: Callable[[], Tensor] = lambda: getattr(backend, role)(x, times, cond, **options).value  # noqa: E731
         if not torch.is_grad_enabled():
             of = tuple((name, tensor.shape) for name, tensor in cond.tensors.items())
-            key = role, x.shape, of, *((name, value in (0, 1)) for name, value in options.items())
-            value = self._meter.passed(key, answer)
+            value = self._meter.passed((role, x.shape, of, *options.items()), answer)
         else:
             value = answer()
         return Prediction(value.to(CPU), backend.kind, x_t, t, backend.path)

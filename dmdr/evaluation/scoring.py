@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.evaluation.image_folder import read_image
+from dmdr.evaluation.statistics import standard_error
 from dmdr.images import can_hold_files
 from dmdr.prompts import Row, split_columns
 from dmdr.rewards import Rewards
@@ -111,9 +112,7 @@ def table(scores: Mapping[str, Tensor]) -> str:
     lines = [["reward", "mean", "standard error", "images"]]
     for name, values in scores.items():
         scored = values[values.isfinite()].double()
-        mean = scored.mean()
-        error = ((scored - mean).square().mean() / (len(scored) - 1)).sqrt()  # NaN of a single image
-        figures = (f"{figure.item():.5g}" if figure.isfinite() else "-" for figure in (mean, error))
+        figures = (f"{x:.5g}" if math.isfinite(x) else "-" for x in (scored.mean().item(), standard_error(scored)))
         lines.append([name, *figures, str(len(scored))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)

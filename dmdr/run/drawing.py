@@ -1,9 +1,8 @@
 """Images of an export or of a stock pipeline, as its users would draw them: in batches, resumable, by all processes."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from dmdr import images
 from dmdr.errors import ConfigError
 from dmdr.evaluation import image_folder
 from dmdr.prompts import Row, split_columns
-from dmdr.protocols import Backend, Denoiser, DrawsNoise, TeacherGrid, with_options
+from dmdr.protocols import Backend, Denoiser, DrawsNoise, with_options
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator, share_of, together
 from dmdr.run.export import ABOUT, read_options, resolution_of
+from dmdr.run.observer import teacher_of
 from dmdr.sampling import FewStepSampler
 from dmdr.settings import registry
+from dmdr.settings.fields import Config
 from dmdr.settings.models import Model, pipeline_class
 from dmdr.settings.trust import require_installed
 
@@ -158,7 +159,10 @@ def open_export(
     cls = family_of(folder, about, backend, base, values.get("revision"))
     trained = read_options(folder, cls.Options, values)
     precision = mixed_precision or about["mixed_precision"]
-    family, accelerator = _prepared(cls, base, _changed(trained, options or {}, str(folder)), precision)
+    chosen = _changed(trained, options or {}, str(folder))
+    if teacher:
+        chosen = with_options(chosen, guidance_scale=guidance_scale)
+    family, accelerator = _prepared(cls, base, chosen, precision)
     told = {"model": base, "mixed_precision": precision, "dmdr": version("dmdr")} | dict(options or {})
     if teacher:
         return _teacher(family, accelerator, num_inference_steps, guidance_scale, told)
@@ -194,7 +198,8 @@ def open_pipeline(
     """
     cls: Any
     _, cls = Model(model).family(backend, None, None)
-    chosen = _changed(with_options(cls.Options, **UNUSED), options or {}, model)
+    # Guidance may be an input of the network, which the family then reads as an option.
+    chosen = _changed(with_options(cls.Options, **UNUSED, guidance_scale=guidance_scale), options or {}, model)
     family, accelerator = _prepared(cls, model, chosen, mixed_precision)
     told = {"model": model, "mixed_precision": accelerator.mixed_precision, "dmdr": version("dmdr")}
     return _teacher(family, accelerator, num_inference_steps, guidance_scale, told | dict(options or {}))
@@ -216,11 +221,9 @@ def _prepared(cls: Any, base: str, options: Any, precision: str | None) -> tuple
 
 
 def _teacher(family: Any, accelerator: Accelerator, steps: int | None, guidance: float, told: dict[str, Any]) -> Artist:
-    count = steps or 28
-    times = family.teacher_grid(count) if isinstance(family, TeacherGrid) else family.grid(count)
-    denoiser: Callable[..., Any] = partial(family.teacher, guidance=guidance)
-    told = told | {"grid": times.tolist(), "guidance_scale": guidance}
-    return Artist(family, denoiser, FewStepSampler(family.path, times, 0.0), accelerator, told)
+    denoiser, sampler = teacher_of(family, steps or Config.teacher_steps, guidance)
+    told = told | {"grid": sampler.t.tolist(), "guidance_scale": guidance}
+    return Artist(family, denoiser, sampler, accelerator, told)
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from dmdr.errors import ConfigError, one_line, printable
-from dmdr.protocols import LORA_FILE, Backend, Sampler, SeveralSizes
+from dmdr.protocols import LORA_FILE, Backend, Sampler, sizes_of
 from dmdr.run import durable
 from dmdr.settings.fields import typed
 from dmdr.sizes import Size
@@ -89,9 +89,7 @@ def export(
         snippet=snippet,
         fence="`" * max(3, _longest_run(snippet) + 1),
         lora=(partial / LORA_FILE).exists(),
-        sizes=" and ".join(map(str, backend.sizes))
-        if isinstance(backend, SeveralSizes) and len(backend.sizes) > 1
-        else "",
+        sizes=" and ".join(map(str, sizes)) if len(sizes := sizes_of(backend)) > 1 else "",
         stochastic=sampler.eta > 0 and len(sampler.t) > 2,
     )
     (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text

@@ -182,8 +182,7 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
     found = [
         f"--{name} is {value} now, and was {before[name]}"
         for name, value in settings.items()
-        if name in before and before[name] != (list(value) if isinstance(value, tuple) else value)
-        if name != "resolution" or str(before[name]) != value  # which older files have as a number
+        if name in before and not _same(before[name], value)
     ]
     if read_progress(checkpoint).torn:
         found.append(f"{checkpoint} was saved during a failed update; the run goes on, but its result may differ")
@@ -191,6 +190,13 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
     if inputs.is_file() and inputs.read_text() != inputs_of(settings):
         found.append(f"--prompts {settings['prompts']} holds other prompts than when the run began")
     return found
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a setting has the value that a file has for it; a number may stand for a text (`fields.typed`)."""
+    if isinstance(now, str) and isinstance(before, int | float):
+        before = str(before)
+    return bool(before == (list(now) if isinstance(now, tuple) else now))
 
 
 def inputs_of(settings: Mapping[str, Any]) -> str:

@@ -15,12 +15,18 @@ from dmdr import images
 from dmdr.evaluation.guard import Look, thumbnails
 from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
-from dmdr.protocols import Denoiser, TeacherGrid
+from dmdr.protocols import Backend, Denoiser, TeacherGrid
 from dmdr.randomness import Random
 from dmdr.run.device import on_main_process, share_of, together
 from dmdr.run.folder import check_there
 from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
+
+
+def teacher_of(backend: Backend, steps: int, guidance: float) -> tuple[Denoiser, FewStepSampler]:
+    """The teacher as its users run it: guided, many ODE steps at the model's own times."""
+    times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
+    return partial(backend.teacher, guidance=guidance), FewStepSampler(backend.path, times, 0.0)
 
 
 class Observer:
@@ -43,11 +49,8 @@ class Observer:
         self.eval_rows = [row for row in prompts for _ in range(again)][: config.num_eval_samples]
 
     def teacher(self) -> tuple[Denoiser, FewStepSampler]:
-        """The teacher as its users run it: guided, many ODE steps at the model's own times."""
-        backend, steps = self.job.backend, self.config.teacher_steps
-        denoiser = partial(backend.teacher, guidance=self.config.guidance_scale)
-        times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
-        return denoiser, FewStepSampler(backend.path, times, 0.0)
+        """The teacher of the run's settings."""
+        return teacher_of(self.job.backend, self.config.teacher_steps, self.config.guidance_scale)
 
     @torch.no_grad()
     def generate(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from dmdr.protocols import OwnLearner, SeveralSizes
+from dmdr.protocols import OwnLearner, sizes_of
 from dmdr.run.job import Job
 from dmdr.run.plan import Stage
 from dmdr.sizes import Size
@@ -33,7 +33,7 @@ def overview(
         trained["fake score"] = backend.parameters("fake_score")
     active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
     trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
-    sizes = sizes or (backend.sizes if isinstance(backend, SeveralSizes) else ())
+    sizes = sizes or sizes_of(backend)
     low, high = plan.guidance
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     lines = {

@@ -19,7 +19,7 @@ from dmdr import images
 from dmdr.errors import ConfigError, TrainingError, not_exiting, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
-from dmdr.protocols import CachesPrompts, SeveralSizes, Shardable
+from dmdr.protocols import CachesPrompts, Shardable, sizes_of
 from dmdr.run import durable
 from dmdr.run.checkpoint import (
     Progress,
@@ -221,8 +221,7 @@ class Run:
             return
         backend = self.job.backend
         if self.accelerator.is_main_process:
-            sizes = backend.sizes if isinstance(backend, SeveralSizes) else ()
-            for what in differences(self.initial, self.plan.num_inference_steps, sizes):
+            for what in differences(self.initial, self.plan.num_inference_steps, sizes_of(backend)):
                 logger.warning("--init_student %s %s", self.initial, what)
         if (self.initial / "progress.json").is_file():
             role = "ema" if holds(self.initial, "ema") else "student"  # what its users got

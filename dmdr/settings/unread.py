@@ -94,11 +94,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
         # What is written
-        (
-            not c.num_eval_samples,
-            "eval_reward eval_rewards eval_steps eval_images_per_prompt on_hacking",
-            "without --num_eval_samples",
-        ),
+        (not c.num_eval_samples, EVALUATION, "without --num_eval_samples"),
         (not c.dry_run, "architecture gpu_memory", "without --dry_run"),
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),

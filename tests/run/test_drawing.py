@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import dmdr.run.run
+import flux
 import sd3
 from dmdr import train
 from dmdr.cli import sample
@@ -143,6 +144,24 @@ def test_a_pipeline_is_drawn_from_as_stock_diffusers_does(tmp_path: Path) -> Non
     for path, theirs in zip(paths, pipe(prompts, max_sequence_length=5, **call).images, strict=True):
         ours = np.asarray(Image.open(path)).astype(int)
         assert ours.shape == (16, 24, 3) and np.abs(ours - np.asarray(theirs)).max() <= 2
+
+
+def test_guidance_reaches_a_network_that_reads_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flux.dev(tmp_path / "model")
+    asked: dict[str, Any] = {"max_sequence_length": 8, "resolution": "16"}
+    told = {"num_inference_steps": 2, "options": asked}
+    plain, guided = (open_pipeline(str(tmp_path / "model"), guidance_scale=w, **told) for w in (1.0, 3.5))
+    paths = guided.draw([{"prompt": "a handwritten seven"}], 5, tmp_path / "ours")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    call = {"num_inference_steps": 2, "guidance_scale": 3.5, "height": 16, "width": 16, "max_sequence_length": 8}
+    theirs = np.asarray(pipe(["a handwritten seven"], **call).images[0]).astype(int)
+    assert np.abs(np.asarray(Image.open(paths[0])).astype(int) - theirs).max() <= 2
+    other = plain.draw([{"prompt": "a handwritten seven"}], 5, tmp_path / "other")
+    assert paths[0].read_bytes() != other[0].read_bytes()
+    assert not np.array_equal(np.asarray(Image.open(other[0])), np.asarray(Image.open(paths[0])))
 
 
 @pytest.mark.parametrize(

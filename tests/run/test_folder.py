@@ -104,6 +104,15 @@ def test_what_differs_from_the_run_is_said(run: Path, finished: Path, caplog: py
     ]
 
 
+def test_a_number_may_stand_for_a_text(run: Path) -> None:
+    """As in older files, whose resolution is one."""
+    file, step = run / "config.yaml", run / "checkpoints" / "step-000003"
+    settings = read_yaml(str(file))
+    file.write_text(f"{file.read_text()}resolution: 512\n")
+    assert changes(step, settings | {"resolution": "512"}) == []
+    assert changes(step, settings | {"resolution": "768"}) == ["--resolution is 768 now, and was 512"]
+
+
 def test_prompts_that_have_changed_are_noticed(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     prompts = run.parent / "prompts.jsonl"
     prompts.write_text('{"prompt": "mode 1", "label": 1}\n')
