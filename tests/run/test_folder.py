@@ -14,7 +14,8 @@ from dmdr import train
 from dmdr.backends.toy import ToyBackend
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run.checkpoint import checkpoints, damage
-from dmdr.run.folder import claimed
+from dmdr.run.folder import changes, claimed
+from dmdr.settings.parse import read_yaml
 from dmdr.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
