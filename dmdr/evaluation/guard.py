@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from dmdr.evaluation.metrics import NEIGHBOURS, precision_recall
-from dmdr.evaluation.statistics import bootstrap, paired, wilson
+from dmdr.metrics import NEIGHBOURS, neighbours
+from dmdr.statistics import bootstrap, paired, wilson
 
 LEVEL = 0.99  # of the intervals
 KEPT = 0.7  # of stage 1's variety and images; on the digits joint training keeps 0.8 and RL alone 0.5
@@ -86,7 +86,7 @@ def compare(before: Look, now: Look) -> tuple[dict[str, float], list[str]]:
         if bootstrap(new - KEPT * old, level=LEVEL).high < 0:
             causes.append(f"images of one prompt differ {metrics['variety']:.2f} times as much as after stage 1")
     if len(now.trained) > NEIGHBOURS:
-        recall = precision_recall(before.thumbnails, now.thumbnails)[1]
+        recall = neighbours(before.thumbnails, now.thumbnails).recall
         metrics["recall"] = recall
         if wilson(round(recall * len(now.trained)), len(now.trained), level=LEVEL)[1] < KEPT:
             causes.append(f"{recall:.0%} of stage 1's images lie among the present ones")

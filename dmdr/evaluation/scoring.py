@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.evaluation.image_folder import read_image
-from dmdr.evaluation.statistics import standard_error
 from dmdr.images import can_hold_files
 from dmdr.prompts import Row, split_columns
 from dmdr.rewards import Rewards
+from dmdr.statistics import standard_error
 
 Part = tuple[list[int], dict[str, Tensor]]  # some of the images by index, and their scores: name -> [B]
 

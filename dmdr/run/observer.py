@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdr import images
+from dmdr.evaluation.evaluate import evaluate
 from dmdr.evaluation.guard import Look, thumbnails
-from dmdr.evaluation.metrics import evaluate
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Backend, Denoiser, TeacherGrid
 from dmdr.randomness import Random

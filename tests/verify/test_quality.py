@@ -124,7 +124,7 @@ def test_trained_anew_the_digits_are_as_good_as_those_of_the_package(
     """Teacher, judge and the rewards of the demo, each trained by the same code; 10 minutes on one core."""
     import torch
 
-    from dmdr.evaluation.metrics import frechet_distance
+    from dmdr.metrics import frechet_distance
 
     judge, held_out = full_digits.judge(), held_out_scans()
     packaged = teacher_samples(full_digits)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dmdr.evaluation.statistics import bootstrap, paired, prompt_means, standard_error, wilson
+from dmdr.statistics import bootstrap, paired, prompt_means, standard_error, wilson
 
 
 def test_images_of_a_prompt_are_one_observation() -> None:

@@ -1,0 +1,152 @@
+"""What a benchmark is: its prompts, what it asks about each image, and the figures that come of the answers.
+
+`dmdr-eval` does the rest: it draws or reads the images, asks about a batch of them at a time, in all processes, keeps
+the answers on disk, so that a stopped evaluation goes on, and prints the table. A benchmark registers under the
+entry-point group `dmdr.benchmarks`. It is a dataclass; its fields are its command-line flags.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dmdr.metrics import Rows
+from dmdr.protocols import NamedModel, RewardSum
+
+# How the images of a benchmark lie in a folder:
+# "flat"     0000.png, 0001.png, ... with a metadata.jsonl: the `imagefolder` layout of `datasets`
+# "samples"  00000/samples/0000.png of prompt 0, image 0, with 00000/metadata.jsonl: GenEval's
+# "grids"    ID.png, four images of a prompt as 2 x 2, ID from the column `item_id`: DPG-Bench's
+Layout = Literal["flat", "samples", "grids"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A cell of the table.
+
+    Attributes:
+        value: What is printed.
+        error: Its standard error; NaN where there is none, as of a distance between sets.
+        values: Of each image, [N] float64, where `value` is the mean of the prompts' means; two models are then
+            compared prompt by prompt. NaN leaves an image out.
+        decimals: Digits after the point.
+    """
+
+    value: float
+    error: float = math.nan
+    values: Tensor | None = None
+    decimals: int = 4
+
+
+class Answers(Protocol):
+    """All answers about N images, in their order. Tensors are read from disk in parts: N may be large."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def tensor(self, name: str) -> Rows:
+        """The tensors [B, ...] of this name, as [N, ...].
+
+        Raises:
+            KeyError: If `answers` gives none of this name.
+        """
+
+    def texts(self, name: str) -> list[str]:
+        """The texts of this name, N of them.
+
+        Raises:
+            KeyError: If `answers` gives none of this name.
+        """
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """A dataclass whose fields are its flags. Construction is cheap; `prepare` loads the weights.
+
+    It may also be `ScoresByRewards`, `ComparesWithImages` and `AsksTheModel`.
+    """
+
+    @property
+    def images_per_prompt(self) -> int:
+        """As the published protocol has it; a class attribute, which is read off the class."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its images lie in a folder; a class attribute."""
+
+    def about(self) -> str:
+        """A sentence over the table: what was computed by which networks, and where that is not as published."""
+
+    def rows(self, prompts: str, column: str) -> Sequence[Mapping[str, Any]]:
+        """The prompt rows, each with a `prompt`, of a file or dataset in the published layout.
+
+        Args:
+            prompts: Path or hub id (--prompts).
+            column: Column that holds the prompts, where the layout has columns (--prompt_column).
+
+        Raises:
+            ConfigError: If it cannot be read, or lacks what the benchmark asks about. Names file and row.
+        """
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the weights, frozen, in eval mode.
+
+        Raises:
+            ConfigError: If a setting or a checkpoint is no good. An OSError or a ValueError is turned into one.
+        """
+
+    def answers(self, images: Tensor, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor | Sequence[str]]:
+        """What there is to say of images [B, 3, H, W] float32 in [0, 1], by name: tensors [B, ...], or B texts.
+
+        The answer about an image may depend on its own row only. Those with one number [B] and the texts are also
+        written as columns of a CSV file.
+        """
+
+    def figures(
+        self, answers: Answers, rows: Sequence[Mapping[str, Any]], reference: Answers | None
+    ) -> Mapping[str, Figure]:
+        """The cells of the table, by column.
+
+        Args:
+            answers: About N images.
+            rows: Of each image, N of them: the row of a prompt comes once for each of its images.
+            reference: About the images that it compares with, where it is `ComparesWithImages`.
+
+        Raises:
+            ConfigError: If there are too few images.
+        """
+
+
+@runtime_checkable
+class ScoresByRewards(Protocol):
+    """A benchmark that scores images by rewards."""
+
+    @property
+    def reward(self) -> str:
+        """The sum of rewards where --reward names none; a class attribute, which is read off the class."""
+
+    def use(self, rewards: RewardSum) -> None:
+        """Called before `prepare` with the rewards, which are loaded."""
+
+
+@runtime_checkable
+class ComparesWithImages(Protocol):
+    """A benchmark that compares with other images, about which it is asked as well."""
+
+    def reference_images(self) -> str | None:
+        """A folder of images or an .npz file with an `arr_0` [N, H, W, 3] uint8; None where it needs none."""
+
+
+@runtime_checkable
+class AsksTheModel(Protocol):
+    """A benchmark that asks the named model of --model for something, such as its judge."""
+
+    def ask(self, model: NamedModel | None) -> None:
+        """Called before `rows` and `prepare`.
+
+        Raises:
+            ConfigError: If it is no model that the benchmark can do with.
+        """
