@@ -6,7 +6,7 @@ entry-point group `dmdr.benchmarks`. It is a dataclass; its fields are its comma
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmdr.metrics import Rows
 from dmdr.protocols import NamedModel, RewardSum
+from dmdr.statistics import prompt_means, standard_error
 
 # How the images of a benchmark lie in a folder:
 # "flat"     0000.png, 0001.png, ... with a metadata.jsonl: the `imagefolder` layout of `datasets`
@@ -39,6 +40,25 @@ class Figure:
     error: float = math.nan
     values: Tensor | None = None
     decimals: int = 4
+
+    @classmethod
+    def mean(cls, values: Tensor, rows: Sequence[Mapping[str, Any]], decimals: int = 4) -> "Figure":
+        """The mean over prompts of the means of their images, with its standard error over prompts.
+
+        Args:
+            values: Of each image, [N], any dtype; those that are not finite are left out.
+            rows: Of each image.
+            decimals: Digits after the point.
+        """
+        means = prompt_means(values, prompts_of(rows))
+        finite = means[means.isfinite()]
+        value = finite.mean().item() if len(finite) else math.nan
+        return cls(value, standard_error(means), values.detach().cpu().double(), decimals)
+
+
+def prompts_of(rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+    """What the images of a prompt have in common; an image without a prompt shares it with no other."""
+    return [row["prompt"] or index for index, row in enumerate(rows)]
 
 
 class Answers(Protocol):
@@ -66,7 +86,8 @@ class Answers(Protocol):
 class Benchmark(Protocol):
     """A dataclass whose fields are its flags. Construction is cheap; `prepare` loads the weights.
 
-    It may also be `ScoresByRewards`, `ComparesWithImages` and `AsksTheModel`.
+    It may also be `ScoresByRewards`, `ComparesWithImages`, `AsksTheModel` and `BringsRows`. Optional: `reads_prompts =
+    False`, of one that looks at images only.
     """
 
     @property
@@ -126,10 +147,10 @@ class ScoresByRewards(Protocol):
 
     @property
     def reward(self) -> str:
-        """The sum of rewards where --reward names none; a class attribute, which is read off the class."""
+        """The sum of rewards where --reward names none, or "none"; a class attribute, which is read off the class."""
 
     def use(self, rewards: RewardSum) -> None:
-        """Called before `prepare` with the rewards, which are loaded."""
+        """Called before `prepare` with the rewards, which are loaded, if there are any."""
 
 
 @runtime_checkable
@@ -150,3 +171,14 @@ class AsksTheModel(Protocol):
         Raises:
             ConfigError: If it is no model that the benchmark can do with.
         """
+
+
+@runtime_checkable
+class BringsRows(Protocol):
+    """A benchmark that has prompts of its own."""
+
+    def own_rows(self) -> Sequence[Mapping[str, Any]]:
+        """The prompt rows where --prompts names none; called after `ask`."""
+
+
+OPTIONAL: tuple[type, ...] = (ScoresByRewards, ComparesWithImages, AsksTheModel, BringsRows)

@@ -232,8 +232,9 @@ class Reward(Protocol):
     """A score of images; higher is better. Construction is cheap; `prepare` loads the weights, frozen.
 
     Optional: `columns: ClassVar[tuple[str, ...]]`, the columns of the prompt rows that it cannot do without;
-    `reads_prompts = False`, of one that looks at images only; `weightless = True`, of one that `prepare` builds on the
-    meta device without its weights, so that --dry_run counts its memory. It may also be `Submits` or a `FeatureReward`.
+    `reads_prompts = False`, of one that looks at images only; `printed_times`, the factor of published tables, 100 for
+    cosines; `weightless = True`, of one that `prepare` builds on the meta device without its weights, so that --dry_run
+    counts its memory. It may also be `Submits` or a `FeatureReward`.
     """
 
     @property

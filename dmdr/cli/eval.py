@@ -1,15 +1,14 @@
-"""`dmdr-eval`: scores of a folder of images."""
+"""`dmdr-eval`: benchmarks of runs, exports, pipelines and folders of images."""
 
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dmdr.cli.common import command, open_rewards
+from dmdr.cli.common import command, find_device, open_rewards
 from dmdr.errors import ConfigError
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import REQUIRED, RewardFlags, flag
@@ -17,139 +16,169 @@ from dmdr.settings.parse import parse_command
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from torch import Tensor
+
+    from dmdr.prompts import Row
+    from dmdr.rewards import Rewards
 
 PATIENCE = timedelta(minutes=30)  # with the other processes, as `dmdr-train` has by default
-DESCRIPTION = "Score a folder of images: a CSV, and a table of means. Rewards resize as their published evaluations do."
+MOST = 100_000  # images that are drawn
+DESCRIPTION = (
+    "Measure runs, exports, pipelines or folders of images by a benchmark, and print a table: dmdr-eval RUN PIPELINE "
+    "FOLDER --benchmark NAME. Rewards resize as their published evaluations do."
+)
 
 
 @dataclass(kw_only=True)
 class EvalFlags(RewardFlags):
     """The flags of the command."""
 
-    images: str = flag(
+    subjects: list[str] = flag(
         REQUIRED,
-        "folder of images with a metadata.jsonl as dmdr-sample writes it, or by natural order of name (2.png before "
-        "10.png); alpha and EXIF rotation do not count",
+        "what is measured; it is also written first, without this flag: run folders, exports, pipelines (a folder or a "
+        "hub id), folders of images, .npz files of images, or 'teacher', that of the first run; NAME=PLACE names one",
     )
+    benchmark: str = flag("preference", "what is measured; --benchmark NAME --help adds the flags of NAME")
+    reward: str | None = flag(None, "sum of rewards, e.g. 'hps+0.5*clip', of a benchmark that scores by them")
     prompts: str | None = flag(
-        None, "prompt i of image i, if there is no metadata.jsonl: a file, folder or dataset, as dmdr-train reads them"
+        None,
+        "the benchmark's prompts: a file, folder or dataset in its published layout; may be left out for a folder of "
+        "images that has them beside it, as dmdr-sample writes it",
     )
     prompt_column: str = flag("prompt", "column that holds the prompts; rewards are given the others by name")
-    output: str = flag("scores.csv", "CSV file to write")
-    batch_size: int = flag(16, "images that are scored at a time")
+    baseline: str | None = flag(None, "name of the one that the others are compared with, prompt by prompt")
+    output_dir: str = flag("evaluation", "folder of the images, the answers and the tables; what is there is kept")
+    batch_size: int = flag(16, "images that are drawn, and looked at, at a time")
+    images_per_prompt: int | None = flag(None, "images that are drawn of each prompt; the benchmark's own by default")
+    num_inference_steps: list[int] | None = flag(
+        None, "steps of what is drawn; of several numbers each is measured; the student's own, or 28, by default"
+    )
+    guidance_scale: float | None = flag(None, "guidance of a pipeline, which needs it")
+    seed: int = flag(0, "seed of what is drawn, as torch.manual_seed takes it")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = flag(
+        None, "precision of the networks that draw; the run's by default"
+    )
 
     def validate(self) -> None:
         super().validate()
-        self._require(self.batch_size >= 1, "batch_size", "at least 1")
+        for name in ("batch_size", "images_per_prompt"):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "at least 1")
+        steps = self.num_inference_steps
+        self._require(steps is None or all(1 <= each <= 1000 for each in steps), "num_inference_steps", "1 to 1000")
 
 
 def run(arguments: list[str]) -> None:
-    flags, chosen = parse_command(EvalFlags, arguments, prog="dmdr-eval", description=DESCRIPTION)
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    first = ["--subjects", *arguments[:count]] if count else []
+    flags, (benchmark, *rewards) = parse_command(
+        EvalFlags, [*first, *arguments[count:]], prog="dmdr-eval", description=DESCRIPTION
+    )
     # torch is imported only after the flags have been found good
     from dmdr.run.device import avoid_mps, join_processes
 
     avoid_mps()
     state = join_processes(cpu=flags.device == "cpu", timeout=PATIENCE)
     try:
-        score(flags, chosen, state)
+        evaluate(flags, benchmark, rewards, state)
     finally:
         state.destroy_process_group()  # or a thread between processes may outlive the interpreter, and abort it
 
 
-def score(flags: EvalFlags, chosen: Sequence[Chosen], state: "PartialState") -> None:
-    """Score the images in all processes, each a share; the main one checks what is asked for, writes and prints."""
-    from tqdm import tqdm
-
-    from dmdr import images
-    from dmdr.evaluation import scoring
-    from dmdr.run.device import failing_together, on_main_process, rounds, share_of
-    from dmdr.run.signals import Interrupts
+def evaluate(flags: EvalFlags, plugin: Chosen, chosen: Sequence[Chosen], state: "PartialState") -> None:
+    """Measure everything in all processes, each a share; the main one checks what is asked for, writes and prints."""
+    from dmdr.evaluation.tables import Table
+    from dmdr.run import benchmarking
+    from dmdr.run.device import on_main_process
+    from dmdr.settings import registry
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
-    on_main_process(state, lambda: scoring.require_writable(Path(flags.output)))
-    paths, rows = on_main_process(state, lambda: find_pairs(flags, chosen))
+    subjects = benchmarking.subjects_of(flags.subjects, flags.num_inference_steps)
+    if flags.baseline and flags.baseline not in [subject.name for subject in subjects]:
+        names = ", ".join(subject.name for subject in subjects)
+        raise ConfigError(f"--baseline {flags.baseline} is none of what is measured: {names}")
+    output = Path(flags.output_dir)
+    on_main_process(state, lambda: require_folder(output))
+    model = registry.load("models", flags.model)() if flags.model else None
+    benchmark: Any = plugin.build()
+    benchmarking.ask_model(benchmark, model)
+    settings = {"benchmark": plugin.title, **plugin.options, "dtype": flags.dtype, "model": flags.model}
+    settings["rewards"] = [[reward.title, reward.options] for reward in chosen]
+    evaluation = benchmarking.Evaluation(benchmark, plugin.title, settings, state, output, flags.batch_size)
+    each = flags.images_per_prompt or benchmark.images_per_prompt
+    unread = not any(_reads_prompts(one.cls) for one in chosen or [plugin])
+    found = [evaluation.find(one, flags.prompts, flags.prompt_column, each, unread) for one in subjects]
+    for subject, (_, rows) in zip(subjects, found, strict=True):
+        check(subject.name, rows, chosen)
+    against = evaluation.reference()
+    how = {name: getattr(flags, name) for name in ("guidance_scale", "mixed_precision")}
+    for subject, (pictures, rows) in zip(subjects, found, strict=True):
+        if subject.drawn:
+            own = (
+                how
+                if not subject.teacher and benchmarking.is_pipeline(subject.place)
+                else {**how, "guidance_scale": None}
+            )
+            evaluation.draw(subject, pictures, rows, each, flags.seed, **own)
+    device = prepare(flags, benchmark, chosen, [row for _, rows in found for row in rows[:1]], state)
+    other = evaluation.ask(benchmarking.REFERENCE, *against, device) if against else None
+    stores = [evaluation.ask(one.name, *each, device) for one, each in zip(subjects, found, strict=True)]
+    if state.is_main_process:
+        measured = [
+            evaluation.measured(one, *each, store, other)
+            for one, each, store in zip(subjects, found, stores, strict=True)
+        ]
+        baseline = next((one for one in measured if one.name == flags.baseline), None)
+        table = Table(benchmark.about(), measured, baseline)
+        paths = evaluation.write(table)
+        print(table.as_text())
+        print(f"\nsaved as {', '.join(map(str, paths))}")
+        benchmarking.require_answers(table)
+
+
+def prepare(flags: EvalFlags, benchmark: Any, chosen: Sequence[Chosen], rows: "Sequence[Row]", state: Any) -> Any:
+    """Load what the benchmark asks, and return the device."""
+    from dmdr.benchmarks import ScoresByRewards
+    from dmdr.run.device import failing_together
+    from dmdr.types import dtype_of
+
+    device = None
     for turn in (True, False):  # the main process first, which downloads or builds what the others then find
         with failing_together():
             if state.is_main_process == turn:
-                rewards, device = open_rewards(flags, chosen, rows)
-    found: list[scoring.Part] = []
-
-    def write() -> "dict[str, Tensor]":
-        indices, scores = scoring.joined(found)
-        scores["total"] = rewards.total(scores)
-        content = scoring.as_csv([paths[i] for i in indices], [rows[i] for i in indices], scores)
-        images.write_atomically(Path(flags.output).resolve(), content)  # or the file would take the place of a link
-        return scores
-
-    own = share_of(state, len(paths), padded=False)
-    scores_of = scoring.score_images(rewards, paths, rows, own, batch_size=flags.batch_size, device=device)
-    bar = tqdm(total=len(paths), desc="score", unit="image", leave=False, disable=not state.is_main_process)
-    with Interrupts(state) as interrupts:  # a launcher ends all when one has left, while the main one still writes
-        try:
-            with bar, closing(scores_of):
-                for parts in rounds(scores_of):
-                    found += parts
-                    bar.update(sum(len(indices) for indices, _ in parts))
-                    if interrupts.arrived():
-                        interrupts.leave()
-        except BaseException:  # a signal, too
-            if found and state.is_main_process:
-                count = len(write()["total"])
-                print(f"the scores of {count} of {len(paths)} images are saved in {flags.output}", file=sys.stderr)
-            raise
-    if state.is_main_process:
-        scores = write()
-        print(scoring.table(scores))
-        print(f"\nsaved as {flags.output}")
-        rewards.require_finite(scores)
+                device = find_device(flags.device)
+                if chosen and isinstance(benchmark, ScoresByRewards):
+                    rewards: Rewards
+                    rewards, device = open_rewards(flags, chosen, rows)
+                    benchmark.use(rewards)
+                try:
+                    benchmark.prepare(device, dtype_of(flags.dtype))
+                except (OSError, ValueError) as error:
+                    raise ConfigError(f"benchmark '{flags.benchmark}': {error}") from error
+    return device
 
 
-def find_pairs(flags: EvalFlags, chosen: Sequence[Chosen]) -> tuple[list[Path], list[dict[str, Any]]]:
-    """The images, and a prompt row for each: by the folder's index, or in order.
-
-    With neither an index nor `--prompts` it is the empty prompt, if no reward reads it.
-
-    Raises:
-        ConfigError: If there are more or fewer prompts than images, or a reward asks for what they lack.
-    """
-    from dmdr.evaluation import image_folder
+def check(name: str, rows: "Sequence[Row]", chosen: Sequence[Chosen]) -> None:
+    """Refuse rows that lack what a reward asks for, and too many images."""
     from dmdr.settings.verify import check_columns
 
-    index = image_folder.find_index(flags.images)
-    if index and flags.prompts is not None:
-        raise ConfigError(f"--prompts {flags.prompts}: {index} already has the prompts; leave out --prompts")
-    if index:
-        paths, rows = image_folder.indexed_images(index, flags.prompt_column)
-    else:
-        paths = image_folder.find_images(flags.images)
-        rows = rows_in_order(flags, chosen, len(paths))
+    if len(rows) > MOST:
+        raise ConfigError(f"{name}: {len(rows):,} images are more than {MOST:,}")
     check_columns(chosen, rows)
-    return paths, rows
 
 
-def rows_in_order(flags: EvalFlags, chosen: Sequence[Chosen], count: int) -> list[dict[str, Any]]:
-    """As many prompt rows as there are images.
+def _reads_prompts(cls: type) -> bool:
+    return bool(getattr(cls, "reads_prompts", True))
 
-    Raises:
-        ConfigError: If there are more or fewer, or none although a reward reads them.
-    """
-    from dmdr.prompts import read_prompts
 
-    rows: Sequence[dict[str, Any]] = [{"prompt": ""}] * count
-    if flags.prompts is None and flags.prompt_column != "prompt":
-        raise ConfigError("--prompt_column is not read without --prompts or a metadata.jsonl; leave it out")
-    if flags.prompts is not None:
-        rows = read_prompts(flags.prompts, column=flags.prompt_column, repeated=True).rows
-    if len(rows) != count:
+def require_folder(output: Path) -> None:
+    """Refuse a place for the tables that cannot be had, before anything is computed."""
+    from dmdr.images import can_hold_files
+
+    nearest = next(folder for folder in (output.resolve(), *output.resolve().parents) if folder.exists())
+    if not nearest.is_dir() or not can_hold_files(nearest):
         raise ConfigError(
-            f"--images {flags.images} holds {count} images, but --prompts {flags.prompts} has {len(rows)} prompts "
-            "(blank lines do not count)"
+            f"--output_dir {output} cannot be written: {nearest} is no folder, or you may not write into it"
         )
-    for reward in chosen:
-        if flags.prompts is None and getattr(reward.cls, "reads_prompts", True):
-            raise ConfigError(f"--prompts is missing: reward '{reward.title}' reads the prompt of each image")
-    return list(rows)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dmdr.cli.common import command, open_rewards
 from dmdr.errors import ConfigError
-from dmdr.settings.fields import RewardFlags, flag
+from dmdr.settings.fields import REQUIRED, RewardFlags, flag
 from dmdr.settings.parse import parse_command
 
 LIMITS = ("max_batch_size", "max_queue", "max_request_mb", "request_timeout")
@@ -21,6 +21,7 @@ DESCRIPTION = (
 class ServerFlags(RewardFlags):
     """The flags of the command."""
 
+    reward: str = flag(REQUIRED, "sum of rewards, e.g. 'hps+0.5*clip'")
     host: str = flag("127.0.0.1", "interface; anything but the loopback is open to others")
     port: int = flag(8000, "TCP port; 0 is a free one")
     max_batch_size: int = flag(32, "images that are scored at a time; larger requests are split, small ones merged")

@@ -109,43 +109,11 @@ def opened(args: "argparse.Namespace") -> "Artist":
     Raises:
         ConfigError: If there is no such student or pipeline, or a flag is not read.
     """
-    from dmdr.hub import is_hub_id
-    from dmdr.run.drawing import open_export, open_pipeline
-    from dmdr.run.export import is_export, read_export
+    from dmdr.run.drawing import open_place
 
-    how = {name: getattr(args, name) for name in ("backend", "mixed_precision", "num_inference_steps")}
+    names = ("teacher", "guidance_scale", "lora", "model", "backend", "mixed_precision", "num_inference_steps")
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) not in (None, False)}
-    place = Path(args.student)
-    folder = next(filter(is_export, (place, place / "student")), None)
-    if folder is None:
-        if not ((place / "model_index.json").is_file() or (not place.exists() and is_hub_id(args.student))):
-            what = "is neither an export nor a run folder with one (no sampling.json), nor a pipeline"
-            raise ConfigError(f"{args.student} {what} (no model_index.json)")
-        if args.model or args.teacher:
-            raise ConfigError(f"--{'model' if args.model else 'teacher'} is not read for a pipeline; leave it out")
-        if args.guidance_scale is None:
-            raise ConfigError(f"--guidance_scale is missing: {args.student} is a pipeline")
-        options |= {"teacher_lora": args.lora} if args.lora else {}
-        return open_pipeline(args.student, options=options, guidance_scale=args.guidance_scale, **how)
-    if args.lora:
-        raise ConfigError("--lora is read for a pipeline alone; leave it out")
-    if args.guidance_scale is not None and not args.teacher:
-        raise ConfigError("--guidance_scale is read with --teacher alone; a student is not guided")
-    guidance = args.guidance_scale if args.guidance_scale is not None else _of_run(folder) if args.teacher else 1.0
-    about = read_export(folder)
-    how |= {"teacher": args.teacher, "guidance_scale": guidance}
-    return open_export(folder, about, model=args.model, options=options, **how)
-
-
-def _of_run(export: Path) -> float:
-    """The teacher's guidance in the run that an export lies in."""
-    from dmdr.settings.parse import read_yaml
-
-    file = export.resolve().parent / "config.yaml"
-    found = read_yaml(str(file)).get("guidance_scale") if file.is_file() else None
-    if not isinstance(found, int | float) or isinstance(found, bool):
-        raise ConfigError(f"--guidance_scale is missing: {export} lies in no run folder that says it")
-    return float(found)
+    return open_place(args.student, options=options, **{name: getattr(args, name) for name in names})
 
 
 def main() -> None:

@@ -84,10 +84,10 @@ def indexed_images(index: Path, column: str) -> tuple[list[Path], list[Row]]:
     paths = [index.parent / row.pop("file_name") for row in rows]
     there = set(find_images(str(index.parent)))
     if missing := [path for path in paths if path not in there]:
-        raise ConfigError(f"--images: {index} names {missing[0].name}, but this image is not in the folder")
+        raise ConfigError(f"{index} names {missing[0].name}, but this image is not in the folder")
     if unnamed := sorted(there - set(paths)):
         what = f"{len(unnamed)} of the images in its folder, such as {unnamed[0].name}"
-        raise ConfigError(f"--images: {index} does not name {what}; move them away, or delete this file")
+        raise ConfigError(f"{index} does not name {what}; move them away, or delete this file")
     return paths, rows
 
 
@@ -96,7 +96,7 @@ def _read_index(index: Path, column: str) -> list[Row]:
     for i, row in enumerate(rows, start=1):
         name = row.get("file_name")
         if not isinstance(name, str) or Path(name).name != name:
-            raise ConfigError(f"--images: {index} row {i} needs a 'file_name': an image in the same folder")
+            raise ConfigError(f"{index} row {i} needs a 'file_name': an image in the same folder")
     return list(rows)
 
 
@@ -109,12 +109,12 @@ def find_images(folder: str) -> list[Path]:
         ConfigError: If there is no such folder, it holds none, or one of them cannot be read.
     """
     if not Path(folder).is_dir():
-        raise ConfigError(f"--images: no such folder: {folder}")
+        raise ConfigError(f"no such folder: {folder}")
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = (path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes and path.is_file())
     paths = sorted((path for path in found if not path.name.startswith(".")), key=_natural)
     if not paths:
-        raise ConfigError(f"--images: {folder} holds no image")
+        raise ConfigError(f"{folder} holds no image")
     for path in paths:
         _open(path).close()
     return paths
@@ -132,7 +132,7 @@ def _open(path: Path) -> Image.Image:
         raise _unreadable(path, error) from error
     if image.mode.startswith(("I", "F")):
         image.close()
-        raise ConfigError(f"--images: {path} has more than 8 bits per channel; convert it to 8 bits first")
+        raise ConfigError(f"{path} has more than 8 bits per channel; convert it to 8 bits first")
     return image
 
 
@@ -152,5 +152,5 @@ def read_image(path: Path) -> Tensor:
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
     if isinstance(error, Image.UnidentifiedImageError):
-        return ConfigError(f"--images: {path} is no image")
-    return ConfigError(f"--images: {path} cannot be read: {error}")
+        return ConfigError(f"{path} is no image")
+    return ConfigError(f"{path} cannot be read: {error}")

@@ -16,15 +16,17 @@ from tqdm import tqdm
 from dmdr import images
 from dmdr.errors import ConfigError
 from dmdr.evaluation import image_folder
+from dmdr.hub import is_hub_id
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Backend, Denoiser, DrawsNoise, with_options
 from dmdr.run.device import avoid_mps, on_main_process, open_accelerator, share_of, together
-from dmdr.run.export import ABOUT, read_options, resolution_of
+from dmdr.run.export import ABOUT, is_export, read_export, read_options, resolution_of
 from dmdr.run.observer import teacher_of
 from dmdr.sampling import FewStepSampler
 from dmdr.settings import registry
 from dmdr.settings.fields import Config
 from dmdr.settings.models import Model, pipeline_class
+from dmdr.settings.parse import read_yaml
 from dmdr.settings.trust import require_installed
 
 KEY = "dmdr"  # of a PNG's text
@@ -59,6 +61,18 @@ class Artist:
     def draw(self, rows: Sequence[Row], seed: int, output: Path, *, batch_size: int = BATCH) -> list[Path]:
         """Write an image of each prompt row, with an index of the rows (`evaluation.image_folder`).
 
+        Args:
+            rows, seed, batch_size: As of `write`.
+            output: Folder of the images.
+
+        Returns: The paths in the main process; none in the others.
+        """
+        self.write(rows, seed, [output / name for name in image_folder.names(len(rows))], batch_size=batch_size)
+        return image_folder.write_index(output, rows) if self.accelerator.is_main_process else []
+
+    def write(self, rows: Sequence[Row], seed: int, files: Sequence[Path], *, batch_size: int = BATCH) -> None:
+        """Write an image of each prompt row.
+
         A batch is what the stock pipeline draws when it is called with its prompts after all batches before, with one
         seed at the start. Batches whose images are there already, drawn from the same settings, are left out. Each
         process draws a share of every batch; the main one writes.
@@ -66,17 +80,15 @@ class Artist:
         Args:
             rows: At least one.
             seed: Of torch's generator.
-            output: Folder of the images.
+            files: PNG file of each row.
             batch_size: Images that are drawn at a time.
-
-        Returns: The paths in the main process; none in the others.
         """
-        main, names = self.accelerator.is_main_process, image_folder.names(len(rows))
+        main = self.accelerator.is_main_process
         told = [self._told(rows, i, seed, batch_size) for i in range(len(rows))]
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
 
         def missing() -> list[bool]:
-            return [not all(_is_drawn(output / names[i], told[i]) for i in batch) for batch in batches]
+            return [not all(_is_drawn(files[i], told[i]) for i in batch) for batch in batches]
 
         due = on_main_process(self.accelerator, missing)
         torch.manual_seed(seed)
@@ -89,9 +101,8 @@ class Artist:
                 if wanted:
                     pictures = self._batch([rows[i] for i in batch], noise)
                     for i, picture in zip(batch, images.to_pil(pictures), strict=True) if main else ():
-                        images.save(picture, output / names[i], {"prompt": rows[i]["prompt"], KEY: told[i]})
+                        images.save(picture, files[i], {"prompt": rows[i]["prompt"], KEY: told[i]})
                 bar.update(len(batch))
-        return image_folder.write_index(output, rows) if main else []
 
     def _batch(self, rows: Sequence[Row], noise: Sequence[Tensor]) -> Tensor:
         """Images of all rows on the CPU."""
@@ -122,6 +133,70 @@ def _is_drawn(file: Path, told: str) -> bool:
             return bool(getattr(image, "text", {}).get(KEY) == told)
     except Exception:  # each decoder has its own
         return False
+
+
+def open_place(
+    place: str,
+    *,
+    teacher: bool = False,
+    guidance_scale: float | None = None,
+    lora: str | None = None,
+    model: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> Artist:
+    """The student or the teacher of a run or export, or a stock pipeline.
+
+    Args:
+        place: Run folder, its export, or a pipeline's folder or hub id.
+        teacher: Draw with the run's teacher instead of its student.
+        guidance_scale: Of the teacher, by default as in the run; of a pipeline it must be given.
+        lora: On a pipeline.
+        model: Folder or hub id of the teacher, if it has moved.
+        options: Options of the model family that differ from the run's.
+        how: `backend`, `mixed_precision` and `num_inference_steps`, as of `open_export` and `open_pipeline`.
+
+    Raises:
+        ConfigError: If there is no such student or pipeline, or a flag is not read.
+    """
+    folder = export_in(place)
+    options = dict(options or {})
+    if folder is None:
+        if not is_pipeline(place):
+            what = "is neither an export nor a run folder with one (no sampling.json), nor a pipeline"
+            raise ConfigError(f"{place} {what} (no model_index.json)")
+        if model or teacher:
+            raise ConfigError(f"--{'model' if model else 'teacher'} is not read for a pipeline; leave it out")
+        if guidance_scale is None:
+            raise ConfigError(f"--guidance_scale is missing: {place} is a pipeline")
+        options |= {"teacher_lora": lora} if lora else {}
+        return open_pipeline(place, options=options, guidance_scale=guidance_scale, **how)
+    if lora:
+        raise ConfigError("--lora is read for a pipeline alone; leave it out")
+    if guidance_scale is not None and not teacher:
+        raise ConfigError("--guidance_scale is read with --teacher alone; a student is not guided")
+    guidance = guidance_scale if guidance_scale is not None else _guidance_of(folder) if teacher else 1.0
+    how |= {"teacher": teacher, "guidance_scale": guidance}
+    return open_export(folder, read_export(folder), model=model, options=options, **how)
+
+
+def export_in(place: str) -> Path | None:
+    """The export that a place is, or that lies in a run folder; None where there is none."""
+    return next(filter(is_export, (Path(place), Path(place) / "student")), None)
+
+
+def is_pipeline(place: str) -> bool:
+    """Whether a place is the folder of a stock pipeline, or a hub id."""
+    return (Path(place) / "model_index.json").is_file() or (not Path(place).exists() and is_hub_id(place))
+
+
+def _guidance_of(export: Path) -> float:
+    """The teacher's guidance in the run that an export lies in."""
+    file = export.resolve().parent / "config.yaml"
+    found = read_yaml(str(file)).get("guidance_scale") if file.is_file() else None
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise ConfigError(f"--guidance_scale is missing: {export} lies in no run folder that says it")
+    return float(found)
 
 
 def open_export(

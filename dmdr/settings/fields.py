@@ -299,9 +299,8 @@ COMMON = frozenset(_COMMON.split())  # what `--help` shows; `--help all` shows t
 
 @dataclass(kw_only=True)
 class RewardFlags(Flags):
-    """The flags of every command that only scores."""
+    """The flags of every command that only scores; it has one for the rewards beside."""
 
-    reward: str = flag(REQUIRED, "sum of rewards, e.g. 'hps+0.5*clip'")
     model: str | None = flag(None, "registered model that brings the checkpoints of its rewards, e.g. digits")
     device: str = flag("auto", "where the rewards run, e.g. cpu or cuda:1; auto is the accelerator, if there is one")
     dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "precision of the rewards' networks")

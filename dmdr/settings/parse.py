@@ -132,7 +132,11 @@ def resolve(
     in_file = _in_file(first, settings)
     recipe = {"architecture": in_file.pop("architecture")} if "architecture" in in_file else {}  # which it lies beside
     asked = {key: _first_given(getattr(first, key), settings.get(key), in_file.get(key)) for key in ASKED}
-    about = {"prog": "dmdr-train", "description": DESCRIPTION, "epilog": f"{EPILOG} {installed(*registry.GROUPS)}"}
+    about = {
+        "prog": "dmdr-train",
+        "description": DESCRIPTION,
+        "epilog": f"{EPILOG} {installed(*registry.TRAINED_WITH)}",
+    }
     if first.help and all(asked[key] is None for key in ("model", "backend", *SUMS.values())):
         Parser(Config, whole=first.help == "all", **about).print_help()
         raise SystemExit(0)
@@ -257,7 +261,7 @@ def _fitted(recipe: Mapping[str, Any], chosen: Sequence[Chosen]) -> dict[str, An
 def parse_command(
     command: type[F], arguments: Sequence[str], *, prog: str, description: str
 ) -> tuple[F, tuple[Chosen, ...]]:
-    """The flags of a command that only scores, over `--config`, and the rewards that it names.
+    """The flags of a command that only scores, over `--config`, and the rewards and the benchmark that it names.
 
     Args:
         command: The command's own flags, a dataclass.
@@ -269,16 +273,34 @@ def parse_command(
         SystemExit: After printing `--help`.
     """
     arguments = as_argparse_reads(arguments)
-    first = first_look(arguments, "reward")
+    first = first_look(arguments, "reward", "benchmark")
     file = read_yaml(first.config) if first.config else {}
-    reward = _first_given(first.reward, file.get("reward"))
-    chosen = load(named_in("rewards", str(reward)), {}) if reward is not None else []
-    epilog = f"--reward NAME --help adds the flags of NAME. {installed('rewards', 'models')}"
+    reward, benchmark = (
+        _first_given(getattr(first, key), file.get(key), getattr(command, key, None)) for key in ("reward", "benchmark")
+    )
+    chosen: list[Chosen] = []
+    usual = None
+    if first.help and first.benchmark is None:
+        benchmark = None  # nobody asks for its flags, and importing it takes seconds
+    if benchmark is not None:
+        name = str(benchmark)
+        chosen = [Chosen("benchmarks", name, name, 1.0, registry.load("benchmarks", name))]
+        usual = getattr(chosen[0].cls, "reward", None)
+        if usual is None and reward is not None:
+            raise ConfigError(f"--reward: benchmark '{name}' does not score by rewards; leave it out")
+        reward = _first_given(reward, usual)
+    rewards = load(named_in("rewards", str(reward)), {}) if reward is not None else []
+    measures = hasattr(command, "benchmark")
+    names = "--benchmark NAME or --reward NAME" if measures else "--reward NAME"
+    groups = ("benchmarks", "rewards", "models") if measures else ("rewards", "models")
+    epilog = f"{names} --help adds the flags of NAME. {installed(*groups)}"
     sources = Sources(file=file, arguments=arguments)
-    options, rewards, _ = parse_flags(command, chosen, sources, prog=prog, description=description, epilog=epilog)
-    if not rewards:
-        raise ConfigError(f"--reward {options.reward} names no reward")
-    return options, rewards
+    options, plugins, _ = parse_flags(
+        command, [*chosen, *rewards], sources, prog=prog, description=description, epilog=epilog
+    )
+    if reward is not None and not rewards and (benchmark is None or usual != "none"):
+        raise ConfigError(f"--reward {reward} names no reward")
+    return options, plugins
 
 
 def installed(*groups: str) -> str:

@@ -27,6 +27,7 @@ GROUPS = {  # group -> the flag that names one of it
     "sample_weights": "--sample_weight",
     "backends": "--backend",
     "models": "--model",
+    "benchmarks": "--benchmark",
 }
 NOUNS = {  # what people call one of a group
     "objectives": "objective",
@@ -36,15 +37,18 @@ NOUNS = {  # what people call one of a group
     "sample_weights": "sample weight",
     "backends": "model family",
     "models": "model",
+    "benchmarks": "benchmark",
 }
 READ_OFF_THE_CLASS = {  # before there is an instance
     "rewards": ("differentiable",),
     "models": ("recipe", "pipeline"),
     "backends": ("Options",),
+    "benchmarks": ("images_per_prompt", "layout"),
 }
 
 
-WITH_FLAGS = tuple(group for group in GROUPS if group != "models")
+TRAINED_WITH = tuple(group for group in GROUPS if group != "benchmarks")  # what dmdr-train takes
+WITH_FLAGS = tuple(group for group in TRAINED_WITH if group != "models")
 
 
 class PluginError(ConfigError):
@@ -374,6 +378,8 @@ def kind(target: Any) -> str | None:
         return "rewards"
     if hasattr(target, "fake_loss"):
         return "matchings"
+    if hasattr(target, "figures"):
+        return "benchmarks"
     if hasattr(target, "student"):
         return "backends"
     call = getattr(target, "__call__", None)  # noqa: B004
@@ -426,7 +432,7 @@ def _is_flag(hint: Any) -> bool:
 
 
 def _protocol(group: str) -> type:
-    from dmdr import protocols  # which imports torch
+    from dmdr import benchmarks, protocols  # which import torch
 
     return {
         "objectives": protocols.RewardObjective,
@@ -435,6 +441,7 @@ def _protocol(group: str) -> type:
         "sample_weights": protocols.SampleWeight,
         "backends": protocols.Backend,
         "models": protocols.NamedModel,
+        "benchmarks": benchmarks.Benchmark,
     }[group]
 
 
@@ -445,9 +452,9 @@ def _promised(protocol: type) -> dict[str, Any]:
 
 def _optional(group: str) -> tuple[type, ...]:
     """Protocols that a plugin of this group may have beside its own."""
-    from dmdr.protocols import OPTIONAL  # which imports torch
+    from dmdr import benchmarks, protocols  # which import torch
 
-    return OPTIONAL.get(group, ())
+    return {**protocols.OPTIONAL, "benchmarks": benchmarks.OPTIONAL}.get(group, ())
 
 
 def optional_protocols(plugin: Plugin) -> list[str]:

@@ -31,6 +31,8 @@ class CLIP(CosineReward, ResizingReward):
         apple/DFN5B-CLIP-ViT-H-14, whose configuration says QuickGELU and images squashed to a square.
     """
 
+    printed_times = 100.0
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
         squash = Preprocess(size=224, geometry="squash")

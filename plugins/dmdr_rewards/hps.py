@@ -27,6 +27,8 @@ class HPS(CosineReward):
         theirs is under half-precision autocast, and an image whose longest edge is 224 already is padded, too.
     """
 
+    printed_times = 100.0
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load the frozen weights; a ConfigError (ValueError) says what is wrong with the checkpoint."""
         towers = open_towers(self.checkpoint, PUBLISHED, device, dtype, "ViT-H-14", Preprocess(size=224))

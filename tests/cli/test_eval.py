@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from torch import Tensor
 from dmdr import images
 from dmdr.cli import eval as evaluate
 from dmdr.cli import reward_server
+from dmdr.evaluation import answers
+from dmdr.statistics import prompt_means
 from dmdr_digits import Digits
 from dmdr_digits.data import PROMPTS, held_out_scans
 from dmdr_rewards.clip import CLIP
@@ -86,7 +89,7 @@ def call(room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     """Run dmdr-eval on the scans in this process: its exit code, stdout and stderr."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-eval", "--images=scans", "--model=digits", *arguments])
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-eval", "scans", "--model=digits", *arguments])
         with pytest.raises(SystemExit) as end:
             evaluate.main()
         captured = capsys.readouterr()
@@ -100,7 +103,7 @@ def launched(*arguments: str) -> list[tuple[int, str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    flags = ["--images=scans", "--model=digits", "--prompts=rows.jsonl", "--device=cpu", *arguments]
+    flags = ["scans", "--model=digits", "--prompts=rows.jsonl", "--device=cpu", *arguments]
     command = [sys.executable, "-m", "dmdr.cli.eval", *flags]
     places = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     pipe = subprocess.PIPE
@@ -127,6 +130,9 @@ def directly(digits: Digits, name: str) -> Tensor:
     return scores
 
 
+TABLE = Path("evaluation/scans/preference.csv")  # of the scans
+
+
 def read(file: Path) -> tuple[list[str], list[list[str]]]:
     with file.open(newline="", encoding="utf-8") as lines:
         header, *rows = csv.reader(lines)
@@ -142,49 +148,51 @@ def column(rows: list[list[str]], i: int) -> Tensor:
 
 def test_scores_of_the_command_are_those_of_the_rewards(room: Path, digits: Digits, call: Callable[..., Any]) -> None:
     expected = {name: directly(digits, name) for name in ("hps", "clip")}
-    arguments = ("--prompts=prompts.txt", "--reward=0.3*hps+2*clip", "--output=out/scores.csv", "--batch_size=10")
+    arguments = ("--prompts=prompts.txt", "--reward=0.3*hps+2*clip", "--output_dir=out", "--batch_size=10")
     code, out, err = call(*arguments)
     assert code == 0, err
-    assert "score: " in err  # the progress bar
-    header, rows = read(room / "out" / "scores.csv")
+    header, rows = read(room / "out" / "scans" / "preference.csv")
     assert header == ["image", "prompt", "hps", "clip", "total"]
     assert [row[:2] for row in rows] == [[f"{i}.png", prompt] for i, prompt in enumerate(seen()[1])]
-    assert [path.name for path in (room / "out").iterdir()] == ["scores.csv"]
+    forms = {f"preference.{form}" for form in ("json", "md", "tex")}
+    assert {path.name for path in (room / "out").iterdir()} == {"scans", *forms}
     expected["total"] = 0.3 * expected["hps"] + 2 * expected["clip"]
-    for i, scores in enumerate(expected.values(), 2):
-        torch.testing.assert_close(column(rows, i), scores, atol=1e-5, rtol=0)
+    for i, name in enumerate(("hps", "clip", "total"), 2):
+        torch.testing.assert_close(column(rows, i), expected[name], atol=1e-5, rtol=0)
 
-    table, last = out.splitlines()[:4], out.splitlines()[-1]
-    assert last == "saved as out/scores.csv"
-    assert table[0].split() == ["reward", "mean", "standard", "error", "images"]
-    for line, (name, scores) in zip(table[1:], expected.items(), strict=True):
-        said, mean, error, count = line.split()
-        assert (said, count) == (name, str(COUNT))
-        assert float(mean) == pytest.approx(scores.mean().item(), abs=1e-4)
-        assert float(error) == pytest.approx((scores.std() / COUNT**0.5).item(), rel=1e-3)
+    about, heading, line = out.splitlines()[:3]
+    assert about == "Mean rewards over prompts, and their standard errors; hps times 100, clip times 100."
+    assert heading.split() == ["model", "hps", "clip", "total", "images"]
+    said = re.split(r" {2,}", line)
+    assert (said[0], said[-1]) == ("scans", str(COUNT))
+    for text, (name, scores) in zip(said[1:-1], expected.items(), strict=True):
+        means = prompt_means(scores, seen()[1]) * (1 if name == "total" else 100)
+        mean, error = map(float, text.split(" ± "))
+        assert mean == pytest.approx(means.mean().item(), abs=1e-3)
+        assert error == pytest.approx((means.std() / len(means) ** 0.5).item(), rel=1e-2, abs=1e-3)
+    assert out.splitlines()[-1] == "saved as out/preference.json, out/preference.md, out/preference.tex"
 
 
-def test_two_processes_score_as_one(room: Path, call: Callable[..., Any]) -> None:
+def test_two_processes_score_as_one(room: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """To every bit here, where the score of an image does not depend on those in its batch; and no thread is left."""
     (room / "mine.py").write_text(REWARD)
+    (room / "sitecustomize.py").write_text("import dmdr.evaluation.answers as answers\n\nanswers.SHARD = 4\n")
+    monkeypatch.setenv("PYTHONPATH", str(room))
     arguments = ("--reward=0.3*toy+2*mine.py:labels", "--batch_size=4")
-    code, out, err = call("--prompts=rows.jsonl", "--device=cpu", *arguments)
+    code, out, err = call("--prompts=rows.jsonl", "--device=cpu", "--output_dir=alone", *arguments)
     assert code == 0, err
-    alone = (room / "scores.csv").read_bytes()
-    (room / "scores.csv").unlink()
-    (first, said, bar), (second, nothing, silent) = launched(*arguments)
-    assert (first, second, said, nothing) == (0, 0, out, ""), bar + silent
-    assert "| 0/25 [" in bar and "0/25" not in silent
-    assert (room / "scores.csv").read_bytes() == alone
+    (first, said, bar), (second, nothing, silent) = launched("--output_dir=both", *arguments)
+    assert (first, second, said.replace("both", "alone"), nothing) == (0, 0, out, ""), bar + silent
+    assert len(list((room / "both" / "scans" / "preference").iterdir())) == 7
+    alone, both = (room / name / "scans" / "preference.csv" for name in ("alone", "both"))
+    assert both.read_bytes() == alone.read_bytes()
 
 
 def test_rows_with_columns(room: Path, digits: Digits, call: Callable[..., Any]) -> None:
     assert call("--prompts=rows.jsonl", "--reward=dinov2", "--dtype=bf16", "--device=cpu")[0] == 0
-    rough = column(read(room / "scores.csv")[1], 2)
-    (room / "latest.csv").symlink_to("scores.csv")
-    assert call("--prompts=rows.jsonl", "--reward=dinov2", "--output=latest.csv")[0] == 0  # over the first
-    assert (room / "latest.csv").is_symlink()
-    _, rows = read(room / "scores.csv")
+    rough = column(read(room / TABLE)[1], 2)
+    assert call("--prompts=rows.jsonl", "--reward=dinov2")[0] == 0  # other answers, in the place of the first
+    _, rows = read(room / TABLE)
     torch.testing.assert_close(column(rows, 2), directly(digits, "dinov2"), atol=1e-5, rtol=0)
     assert 0 < (column(rows, 2) - rough).abs().max() < 0.2
 
@@ -204,8 +212,8 @@ def test_a_server_scores_as_the_command_does(room: Path, call: Callable[..., Any
         finally:
             server.terminate()
     assert (code, server.wait()) == (0, 0), err
-    header, rows = read(room / "scores.csv")
-    assert header == ["image", "prompt", address, "total"]
+    header, rows = read(room / TABLE)
+    assert header == ["image", "prompt", address]
     torch.testing.assert_close(column(rows, 2), 2 * seen()[0][:, 0].mean((1, 2)))
 
 
@@ -235,15 +243,15 @@ def test_an_index_says_the_prompt_of_each_image(room: Path, call: Callable[..., 
     index = room / "scans" / "metadata.jsonl"
     index.write_text("\n".join(reversed(lines)))
     assert call("--reward=mine.py:score")[0] == 0
-    _, rows = read(room / "scores.csv")
+    _, rows = read(room / TABLE)
     assert [row[0] for row in rows] == [f"{i}.png" for i in reversed(range(COUNT))]
     expected = torch.tensor([i + (i // 2) / 100 for i in reversed(range(COUNT))])
     torch.testing.assert_close(column(rows, 2), expected)
     index.write_text("\n".join(reversed(lines)).replace('"prompt"', '"caption"'))
     assert call("--reward=mine.py:score", "--prompt_column=caption")[0] == 0
-    assert read(room / "scores.csv")[1] == rows
+    assert read(room / TABLE)[1] == rows
     for content, arguments, said in (
-        (lines, ["--prompts=prompts.txt"], "metadata.jsonl already has the prompts; leave out --prompts"),
+        (lines, ["--prompts=prompts.txt"], '0.png is an image of "", but --prompts prompts.txt has "a handwritten'),
         (lines[2:], [], "metadata.jsonl does not name 2 of the images in its folder, such as 0.png"),
         ([*lines, lines[0].replace("0.png", "x.png")], [], "names x.png, but this image is not in the folder"),
         (
@@ -262,7 +270,7 @@ def test_an_index_says_the_prompt_of_each_image(room: Path, call: Callable[..., 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("dmdr-eval", ["--images TEXT", "--batch_size INT"]), ("dmdr-reward-server", ["--port", "DMDR_REWARD_TOKEN"])],
+    [("dmdr-eval", ["--benchmark TEXT", "--batch_size INT"]), ("dmdr-reward-server", ["--port", "DMDR_REWARD_TOKEN"])],
 )
 def test_help_comes_at_once(name: str, said: list[str]) -> None:
     before = os.times()
@@ -293,9 +301,9 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--images=nowhere",), "--images: no such folder: nowhere"),
-        (("--images=empty",), "--images: empty holds no image"),
-        (("--images=noise",), "--images: noise/2.png is no image"),
+        (("--subjects=nowhere",), "no such folder: nowhere"),
+        (("--subjects=empty",), "empty holds no image"),
+        (("--subjects=noise",), "noise/2.png is no image"),
         (
             ("--prompts=few.txt",),
             "scans holds 25 images, but --prompts few.txt has 2 prompts (blank lines do not count)",
@@ -311,8 +319,13 @@ def everything(folder: Path) -> dict[str, bytes | None]:
         (("--device=gpu",), "--device gpu: "),
         (("--device=cuda:99",), "--device cuda:99: "),
         (("--model=digit",), "unknown model 'digit' (did you mean 'digits'?)"),
-        (("--output=scans",), "--output scans is a folder"),
-        (("--output=few.txt/scores.csv",), "--output few.txt/scores.csv cannot be written"),
+        (("--output_dir=few.txt",), "--output_dir few.txt cannot be written"),
+        (("--output_dir=few.txt/here",), "--output_dir few.txt/here cannot be written"),
+        (("--baseline=scan",), "--baseline scan is none of what is measured: scans"),
+        (("--benchmark=preferences",), "unknown benchmark 'preferences' (did you mean 'preference'?)"),
+        (("--subjects", "scans", "./scans"), "two of what is evaluated are called scans: write NAME=PLACE"),
+        (("--subjects", "teacher"), "teacher: name a run before it, whose teacher it is"),
+        (("--num_inference_steps=0",), "--num_inference_steps must be 1 to 1000"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",
 )
@@ -332,57 +345,66 @@ def test_bad_input(room: Path, digits: Digits, call: Callable[..., Any], argumen
 
 def test_prompts_are_needed_where_a_reward_reads_them(room: Path, call: Callable[..., Any]) -> None:
     code, _, err = call("--reward=hps")
-    assert (code, err) == (2, "dmdr-eval: --prompts is missing: reward 'hps' reads the prompt of each image\n")
-    code, _, err = call("--reward=hps", "--prompt_column=caption")
-    said = "dmdr-eval: --prompt_column is not read without --prompts or a metadata.jsonl; leave it out\n"
-    assert (code, err) == (2, said)
+    assert (code, err) == (2, "dmdr-eval: --prompts is missing: scans holds images and no prompts\n")
     blind = "from dmdr.backends.toy import Redness\n\nclass Blind(Redness):\n    reads_prompts = False\n"
     (room / "blind.py").write_text(blind)
     assert call("--reward=blind.py:Blind")[0] == 0
-    header, rows = read(room / "scores.csv")
-    assert header == ["image", "prompt", "blind.py:Blind", "total"]
+    header, rows = read(room / TABLE)
+    assert header == ["image", "prompt", "blind.py:Blind"]
     assert {row[1] for row in rows} == {""}
     torch.testing.assert_close(column(rows, 2), seen()[0][:, 0].mean((1, 2)))
 
 
-def test_a_failure_on_the_way_keeps_what_has_been_scored(room: Path, call: Callable[..., Any]) -> None:
+def test_a_failure_on_the_way_keeps_what_has_been_answered(
+    room: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "SHARD", 4)
     (room / "mine.py").write_text(REWARD)
-    (room / "scores.csv").write_text("of yesterday")
     code, out, err = call("--reward=mine.py:fails", "--prompts=prompts.txt")
     assert (code, out) == (1, "")
     where = f"({room / 'mine.py'}, line 16)"
     assert err.splitlines()[-1].endswith(f"reward 'mine.py:fails' failed: RuntimeError: out of order {where}")
-    assert (room / "scores.csv").read_text() == "of yesterday"  # nothing was scored
     broken = room / "scans" / "23.png"
-    broken.write_bytes(broken.read_bytes()[:-30])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-30])
     code, out, err = call("--reward=toy", "--prompts=prompts.txt", "--batch_size=2")
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].endswith("dmdr-eval: --images: scans/23.png cannot be read: image file is truncated")
-    assert "Traceback" not in err
-    assert {path.name for path in room.iterdir() if path.suffix in (".csv", ".tmp")} == {"scores.csv"}
-    assert "the scores of 22 of 25 images are saved in scores.csv" in err
-    assert [row[0] for row in read(room / "scores.csv")[1]] == [f"{i}.png" for i in range(22)]
-    code, _, err = call("--reward=mine.py:is_stopped", "--prompts=prompts.txt", "--batch_size=2")
-    assert code == 143 and "the scores of 2 of 25 images are saved in scores.csv" in err
+    kept = "the answers about 20 of 25 images are kept in evaluation/scans/preference; the same command goes on"
+    assert err.splitlines()[-2:] == [kept, "dmdr-eval: scans/23.png cannot be read: image file is truncated"]
+    assert not list(room.rglob("*.tmp")) and not list(room.rglob("*.csv"))
+    broken.write_bytes(whole)
+    shards = room / "evaluation" / "scans" / "preference"
+    before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
+    code, resumed, err = call("--reward=toy", "--prompts=prompts.txt")
+    assert code == 0 and len(before) == 5
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}.items()
+    assert (
+        call("--reward=toy", "--prompts=prompts.txt", "--output_dir=anew")[1].splitlines()[:4]
+        == (resumed.splitlines()[:4])
+    )
+    code, _, err = call("--reward=mine.py:is_stopped", "--prompts=prompts.txt", "--batch_size=4")
+    assert code == 143 and "the answers about 4 of 25 images are kept in evaluation/scans/preference" in err
 
 
-def test_a_failure_in_one_process_ends_both(room: Path) -> None:
+def test_a_failure_in_one_process_ends_both(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What both have found until then is kept."""
     (room / "mine.py").write_text(REWARD)
-    (first, out, err), (second, nothing, said) = launched("--reward=mine.py:fails_elsewhere", "--batch_size=10")
+    (room / "sitecustomize.py").write_text("import dmdr.evaluation.answers as answers\n\nanswers.SHARD = 5\n")
+    monkeypatch.setenv("PYTHONPATH", str(room))
+    (first, out, err), (second, nothing, said) = launched("--reward=mine.py:fails_elsewhere", "--batch_size=5")
     why = f"reward 'mine.py:fails_elsewhere' failed: RuntimeError: out of order ({room / 'mine.py'}, line 21)"
     assert (first, out, second, nothing) == (1, "", 1, "")
-    assert err.splitlines()[-2:] == ["the scores of 20 of 25 images are saved in scores.csv", f"dmdr-eval: {why}"]
+    kept = "the answers about 15 of 25 images are kept in evaluation/scans/preference; the same command goes on"
+    assert err.splitlines()[-2:] == [kept, f"dmdr-eval: {why}"]
     assert said.splitlines()[-1] == f"dmdr-eval: {why}" and "Traceback" not in err + said
-    assert [row[0] for row in read(room / "scores.csv")[1]] == [f"{i}.png" for i in (*range(10), *range(13, 23))]
 
 
 def test_what_no_reward_scored_is_no_success(room: Path, call: Callable[..., Any]) -> None:
     (room / "mine.py").write_text("def none(image):\n    return None\n")
-    code, out, err = call("--reward=mine.py:none")
-    assert code == 1 and "saved as scores.csv" in out
+    code, out, err = call("--reward=mine.py:none", "--prompts=prompts.txt")
+    assert code == 1 and "saved as evaluation/preference.json" in out
     assert err.splitlines()[-1].endswith(
-        "dmdr-eval: reward 'mine.py:none' has scored none of 25 images: no score is finite"
+        "dmdr-eval: scans: 'mine.py:none' is of none of 25 images: no answer is finite"
     )
 
 
@@ -392,13 +414,13 @@ def test_commands_are_modules_that_run(room: Path) -> None:
         assert done.stdout.startswith(f"usage: dmdr-{name.replace('_', '-')} "), done.stderr
 
 
-@pytest.mark.parametrize("place", ["/proc/here.csv", "n" * 300 + ".csv"])
+@pytest.mark.parametrize("place", ["/proc/here", "n" * 300])
 def test_a_place_that_takes_no_file_is_refused_before_anything_is_scored(call: Callable[..., Any], place: str) -> None:
-    code, out, err = call("--reward=toy", "--prompts=prompts.txt", f"--output={place}")
+    code, out, err = call("--reward=toy", "--prompts=prompts.txt", f"--output_dir={place}")
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
 def test_a_refusal_in_a_process_of_its_own(room: Path) -> None:
-    done = subprocess.run([BIN / "dmdr-eval", "--reward=hsp", "--images=scans"], capture_output=True, text=True)
+    done = subprocess.run([BIN / "dmdr-eval", "scans", "--reward=hsp"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("dmdr-eval: unknown reward 'hsp' (did you mean 'hps'?)")

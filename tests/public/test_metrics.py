@@ -142,7 +142,7 @@ def test_neighbours_are_those_of_brute_force_however_they_are_read(
         density=inside.sum().item() / (3 * 130),
         coverage=inside.any(0).double().mean().item(),
     )
-    assert 0 < expected.recall < expected.precision <= 1 and 0 < expected.coverage
+    assert 0 < expected.recall < expected.precision <= 1 and expected.coverage > 0
     for limit in (1, 151, 7 * 150, 2**24):
         assert neighbours(real, fake, max_distances=limit) == expected
     monkeypatch.setattr("dmdr.metrics.BLOCK", 17)

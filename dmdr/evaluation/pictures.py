@@ -1,0 +1,179 @@
+"""Images that are read when they are asked for, a few at a time: files, quarters of files, an .npz archive."""
+
+import zipfile
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from dmdr.errors import ConfigError, one_line
+from dmdr.evaluation.image_folder import read_image
+
+
+class Pictures(Protocol):
+    """N images."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def name(self, index: int) -> str:
+        """What an image is called."""
+
+    def read(self, index: int) -> Tensor:
+        """An image, [3, H, W] uint8.
+
+        Raises:
+            ConfigError: If it is damaged.
+        """
+
+    def stamp(self, index: int) -> str:
+        """A text that changes when the image's file does."""
+
+
+def _stamp(path: Path) -> str:
+    about = path.stat()
+    return f"{path.absolute()} {about.st_size} {about.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class Files:
+    """An image a file, in a folder or in folders below it."""
+
+    folder: Path
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index].relative_to(self.folder).as_posix()
+
+    def read(self, index: int) -> Tensor:
+        return read_image(self.paths[index])
+
+    def stamp(self, index: int) -> str:
+        return _stamp(self.paths[index])
+
+
+@dataclass(frozen=True)
+class Quarters:
+    """Four images a file: top left, top right, bottom left, bottom right."""
+
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return 4 * len(self.paths)
+
+    def name(self, index: int) -> str:
+        return f"{self.paths[index // 4].name}#{index % 4}"
+
+    def read(self, index: int) -> Tensor:
+        path = self.paths[index // 4]
+        grid = read_image(path)
+        height, width = grid.shape[1] // 2, grid.shape[2] // 2
+        if grid.shape[1:] != (2 * height, 2 * width):
+            raise ConfigError(f"{path} is no grid of 2 x 2 images: it has {grid.shape[2]} x {grid.shape[1]} pixels")
+        row, column = divmod(index % 4, 2)
+        return grid[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+
+    def stamp(self, index: int) -> str:
+        return f"{_stamp(self.paths[index // 4])} {index % 4}"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The `arr_0` [N, H, W, 3] uint8 of an .npz file, as ADM's evaluation suite keeps samples; it is never read whole.
+
+    Raises:
+        ConfigError: If there is no such array, or it is compressed.
+    """
+
+    path: Path
+
+    @cached_property
+    def _array(self) -> tuple[int, tuple[int, ...]]:
+        """Where its numbers begin in the file, and its shape."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                packed = archive.getinfo("arr_0.npy").compress_type != zipfile.ZIP_STORED
+                version = npy.read_magic(member)
+                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, fortran, dtype = read(member)
+                header = member.tell()
+                with self.path.open("rb") as file:  # the local header, whose extra field differs from the directory's
+                    file.seek(archive.getinfo("arr_0.npy").header_offset + 26)
+                    name, extra = np.frombuffer(file.read(4), "<u2").tolist()
+                start = archive.getinfo("arr_0.npy").header_offset + 30 + name + extra + header
+        except KeyError as error:
+            raise ConfigError(f"{self.path} holds no array 'arr_0' of images") from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{self.path} cannot be read: {one_line(error)}") from error
+        if packed:
+            raise ConfigError(f"{self.path} is compressed: write it with numpy.savez, so that images can be read alone")
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
+            what = f"{dtype} {list(shape)}{' in column order' if fortran else ''}"
+            raise ConfigError(f"{self.path}: 'arr_0' must be uint8 [N, height, width, 3], not {what}")
+        return start, shape
+
+    def __len__(self) -> int:
+        return self._array[1][0]
+
+    def name(self, index: int) -> str:
+        return f"{self.path.name}#{index}"
+
+    def read(self, index: int) -> Tensor:
+        start, (_, *shape) = self._array
+        size = int(np.prod(shape))
+        with self.path.open("rb") as file:
+            file.seek(start + index * size)
+            data = file.read(size)
+        if len(data) < size:
+            raise ConfigError(f"{self.path} is damaged: it ends before image {index}")
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape).permute(2, 0, 1)
+
+    def stamp(self, index: int) -> str:
+        return f"{_stamp(self.path)} {index}"
+
+
+def batches(pictures: Pictures, own: Sequence[int], size: int) -> Generator[tuple[list[int], Tensor]]:
+    """Images of these indices, in order; a few batches at most are in memory.
+
+    Who stops reading early closes it: threads read images ahead.
+
+    Args:
+        pictures: All images.
+        own: Indices of those that are read.
+        size: Images per batch; fewer where the size of the images changes.
+
+    Returns:
+        B indices, and their images [B, 3, H, W] uint8.
+
+    Raises:
+        ConfigError: If an image is damaged.
+    """
+    with closing(_read_ahead(pictures, own, size)) as images:
+        for _, same in groupby(zip(own, images, strict=True), key=lambda pair: pair[1].shape):
+            while part := list(islice(same, size)):
+                yield [index for index, _ in part], torch.stack([image for _, image in part])
+
+
+def _read_ahead(pictures: Pictures, own: Sequence[int], count: int) -> Generator[Tensor]:
+    """The images in order, of which threads decode the next `count` meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        for index in own:
+            ahead.append(pool.submit(pictures.read, index))
+            if len(ahead) > count:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

@@ -1,0 +1,179 @@
+"""The table of a benchmark: a line a model, with standard errors and differences to a baseline; as text, Markdown,
+LaTeX, JSON, and a CSV file of all images."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dmdr.benchmarks import Figure
+from dmdr.evaluation.answers import Store
+from dmdr.evaluation.pictures import Pictures
+from dmdr.prompts import Row
+from dmdr.statistics import Estimate, paired
+
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "/"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's figures.
+
+    Attributes:
+        name: What the model is called.
+        figures: By column.
+        prompts: Of each image (`benchmarks.prompts_of`).
+    """
+
+    name: str
+    figures: Mapping[str, Figure]
+    prompts: Sequence[Hashable]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Models beside each other.
+
+    Attributes:
+        about: A sentence over the table.
+        models: One line each.
+        baseline: The one that the others are compared with, if any.
+    """
+
+    about: str
+    models: Sequence[Measured]
+    baseline: Measured | None = None
+
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for model in self.models for name in model.figures))
+
+    def differences(self) -> dict[str, dict[str, Estimate]]:
+        """Of each model to the baseline, by column: where both are means of images of the same prompts."""
+        base, found = self.baseline, dict[str, dict[str, Estimate]]()
+        for model in self.models if base else ():
+            if base is None or model is base or list(model.prompts) != list(base.prompts):
+                continue
+            for name, figure in model.figures.items():
+                other = base.figures.get(name)
+                if figure.values is None or other is None or other.values is None:
+                    continue
+                found.setdefault(model.name, {})[name] = paired(figure.values, other.values, model.prompts)
+        return found
+
+    def parts(self) -> list[tuple[str, list[list[str]]]]:
+        """Title and cells of the table, and of the differences where there are some; the first line is the heading."""
+        columns = self.columns()
+        lines = [["model", *columns, "images"]]
+        for model in self.models:
+            cells = [_cell(model.figures[name]) if name in model.figures else "-" for name in columns]
+            lines.append([model.name, *cells, str(len(model.prompts))])
+        found = [(self.about, lines)]
+        if differences := self.differences():
+            compared = [name for name in columns if any(name in each for each in differences.values())]
+            lines = [["model", *compared]]
+            for other, each in differences.items():
+                decimals = {name: self.models[0].figures[name].decimals for name in compared}
+                lines.append([other, *(_interval(each.get(name), decimals[name]) for name in compared)])
+            assert self.baseline is not None
+            about = (
+                f"Difference to {self.baseline.name} on the same prompts, with a 95 % bootstrap interval over prompts."
+            )
+            found.append((about, lines))
+        return found
+
+    def as_text(self) -> str:
+        return "\n\n".join(f"{about}\n{_aligned(lines)}" for about, lines in self.parts())
+
+    def as_markdown(self) -> str:
+        text = []
+        for about, (heading, *lines) in self.parts():
+            cells = [heading, ["---", *["---:"] * (len(heading) - 1)], *lines]
+            rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
+            text.append(f"{about}\n\n" + "\n".join(rows) + "\n")
+        return "\n".join(text)
+
+    def as_latex(self) -> str:
+        text = []
+        for about, (heading, *lines) in self.parts():
+            head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in (heading, *lines))
+            columns = "l" + "r" * (len(heading) - 1)
+            rows = "\n".join([r"\toprule", head, r"\midrule", *body, r"\bottomrule"])
+            text.append(f"% {about}\n\\begin{{tabular}}{{{columns}}}\n{rows}\n\\end{{tabular}}\n")
+        return "\n".join(text)
+
+    def as_json(self) -> str:
+        """All figures, unrounded; what is not finite is null."""
+        models = {
+            model.name: {
+                "images": len(model.prompts),
+                "prompts": len(set(model.prompts)),
+                "figures": {
+                    name: {"value": _number(figure.value), "standard_error": _number(figure.error)}
+                    for name, figure in model.figures.items()
+                },
+            }
+            for model in self.models
+        }
+        differences = {
+            model: {
+                name: {
+                    "mean": _number(one.mean),
+                    "low": _number(one.low),
+                    "high": _number(one.high),
+                    "prompts": one.count,
+                    "left_out": one.left_out,
+                }
+                for name, one in each.items()
+            }
+            for model, each in self.differences().items()
+        }
+        content: dict[str, Any] = {"about": self.about, "models": models}
+        if self.baseline:
+            content |= {"baseline": self.baseline.name, "differences": differences}
+        return json.dumps(content, indent=2) + "\n"
+
+
+def as_csv(pictures: Pictures, rows: Sequence[Row], answers: Store) -> bytes:
+    """A line an image: its name, its prompt, each answer that is one number (empty if not finite) or a text."""
+    numbers, texts = answers.names()
+    columns = [answers.tensor(name).whole().tolist() for name in numbers]
+    said = [answers.texts(name) for name in texts]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "prompt", *numbers, *texts])
+    for i, row in enumerate(rows):
+        cells = (f"{values[i]:.9g}" if math.isfinite(values[i]) else "" for values in columns)  # all of a float32
+        writer.writerow([pictures.name(i), row["prompt"], *cells, *(each[i] for each in said)])
+    return text.getvalue().encode("utf-8", "backslashreplace")  # a file's name need not be text
+
+
+def _cell(figure: Figure) -> str:
+    if not math.isfinite(figure.value):
+        return "-"
+    text = f"{figure.value:.{figure.decimals}f}"
+    return f"{text} ± {figure.error:.{figure.decimals}f}" if math.isfinite(figure.error) else text
+
+
+def _interval(estimate: Estimate | None, decimals: int) -> str:
+    if estimate is None or not math.isfinite(estimate.mean):
+        return "-"
+    text = f"{estimate.mean:+.{decimals}f}"
+    if math.isfinite(estimate.low):
+        text += f" ({estimate.low:+.{decimals}f} to {estimate.high:+.{decimals}f})"
+    return text
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(c, c) for c in text).replace("±", r"$\pm$")
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

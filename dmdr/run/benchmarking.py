@@ -1,0 +1,255 @@
+"""The course of an evaluation: images drawn or found, a benchmark asked about them, and its table."""
+
+import gc
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from dmdr import images
+from dmdr.benchmarks import AsksTheModel, Benchmark, BringsRows, ComparesWithImages, prompts_of
+from dmdr.errors import ConfigError, TrainingError
+from dmdr.evaluation import image_folder, layouts
+from dmdr.evaluation.answers import Store, ask
+from dmdr.evaluation.pictures import Archive, Files, Pictures
+from dmdr.evaluation.tables import Measured, Table, as_csv
+from dmdr.prompts import Row
+from dmdr.protocols import NamedModel
+from dmdr.run.device import failing_together, on_main_process, rounds
+from dmdr.run.drawing import export_in, is_pipeline, open_place
+from dmdr.run.signals import Interrupts
+
+TEACHER = "teacher"  # the place that stands for the first run's teacher
+REFERENCE = "reference"  # the folder of what is compared with
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something whose images are looked at.
+
+    Attributes:
+        name: What it is called in the table, and its folder.
+        place: A run, an export, a pipeline, a folder of images or an .npz file.
+        drawn: Whether its images are drawn.
+        teacher: Whether the run's teacher draws.
+        num_inference_steps: Steps; None for its own.
+    """
+
+    name: str
+    place: str
+    drawn: bool
+    teacher: bool = False
+    num_inference_steps: int | None = None
+
+
+def subjects_of(places: Sequence[str], steps: Sequence[int] | None) -> list[Subject]:
+    """What a command line names, each with a name of its own.
+
+    Args:
+        places: `PLACE` or `NAME=PLACE`; `teacher` is that of the first run.
+        steps: Numbers of sampling steps of which each draws; its own by default.
+
+    Raises:
+        ConfigError: If two have the same name, or there is no run for the teacher.
+    """
+    found: list[Subject] = []
+    for typed in places:
+        named = re.fullmatch(r"([\w.-]+)=(.+)", typed)
+        name, place = named.groups() if named else (None, typed)
+        teacher = place == TEACHER and not Path(place).exists()
+        if teacher:
+            runs = [subject.place for subject in found if subject.drawn and export_in(subject.place)]
+            if not runs:
+                raise ConfigError("teacher: name a run before it, whose teacher it is")
+            place = runs[0]
+        if not Path(place).exists() and not is_pipeline(place):
+            raise ConfigError(f"no such folder: {place}")
+        drawn = teacher or export_in(place) is not None or is_pipeline(place)
+        subject = Subject(name or (TEACHER if teacher else _called(place)), place, drawn, teacher)
+        counts = steps if drawn and steps else [None]
+        for count in counts:
+            own = subject.name if len(counts) == 1 else f"{subject.name}-{count}"
+            found.append(replace(subject, name=own, num_inference_steps=count))
+    names = [subject.name for subject in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two of what is evaluated are called {name}: write NAME=PLACE")
+        if name == REFERENCE:
+            raise ConfigError(f"{REFERENCE} is no name for what is evaluated: write NAME=PLACE")
+    return found
+
+
+def _called(place: str) -> str:
+    path = Path(place)
+    path = path.parent if path.name == "student" and export_in(place) == path else path
+    return re.sub(r"[^\w.-]", "_", path.absolute().name.removesuffix(".npz")) or "images"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation in one or several processes; all must call each method together.
+
+    Attributes:
+        benchmark: The benchmark, not prepared.
+        title: What users call it.
+        settings: What its answers depend on, beside the images and their rows.
+        state: The processes.
+        output: Folder of all that is written.
+        batch_size: Images that are drawn, and asked about, at a time.
+    """
+
+    benchmark: Benchmark
+    title: str
+    settings: dict[str, Any]
+    state: PartialState
+    output: Path
+    batch_size: int
+
+    def find(
+        self, subject: Subject, prompts: str | None, column: str, each: int, unread: bool
+    ) -> tuple[Pictures, list[Row]]:
+        """The images of a subject, which may still have to be drawn, and the prompt row of each.
+
+        Args:
+            prompts: Where the prompt rows are; None for those that lie beside the images.
+            column: That of the prompts.
+            each: Images that are drawn of each prompt.
+            unread: Nobody reads the prompts.
+
+        Raises:
+            ConfigError: If there are none, or they do not fit together.
+        """
+        folder = self.output / subject.name
+
+        def found() -> tuple[Pictures, list[Row]]:
+            def rows(where: str) -> list[Row]:
+                return [dict(row) for row in self.benchmark.rows(where, column)]
+
+            layout = self.benchmark.layout
+            if not subject.drawn:
+                kept = folder / "prompts.jsonl"
+                return layouts.find(Path(subject.place), layout, prompts, rows, column=column, unread=unread, kept=kept)
+            if prompts is not None:
+                asked = rows(prompts)
+            elif isinstance(self.benchmark, BringsRows):
+                asked = [dict(row) for row in self.benchmark.own_rows()]
+            else:
+                raise ConfigError(f"--prompts is missing: {subject.place} draws images of them")
+            place = folder / "images"
+            paths = [place / name for name in layouts.files(layout, len(asked), each)]
+            return Files(place, paths), [row for row in asked for _ in range(each)]
+
+        return on_main_process(self.state, found)
+
+    def draw(self, subject: Subject, pictures: Any, rows: Sequence[Row], each: int, seed: int, **how: Any) -> None:
+        """Draw the images of a subject that are not there yet.
+
+        Args:
+            pictures, rows: As found (`Files`).
+            each: Images of each prompt.
+            how: As of `open_place`.
+        """
+        how |= {"teacher": subject.teacher, "num_inference_steps": subject.num_inference_steps}
+        artist = open_place(subject.place, **how)
+        artist.write(list(rows), seed, pictures.paths, batch_size=self.batch_size)
+        del artist  # before the judges are loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        layout = self.benchmark.layout
+        on_main_process(self.state, lambda: layouts.complete(layout, pictures.folder, rows[::each], each))
+
+    def ask(self, name: str, pictures: Pictures, rows: Sequence[Row], device: torch.device) -> Store:
+        """Ask about all images of which the answers are not there yet.
+
+        Raises:
+            ConfigError, TrainingError: In all processes, if one fails. What was answered until then is kept.
+        """
+        folder = self.output / name / self.title.replace("/", "_")
+
+        def opened() -> tuple[Store, list[int]]:
+            store = Store.of(folder, pictures, rows, self.settings)
+            return store, store.due()
+
+        store, due = on_main_process(self.state, opened)
+        own = due[self.state.process_index :: self.state.num_processes]
+        asked = ask(self.benchmark, self.title, store, pictures, rows, own, batch_size=self.batch_size, device=device)
+        total = sum(len(store.indices(shard)) for shard in due)
+        main = self.state.is_main_process
+        bar = tqdm(total=total, desc=f"ask about {name}", unit="image", leave=False, disable=None if main else True)
+        with Interrupts(self.state) as interrupts:  # a launcher ends all when one has left, while others still write
+            try:
+                with bar, closing(asked):
+                    for counts in rounds(asked):
+                        bar.update(sum(counts))
+                        if interrupts.arrived():
+                            interrupts.leave()
+            except BaseException:  # a signal, too
+                if main:
+                    left = sum(len(store.indices(shard)) for shard in store.due())
+                    said = f"the answers about {len(store) - left} of {len(store)} images are kept in {folder}"
+                    print(f"{said}; the same command goes on", file=sys.stderr)
+                raise
+        return store
+
+    def reference(self) -> tuple[Pictures, list[Row]] | None:
+        """The images that the benchmark compares with, if there are any."""
+
+        def found() -> tuple[Pictures, list[Row]] | None:
+            place = self.benchmark.reference_images() if isinstance(self.benchmark, ComparesWithImages) else None
+            if place is None:
+                return None
+            path = Path(place)
+            pictures: Pictures = Archive(path) if path.suffix == ".npz" else _all_below(path)
+            return pictures, [{"prompt": ""}] * len(pictures)
+
+        return on_main_process(self.state, found)
+
+    def measured(self, subject: Subject, pictures: Pictures, rows: Sequence[Row], store: Store, other: Any) -> Measured:
+        """The figures of a subject, in the main process alone; its answers as a CSV file."""
+        content = as_csv(pictures, rows, store)
+        images.write_atomically(self.output / subject.name / f"{self.title.replace('/', '_')}.csv", content)
+        return Measured(subject.name, self.benchmark.figures(store, rows, other), prompts_of(rows))
+
+    def write(self, table: Table) -> list[Path]:
+        """The table in all its forms; returns the files."""
+        forms = {"json": table.as_json(), "md": table.as_markdown(), "tex": table.as_latex()}
+        paths = [self.output / f"{self.title.replace('/', '_')}.{suffix}" for suffix in forms]
+        for path, text in zip(paths, forms.values(), strict=True):
+            images.write_atomically(path, text.encode())
+        return paths
+
+
+def _all_below(folder: Path) -> Files:
+    """The images of a folder, or of the folders in it, such as one a class."""
+    below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not below:
+        return Files(folder, image_folder.find_images(str(folder)))
+    return Files(folder, [path for each in below for path in image_folder.find_images(str(each))])
+
+
+def require_answers(table: Table) -> None:
+    """Stop on a figure that no image has an answer for.
+
+    Raises:
+        TrainingError: Names it.
+    """
+    for model in table.models:
+        for name, figure in model.figures.items():
+            if figure.values is not None and not figure.values.isfinite().any():
+                count = len(figure.values)
+                raise TrainingError(f"{model.name}: '{name}' is of none of {count} images: no answer is finite")
+
+
+def ask_model(benchmark: Benchmark, model: NamedModel | None) -> None:
+    """Give a benchmark the named model, if it asks for one."""
+    if isinstance(benchmark, AsksTheModel):
+        with failing_together():
+            benchmark.ask(model)
