@@ -248,7 +248,8 @@ def test_plugins_lists_every_entry_with_its_origin(call: Call) -> None:
     assert code == 2 and told == "dmdr-plugins: check: plugins that do not work: 1; the list says why\n"
     assert ["objective", "refl", "dmdr", rows[0][3], "dmdr_refl:ReFL"] in rows
     assert ["reward", "opaque", "stranger", "1.0", "stranger_cli:Opaque"] in rows
-    assert {row[0] for row in rows} == {"objective", "reward", "matching", "sample_weight", "backend", "model"}
+    groups = {"objective", "reward", "matching", "sample_weight", "backend", "model", "benchmark"}
+    assert {row[0] for row in rows} == groups
     broken = [line for line in out.splitlines() if "broken: " in line]
     assert [line.split()[:4] for line in broken] == [["reward", "absent", "stranger", "1.0"]]
     assert broken[0].endswith("broken: has no module 'stranger_gone': reinstall stranger")

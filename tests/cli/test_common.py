@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_looked_at(
     arguments = {
         train: ["--model", "toy", "--output_dir", "locked/run"],
         sample: ["locked/student", "--prompt", "a"],
-        eval: ["--reward", "toy", "--images", "locked", "--prompts", "locked/a.txt"],
+        eval: ["locked", "--reward", "toy", "--prompts", "locked/a.txt"],
     }
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["dmdr", *arguments[command]])  # type: ignore[index]

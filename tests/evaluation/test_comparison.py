@@ -88,7 +88,9 @@ def order(page: Any) -> list[int]:
 
 
 def view(page: Any, name: str) -> None:
-    page.locator(f"[name=view][value='{name}']").check(force=True)
+    page.locator(f"[name=view][value='{name}']").dispatch_event(
+        "click"
+    )  # a page that still scrolls would move from under the mouse
 
 
 def seen(page: Any, row: int = 0) -> list[str]:

@@ -451,7 +451,7 @@ def test_a_mistyped_distribution_is_suggested(install: Install) -> None:
 
 
 def test_groups_read_as_nouns() -> None:
-    kinds = ["objective", "reward", "matching", "sample_weight", "backend", "model"]
+    kinds = ["objective", "reward", "matching", "sample_weight", "backend", "model", "benchmark"]
     assert [group[:-1] for group in registry.GROUPS] == kinds
-    nouns = ["objective", "reward", "matching", "sample weight", "model family", "model"]
+    nouns = ["objective", "reward", "matching", "sample weight", "model family", "model", "benchmark"]
     assert [registry.NOUNS[group] for group in registry.GROUPS] == nouns

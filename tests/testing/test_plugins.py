@@ -11,7 +11,7 @@ from dmdr.settings import registry
 from dmdr.testing import check_backend, check_matching, check_objective, check_reward, check_sample_weight
 from dmdr_digits import Digits
 
-LABELS = {"label": [7, 0, 3, 9]}
+COLUMNS = {"label": [7, 0, 3, 9], "text": ["seven", "zero", "three", "nine"]}
 ADDRESSES = ("http", "https", "remote")  # names that begin an address: their reward is another process
 # Models whose name is all that they need; the others are followed by a file (`classmethod at`).
 MODELS = [name for name in registry.plugins("models") if not name.startswith("sit-")]
@@ -36,7 +36,7 @@ def test_sample_weight(name: str) -> None:
 def test_reward(name: str, digits: Digits) -> None:
     cls = registry.load("rewards", name)
     path = digits.reward_checkpoint(name)
-    check_reward(cls(checkpoint=str(path)) if path else cls(), columns=LABELS)
+    check_reward(cls(checkpoint=str(path)) if path else cls(), columns=COLUMNS)
 
 
 @pytest.mark.parametrize("name", MODELS)
