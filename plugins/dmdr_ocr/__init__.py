@@ -11,7 +11,6 @@ from torch import Tensor
 from dmdr.benchmarks import Answers, Figure, Layout
 from dmdr.errors import ConfigError
 from dmdr.prompts import read_prompts
-from dmdr.statistics import prompt_means, standard_error
 from dmdr_ocr.reader import Reader, engine
 from dmdr_ocr.rules import Agreement, agreement, target_of
 
@@ -143,11 +142,5 @@ class OCRAccuracy(_Reading):
         self, answers: Answers, rows: Sequence[Mapping[str, Any]], reference: Answers | None
     ) -> Mapping[str, Figure]:
         """Means over the prompts, in [0, 1], with their standard errors."""
-        prompts = [row["prompt"] for row in rows]
-
-        def figure(name: str) -> Figure:
-            values = answers.tensor(name).whole()
-            means = prompt_means(values, prompts)
-            return Figure(means.mean().item(), standard_error(means), values)
-
-        return {"OCR accuracy": figure("score"), "strict": figure("strict"), "exact match": figure("exact")}
+        names = {"OCR accuracy": "score", "strict": "strict", "exact match": "exact"}
+        return {title: Figure.mean(answers.tensor(name).whole(), rows) for title, name in names.items()}
