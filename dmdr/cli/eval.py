@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,8 @@ DESCRIPTION = (
     "Measure runs, exports, pipelines or folders of images by a benchmark, and print a table: dmdr-eval RUN PIPELINE "
     "FOLDER --benchmark NAME. Rewards resize as their published evaluations do."
 )
+COMPARE = "compare"
+COMPARISON = "dmdr-eval compare A B teacher writes a page of their images side by side, and what --benchmark measures."
 
 
 @dataclass(kw_only=True)
@@ -46,13 +49,17 @@ class EvalFlags(RewardFlags):
     )
     prompt_column: str = flag("prompt", "column that holds the prompts; rewards are given the others by name")
     baseline: str | None = flag(None, "name of the one that the others are compared with, prompt by prompt")
-    output_dir: str = flag("evaluation", "folder of the images, the answers and the tables; what is there is kept")
+    output_dir: str | None = flag(
+        None,
+        "folder of the images, the answers and the tables, where what is there is kept; by default evaluation/ in the "
+        "first run's folder, or else here",
+    )
     batch_size: int = flag(16, "images that are drawn, and looked at, at a time")
     images_per_prompt: int | None = flag(None, "images that are drawn of each prompt; the benchmark's own by default")
     num_inference_steps: list[int] | None = flag(
         None, "steps of what is drawn; of several numbers each is measured; the student's own, or 28, by default"
     )
-    guidance_scale: float | None = flag(None, "guidance of a pipeline, which needs it")
+    guidance_scale: float | None = flag(None, "guidance of a pipeline, which needs it, or of a teacher")
     seed: int = flag(0, "seed of what is drawn, as torch.manual_seed takes it")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = flag(
         None, "precision of the networks that draw; the run's by default"
@@ -67,26 +74,48 @@ class EvalFlags(RewardFlags):
         self._require(steps is None or all(1 <= each <= 1000 for each in steps), "num_inference_steps", "1 to 1000")
 
 
+@dataclass(kw_only=True)
+class CompareFlags(EvalFlags):
+    """Those of `dmdr-eval compare`."""
+
+    benchmark: str = flag("none", "what is measured as well; with --reward alone it is 'preference'")
+    max_rows: int = flag(100, "prompts on the page; of more, those with the largest differences and some at random")
+
+    def validate(self) -> None:
+        super().validate()
+        self._require(self.max_rows >= 1, "max_rows", "at least 1")
+
+
 def run(arguments: list[str]) -> None:
+    compares = arguments[:1] == [COMPARE]
+    arguments = arguments[compares:]
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     first = ["--subjects", *arguments[:count]] if count else []
-    flags, (benchmark, *rewards) = parse_command(
-        EvalFlags, [*first, *arguments[count:]], prog="dmdr-eval", description=DESCRIPTION
-    )
+    kind, name = (CompareFlags, f"dmdr-eval {COMPARE}") if compares else (EvalFlags, "dmdr-eval")
+    about = f"{DESCRIPTION} {COMPARISON}"
+    flags, plugins = parse_command(kind, [*first, *arguments[count:]], prog=name, description=about)
     # torch is imported only after the flags have been found good
     from dmdr.run.device import avoid_mps, join_processes
 
     avoid_mps()
     state = join_processes(cpu=flags.device == "cpu", timeout=PATIENCE)
     try:
-        evaluate(flags, benchmark, rewards, state)
+        benchmark = next((plugin for plugin in plugins if plugin.group == "benchmarks"), None)
+        evaluate(flags, benchmark, [plugin for plugin in plugins if plugin.group == "rewards"], state)
     finally:
         state.destroy_process_group()  # or a thread between processes may outlive the interpreter, and abort it
 
 
-def evaluate(flags: EvalFlags, plugin: Chosen, chosen: Sequence[Chosen], state: "PartialState") -> None:
-    """Measure everything in all processes, each a share; the main one checks what is asked for, writes and prints."""
-    from dmdr.evaluation.tables import Table
+def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], state: "PartialState") -> None:
+    """Measure everything in all processes, each a share; the main one checks what is asked for, writes and prints.
+
+    Args:
+        plugin: The benchmark; None for images alone.
+        chosen: Its rewards.
+    """
+    from dmdr.benchmarks import prompts_of
+    from dmdr.evaluation.report import write_report
+    from dmdr.evaluation.tables import Measured, Table
     from dmdr.run import benchmarking
     from dmdr.run.device import on_main_process
     from dmdr.settings import registry
@@ -96,16 +125,18 @@ def evaluate(flags: EvalFlags, plugin: Chosen, chosen: Sequence[Chosen], state: 
     if flags.baseline and flags.baseline not in [subject.name for subject in subjects]:
         names = ", ".join(subject.name for subject in subjects)
         raise ConfigError(f"--baseline {flags.baseline} is none of what is measured: {names}")
-    output = Path(flags.output_dir)
+    output = Path(flags.output_dir) if flags.output_dir else benchmarking.place_of_results(subjects)
     on_main_process(state, lambda: require_folder(output))
     model = registry.load("models", flags.model)() if flags.model else None
-    benchmark: Any = plugin.build()
+    benchmark: Any = plugin.build() if plugin else benchmarking.ImagesAlone()
     benchmarking.ask_model(benchmark, model)
-    settings = {"benchmark": plugin.title, **plugin.options, "dtype": flags.dtype, "model": flags.model}
-    settings["rewards"] = [[reward.title, reward.options] for reward in chosen]
-    evaluation = benchmarking.Evaluation(benchmark, plugin.title, settings, state, output, flags.batch_size)
+    asked = [plugin, *chosen] if plugin else []
+    settings: dict[str, Any] = {"dmdr": version("dmdr"), "dtype": flags.dtype, "model": flags.model}
+    settings |= {f"{one.group} {one.title}": one.options for one in asked}
+    title = plugin.title if plugin else "images"
+    evaluation = benchmarking.Evaluation(benchmark, title, settings, state, output, flags.batch_size)
     each = flags.images_per_prompt or benchmark.images_per_prompt
-    unread = not any(_reads_prompts(one.cls) for one in chosen or [plugin])
+    unread = not any(getattr(one.cls, "reads_prompts", True) for one in chosen or asked)
     found = [evaluation.find(one, flags.prompts, flags.prompt_column, each, unread) for one in subjects]
     for subject, (_, rows) in zip(subjects, found, strict=True):
         check(subject.name, rows, chosen)
@@ -113,26 +144,31 @@ def evaluate(flags: EvalFlags, plugin: Chosen, chosen: Sequence[Chosen], state: 
     how = {name: getattr(flags, name) for name in ("guidance_scale", "mixed_precision")}
     for subject, (pictures, rows) in zip(subjects, found, strict=True):
         if subject.drawn:
-            own = (
-                how
-                if not subject.teacher and benchmarking.is_pipeline(subject.place)
-                else {**how, "guidance_scale": None}
-            )
+            guided = subject.teacher or benchmarking.is_pipeline(subject.place)  # a student is not
+            own = how if guided else {**how, "guidance_scale": None}
             evaluation.draw(subject, pictures, rows, each, flags.seed, **own)
-    device = prepare(flags, benchmark, chosen, [row for _, rows in found for row in rows[:1]], state)
-    other = evaluation.ask(benchmarking.REFERENCE, *against, device) if against else None
-    stores = [evaluation.ask(one.name, *each, device) for one, each in zip(subjects, found, strict=True)]
-    if state.is_main_process:
-        measured = [
-            evaluation.measured(one, *each, store, other)
-            for one, each, store in zip(subjects, found, stores, strict=True)
-        ]
-        baseline = next((one for one in measured if one.name == flags.baseline), None)
-        table = Table(benchmark.about(), measured, baseline)
-        paths = evaluation.write(table)
-        print(table.as_text())
-        print(f"\nsaved as {', '.join(map(str, paths))}")
-        benchmarking.require_answers(table)
+    if plugin:
+        device = prepare(flags, benchmark, chosen, [row for _, rows in found for row in rows[:1]], state)
+        other = evaluation.ask(benchmarking.REFERENCE, *against, device) if against else None
+        stores = [evaluation.ask(one.name, *each, device) for one, each in zip(subjects, found, strict=True)]
+    if not state.is_main_process:
+        return
+    if plugin:
+        every = zip(subjects, found, stores, strict=True)
+        measured = [evaluation.measured(one, *each, store, other) for one, each, store in every]
+    else:
+        measured = [Measured(one.name, {}, prompts_of(rows)) for one, (_, rows) in zip(subjects, found, strict=True)]
+    table = Table(benchmark.about(), measured, next((one for one in measured if one.name == flags.baseline), None))
+    written = evaluation.write(table) if plugin else []
+    if isinstance(flags, CompareFlags):
+        shown = [(one, *each) for one, each in zip(subjects, found, strict=True)]
+        written.append(benchmarking.compared(table, shown, output, f"seed {flags.seed}", flags.max_rows))
+    if benchmarking.is_run(output.parent):
+        write_report(output.parent)  # which links to what there is now
+    if plugin:
+        print(table.as_text() + "\n")
+    print(f"saved as {', '.join(map(str, written))}")
+    benchmarking.require_answers(table)
 
 
 def prepare(flags: EvalFlags, benchmark: Any, chosen: Sequence[Chosen], rows: "Sequence[Row]", state: Any) -> Any:
@@ -164,10 +200,6 @@ def check(name: str, rows: "Sequence[Row]", chosen: Sequence[Chosen]) -> None:
     if len(rows) > MOST:
         raise ConfigError(f"{name}: {len(rows):,} images are more than {MOST:,}")
     check_columns(chosen, rows)
-
-
-def _reads_prompts(cls: type) -> bool:
-    return bool(getattr(cls, "reads_prompts", True))
 
 
 def require_folder(output: Path) -> None:

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmdr.errors import ConfigError, one_line
+from dmdr.errors import ConfigError
+from dmdr.evaluation.pictures import Pictures
 from dmdr.evaluation.report import TEMPLATES, template
 from dmdr.images import write_atomically
 from dmdr.randomness import Random
@@ -33,13 +34,13 @@ class Shown:
     Attributes:
         name: How it is called, unlike any other model.
         about: One line: how its images were drawn.
-        images: A file for each prompt.
+        images: One for each prompt.
         scores: Of each image by the score's name, [N] each, any float dtype; NaN where there is none.
     """
 
     name: str
     about: str
-    images: Sequence[Path]
+    images: Pictures
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -80,7 +81,7 @@ def write_comparison(
     title: str,
     prompts: Sequence[str],
     models: Sequence[Shown],
-    table: Sequence[Sequence[str]] = (),
+    tables: Sequence[tuple[str, Sequence[Sequence[str]]]] = (),
     notes: Sequence[str] = (),
     max_rows: int = 100,
     width: int = 512,
@@ -92,7 +93,8 @@ def write_comparison(
         title: Of the page.
         prompts: What each row's images shall show, N strings. A prompt may occur more than once.
         models: One or more. The page begins with the difference of the second from the first.
-        table: Rows of texts, such as means and intervals. The first row is the head, the first column names the rows.
+        tables: What each is about, and rows of texts, such as means and intervals. The first row is the head, the
+            first column names the rows.
         notes: Lines that a reader should know, such as warnings, seeds and versions.
         max_rows: Rows that are shown at most. Of more rows, a third has the largest gain of the second model over the
             first in the first score that both have, a third the largest loss, and the rest is drawn with a fixed seed;
@@ -108,7 +110,7 @@ def write_comparison(
     _check(prompts, models, max_rows, width)
     rows, choice = _choose(models, len(prompts), max_rows)
     # One at a time: of a large image only its small copy stays in memory.
-    tiles = [[_embed(Path(model.images[row]), width) for model in models] for row in rows]
+    tiles = [[_embed(model.images, row, width) for model in models] for row in rows]
     scores = [_score(name, models, rows) for name in _score_names(models)]
     digest = blake2b(digest_size=8)
     for tile in (tile for row in tiles for tile in row):
@@ -118,7 +120,7 @@ def write_comparison(
     html = template(TEMPLATES / "comparison.html.jinja").render(
         title=title,
         models=models,
-        table=table,
+        tables=tables,
         notes=notes,
         total=len(prompts),
         choice=choice,
@@ -203,17 +205,13 @@ def _score(name: str, models: Sequence[Shown], rows: Sequence[int]) -> Score:
     return Score(name, digits, values, [column is not None for column in columns])
 
 
-def _embed(path: Path, width: int) -> Tile:
-    """An image file as a WebP of at most `width` px; a small one without loss, as enlarging would show it.
+def _embed(pictures: Pictures, row: int, width: int) -> Tile:
+    """An image as a WebP of at most `width` px; a small one without loss, as enlarging would show it.
 
     Raises:
-        ConfigError: There is no such file, or it is not a complete image.
+        ConfigError: It is damaged.
     """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except Exception as error:  # each decoder has its own
-        raise ConfigError(f"cannot read the image {path}: {one_line(error)}; draw it again") from error
+    image = Image.fromarray(pictures.read(row).permute(1, 2, 0).contiguous().numpy())
     if image.width > width:
         size = (width, max(1, round(image.height * width / image.width)))
         image = image.resize(size, Image.Resampling.LANCZOS)

@@ -32,6 +32,7 @@ PACKAGES = ("dmdr", "torch", "diffusers", "transformers", "accelerate", "peft", 
 SIZE = (4.0, 2.0)  # inches of 72 units
 POINTS = 400  # more than the width of a plot can show
 TEXT, LINE = "#010101", "#020202"  # stand-ins that become colours of the page, which follow its theme
+LATER = "evaluation"  # folder in a run's, of what is measured after it
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -71,7 +72,8 @@ def write_report(run_folder: Path) -> Path:
     """Build `report.html` from what lies in a run folder, atomically.
 
     Reads `config.yaml`, `overview.json`, `metrics.jsonl`, `evaluation.json`, `hacking.json`, `samples/teacher.png` and
-    `samples/step-*.png`. Each of them may be missing; unreadable lines and images are left out.
+    `samples/step-*.png`. Each of them may be missing; unreadable lines and images are left out. It links to the pages
+    and tables that `dmdr-eval` wrote into `evaluation/`.
 
     Returns: The path of the report.
 
@@ -106,6 +108,9 @@ def write_report(run_folder: Path) -> Path:
         staged=len({row["stage"] for row in rows}) > 1,
         settings=settings.strip(),
         hacked=_hacked(run_folder / "hacking.json"),
+        later=[
+            f"{LATER}/{path.name}" for end in ("html", "md") for path in sorted((run_folder / LATER).glob(f"*.{end}"))
+        ],
         command=[shlex.quote(f"{run_folder}{end}") for end in ("/config.yaml", "-again")],
         versions={"Python": platform.python_version()} | _versions(),
     )

@@ -3,24 +3,36 @@
 import gc
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 
 from dmdr import images
-from dmdr.benchmarks import AsksTheModel, Benchmark, BringsRows, ComparesWithImages, prompts_of
+from dmdr.benchmarks import (
+    Answers,
+    AsksTheModel,
+    Benchmark,
+    BringsRows,
+    ComparesWithImages,
+    Figure,
+    Layout,
+    prompts_of,
+)
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.evaluation import image_folder, layouts
 from dmdr.evaluation.answers import Store, ask
+from dmdr.evaluation.comparison import Shown, write_comparison
 from dmdr.evaluation.pictures import Archive, Files, Pictures
+from dmdr.evaluation.report import LATER
 from dmdr.evaluation.tables import Measured, Table, as_csv
-from dmdr.prompts import Row
+from dmdr.prompts import Row, read_prompts
 from dmdr.protocols import NamedModel
 from dmdr.run.device import failing_together, on_main_process, rounds
 from dmdr.run.drawing import export_in, is_pipeline, open_place
@@ -47,6 +59,41 @@ class Subject:
     drawn: bool
     teacher: bool = False
     num_inference_steps: int | None = None
+
+
+def place_of_results(subjects: Sequence[Subject]) -> Path:
+    """Where the tables go if nobody says it: into the first run's folder, or here."""
+    runs = [Path(subject.place) for subject in subjects if is_run(Path(subject.place))]
+    return runs[0] / LATER if runs else Path(LATER)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run."""
+    return (folder / "config.yaml").is_file() and export_in(str(folder)) is not None
+
+
+@dataclass
+class ImagesAlone:
+    """A `Benchmark` that measures nothing: images are drawn, and shown."""
+
+    images_per_prompt: ClassVar[int] = 1
+    layout: ClassVar[Layout] = "flat"
+
+    def about(self) -> str:
+        return "Images alone."
+
+    def rows(self, prompts: str, column: str) -> Sequence[Row]:
+        return read_prompts(prompts, column=column, repeated=True).rows
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None: ...
+
+    def answers(self, images: Tensor, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor | Sequence[str]]:
+        return {}
+
+    def figures(
+        self, answers: Answers, rows: Sequence[Mapping[str, Any]], reference: Answers | None
+    ) -> Mapping[str, Figure]:
+        return {}
 
 
 def subjects_of(places: Sequence[str], steps: Sequence[int] | None) -> list[Subject]:
@@ -233,6 +280,38 @@ def _all_below(folder: Path) -> Files:
     if not below:
         return Files(folder, image_folder.find_images(str(folder)))
     return Files(folder, [path for each in below for path in image_folder.find_images(str(each))])
+
+
+def compared(
+    table: Table, found: Sequence[tuple[Subject, Pictures, Sequence[Row]]], output: Path, how: str, max_rows: int
+) -> Path:
+    """Write the page of all subjects side by side; returns its file.
+
+    Args:
+        table: Of their figures.
+        found: Each with its images and their rows, of the same prompts.
+        output: Folder of the page.
+        how: In what way images were drawn, for all of them.
+        max_rows: Prompts that are shown.
+
+    Raises:
+        ConfigError: If the prompts differ.
+    """
+    first, _, rows = found[0]
+    asked = [row["prompt"] for row in rows]
+    for subject, _, own in found:
+        if [row["prompt"] for row in own] != asked:
+            raise ConfigError(f"compare: {subject.name} and {first.name} have images of different prompts")
+    shown = []
+    for (subject, pictures, _), model in zip(found, table.models, strict=True):
+        steps = f"{subject.num_inference_steps} steps" if subject.num_inference_steps else "its own steps"
+        about = f"{subject.place}{', its teacher' if subject.teacher else ''}{f', {steps}, {how}' * subject.drawn}"
+        scores = {name: figure.values for name, figure in model.figures.items() if figure.values is not None}
+        shown.append(Shown(subject.name, about, pictures, scores))
+    page = output / "comparison.html"
+    title = " and ".join(subject.name for subject, _, _ in found)
+    write_comparison(page, title, asked, shown, table.parts() if table.columns() else (), max_rows=max_rows)
+    return page
 
 
 def require_answers(table: Table) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dmdr import images
+from dmdr import images, train
 from dmdr.cli import eval as evaluate
 from dmdr.cli import reward_server
 from dmdr.evaluation import answers
+from dmdr.evaluation.image_folder import read_image
+from dmdr.run.drawing import open_place
 from dmdr.statistics import prompt_means
 from dmdr_digits import Digits
 from dmdr_digits.data import PROMPTS, held_out_scans
@@ -424,3 +428,129 @@ def test_a_refusal_in_a_process_of_its_own(room: Path) -> None:
     done = subprocess.run([BIN / "dmdr-eval", "scans", "--reward=hsp"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("dmdr-eval: unknown reward 'hsp' (did you mean 'hps'?)")
+
+
+# --- What is drawn -------------------------------------------------------------------------------------------------
+
+BENCHMARK = '''
+from dataclasses import dataclass
+
+from dmdr.benchmarks import Figure
+from dmdr.prompts import read_prompts
+
+
+@dataclass
+class Red:
+    """How red images are.
+
+    Attributes:
+        times: What it is multiplied by.
+    """
+
+    images_per_prompt = 4
+    layout = "grids"
+    times: float = 1.0
+
+    def about(self):
+        return f"Redness times {self.times:g}."
+
+    def rows(self, prompts, column):
+        return read_prompts(prompts, column=column).rows
+
+    def prepare(self, device, dtype):
+        pass
+
+    def answers(self, images, rows):
+        return {"red": images[:, 0].mean((1, 2)), "id": [row["item_id"] for row in rows]}
+
+    def figures(self, answers, rows, reference):
+        assert answers.texts("id") == [row["item_id"] for row in rows]
+        return {"redness": Figure.mean(self.times * answers.tensor("red").whole(), rows)}
+'''
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run."""
+    settings: dict[str, Any] = {"model": "toy", "rl": "none", "reward": "none", "guidance_scale": 1.5}
+    settings |= {"stage1_steps": 2, "stage2_steps": 0, "fake_updates": 1, "sample_images": 2, "teacher_steps": 2}
+    return train(**settings, report_to="none", output_dir=str(tmp_path_factory.mktemp("runs") / "toy"))
+
+
+@pytest.fixture
+def evaluated(room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run dmdr-eval in this process: its exit code, stdout and stderr."""
+    rows = [{"prompt": f"mode {i}", "item_id": f"id{i}"} for i in range(3)]
+    (room / "modes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (room / "red.py").write_text(BENCHMARK)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-eval", *arguments])
+        with pytest.raises(SystemExit) as end:
+            evaluate.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_a_run_and_its_teacher_are_drawn_measured_and_compared(
+    trained: Path, evaluated: Callable[..., Any], room: Path
+) -> None:
+    place = room / "toy"
+    shutil.copytree(trained, place)
+    arguments = ["toy", "teacher", "--prompts=modes.jsonl", "--reward=toy", "--baseline=teacher-2"]
+    arguments += ["--num_inference_steps", "2", "3", "--images_per_prompt=2", "--guidance_scale=1.5"]
+    code, out, err = evaluated("compare", *arguments)
+    assert code == 0, err
+    names = ["toy-2", "toy-3", "teacher-2", "teacher-3"]
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == names and {line.split()[-1] for line in lines[2:6]} == {"6"}
+    assert [line.split()[0] for line in lines[9:12]] == ["toy-2", "toy-3", "teacher-3"]
+    output = place / "evaluation"  # beside the run
+    assert {path.name for path in output.iterdir()} == {*names, "comparison.html"} | {
+        f"preference.{form}" for form in ("json", "md", "tex")
+    }
+    rows = [{"prompt": f"mode {i}", "item_id": f"id{i}"} for i in range(3) for _ in range(2)]
+    for name, teacher in (("toy-3", False), ("teacher-3", True)):
+        artist = open_place("toy", teacher=teacher, num_inference_steps=3)
+        for one, other in zip(
+            artist.draw(rows, 0, room / name), sorted((output / name / "images").glob("*.png")), strict=True
+        ):
+            assert torch.equal(read_image(one), read_image(other))
+    report = (place / "report.html").read_text()
+    assert 'href="evaluation/comparison.html"' in report and 'href="evaluation/preference.md"' in report
+    assert (output / "comparison.html").read_text().count("<article") == 6
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
+    assert evaluated(*arguments)[1].splitlines()[:12] == lines[:12]
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.png")} == before
+
+
+def test_a_strangers_benchmark_with_grids(trained: Path, evaluated: Callable[..., Any], room: Path) -> None:
+    arguments = ["--benchmark=red.py:Red", "--prompts=modes.jsonl", "--times=100", "--output_dir=out"]
+    code, out, err = evaluated(str(trained), *arguments)
+    assert code == 0, err
+    assert out.splitlines()[:2] == ["Redness times 100.", "model            redness  images"]
+    (folder,) = (path for path in (room / "out").iterdir() if path.is_dir())
+    grids = folder / "images" / "grids"
+    assert sorted(path.name for path in grids.iterdir()) == ["id0.png", "id1.png", "id2.png"]
+    again = evaluated(f"toy={grids}", *arguments)[1]
+    assert again.splitlines()[2].split()[1:] == out.splitlines()[2].split()[1:]
+    pixels = np.stack([read_image(path).permute(1, 2, 0).numpy() for path in sorted(folder.rglob("samples/*.png"))])
+    np.savez(room / "toy.npz", pixels)
+    assert evaluated("toy.npz", *arguments)[1].splitlines()[2].split() == ["toy", *again.splitlines()[2].split()[1:]]
+    for name, said in (
+        ("--reward=toy", "--reward: benchmark 'red.py:Red' does not score by rewards; leave it out"),
+        ("--prompts=prompts.txt", "holds 12 images, but --prompts prompts.txt has"),
+    ):
+        code, _, err = evaluated("toy.npz", *arguments, name)
+        assert (code, err.count("\n")) == (2, 1) and said in err
+
+
+def test_images_alone_are_compared(trained: Path, evaluated: Callable[..., Any], room: Path) -> None:
+    code, out, err = evaluated("compare", str(trained), "teacher", "--prompts=modes.jsonl", "--output_dir=out")
+    assert (code, out) == (0, "saved as out/comparison.html\n"), err
+    code, _, err = evaluated("compare", "scans", f"run={trained}", "--prompts=modes.jsonl", "--output_dir=out")
+    assert code == 2 and "scans holds 25 images, but --prompts modes.jsonl has 3 prompts" in err
+    code, _, err = evaluated(str(trained), "--reward=toy")
+    assert code == 2 and "--prompts is missing" in err

@@ -13,23 +13,25 @@ from PIL import Image
 
 from dmdr.errors import ConfigError
 from dmdr.evaluation.comparison import Shown, _choose, _embed, write_comparison
+from dmdr.evaluation.pictures import Files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path (apt-get install chromium)")
 
 EVIL = '</script><b>bold</b> "quoted" {{ 7 * 7 }} <!-- <script> & it\'s'
+NONE = Files(Path(), [])
 PROMPTS = ["a red fox", "a blue whale", EVIL, "a red kite at sea"]
 # Differences of B: +0.5, -0.25, none, 0; ranges of all: 0.5, 0.75, 0.1, 0.
 HPS = {"A": [0.25, 0.5, float("nan"), 0.125], "B": [0.75, 0.25, 0.5, 0.125], EVIL: [0.5, 1.0, 0.6, 0.125]}
 
 
-def drawn(folder: Path, models: int, count: int) -> list[list[Path]]:
+def drawn(folder: Path, models: int, count: int) -> list[Files]:
     """A file for each model and row: 64 px of noise, none like another."""
     random = np.random.default_rng(0)
     files = [[folder / f"{model}-{row}.png" for row in range(count)] for model in range(models)]
     for path in (path for row in files for path in row):
         Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
-    return files
+    return [Files(folder, paths) for paths in files]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def file(tmp_path_factory: pytest.TempPathFactory, models: list[Shown]) -> Path:
     """Their page."""
     path = tmp_path_factory.mktemp("page") / "new" / "comparison.html"
     table = [["Model", "hps"], ["A", "0.29 \u00b1 0.01"], [EVIL, EVIL]]
-    write_comparison(path, f"A and B {EVIL}", PROMPTS, models, table, notes=["Seed 0.", EVIL])
+    write_comparison(path, f"A and B {EVIL}", PROMPTS, models, [("Means.", table)], notes=["Seed 0.", EVIL])
     assert [each.name for each in path.parent.iterdir()] == ["comparison.html"]
     return path
 
@@ -112,18 +114,18 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, models: li
 
     a = models[0]
     refused(PROMPTS, [], "needs a model")
-    refused([], [Shown("A", "", [])], "needs a prompt")
+    refused([], [Shown("A", "", NONE)], "needs a prompt")
     refused(PROMPTS, [a, a], "two models are called 'A'")
     refused(PROMPTS[:3], [a], "'A' has 4 images for 3 prompts")
     refused(
         PROMPTS, [Shown("A", "", a.images, {"hps": torch.zeros(4, 1)})], r"'hps' of model 'A' has the shape \[4, 1\]"
     )
     refused(PROMPTS, [a], "1 row and 1 pixel", max_rows=0)
-    for name, data in (("absent", None), ("text", b"no image"), ("torn", a.images[0].read_bytes()[:200])):
-        broken = tmp_path / f"{name}.png"
-        if data is not None:
-            broken.write_bytes(data)
-        refused(PROMPTS, [Shown("A", "", [*a.images[:3], broken])], f"cannot read the image .*{name}.png")
+    assert isinstance(a.images, Files)
+    broken = tmp_path / "torn.png"
+    broken.write_bytes(a.images.paths[0].read_bytes()[:200])
+    pictures = Files(tmp_path, [*a.images.paths[:3], broken])
+    refused(PROMPTS, [Shown("A", "", pictures)], "torn.png cannot be read")
 
 
 def test_of_many_rows_the_page_says_which_it_shows() -> None:
@@ -131,9 +133,9 @@ def test_of_many_rows_the_page_says_which_it_shows() -> None:
     b = torch.linspace(-1, 1, 640)
     b[5] = float("nan")
     models = [
-        Shown("A", "", [], {"first": a}),
-        Shown("B", "", [], {"second": a, "hps": b}),
-        Shown("C", "", [], {"hps": a}),
+        Shown("A", "", NONE, {"first": a}),
+        Shown("B", "", NONE, {"second": a, "hps": b}),
+        Shown("C", "", NONE, {"hps": a}),
     ]
     rows, words = _choose(models, 640, 100)
     losses = set(range(607, 640))  # C minus B falls
@@ -149,11 +151,11 @@ def test_of_many_rows_the_page_says_which_it_shows() -> None:
         np.diff(drawn)
     )
 
-    few = [Shown("A", "", [], {"hps": torch.zeros(20)}), Shown("B", "", [], {"hps": torch.eye(20)[7]})]
+    few = [Shown("A", "", NONE, {"hps": torch.zeros(20)}), Shown("B", "", NONE, {"hps": torch.eye(20)[7]})]
     rows, words = _choose(few, 20, 9)
     assert 7 in rows and len(rows) == 9
     assert "the 1 with the largest gain of B over A in hps, the 0 with the largest loss, and 8 drawn" in words
-    nothing = [Shown(name, "", [], {"hps": torch.full((20,), float("nan"))}) for name in "AB"]
+    nothing = [Shown(name, "", NONE, {"hps": torch.full((20,), float("nan"))}) for name in "AB"]
     assert _choose(nothing, 20, 9) == (list(range(9)), "9 of 20 prompts are shown: the first 9.")
     assert _choose(few, 20, 20) == (list(range(20)), "")
 
@@ -166,7 +168,7 @@ def test_images_are_made_smaller_and_small_ones_stay_exact(tmp_path: Path) -> No
         ((64, 32), (64, 32, True)),
     ):
         Image.fromarray(pixels).resize(size).save(tmp_path / "image.png")
-        tile = _embed(tmp_path / "image.png", 512)
+        tile = _embed(Files(tmp_path, [tmp_path / "image.png"]), 0, 512)
         assert tile.uri.startswith("data:image/webp;base64,")
         assert (tile.width, tile.height, tile.small) == expected
 
@@ -395,7 +397,9 @@ def test_a_page_of_100_rows_and_one_of_a_single_model(browser: Any, tmp_path: Pa
     assert order(page)[:33] == (gains[:33] + 1).tolist()  # numbers are those of all rows
     assert order(page)[-33:] == (gains[-33:] + 1).tolist()
 
-    write_comparison(path, "title", prompts[:1], [Shown("A", "", files[0][:1], {"hps": values[0][:1]})])
+    write_comparison(
+        path, "title", prompts[:1], [Shown("A", "", Files(tmp_path, files[0].paths[:1]), {"hps": values[0][:1]})]
+    )
     page.goto(path.as_uri())
     assert page.locator(".lead").inner_text() == "1 prompt, one row each."
     assert page.locator("select:visible, button:visible, [type=radio]:visible").count() == 0
