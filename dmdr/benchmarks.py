@@ -157,8 +157,11 @@ class ScoresByRewards(Protocol):
 class ComparesWithImages(Protocol):
     """A benchmark that compares with other images, about which it is asked as well."""
 
-    def reference_images(self) -> str | None:
-        """A folder of images or an .npz file with an `arr_0` [N, H, W, 3] uint8; None where it needs none."""
+    def compared_with(self) -> str | None:
+        """A folder of images or an .npz file with an `arr_0` [N, H, W, 3] uint8; None where it needs none.
+
+        A run may answer for the user: a field `reference_images` of the benchmark has what --reference_images names.
+        """
 
 
 @runtime_checkable

@@ -54,6 +54,9 @@ class EvalFlags(RewardFlags):
         "folder of the images, the answers and the tables, where what is there is kept; by default evaluation/ in the "
         "first run's folder, or else here",
     )
+    reference_images: str | None = flag(
+        None, "images that those measured are compared with, by a benchmark that does so: a folder or an .npz file"
+    )
     batch_size: int = flag(16, "images that are drawn, and looked at, at a time")
     images_per_prompt: int | None = flag(None, "images that are drawn of each prompt; the benchmark's own by default")
     num_inference_steps: list[int] | None = flag(
@@ -113,7 +116,7 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
         plugin: The benchmark; None for images alone.
         chosen: Its rewards.
     """
-    from dmdr.benchmarks import prompts_of
+    from dmdr.benchmarks import ComparesWithImages, prompts_of
     from dmdr.evaluation.report import write_report
     from dmdr.evaluation.tables import Measured, Table
     from dmdr.run import benchmarking
@@ -128,12 +131,14 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
     output = Path(flags.output_dir) if flags.output_dir else benchmarking.place_of_results(subjects)
     on_main_process(state, lambda: require_folder(output))
     model = registry.load("models", flags.model)() if flags.model else None
-    benchmark: Any = plugin.build() if plugin else benchmarking.ImagesAlone()
+    benchmark: Any = plugin.called(plugin.cls, plugin.values(flags)) if plugin else benchmarking.ImagesAlone()
     benchmarking.ask_model(benchmark, model)
     asked = [plugin, *chosen] if plugin else []
+    title = plugin.title if plugin else "images"
     settings: dict[str, Any] = {"dmdr": version("dmdr"), "dtype": flags.dtype, "model": flags.model}
     settings |= {f"{one.group} {one.title}": one.options for one in asked}
-    title = plugin.title if plugin else "images"
+    if flags.reference_images and not isinstance(benchmark, ComparesWithImages):
+        raise ConfigError(f"--reference_images: benchmark '{title}' compares with no images; leave it out")
     evaluation = benchmarking.Evaluation(benchmark, title, settings, state, output, flags.batch_size)
     each = flags.images_per_prompt or benchmark.images_per_prompt
     unread = not any(getattr(one.cls, "reads_prompts", True) for one in chosen or asked)

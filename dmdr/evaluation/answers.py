@@ -53,6 +53,49 @@ class StoredRows:
         return torch.cat(list(self))
 
 
+@dataclass(frozen=True)
+class HeldRows:
+    """A tensor in memory (`metrics.Rows`)."""
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensor.split(SHARD))
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.tensor[index]
+
+    def whole(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """Answers in memory (`benchmarks.Answers`), by name."""
+
+    given: Given
+
+    def __len__(self) -> int:
+        return len(next(iter(self.given.values())))
+
+    def tensor(self, name: str) -> HeldRows:
+        """As `Answers`."""
+        found = self.given[name]
+        if not isinstance(found, Tensor):
+            raise KeyError(name)
+        return HeldRows(found)
+
+    def texts(self, name: str) -> list[str]:
+        """As `Answers`."""
+        found = self.given[name]
+        if isinstance(found, Tensor):
+            raise KeyError(name)
+        return list(found)
+
+
 class Store:
     """The answers about N images (`benchmarks.Answers`), in a folder of shards, each written when it is complete.
 
@@ -157,15 +200,33 @@ def ask(
     shard = next(waiting, None)
     with closing(batches(pictures, own, batch_size)) as parts:
         for indices, pixels in parts:
-            with torch.no_grad():
-                given = dict(benchmark.answers(pixels.to(device).float() / 255, [rows[i] for i in indices]))
-            _check(title, given, len(indices))
-            given = {name: value.cpu() if isinstance(value, Tensor) else list(value) for name, value in given.items()}
+            given = answers_about(benchmark, title, pixels.to(device).float() / 255, [rows[i] for i in indices])
             found |= {index: (given, row) for row, index in enumerate(indices)}
             while shard is not None and all(i in found for i in store.indices(shard)):
                 store.write(shard, _joined([found.pop(i) for i in store.indices(shard)]))
                 shard = next(waiting, None)
             yield len(indices)
+
+
+@torch.no_grad()
+def answers_about(benchmark: Benchmark, title: str, images: Tensor, rows: Sequence[Row]) -> Given:
+    """What a benchmark says of images [B, 3, H, W] in [0, 1], on the CPU.
+
+    Raises:
+        TrainingError: If it breaks its contract.
+    """
+    given: Mapping[str, Any] = benchmark.answers(images, rows)
+    _check(title, given, len(images))
+    return {name: value.cpu() if isinstance(value, Tensor) else list(value) for name, value in given.items()}
+
+
+def after_each_other(parts: Sequence[Given]) -> Given:
+    """The answers about several batches as those about all."""
+    joined: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
+        joined[name] = torch.cat(values) if isinstance(first, Tensor) else [text for each in values for text in each]  # type: ignore[arg-type]
+    return joined
 
 
 def _joined(found: Sequence[tuple[Given, int]]) -> Given:

@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from dmdr.errors import ConfigError, one_line
-from dmdr.evaluation.image_folder import read_image
+from dmdr.evaluation.image_folder import find_images, read_image
 
 
 class Pictures(Protocol):
@@ -143,6 +143,18 @@ class Archive:
 
     def stamp(self, index: int) -> str:
         return f"{_stamp(self.path)} {index}"
+
+
+def pictures_in(place: Path) -> Pictures:
+    """The images of an .npz file, of a folder, or of the folders in it, such as one a class.
+
+    Raises:
+        ConfigError: If there are none, or one is damaged.
+    """
+    if place.suffix == ".npz":
+        return Archive(place)
+    below = sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    return Files(place, [path for folder in below or [place] for path in find_images(str(folder))])
 
 
 def batches(pictures: Pictures, own: Sequence[int], size: int) -> Generator[tuple[list[int], Tensor]]:

@@ -89,7 +89,7 @@ def write_report(run_folder: Path) -> Path:
     columns = evaluation.pop("columns", {})
     rows = read_log(run_folder / "metrics.jsonl")
     groups = _curves(rows, _boundary(rows, config.get("stage1_steps")))
-    table = _table(columns)
+    table = _table(columns, evaluation.pop("errors", {}))
     curves = [(METRICS[group].title, groups.pop(group)) for group in CURVES if group in groups]
     logged = [name for row in rows for name in row]
     html = template(TEMPLATES / "report.html.jinja").render(
@@ -186,7 +186,9 @@ def _pictures(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
     return pictures
 
 
-def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
+def _table(
+    columns: Mapping[str, Mapping[str, Any]], errors: Mapping[str, Mapping[str, float]]
+) -> list[tuple[str, str, list[str]]]:
     """Rows of the metric table: name, which way is better ("" where unknown), a text for each column."""
     table = []
     for name in dict.fromkeys(name for column in columns.values() for name in column):
@@ -196,7 +198,11 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, lis
         digits = max(1, (4 if "reward/" in name else 3) - int(math.log10(max(largest, 1))))
         known = metric(name)
         better = known.better if known else ""
-        table.append((name, better, ["\N{EN DASH}" if cell is None else f"{cell:.{digits}f}" for cell in cells]))
+        texts = ["\N{EN DASH}" if cell is None else f"{cell:.{digits}f}" for cell in cells]
+        for i, column in enumerate(columns):
+            if name in errors.get(column, {}):
+                texts[i] += f" ± {errors[column][name]:.{digits}f}"
+        table.append((name, better, texts))
     return table
 
 

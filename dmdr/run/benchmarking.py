@@ -26,10 +26,10 @@ from dmdr.benchmarks import (
     prompts_of,
 )
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.evaluation import image_folder, layouts
+from dmdr.evaluation import layouts
 from dmdr.evaluation.answers import Store, ask
 from dmdr.evaluation.comparison import Shown, write_comparison
-from dmdr.evaluation.pictures import Archive, Files, Pictures
+from dmdr.evaluation.pictures import Files, Pictures, pictures_in
 from dmdr.evaluation.report import LATER
 from dmdr.evaluation.tables import Measured, Table, as_csv
 from dmdr.prompts import Row, read_prompts
@@ -250,11 +250,10 @@ class Evaluation:
         """The images that the benchmark compares with, if there are any."""
 
         def found() -> tuple[Pictures, list[Row]] | None:
-            place = self.benchmark.reference_images() if isinstance(self.benchmark, ComparesWithImages) else None
+            place = self.benchmark.compared_with() if isinstance(self.benchmark, ComparesWithImages) else None
             if place is None:
                 return None
-            path = Path(place)
-            pictures: Pictures = Archive(path) if path.suffix == ".npz" else _all_below(path)
+            pictures = pictures_in(Path(place))
             return pictures, [{"prompt": ""}] * len(pictures)
 
         return on_main_process(self.state, found)
@@ -272,14 +271,6 @@ class Evaluation:
         for path, text in zip(paths, forms.values(), strict=True):
             images.write_atomically(path, text.encode())
         return paths
-
-
-def _all_below(folder: Path) -> Files:
-    """The images of a folder, or of the folders in it, such as one a class."""
-    below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not below:
-        return Files(folder, image_folder.find_images(str(folder)))
-    return Files(folder, [path for each in below for path in image_folder.find_images(str(each))])
 
 
 def compared(

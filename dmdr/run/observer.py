@@ -2,7 +2,8 @@
 
 import json
 import math
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdr import images
+from dmdr.evaluation import image_folder
 from dmdr.evaluation.evaluate import evaluate
 from dmdr.evaluation.guard import Look, thumbnails
 from dmdr.prompts import Row, split_columns
-from dmdr.protocols import Backend, Denoiser, TeacherGrid
+from dmdr.protocols import Backend, Denoiser, Judge, TeacherGrid
 from dmdr.randomness import Random
 from dmdr.run.device import on_main_process, share_of, together
+from dmdr.run.examiner import Examiner, numbers
 from dmdr.run.folder import check_there
 from dmdr.run.job import Job
 from dmdr.sampling import FewStepSampler
@@ -27,6 +30,21 @@ def teacher_of(backend: Backend, steps: int, guidance: float) -> tuple[Denoiser,
     """The teacher as its users run it: guided, many ODE steps at the model's own times."""
     times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
     return partial(backend.teacher, guidance=guidance), FewStepSampler(backend.path, times, 0.0)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: By name.
+        errors: Standard errors of those that have one.
+        look: What the guard sees, where there is a reward.
+    """
+
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    look: Look | None = None
 
 
 class Observer:
@@ -47,6 +65,21 @@ class Observer:
         again = config.eval_images_per_prompt
         prompts = job.prompts.first(math.ceil(config.num_eval_samples / again)) if config.num_eval_samples else []
         self.eval_rows = [row for row in prompts for _ in range(again)][: config.num_eval_samples]
+        self.examiner: Examiner | None = None
+        for plugin in job.settings.of("benchmarks"):
+            benchmark = plugin.called(plugin.cls, plugin.values(config))
+            self.examiner = Examiner(benchmark, plugin.title, accelerator, self.draw_reference)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """The model's own."""
+        return self.job.model.judge() if self.job.model else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether an evaluation is asked for, and there is anything to measure."""
+        parts = (self.job.rewards, self.job.eval_rewards, self.examiner)
+        return bool(self.eval_rows) and (any(parts) or self.judge is not None)
 
     def teacher(self) -> tuple[Denoiser, FewStepSampler]:
         """The teacher of the run's settings."""
@@ -97,15 +130,15 @@ class Observer:
         draw("student", self.job.backend.student, self.sampler, f"step-{step:06d}.png")
         return grids
 
-    def measure_student(self, title: str) -> tuple[dict[str, float], Look | None]:
-        """Its metrics as it is now, and what the guard sees of it where there is a reward."""
+    def measure_student(self, title: str) -> Measurement:
+        """Its metrics as it is now."""
         return self._measure(title, self.job.backend.student, self.sampler)
 
     def evaluate_student(self, title: str) -> Look | None:
         """Add its column."""
-        metrics, look = self.measure_student(title)
-        self._write_column(title, metrics)
-        return look
+        measured = self.measure_student(title)
+        self._write_column(title, measured)
+        return measured.look
 
     def evaluate_teacher(self) -> None:
         """Add its columns: as its users run it, and in the student's steps."""
@@ -113,12 +146,29 @@ class Observer:
         samplers = {s.num_inference_steps: s for s in (sampler, self.sampler)}  # of the same steps, the student's
         for steps, chosen in samplers.items():
             title = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-            self._write_column(title, self._measure(title, denoiser, chosen)[0])
+            self._write_column(title, self._measure(title, denoiser, chosen))
 
-    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> tuple[dict[str, float], Look | None]:
-        """What the model's judge sees, and the rewards, those that only measure included."""
+    def draw_reference(self) -> Path:
+        """The folder of the teacher's images that the student's are compared with; they are drawn once."""
+        folder, rows = self.output / "reference", self.eval_rows
+
+        def there() -> bool:
+            check_there(self.output)
+            return image_folder.find_index(str(folder)) is not None
+
+        if not on_main_process(self.accelerator, there):
+            own = self.generate(*self.teacher(), rows, "reference", title="draw the teacher's images")
+            pictures = together(self.accelerator, own, len(rows))
+            if self.accelerator.is_main_process:
+                for name, picture in zip(image_folder.names(len(rows)), images.to_pil(pictures), strict=True):
+                    images.save(picture, folder / name)
+                image_folder.write_index(folder, rows)
+            self.accelerator.wait_for_everyone()
+        return folder
+
+    def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> Measurement:
+        """What judge, rewards and benchmark say of new images."""
         rows = self.eval_rows
-        judge = self.job.model.judge() if self.job.model else None
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns([rows[index] for index in share_of(self.accelerator, len(rows))])
         everyone = partial(together, self.accelerator, count=len(rows))
@@ -126,20 +176,24 @@ class Observer:
             pictures,
             prompts,
             columns,
-            judge,
+            self.judge,
             self.job.rewards,
             self.job.eval_rewards,
             device=self.accelerator.device,
             together=everyone,
         )
+        metrics, errors = dict(found.metrics), dict[str, float]()
+        if self.examiner:
+            values, errors = numbers(self.examiner.title, self.examiner(pictures, rows))
+            metrics |= values
         if "reward" not in found.totals:
-            return found.metrics, None
+            return Measurement(metrics, errors)
         totals = {kind: total.cpu() for kind, total in found.totals.items()}
         small = everyone(thumbnails(pictures))
         look = Look([row["prompt"] for row in rows], totals["reward"], small, totals.get("eval_reward"))
-        return found.metrics, look
+        return Measurement(metrics, errors, look)
 
-    def _write_column(self, title: str, metrics: dict[str, float]) -> None:
+    def _write_column(self, title: str, measured: Measurement) -> None:
         if not self.accelerator.is_main_process:
             return
         check_there(self.output)
@@ -147,5 +201,8 @@ class Observer:
         found: dict[str, Any] = {"samples": self.config.num_eval_samples, "columns": {}}
         if file.exists():
             found = json.loads(file.read_text())
-        found["columns"][title] = metrics
+        found["columns"][title] = measured.metrics
+        if self.examiner:
+            found.setdefault("errors", {})[title] = measured.errors
+            found[self.examiner.title] = self.examiner.benchmark.about()
         images.write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())

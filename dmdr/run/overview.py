@@ -10,6 +10,9 @@ from dmdr.run.plan import Stage
 from dmdr.sizes import Size
 
 
+NOTHING_TO_MEASURE = "there is no reward, no judge, and no --reference_images to compare with"
+
+
 def overview(
     job: Job,
     own: Mapping[str, Sequence[OwnLearner]],
@@ -72,7 +75,10 @@ def _evaluation(job: Job) -> str:
     if not config.num_eval_samples:
         return "none; --num_eval_samples asks for it"
     what = [*(f"reward {name}" for name in (job.rewards.parts if job.rewards else ()))]
+    what += [f"benchmark {plugin.title}" for plugin in job.settings.of("benchmarks")]
     what += [f"held-out reward {name}" for name in (job.eval_rewards.parts if job.eval_rewards else ())]
+    if not what and not job.model:
+        return f"none: {NOTHING_TO_MEASURE}"
     often = f", and every {config.eval_steps} updates" if config.eval_steps else ""
     judge = "; what the model's judge sees, if it has one" if job.model else ""
     return f"{config.num_eval_samples} samples after each stage{often}: {', '.join(what) or 'no reward'}{judge}"

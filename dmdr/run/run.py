@@ -50,7 +50,7 @@ from dmdr.run.keeper import Keeper
 from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog, beside_the_bar
 from dmdr.run.observer import Observer
-from dmdr.run.overview import overview
+from dmdr.run.overview import NOTHING_TO_MEASURE, overview
 from dmdr.run.pace import Pace
 from dmdr.run.plan import Stage
 from dmdr.run.signals import Interrupts
@@ -157,6 +157,8 @@ class Run:
         for rewards in (self.job.rewards, self.job.eval_rewards):  # first, as what they refuse is found soonest
             if rewards:
                 rewards.prepare(accelerator.device, dtype_of(config.reward_dtype))
+        if self.observer.examiner:
+            self.observer.examiner.prepare(dtype_of(config.reward_dtype))
         shared = {"sharding": mesh_of(self.plan.shards, accelerator)} if self.plan.shards > 1 else {}
         backend.prepare(accelerator, roles=self.plan.roles, **shared)
         self._load_initial()
@@ -205,6 +207,8 @@ class Run:
         lines = overview(self.job, own, precision=self.precision, device=str(self.accelerator.device))
         for title, text in lines.items():
             logger.info("%s: %s", title, text)
+        if self.config.num_eval_samples and not self.observer.measures:
+            logger.warning("no evaluation is made: %s", NOTHING_TO_MEASURE)
         images.write_atomically(self.output / "overview.json", (json.dumps(lines, indent=2) + "\n").encode())
 
     def _upcoming_prompts(self, size: int) -> list[str]:
@@ -258,7 +262,7 @@ class Run:
                 self._draw_grid()
             if stage.number == 2 and self._guards and not self.watch.before:
                 with self.pace.evaluating():
-                    self.watch.remember(self.observer.measure_student("before stage 2")[1])
+                    self.watch.remember(self.observer.measure_student("before stage 2").look)
         self.pace.begin_stage()
         with closing(trainer.prompts), self.interrupts, self.pace.clock:
             try:
@@ -292,7 +296,7 @@ class Run:
         if trainer.student.ema:
             trainer.student.ema.settle()
         self._draw_grid()
-        if config.num_eval_samples:
+        if self.observer.measures:
             with self.pace.evaluating():
                 look = self.observer.evaluate_student(f"stage {stage.number}")
             if stage.number == 1 and self._guards:
@@ -313,11 +317,11 @@ class Run:
     def _guards(self) -> bool:
         """Whether the run can hack a reward, and is evaluated."""
         rl = any(stage.objectives for stage in self.plan.stages)
-        return rl and self.job.rewards is not None and self.config.num_eval_samples > 0
+        return rl and self.job.rewards is not None and self.observer.measures
 
     def _evaluated(self, total: int) -> bool:
         """Whether the student is evaluated after so many updates of the run."""
-        return self.config.num_eval_samples > 0 and self.config.eval_steps > 0 and total % self.config.eval_steps == 0
+        return self.config.eval_steps > 0 and total % self.config.eval_steps == 0 and self.observer.measures
 
     def _note(self, trainer: Trainer, line: Mapping[str, float], seconds: float, bar: "tqdm[Any]") -> None:
         noted = self._noted(trainer.step, self.progress.total)
@@ -327,9 +331,9 @@ class Run:
                 values |= trainer.reward_metrics()
             if self._evaluated(self.progress.total):
                 with self.pace.evaluating(), self._averaged(trainer):
-                    found, look = self.observer.measure_student(f"step {self.progress.total}")
-                values |= {logged(name): value for name, value in found.items()}
-                values |= self.watch(look, self.progress.total)
+                    found = self.observer.measure_student(f"step {self.progress.total}")
+                values |= {logged(name): value for name, value in found.metrics.items()}
+                values |= self.watch(found.look, self.progress.total)
         except Exception as error:  # of a reward: the update will be saved, and its line is not made again
             failure = error
         self.pace.add(values, seconds, self.plan.rollouts * trainer.prompts.batch_size)
@@ -374,7 +378,7 @@ class Run:
 
     def _finish(self) -> None:
         """Teacher's share of the evaluation, export and report."""
-        if self.config.num_eval_samples:
+        if self.observer.measures:
             with self.pace.evaluating():
                 self.observer.evaluate_teacher()
         if isinstance(self.job.backend, Shardable) and self.plan.shards > 1:

@@ -17,8 +17,13 @@ SUMS = {
     "eval_rewards": "eval_reward",
     "matchings": "matching",
     "sample_weights": "sample_weight",
+    "benchmarks": "eval_benchmark",
 }
-ALONE = {"matchings": "--dmd_weight is its weight", "sample_weights": "sample weights cannot be added"}
+ALONE = {  # and why there is no sum of them
+    "matchings": "--dmd_weight is its weight",
+    "sample_weights": "sample weights cannot be added",
+    "benchmarks": "an evaluation has one",
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,15 @@ class Chosen:
 
     @property
     def own_flags(self) -> list[Any]:
-        """The fields that are flags of its own; a family may have others, which settings of the core fill in."""
-        core = TOPICS if self.group == "backends" else ()
+        """The fields that are flags of its own; a family or benchmark may have others, which the core's fill in."""
+        core = TOPICS if self.group in ("backends", "benchmarks") else ()
         return [f for f in registry.flag_fields(self.group, self.cls) if f.name not in core]
+
+    def values(self, settings: Any) -> dict[str, Any]:
+        """Of all its fields: those of its own flags, and the settings of a command that have the others' names."""
+        own = {f.name for f in self.own_flags}
+        shared = [f.name for f in registry.flag_fields(self.group, self.cls) if f.name not in own]
+        return self.options | {name: getattr(settings, name) for name in shared if hasattr(settings, name)}
 
     def key(self, option: str) -> str:
         """The full name of one of its flags; a model family's have no other than their own."""

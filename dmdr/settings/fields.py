@@ -204,6 +204,14 @@ class Config(Flags):
     sample_steps: int = flag(100, "updates between image grids; 0 draws only at the end of a stage")
     sample_images: int = flag(8, "images of an image grid")
     num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 evaluates nothing")
+    eval_benchmark: str = flag(
+        "none", "benchmark that evaluations ask as well, about images of the run's prompts; with its flags"
+    )
+    reference_images: str | None = flag(
+        None,
+        "images that evaluations compare the student's with, in the features of DINOv2: a folder, an .npz file, or "
+        "'teacher' for the teacher's own, which are drawn once and kept in the run folder",
+    )
     eval_steps: int = flag(0, "updates between further evaluations of the student; 0 makes none")
     eval_images_per_prompt: int = flag(2, "images of each prompt in an evaluation")
     on_hacking: Literal["warn", "stop"] = flag(

@@ -27,7 +27,7 @@ EPILOG = (
 DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
 
 # The settings that decide which others there are.
-ASKED = ("model", *SUMS.values(), "backend", "revision", "architecture", "dry_run")
+ASKED = ("model", *SUMS.values(), "reference_images", "backend", "revision", "architecture", "dry_run")
 FOLDERS = ("resume_from_checkpoint", "output_dir")  # where the file may be that holds them
 
 F = TypeVar("F", bound=Flags)
@@ -72,9 +72,7 @@ class Settings:
         Raises:
             ConfigError: If it refuses their values.
         """
-        flags, own = self.family.flags, {f.name for f in self.family.own_flags}
-        shared = [f.name for f in registry.flag_fields("backends", self.family.cls) if f.name not in own]
-        return self.family.called(flags, self.family.options | {name: getattr(self.config, name) for name in shared})
+        return self.family.called(self.family.flags, self.family.values(self.config))
 
     def open_backend(self, folder: str) -> Any:
         """The model family on a pipeline's folder, or hub id; loads no weights.
@@ -150,6 +148,8 @@ def resolve(
     # Models and plugins are imported from here on, and torch with them.
     model = _find_model(_first_given(asked["model"], bare))
     recipe |= {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
+    if asked["reference_images"] is not None:  # distances to images, in a space that no reward is trained in
+        recipe = {"eval_benchmark": "distribution", "distribution_networks": "dinov2"} | recipe
     sums = {key: str(_first_given(asked[key], recipe.get(key), getattr(Config, key))) for key in SUMS.values()}
     typed_weight = _first_given(first.sample_weight, settings.get("sample_weight"))
     unweighted = sums["reward"] == "none" and typed_weight is None and sums["sample_weight"] == Config.sample_weight

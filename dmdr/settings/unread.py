@@ -19,7 +19,8 @@ DATASET = "prompt_column dataset_config dataset_train_split dataset_streaming"
 STAGE1 = "dyna_steps dyna_guidance dyna_renoise sample_weight sample_weights"
 STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_steps stage2_learning_rate
     stage2_fake_learning_rate"""
-EVALUATION = "eval_reward eval_rewards eval_steps eval_images_per_prompt on_hacking"
+EVALUATION = """eval_reward eval_rewards eval_benchmark benchmarks reference_images eval_steps eval_images_per_prompt
+    on_hacking"""
 MATCHING = "matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance"
 
 

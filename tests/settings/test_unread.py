@@ -150,7 +150,7 @@ def test_every_setting_has_been_thought_of() -> None:
     fields = {f.name for f in dataclasses.fields(Config)}
     assert fields - rows == set(ALWAYS.split()) - {"stage2_learning_rate"}
     assert rows - fields == {
-        *("objectives", "matchings", "rewards", "eval_rewards", "sample_weights"),
+        *("objectives", "matchings", "rewards", "eval_rewards", "sample_weights", "benchmarks"),
         *("reward_vae", "lora_rank", "lora_alpha"),
     }
 
