@@ -109,7 +109,8 @@ def test_a_benchmark_is_asked_in_each_evaluation(room: Path) -> None:
     other = train(**{**settings, "reference_images": str(folder / "reference")}, output_dir="again")
     assert column(other, "stage 1")[0] == pytest.approx(metrics)
     start(in_processes, 2, "both")
-    assert column(room / "both", "stage 1")[0] == pytest.approx(metrics, abs=1e-4)
+    close = pytest.approx(metrics, abs=3 / 255 / 5)  # images of one colour in 8 bits: one of five may round otherwise
+    assert column(room / "both", "stage 1")[0] == close
 
 
 def test_what_a_benchmark_refuses_is_one_line(room: Path) -> None:
