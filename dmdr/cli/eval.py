@@ -37,8 +37,9 @@ class EvalFlags(RewardFlags):
 
     subjects: list[str] = flag(
         REQUIRED,
-        "what is measured; it is also written first, without this flag: run folders, exports, pipelines (a folder or a "
-        "hub id), folders of images, .npz files of images, or 'teacher', that of the first run; NAME=PLACE names one",
+        "what is measured; it is also written first, without this flag: run folders, exports, pipelines (folders or hub "
+        "ids), folders of images, .npz files of images, or 'teacher', that of the first run; NAME=PLACE names one, and "
+        "several of one NAME are repetitions, such as seeds",
     )
     benchmark: str = flag("preference", "what is measured; --benchmark NAME --help adds the flags of NAME")
     reward: str | None = flag(None, "sum of rewards, e.g. 'hps+0.5*clip', of a benchmark that scores by them")
@@ -125,9 +126,11 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
     subjects = benchmarking.subjects_of(flags.subjects, flags.num_inference_steps)
-    if flags.baseline and flags.baseline not in [subject.name for subject in subjects]:
-        names = ", ".join(subject.name for subject in subjects)
-        raise ConfigError(f"--baseline {flags.baseline} is none of what is measured: {names}")
+    names = [subject.name for subject in subjects]
+    if flags.baseline and flags.baseline not in names:
+        raise ConfigError(f"--baseline {flags.baseline} is none of what is measured: {', '.join(names)}")
+    if len(set(names)) < len(names) and (flags.baseline or isinstance(flags, CompareFlags)):
+        raise ConfigError("repetitions cannot be compared image by image: give each another NAME")
     output = Path(flags.output_dir) if flags.output_dir else benchmarking.place_of_results(subjects)
     on_main_process(state, lambda: require_folder(output))
     model = registry.load("models", flags.model)() if flags.model else None
@@ -155,7 +158,7 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
     if plugin:
         device = prepare(flags, benchmark, chosen, [row for _, rows in found for row in rows[:1]], state)
         other = evaluation.ask(benchmarking.REFERENCE, *against, device) if against else None
-        stores = [evaluation.ask(one.name, *each, device) for one, each in zip(subjects, found, strict=True)]
+        stores = [evaluation.ask(one.folder, *each, device) for one, each in zip(subjects, found, strict=True)]
     if not state.is_main_process:
         return
     if plugin:

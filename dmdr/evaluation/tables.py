@@ -39,8 +39,8 @@ class Table:
 
     Attributes:
         about: A sentence over the table.
-        models: One line each.
-        baseline: The one that the others are compared with, if any.
+        models: One line each; those of one name are repetitions, such as seeds, and share a line.
+        baseline: The one that the others are compared with, if any; neither it nor they are repetitions.
     """
 
     about: str
@@ -49,6 +49,13 @@ class Table:
 
     def columns(self) -> list[str]:
         return list(dict.fromkeys(name for model in self.models for name in model.figures))
+
+    def _groups(self) -> dict[str, list[Measured]]:
+        """The repetitions of each model."""
+        found: dict[str, list[Measured]] = {}
+        for model in self.models:
+            found.setdefault(model.name, []).append(model)
+        return found
 
     def differences(self) -> dict[str, dict[str, Estimate]]:
         """Of each model to the baseline, by column: where both are means of images of the same prompts."""
@@ -67,10 +74,15 @@ class Table:
         """Title and cells of the table, and of the differences where there are some; the first line is the heading."""
         columns = self.columns()
         lines = [["model", *columns, "images"]]
-        for model in self.models:
-            cells = [_cell(model.figures[name]) if name in model.figures else "-" for name in columns]
-            lines.append([model.name, *cells, str(len(model.prompts))])
-        found = [(self.about, lines)]
+        about, groups = self.about, self._groups()
+        for name, group in groups.items():
+            cells = [
+                _cells([model.figures[column] for model in group if column in model.figures]) for column in columns
+            ]
+            lines.append([name, *cells, str(sum(len(model.prompts) for model in group))])
+        if any(len(group) > 1 for group in groups.values()):
+            about += " Where a model has repetitions, such as seeds: their mean, and half their range."
+        found = [(about, lines)]
         if differences := self.differences():
             compared = [name for name in columns if any(name in each for each in differences.values())]
             lines = [["model", *compared]]
@@ -105,18 +117,8 @@ class Table:
         return "\n".join(text)
 
     def as_json(self) -> str:
-        """All figures, unrounded; what is not finite is null."""
-        models = {
-            model.name: {
-                "images": len(model.prompts),
-                "prompts": len(set(model.prompts)),
-                "figures": {
-                    name: {"value": _number(figure.value), "standard_error": _number(figure.error)}
-                    for name, figure in model.figures.items()
-                },
-            }
-            for model in self.models
-        }
+        """All figures of each repetition, unrounded; what is not finite is null."""
+        models = {name: [_as_json(model) for model in group] for name, group in self._groups().items()}
         differences = {
             model: {
                 name: {
@@ -148,6 +150,23 @@ def as_csv(pictures: Pictures, rows: Sequence[Row], answers: Store) -> bytes:
         cells = (f"{values[i]:.9g}" if math.isfinite(values[i]) else "" for values in columns)  # all of a float32
         writer.writerow([pictures.name(i), row["prompt"], *cells, *(each[i] for each in said)])
     return text.getvalue().encode("utf-8", "backslashreplace")  # a file's name need not be text
+
+
+def _as_json(model: Measured) -> dict[str, Any]:
+    figures = {
+        name: {"value": _number(figure.value), "standard_error": _number(figure.error)}
+        for name, figure in model.figures.items()
+    }
+    return {"images": len(model.prompts), "prompts": len(set(model.prompts)), "figures": figures}
+
+
+def _cells(figures: Sequence[Figure]) -> str:
+    """A figure, or the mean of those of several repetitions."""
+    if len(figures) <= 1:
+        return _cell(figures[0]) if figures else "-"
+    values = [figure.value for figure in figures]
+    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+    return _cell(Figure(mean, spread, decimals=figures[0].decimals))
 
 
 def _cell(figure: Figure) -> str:

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +47,8 @@ class Subject:
     """Something whose images are looked at.
 
     Attributes:
-        name: What it is called in the table, and its folder.
+        name: What it is called in the table.
+        folder: That of its files, unlike any other's.
         place: A run, an export, a pipeline, a folder of images or an .npz file.
         drawn: Whether its images are drawn.
         teacher: Whether the run's teacher draws.
@@ -55,6 +56,7 @@ class Subject:
     """
 
     name: str
+    folder: str
     place: str
     drawn: bool
     teacher: bool = False
@@ -97,18 +99,20 @@ class ImagesAlone:
 
 
 def subjects_of(places: Sequence[str], steps: Sequence[int] | None) -> list[Subject]:
-    """What a command line names, each with a name of its own.
+    """What a command line names.
 
     Args:
-        places: `PLACE` or `NAME=PLACE`; `teacher` is that of the first run.
+        places: `PLACE` or `NAME=PLACE`; several of one NAME are repetitions, such as seeds. `teacher` is that of the
+            first run.
         steps: Numbers of sampling steps of which each draws; its own by default.
 
     Raises:
-        ConfigError: If two have the same name, or there is no run for the teacher.
+        ConfigError: If one is not there, two have the same name by chance, or there is no run for the teacher.
     """
     found: list[Subject] = []
+    unnamed: list[str] = []
     for typed in places:
-        named = re.fullmatch(r"([\w.-]+)=(.+)", typed)
+        named = None if Path(typed).exists() else re.fullmatch(r"([^=/\\]+)=(.+)", typed)
         name, place = named.groups() if named else (None, typed)
         teacher = place == TEACHER and not Path(place).exists()
         if teacher:
@@ -119,24 +123,32 @@ def subjects_of(places: Sequence[str], steps: Sequence[int] | None) -> list[Subj
         if not Path(place).exists() and not is_pipeline(place):
             raise ConfigError(f"no such folder: {place}")
         drawn = teacher or export_in(place) is not None or is_pipeline(place)
-        subject = Subject(name or (TEACHER if teacher else _called(place)), place, drawn, teacher)
+        called = name or (TEACHER if teacher else _called(place))
         counts = steps if drawn and steps else [None]
         for count in counts:
-            own = subject.name if len(counts) == 1 else f"{subject.name}-{count}"
-            found.append(replace(subject, name=own, num_inference_steps=count))
-    names = [subject.name for subject in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two of what is evaluated are called {name}: write NAME=PLACE")
-        if name == REFERENCE:
-            raise ConfigError(f"{REFERENCE} is no name for what is evaluated: write NAME=PLACE")
+            own = called if len(counts) == 1 else f"{called}-{count}"
+            unnamed += [] if named else [own]
+            again = sum(subject.name == own for subject in found)
+            folder = _plain(own) + (f"-{again + 1}" if again else "")
+            found.append(Subject(own, folder, place, drawn, teacher, count))
+    for key, values in (("name", unnamed), ("folder", [subject.folder for subject in found])):
+        names = [getattr(subject, key) for subject in found]
+        if twice := [value for value in values if names.count(value) > 1]:
+            raise ConfigError(f"two of what is evaluated are called {twice[0]}: write NAME=PLACE")
+    if any(subject.folder == REFERENCE for subject in found):
+        raise ConfigError(f"{REFERENCE} is no name for what is evaluated: write NAME=PLACE")
     return found
 
 
 def _called(place: str) -> str:
     path = Path(place)
     path = path.parent if path.name == "student" and export_in(place) == path else path
-    return re.sub(r"[^\w.-]", "_", path.absolute().name.removesuffix(".npz")) or "images"
+    return path.absolute().name.removesuffix(".npz") or "images"
+
+
+def _plain(name: str) -> str:
+    """A name as that of a folder."""
+    return re.sub(r"[^\w.+-]", "_", name)
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ class Evaluation:
         Raises:
             ConfigError: If there are none, or they do not fit together.
         """
-        folder = self.output / subject.name
+        folder = self.output / subject.folder
 
         def found() -> tuple[Pictures, list[Row]]:
             def rows(where: str) -> list[Row]:
@@ -261,7 +273,7 @@ class Evaluation:
     def measured(self, subject: Subject, pictures: Pictures, rows: Sequence[Row], store: Store, other: Any) -> Measured:
         """The figures of a subject, in the main process alone; its answers as a CSV file."""
         content = as_csv(pictures, rows, store)
-        images.write_atomically(self.output / subject.name / f"{self.title.replace('/', '_')}.csv", content)
+        images.write_atomically(self.output / subject.folder / f"{self.title.replace('/', '_')}.csv", content)
         return Measured(subject.name, self.benchmark.figures(store, rows, other), prompts_of(rows))
 
     def write(self, table: Table) -> list[Path]:

@@ -9,7 +9,6 @@ from dmdr.run.job import Job
 from dmdr.run.plan import Stage
 from dmdr.sizes import Size
 
-
 NOTHING_TO_MEASURE = "there is no reward, no judge, and no --reference_images to compare with"
 
 

@@ -328,6 +328,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
         (("--baseline=scan",), "--baseline scan is none of what is measured: scans"),
         (("--benchmark=preferences",), "unknown benchmark 'preferences' (did you mean 'preference'?)"),
         (("--subjects", "scans", "./scans"), "two of what is evaluated are called scans: write NAME=PLACE"),
+        (("--subjects", "a=scans", "a=scans", "--baseline=a"), "repetitions cannot be compared image by image"),
         (("--subjects", "teacher"), "teacher: name a run before it, whose teacher it is"),
         (("--num_inference_steps=0",), "--num_inference_steps must be 1 to 1000"),
     ],

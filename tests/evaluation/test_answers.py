@@ -398,15 +398,26 @@ def test_the_table_in_all_its_forms() -> None:
     assert "| other\\|x | 5.5000 ± 1.5000 | - | 5 |" in table.as_markdown()
     assert r"base\_1 & 3.3333 $\pm$ 1.3333 & 3.0 & 5 \\" in table.as_latex()
     found = json.loads(table.as_json())
-    assert found["models"]["other|x"]["figures"] == {
+    assert found["models"]["other|x"][0]["figures"] == {
         "score": {"value": 5.5, "standard_error": pytest.approx(1.5)},
         "FID": {"value": None, "standard_error": None},
     }
-    assert found["models"]["base_1"]["prompts"] == 4
+    assert found["models"]["base_1"][0]["prompts"] == 4
     difference = found["differences"]["other|x"]["score"]
     assert (difference["mean"], difference["prompts"], difference["left_out"]) == (pytest.approx(1), 3, 1)
     assert "differences" not in json.loads(Table("About it.", [base]).as_json())
     assert len(Table("About it.", [base, other]).parts()) == 1
+
+
+def test_repetitions_share_a_line() -> None:
+    seeds = [model("joint", values, ["a", "b"], distance) for values, distance in (([1, 2], 3.0), ([2, 5], 4.0))]
+    table = Table("About it.", [*seeds, model("one", [1, 2], ["a", "b"])])
+    text = table.as_text().splitlines()
+    assert text[0] == "About it. Where a model has repetitions, such as seeds: their mean, and half their range."
+    assert [line.split("  ")[0] for line in text[2:]] == ["joint", "one"]
+    assert "2.5000 ± 1.0000" in text[2] and "3.5 ± 0.5" in text[2] and text[2].endswith(" 4")
+    found = json.loads(table.as_json())["models"]["joint"]
+    assert [one["figures"]["score"]["value"] for one in found] == [1.5, 3.5]
 
 
 MEMORY = """
