@@ -6,7 +6,7 @@ entry-point group `dmdr.benchmarks`. It is a dataclass; its fields are its comma
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -20,8 +20,10 @@ from dmdr.statistics import prompt_means, standard_error
 # How the images of a benchmark lie in a folder:
 # "flat"     0000.png, 0001.png, ... with a metadata.jsonl: the `imagefolder` layout of `datasets`
 # "samples"  00000/samples/0000.png of prompt 0, image 0, with 00000/metadata.jsonl: GenEval's
-# "grids"    ID.png, four images of a prompt as 2 x 2, ID from the column `item_id`: DPG-Bench's
+# "grids"    ID.png, four images of a prompt as 2 x 2, ID from the column `item_id`, a text that no other prompt has:
+#            DPG-Bench's; the four also lie alone, as in "samples"
 Layout = Literal["flat", "samples", "grids"]
+PART = 64  # rows of a tensor in memory that are read at a time
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Figure:
     """A cell of the table.
 
     Attributes:
-        value: What is printed.
+        value: What is printed; NaN where there is nothing to say.
         error: Its standard error; NaN where there is none, as of a distance between sets.
         values: Of each image, [N] float64, where `value` is the mean of the prompts' means; two models are then
             compared prompt by prompt. NaN leaves an image out.
@@ -62,7 +64,10 @@ def prompts_of(rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
 
 
 class Answers(Protocol):
-    """All answers about N images, in their order. Tensors are read from disk in parts: N may be large."""
+    """All answers about N images, in their order. Tensors are read from disk in parts: N may be large.
+
+    `KeptAnswers` holds some in memory.
+    """
 
     def __len__(self) -> int:
         """N."""
@@ -82,9 +87,73 @@ class Answers(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class KeptRows:
+    """A tensor in memory (`dmdr.metrics.Rows`).
+
+    Attributes:
+        tensor: [N, ...].
+    """
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensor.split(PART))
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.tensor[index]
+
+    def whole(self) -> Tensor:
+        """All of it, [N, ...]."""
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class KeptAnswers:
+    """Answers about N images in memory (`Answers`).
+
+    Attributes:
+        given: What `answers` of the benchmark returns about all images at once.
+    """
+
+    given: Mapping[str, Tensor | Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.given.values())))
+
+    def tensor(self, name: str) -> KeptRows:
+        """As of `Answers`: [N, ...].
+
+        Raises:
+            KeyError: If there is none of this name.
+        """
+        found = self.given[name]
+        if not isinstance(found, Tensor):
+            raise KeyError(name)
+        return KeptRows(found)
+
+    def texts(self, name: str) -> list[str]:
+        """As of `Answers`.
+
+        Raises:
+            KeyError: If there are none of this name.
+        """
+        found = self.given[name]
+        if isinstance(found, Tensor):
+            raise KeyError(name)
+        return list(found)
+
+
 @runtime_checkable
 class Benchmark(Protocol):
     """A dataclass whose fields are its flags. Construction is cheap; `prepare` loads the weights.
+
+    It is called in this order, as far as it has these: `ask`, `own_rows` or `rows`, `use`, `prepare`, `answers` for
+    each batch that was not answered before, `figures` for each model, `about`. Nothing of `answers` is there later but
+    what it returned.
 
     It may also be `ScoresByRewards`, `ComparesWithImages`, `AsksTheModel` and `BringsRows`. Optional: `reads_prompts =
     False`, of one that looks at images only.
@@ -104,6 +173,9 @@ class Benchmark(Protocol):
     def rows(self, prompts: str, column: str) -> Sequence[Mapping[str, Any]]:
         """The prompt rows, each with a `prompt`, of a file or dataset in the published layout.
 
+        They are written as JSON beside images that are drawn, in a .jsonl file, which it must read as well: a line a
+        prompt, or with layout "flat" a line an image, with a `file_name`.
+
         Args:
             prompts: Path or hub id (--prompts).
             column: Column that holds the prompts, where the layout has columns (--prompt_column).
@@ -122,14 +194,15 @@ class Benchmark(Protocol):
     def answers(self, images: Tensor, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor | Sequence[str]]:
         """What there is to say of images [B, 3, H, W] float32 in [0, 1], by name: tensors [B, ...], or B texts.
 
-        The answer about an image may depend on its own row only. Those with one number [B] and the texts are also
-        written as columns of a CSV file.
+        The answer about an image may depend on its own row only; images that others are compared with have the row
+        `{"prompt": ""}`. Names are the same in each call, and none is `image` or `prompt`. Answers with one number [B]
+        and the texts are also written as columns of a CSV file.
         """
 
     def figures(
         self, answers: Answers, rows: Sequence[Mapping[str, Any]], reference: Answers | None
     ) -> Mapping[str, Figure]:
-        """The cells of the table, by column.
+        """The cells of the table, by column. It only reads what it is given.
 
         Args:
             answers: About N images.

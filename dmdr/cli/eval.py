@@ -37,7 +37,7 @@ class EvalFlags(RewardFlags):
 
     subjects: list[str] = flag(
         REQUIRED,
-        "what is measured; it is also written first, without this flag: run folders, exports, pipelines (folders or hub "
+        "what is measured; also written first, without this flag: run folders, exports, pipelines (folders or hub "
         "ids), folders of images, .npz files of images, or 'teacher', that of the first run; NAME=PLACE names one, and "
         "several of one NAME are repetitions, such as seeds",
     )
@@ -90,14 +90,24 @@ class CompareFlags(EvalFlags):
         self._require(self.max_rows >= 1, "max_rows", "at least 1")
 
 
-def run(arguments: list[str]) -> None:
-    compares = arguments[:1] == [COMPARE]
+def read(arguments: Sequence[str]) -> "tuple[EvalFlags, tuple[Chosen, ...]]":
+    """The flags of a command line, and the plugins that it names.
+
+    Raises:
+        ConfigError: For anything unknown, malformed or missing.
+        SystemExit: After printing `--help`.
+    """
+    compares = list(arguments[:1]) == [COMPARE]
     arguments = arguments[compares:]
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     first = ["--subjects", *arguments[:count]] if count else []
     kind, name = (CompareFlags, f"dmdr-eval {COMPARE}") if compares else (EvalFlags, "dmdr-eval")
     about = f"{DESCRIPTION} {COMPARISON}"
-    flags, plugins = parse_command(kind, [*first, *arguments[count:]], prog=name, description=about)
+    return parse_command(kind, [*first, *arguments[count:]], prog=name, description=about)
+
+
+def run(arguments: list[str]) -> None:
+    flags, plugins = read(arguments)
     # torch is imported only after the flags have been found good
     from dmdr.run.device import avoid_mps, join_processes
 
@@ -144,10 +154,12 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
         raise ConfigError(f"--reference_images: benchmark '{title}' compares with no images; leave it out")
     evaluation = benchmarking.Evaluation(benchmark, title, settings, state, output, flags.batch_size)
     each = flags.images_per_prompt or benchmark.images_per_prompt
+    if benchmark.layout == "grids" and each != 4:
+        raise ConfigError(f"--images_per_prompt {each}: benchmark '{title}' draws grids of 4 images; leave it out")
     unread = not any(getattr(one.cls, "reads_prompts", True) for one in chosen or asked)
     found = [evaluation.find(one, flags.prompts, flags.prompt_column, each, unread) for one in subjects]
     for subject, (_, rows) in zip(subjects, found, strict=True):
-        check(subject.name, rows, chosen)
+        check(subject.name, rows, chosen, subject.drawn)
     against = evaluation.reference()
     how = {name: getattr(flags, name) for name in ("guidance_scale", "mixed_precision")}
     for subject, (pictures, rows) in zip(subjects, found, strict=True):
@@ -201,11 +213,11 @@ def prepare(flags: EvalFlags, benchmark: Any, chosen: Sequence[Chosen], rows: "S
     return device
 
 
-def check(name: str, rows: "Sequence[Row]", chosen: Sequence[Chosen]) -> None:
-    """Refuse rows that lack what a reward asks for, and too many images."""
+def check(name: str, rows: "Sequence[Row]", chosen: Sequence[Chosen], drawn: bool) -> None:
+    """Refuse rows that lack what a reward asks for, and too many images to draw."""
     from dmdr.settings.verify import check_columns
 
-    if len(rows) > MOST:
+    if drawn and len(rows) > MOST:
         raise ConfigError(f"{name}: {len(rows):,} images are more than {MOST:,}")
     check_columns(chosen, rows)
 

@@ -22,6 +22,7 @@ TEMPLATES = {
     ),
     "matching": ("matching_template", [("matchings", "unit_dmd", "UnitDMD", "{}")]),
     "reward": ("reward_template", [("rewards", "brightness", "Brightness", "{}")]),
+    "benchmark": ("benchmark_template", [("benchmarks", "brightness", "Brightness", "{}")]),
 }
 
 

@@ -4,6 +4,7 @@
     pytest --dmdr-plugin my_file.py:MyReward --dmdr-option checkpoint=weights.safetensors
     pytest --dmdr-plugin refl --dmdr-plugin grpo --dmdr-option refl.steps=last
     pytest --dmdr-plugin MyPipeline --dmdr-model path/to/pipeline --dmdr-prompt "a cat"
+    pytest --dmdr-plugin my_benchmark --dmdr-column "prompt=[one cat, two cats, a dog, a cow]"
 
 Where no paths are given, these checks are all that runs.
 pytest loads this file wherever DMDR is installed: everything heavy waits until a plugin is named.
@@ -45,9 +46,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=[A, B, C, D]",
-        help="column of the four prompt rows that a reward is checked on; 0 to 3 by default",
+        help="column of the four prompt rows that a reward or a benchmark is checked on; 0 to 3 by default",
     )
-    group.addoption("--dmdr-model", metavar="FOLDER", help="pipeline folder that a backend is checked on")
+    group.addoption(
+        "--dmdr-model",
+        metavar="FOLDER|NAME",
+        help="pipeline folder that a backend is checked on, or named model that a benchmark asks",
+    )
     group.addoption(
         "--dmdr-prompt", action="append", default=[], metavar="TEXT", help="prompt that a backend understands"
     )
@@ -163,7 +168,8 @@ def _classes(name: str) -> list[tuple[str, Any]]:
         if kind is None:
             raise ConfigError(
                 "it is no plugin: an objective has `needs`, a reward has `differentiable`, a matching has `fake_loss`, "
-                "a backend has `student`, and a sample weight is called with (draw, direction, ctx); see dmdr.protocols"
+                "a backend has `student`, a benchmark has `figures`, and a sample weight is called with (draw, "
+                "direction, ctx); see dmdr.protocols and dmdr.benchmarks"
             )
         return [(kind, registry.load(kind, name))]
 
@@ -268,15 +274,21 @@ def _built_anew(group: str, checks: str) -> Callable[[Any, dict[str, Any], pytes
     return of
 
 
-def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
-    from dmdr.testing.rewards import REWARD_CHECKS, RewardTrial
-
-    columns: dict[str, Sequence[Any]] = {name: [0, 1, 2, 3] for name in getattr(cls, "columns", ())}
+def _columns(config: pytest.Config) -> dict[str, Sequence[Any]]:
+    """What --dmdr-column says of the four prompt rows, by name."""
+    columns: dict[str, Sequence[Any]] = {}
     for name, text in _pairs(config, "--dmdr-column"):
         column = _read("--dmdr-column", name, text)
         if not isinstance(column, list) or len(column) != 4:
             raise ConfigError(f"--dmdr-column {name} takes a list of four values, as in '{name}=[a, b, c, d]'")
         columns[name] = column
+    return columns
+
+
+def _reward_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
+    from dmdr.testing.rewards import REWARD_CHECKS, RewardTrial
+
+    columns = {name: [0, 1, 2, 3] for name in getattr(cls, "columns", ())} | _columns(config)
     with _building("rewards", cls):
         trial = RewardTrial(cls(**fields), columns=columns)
     return {check.__name__: partial(check, trial) for check in REWARD_CHECKS}
@@ -296,10 +308,25 @@ def _backend_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> 
     return {check.__name__: partial(check, trial) for check in BACKEND_CHECKS}
 
 
+def _benchmark_checks(cls: Any, fields: dict[str, Any], config: pytest.Config) -> dict[str, Check]:
+    from dmdr.testing.benchmarks import BENCHMARK_CHECKS, PROMPTS, BenchmarkTrial
+
+    columns, rows = _columns(config), None
+    if columns:  # else it may have rows of its own
+        columns = {"prompt": PROMPTS} | columns
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    name = config.getoption("--dmdr-model") if hasattr(cls, "ask") else None
+    model = registry.load("models", name)() if name else None
+    with _building("benchmarks", cls):
+        trial = BenchmarkTrial(cls(**fields), rows, model=model)
+    return {check.__name__: partial(check, trial) for check in BENCHMARK_CHECKS}
+
+
 CHECKS = {
     "objectives": _built_anew("objectives", "OBJECTIVE_CHECKS"),
     "rewards": _reward_checks,
     "matchings": _built_anew("matchings", "MATCHING_CHECKS"),
     "sample_weights": _built_anew("sample_weights", "SAMPLE_WEIGHT_CHECKS"),
     "backends": _backend_checks,
+    "benchmarks": _benchmark_checks,
 }

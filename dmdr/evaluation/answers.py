@@ -53,49 +53,6 @@ class StoredRows:
         return torch.cat(list(self))
 
 
-@dataclass(frozen=True)
-class HeldRows:
-    """A tensor in memory (`metrics.Rows`)."""
-
-    tensor: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.tensor.split(SHARD))
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.tensor[index]
-
-    def whole(self) -> Tensor:
-        return self.tensor
-
-
-@dataclass(frozen=True)
-class Held:
-    """Answers in memory (`benchmarks.Answers`), by name."""
-
-    given: Given
-
-    def __len__(self) -> int:
-        return len(next(iter(self.given.values())))
-
-    def tensor(self, name: str) -> HeldRows:
-        """As `Answers`."""
-        found = self.given[name]
-        if not isinstance(found, Tensor):
-            raise KeyError(name)
-        return HeldRows(found)
-
-    def texts(self, name: str) -> list[str]:
-        """As `Answers`."""
-        found = self.given[name]
-        if isinstance(found, Tensor):
-            raise KeyError(name)
-        return list(found)
-
-
 class Store:
     """The answers about N images (`benchmarks.Answers`), in a folder of shards, each written when it is complete.
 
@@ -203,7 +160,7 @@ def ask(
             given = answers_about(benchmark, title, pixels.to(device).float() / 255, [rows[i] for i in indices])
             found |= {index: (given, row) for row, index in enumerate(indices)}
             while shard is not None and all(i in found for i in store.indices(shard)):
-                store.write(shard, _joined([found.pop(i) for i in store.indices(shard)]))
+                store.write(shard, _joined(title, [found.pop(i) for i in store.indices(shard)]))
                 shard = next(waiting, None)
             yield len(indices)
 
@@ -229,9 +186,18 @@ def after_each_other(parts: Sequence[Given]) -> Given:
     return joined
 
 
-def _joined(found: Sequence[tuple[Given, int]]) -> Given:
-    """The answers about some images, each given as a row of a batch's."""
+def _joined(title: str, found: Sequence[tuple[Given, int]]) -> Given:
+    """The answers about some images, each given as a row of a batch's.
+
+    Raises:
+        TrainingError: If they have different names.
+    """
     joined: dict[str, Any] = {}
+    names = found[0][0].keys()
+    for given, _ in found:
+        if given.keys() != names:
+            both = f"{', '.join(names)} and {', '.join(given)}"
+            raise TrainingError(f"benchmark '{title}' gives other answers about other images: {both}")
     for name, first in found[0][0].items():
         rows = [given[name][row] for given, row in found]
         joined[name] = torch.stack(rows) if isinstance(first, Tensor) else rows  # type: ignore[arg-type]
@@ -241,11 +207,15 @@ def _joined(found: Sequence[tuple[Given, int]]) -> Given:
 def _check(title: str, given: Mapping[str, Any], count: int) -> None:
     """Refuse answers that are not one for each image."""
     for name, value in given.items():
-        texts = isinstance(value, Sequence) and all(isinstance(text, str) for text in value)
-        if not isinstance(value, Tensor) and not texts:
-            what = f"'{name}' is a {type(value).__name__}; expected a tensor, or a text for each image"
+        texts = isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+        if not texts and not (isinstance(value, Tensor) and value.ndim):
+            what = f"'{name}' is a {type(value).__name__}; expected a tensor [B, ...], or a text for each image"
             raise TrainingError(f"benchmark '{title}': {what}")
         if len(value) != count:
             raise TrainingError(f"benchmark '{title}': {len(value)} answers '{name}' about {count} images")
+        if name in ("image", "prompt"):
+            raise TrainingError(
+                f"benchmark '{title}': no answer may be called '{name}', as a column of the CSV file is"
+            )
     if not given:
         raise TrainingError(f"benchmark '{title}' gives no answer")

@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dmdr.benchmarks import Benchmark, ComparesWithImages, Figure
+from dmdr.benchmarks import Benchmark, ComparesWithImages, Figure, KeptAnswers
 from dmdr.errors import ConfigError
-from dmdr.evaluation.answers import Given, Held, after_each_other, answers_about
+from dmdr.evaluation.answers import Given, after_each_other, answers_about
 from dmdr.evaluation.pictures import batches, pictures_in
 from dmdr.prompts import Row
 from dmdr.run.device import failing_together, on_main_process, share_of, together
@@ -69,7 +69,7 @@ class Examiner:
         return on_main_process(self.accelerator, lambda: dict(self.benchmark.figures(held, rows, reference)))
 
     @cached_property
-    def _reference(self) -> Held | None:
+    def _reference(self) -> KeptAnswers | None:
         """The answers about the images that others are compared with."""
         place = self.benchmark.compared_with() if isinstance(self.benchmark, ComparesWithImages) else None
         if place is None:
@@ -89,7 +89,7 @@ class Examiner:
             ]
         return self._everyones(after_each_other(parts), len(pictures))
 
-    def _everyones(self, given: Given, count: int) -> Held:
+    def _everyones(self, given: Given, count: int) -> KeptAnswers:
         """The answers of all processes' shares of so many images."""
         joined: dict[str, Any] = {}
         for name, value in given.items():
@@ -97,7 +97,7 @@ class Examiner:
                 joined[name] = together(self.accelerator, value, count)
             else:
                 joined[name] = gather_object(list(value))[:count]
-        return Held(joined)
+        return KeptAnswers(joined)
 
 
 def numbers(title: str, figures: dict[str, Figure]) -> tuple[dict[str, float], dict[str, float]]:

@@ -368,7 +368,7 @@ def _examined(group: str, target: Any, where: str, name: str) -> Any:
     for optional in _optional(group):
         problem = problem or misfit(target, optional, only_present=True)
     if problem:
-        raise PluginError(f"{where} {problem}; see dmdr.protocols")
+        raise PluginError(f"{where} {problem}; see {protocol.__module__}")
     return target
 
 
@@ -413,6 +413,13 @@ def _no_value(group: str, target: type) -> str | None:
             return f"has columns {columns!r}, which is no tuple of names: write it as ('caption',)"
         if not isinstance(target.differentiable, bool):  # type: ignore[attr-defined]
             return "must have differentiable = True or False in the class, not only in the instance"
+    if group == "benchmarks":
+        layouts = typing.get_args(_layouts())
+        if target.layout not in layouts:  # type: ignore[attr-defined]
+            return f"must have a layout in the class, one of {', '.join(layouts)}, not {target.layout!r}"  # type: ignore[attr-defined]
+        count = target.images_per_prompt  # type: ignore[attr-defined]
+        if type(count) is not int or count < 1:
+            return f"must have images_per_prompt in the class, a whole number of at least 1, not {count!r}"
     if group == "models" and not isinstance(target.recipe, Mapping):  # type: ignore[attr-defined]
         return "must have a recipe, a mapping, in the class, not only in the instance"
     if group == "models" and not isinstance(target.pipeline, str):  # type: ignore[attr-defined]
@@ -445,6 +452,12 @@ def _protocol(group: str) -> type:
     }[group]
 
 
+def _layouts() -> Any:
+    from dmdr.benchmarks import Layout  # which imports torch
+
+    return Layout
+
+
 def _promised(protocol: type) -> dict[str, Any]:
     """Methods and properties of a protocol, by name."""
     return {name: value for name, value in vars(protocol).items() if name == "__call__" or not name.startswith("_")}
@@ -463,6 +476,10 @@ def optional_protocols(plugin: Plugin) -> list[str]:
     return [p.__name__ for p in _optional(plugin.group) if all(hasattr(target, name) for name in _promised(p))]
 
 
+def _place(protocol: type) -> str:
+    return f"{protocol.__module__}.{protocol.__name__}"
+
+
 def doubts(group: str, target: type) -> list[str]:
     """What looks like a mistake in a class that can be used as a plugin of this group."""
     found, protocol = [], _protocol(group)
@@ -476,14 +493,12 @@ def doubts(group: str, target: type) -> list[str]:
             continue
         for known, cutoff in ((optional, 0.8), (own, 0.85)):  # renoise_ca, of Decoupled DMD, is no renoise
             if close := difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff):
-                found.append(
-                    f"has a method {name}: do you mean {close[0]} of dmdr.protocols.{known[close[0]].__name__}?"
-                )
+                found.append(f"has a method {name}: do you mean {close[0]} of {_place(known[close[0]])}?")
                 break
     for protocol in _optional(group):
         missing = [name for name in _promised(protocol) if not hasattr(target, name)]
         if missing and len(missing) < len(_promised(protocol)):
-            found.append(f"is no dmdr.protocols.{protocol.__name__}: it has no {' and no '.join(missing)}")
+            found.append(f"is no {_place(protocol)}: it has no {' and no '.join(missing)}")
     return found
 
 

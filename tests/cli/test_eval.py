@@ -542,6 +542,14 @@ def test_a_strangers_benchmark_with_grids(trained: Path, evaluated: Callable[...
     assert evaluated("toy.npz", *arguments)[1].splitlines()[2].split() == ["toy", *again.splitlines()[2].split()[1:]]
     for name, said in (
         ("--reward=toy", "--reward: benchmark 'red.py:Red' does not score by rewards; leave it out"),
+        (
+            "--reference_images=scans",
+            "--reference_images: benchmark 'red.py:Red' compares with no images; leave it out",
+        ),
+        (
+            "--images_per_prompt=2",
+            "--images_per_prompt 2: benchmark 'red.py:Red' draws grids of 4 images; leave it out",
+        ),
         ("--prompts=prompts.txt", "holds 12 images, but --prompts prompts.txt has"),
     ):
         code, _, err = evaluated("toy.npz", *arguments, name)

@@ -28,7 +28,7 @@ DOCUMENTS = [
     *("README.md", "examples/README.md", "examples/digits/README.md", "examples/ablation_matrix/README.md"),
     *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "examples" / "guides").glob("*.md"))),
 ]
-TEMPLATES = [f"examples/{kind}_template/README.md" for kind in ("plugin", "matching", "reward")]
+TEMPLATES = [f"examples/{kind}_template/README.md" for kind in ("plugin", "matching", "reward", "benchmark")]
 COVERED = ["plugins/README.md", *TEMPLATES]  # test_plugin_template.py runs their commands
 LINKED = [*DOCUMENTS, *COVERED, "CONTRIBUTING.md", "CHANGELOG.md", "examples/reward_servers/image_reward/README.md"]
 LINKED += ["examples/benchmarks/README.md", "examples/benchmarks/NOTES.md"]
@@ -50,6 +50,7 @@ PARSED = {
     r"dmdr-train .*http://.*": "it needs a server",
     r"(WORLD_SIZE=\d+ )?dmdr-train .*--dry_run( --gpu_memory \d+)?": "networks of full size; tests/dry_run runs it",
     r"dmdr-train .*--model (?!toy|digits)\S+[/:].*": "a model of the hub, or a checkpoint",
+    r"dmdr-eval .*--(benchmark|output_dir) .*": "networks that are not here; tests/plugins runs each benchmark",
     r"dmdr-sample .*--(resolution|guidance_scale) .*": "a model of the hub, or of large images",
     r"python -m examples\.ablation_matrix (?!--dry_run).*": "an hour; test_ablation_run.py runs it on the toy",
 }
@@ -275,7 +276,9 @@ def parse_only(command: Command) -> str | None:
         sample.check(sample.arguments().parse_args(words))
         return None
     if "dmdr.cli.eval" in words:
-        parse_command(eval_command.EvalFlags, words[words.index("dmdr.cli.eval") + 1 :], prog=program, description="")
+        words, program = words[words.index("dmdr.cli.eval") + 1 :], "dmdr-eval"
+    if program == "dmdr-eval":
+        eval_command.read(words)
         return None
     return parse(words[words.index("dmdr.cli.train") + 1 :] if "dmdr.cli.train" in words else words).config.output_dir
 

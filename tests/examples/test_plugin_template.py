@@ -30,7 +30,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     # addsitedir, and not the bare path: the .pth file of an editable install is read, too.
     (site / "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    for command in ("dmdr-train", "dmdr-plugins"):
+    for command in ("dmdr-train", "dmdr-eval", "dmdr-plugins"):
         module = f"dmdr.cli.{command.removeprefix('dmdr-')}"
         script = folder / "bin" / command
         script.write_text(f"#!{folder}/bin/python\nfrom {module} import main\nmain()\n")
@@ -74,11 +74,13 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
     assert "target_score_target: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
     assert "3 passed" in shell(f"pytest -p no:cacheprovider {TEMPLATE}")
     assert "24 passed" in shell("pytest -p no:cacheprovider --dmdr-plugin target_score --dmdr-plugin brightness")
-    for kind in ("matching", "reward"):
+    for kind in ("matching", "reward", "benchmark"):
         shell(f"dmdr-plugins new my_{kind} --kind {kind}")
         shell(f"pip install ./my-{kind}")
         assert "2 passed" in shell(f"pytest -p no:cacheprovider my-{kind}")
     shell(f"{TRAIN} --matching my_matching --length 0.5 --rl refl --reward my_reward --power 2 --output_dir both")
+    (tmp_path / "prompts.txt").write_text("mode 1\n")
+    assert "share of dark" in shell("dmdr-eval both --benchmark my_benchmark --dark 0.3 --prompts prompts.txt")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,7 @@ def test_a_strangers_package_in_a_fresh_environment(shell: Shell, tmp_path: Path
         ("objective", ['my_aim = "dmdr_my_aim:MyAim"', 'my_aim_reward = "dmdr_my_aim:MyAimReward"']),
         ("matching", ['[project.entry-points."dmdr.matchings"]\nmy_aim = "dmdr_my_aim:MyAim"']),
         ("reward", ['[project.entry-points."dmdr.rewards"]\nmy_aim = "dmdr_my_aim:MyAim"']),
+        ("benchmark", ['[project.entry-points."dmdr.benchmarks"]\nmy_aim = "dmdr_my_aim:MyAim"']),
     ],
 )
 def test_new_writes_a_package_of_that_name(kind: str, points: list[str], tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 GUIDE = (ROOT / "plugins" / "README.md").read_text()
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.*)$", GUIDE, flags=re.MULTILINE)[1:])] * 2, strict=True))
 BEST, REINFORCE, UNIT, INK = "best.py:Best", "reinforce.py:Reinforce", "unit.py:Unit", "ink.py:Ink"
-BETTER, SURROGATE = "better.py:Better", "surrogate.py:Surrogate"
+BETTER, SURROGATE, RED = "better.py:Better", "surrogate.py:Surrogate", "red.py:Red"
 RUN = {  # title of a section: programs of its commands in order; commands and files, and what they say
     "Your first objective in ten minutes": (
         ["dmdr-train", "pytest", "dmdr-plugins", "pip", "pytest", "dmdr-plugins"],
@@ -183,6 +186,17 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     "A sample weight": (
         ["dmdr-train", "pytest"],
         {"runs/better/config.yaml": ["better_py_Better_edge: 3.0"], f"pytest --dmdr-plugin {BETTER}": ["9 passed"]},
+    ),
+    "Your first benchmark": (
+        ["dmdr-train", "dmdr-eval", "pytest"],
+        {
+            f"pytest --dmdr-plugin {RED}": ["15 passed"],
+            "runs/toy/evaluation/red.py:Red.md": [
+                "is above 0.6",
+                r"\| model \| red \| share \| images \|",
+                "to teacher",
+            ],
+        },
     ),
     "Parameters of your own": (
         ["dmdr-train", "pytest"],

@@ -13,9 +13,11 @@ ROOT = Path(__file__).parents[2]
 CONFORM = """
 from best import Best
 from better import Better
+from dmdr.benchmarks import Benchmark, BringsRows
 from dmdr.protocols import BringsLearners, Matching, Reward, RewardObjective, SampleWeight
 from dmdr_template import Brightness, TargetScore
 from ink import Ink
+from red import Red
 from reinforce import Reinforce
 from surrogate import Surrogate
 from unit import Unit
@@ -25,6 +27,8 @@ matching: Matching = Unit()
 learns: BringsLearners = Surrogate()
 weight: SampleWeight = Better()
 rewards: list[Reward] = [Brightness(), Ink()]
+benchmark: Benchmark = Red()
+brings: BringsRows = Red()
 """
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmark_parts import Kept, build_judge
-from dmdr.benchmarks import Benchmark
+from benchmark_parts import build_judge
+from dmdr.benchmarks import Benchmark, KeptAnswers
 from dmdr.errors import ConfigError
 from dmdr.statistics import prompt_means
 from dmdr_benchmarks.dpg import DPG, cascaded
@@ -131,9 +131,9 @@ def test_a_question_is_zero_if_one_that_it_depends_on_is() -> None:
     assert said == [0, 1]  # the judge's answers stay, for the categories
 
 
-def answered(rows: list[dict[str, Any]], *said: list[int]) -> Kept:
+def answered(rows: list[dict[str, Any]], *said: list[int]) -> KeptAnswers:
     scores = [sum(cascaded(of, row["parents"])) / len(of) for of, row in zip(said, rows, strict=True)]
-    return Kept({"score": torch.tensor(scores, dtype=torch.float64), "yes": [json.dumps(of) for of in said]})
+    return KeptAnswers({"score": torch.tensor(scores, dtype=torch.float64), "yes": [json.dumps(of) for of in said]})
 
 
 def test_figures_are_of_images_and_categories_of_questions(tmp_path: Path) -> None:
@@ -185,4 +185,4 @@ def test_images_are_judged_by_the_network(tmp_path: Path) -> None:
     assert len({answer for answers in said for answer in answers}) == 2  # there is a yes and a no
     scores = answers["score"]
     assert isinstance(scores, Tensor) and torch.equal(scores, answered(of, *said).tensor("score").whole())
-    assert DPG().figures(Kept(answers), of, None)["dpg"].value == pytest.approx(100 * scores.mean().item())
+    assert DPG().figures(KeptAnswers(answers), of, None)["dpg"].value == pytest.approx(100 * scores.mean().item())

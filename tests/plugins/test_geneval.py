@@ -22,8 +22,7 @@ from transformers import (
 )
 
 import parts
-from benchmark_parts import Kept
-from dmdr.benchmarks import Benchmark
+from dmdr.benchmarks import Benchmark, KeptAnswers
 from dmdr.errors import ConfigError
 from dmdr.images import to_pil
 from dmdr.statistics import prompt_means
@@ -222,7 +221,7 @@ def test_overall_is_the_mean_of_the_tags_whatever_their_numbers_of_prompts() -> 
     rows = [{"tag": "colors", "prompt": p} for p in "abc" for _ in range(4)]
     rows += [{"tag": "counting", "prompt": p} for p in "de" for _ in range(4)]
     correct = torch.tensor([1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0.0])
-    figures = GenEval().figures(Kept({"correct": correct}), rows, None)
+    figures = GenEval().figures(KeptAnswers({"correct": correct}), rows, None)
     assert list(figures) == ["overall", "counting", "colors"]  # the other tags have no prompt, and do not count
     assert figures["colors"].value == pytest.approx(0.5)
     assert figures["counting"].value == pytest.approx(0.5)
@@ -231,7 +230,7 @@ def test_overall_is_the_mean_of_the_tags_whatever_their_numbers_of_prompts() -> 
     assert figures["overall"].error == pytest.approx(math.sqrt(0.25 / 3 + 0.0625) / 2)
 
     correct[12:] = 1
-    figures = GenEval().figures(Kept({"correct": correct}), rows, None)
+    figures = GenEval().figures(KeptAnswers({"correct": correct}), rows, None)
     overall = figures["overall"]
     assert overall.value == pytest.approx((0.5 + 1) / 2) != correct.mean().item()
     assert overall.values is not None and overall.values.mean().item() == pytest.approx(overall.value)

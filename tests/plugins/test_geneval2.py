@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmark_parts import Kept, build_judge
-from dmdr.benchmarks import Benchmark
+from benchmark_parts import build_judge
+from dmdr.benchmarks import Benchmark, KeptAnswers
 from dmdr.errors import ConfigError, MissingFile
 from dmdr.images import to_pil
 from dmdr.statistics import prompt_means
@@ -97,10 +97,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         GenEval2().rows(written(tmp_path, {"prompt": "a"}), "prompt")
 
 
-def answered(*atoms: list[float]) -> Kept:
+def answered(*atoms: list[float]) -> KeptAnswers:
     values = [torch.tensor(of, dtype=torch.float64) for of in atoms]
     am, gm = torch.stack([of.mean() for of in values]), torch.stack([geometric_mean(of) for of in values])
-    return Kept({"am": am, "gm": gm, "atoms": [json.dumps(of) for of in atoms]})
+    return KeptAnswers({"am": am, "gm": gm, "atoms": [json.dumps(of) for of in atoms]})
 
 
 def test_figures_are_means_by_prompt_by_skill_and_by_number_of_atoms() -> None:
@@ -202,7 +202,7 @@ def test_images_are_judged_by_the_network(judge: tuple[Path, Any, Any]) -> None:
             assert value == pytest.approx(chance, rel=1e-4)
         assert mean == pytest.approx(sum(values) / len(values))
         assert root == pytest.approx(math.prod(values) ** (1 / len(values)))
-    assert GenEval2().figures(Kept(answers), ROWS, None)["am"].value == pytest.approx(100 * am.mean().item())
+    assert GenEval2().figures(KeptAnswers(answers), ROWS, None)["am"].value == pytest.approx(100 * am.mean().item())
     half = GenEval2(judge=str(judge[0]))
     half.prepare(CPU, torch.bfloat16)
     close = half.answers(images, ROWS)["am"]

@@ -3,18 +3,52 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmark_parts import build_judge
 from dmdr.protocols import NamedModel, with_options
 from dmdr.settings import registry
-from dmdr.testing import check_backend, check_matching, check_objective, check_reward, check_sample_weight
+from dmdr.testing import (
+    check_backend,
+    check_benchmark,
+    check_matching,
+    check_objective,
+    check_reward,
+    check_sample_weight,
+)
 from dmdr_digits import Digits
 
 COLUMNS = {"label": [7, 0, 3, 9], "text": ["seven", "zero", "three", "nine"]}
 ADDRESSES = ("http", "https", "remote")  # names that begin an address: their reward is another process
 # Models whose name is all that they need; the others are followed by a file (`classmethod at`).
 MODELS = [name for name in registry.plugins("models") if not name.startswith("sit-")]
+
+# Benchmarks that need networks which are not here; tests/plugins has small ones.
+WITHOUT_NETWORKS = ("distribution", "geneval")
+ASKED: dict[str, list[dict[str, Any]]] = {  # rows of benchmarks that cannot do with any
+    "ocr": [{"prompt": 'a sign that says "one"'}, {"prompt": 'a shop called "two"'}],  # an image takes 0.2 s
+    "geneval2": [
+        {"prompt": "a mug", "atom_count": 1, "vqa_list": [["Is there a mug?", "Yes"]], "skills": ["object"]},
+        {
+            "prompt": "two owls",
+            "atom_count": 2,
+            "vqa_list": [["How many owls are there?", "two"], ["Are there owls?", "Yes"]],
+            "skills": ["count", "object"],
+        },
+    ],
+    "dpg": [
+        {
+            "prompt": f"a blue {thing}",
+            "item_id": thing,
+            "questions": [f"Is there a {thing}?", "Is it blue?"],
+            "parents": [[], [0]],
+            "categories": ["entity", "attribute"],
+        }
+        for thing in ("mug", "owl")
+    ],
+}
 
 
 @pytest.mark.parametrize("name", registry.plugins("objectives"))
@@ -37,6 +71,16 @@ def test_reward(name: str, digits: Digits) -> None:
     cls = registry.load("rewards", name)
     path = digits.reward_checkpoint(name)
     check_reward(cls(checkpoint=str(path)) if path else cls(), columns=COLUMNS)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.plugins("benchmarks") if name not in WITHOUT_NETWORKS])
+def test_benchmark(name: str, digits: Digits, tmp_path: Path) -> None:
+    cls = registry.load("benchmarks", name)
+    options = {}
+    if "judge" in [field.name for field in registry.flag_fields("benchmarks", cls)]:
+        build_judge(tmp_path)
+        options = {"judge": str(tmp_path)}
+    check_benchmark(cls(**options), ASKED.get(name), model=digits)
 
 
 @pytest.mark.parametrize("name", MODELS)
