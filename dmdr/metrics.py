@@ -205,6 +205,7 @@ def neighbours(
     fake: Features,
     k: int = NEIGHBOURS,
     *,
+    k_density: int | None = None,
     max_distances: int = DISTANCES,
     device: torch.device | None = None,
 ) -> Neighbours:
@@ -220,7 +221,8 @@ def neighbours(
 
     Args:
         real, fake: Embeddings [N, D] and [M, D], any float dtype; more than k points each.
-        k: Neighbours, 1 or more; 3 is usual for precision and recall, 5 for density and coverage.
+        k: Neighbours, 1 or more; 3 is usual for precision and recall.
+        k_density: Those of density and coverage, where 5 is usual; k by default.
         max_distances: Distances held at a time, which bounds the memory.
         device: Where distances are computed; where the embeddings lie by default.
 
@@ -229,9 +231,10 @@ def neighbours(
 
     Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991), eq. 1 and 2; Naeem et al. 2020 (arXiv:2002.09797), eq. 4 and 5.
     """
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, not {k}")
-    _check(real, fake, least=k + 1)
+    ks = [k, k if k_density is None else k_density]
+    if min(ks) < 1:
+        raise ValueError(f"k must be 1 or more, not {min(ks)}")
+    _check(real, fake, least=max(ks) + 1)
     columns = max(1, min(BLOCK, max_distances))
     rows = max(1, max_distances // columns)
     place = device or next(chunks(real, 1)).device
@@ -240,36 +243,40 @@ def neighbours(
         return (part.detach().to(place, torch.float32) for part in chunks(features, size))
 
     def radii(features: Features) -> Tensor:
-        """Distance of each point to its k-th nearest other, [N]."""
-        found = []
+        """Distances of each point to its k-th nearest other, of both k, [2, N]; -1 where there is none."""
+        found, most = [], max(ks) + 1
         for points in blocks(features, rows):
-            nearest = points.new_full((len(points), k + 1), torch.inf)  # each point's distance to itself, 0, is one
+            nearest = points.new_full((len(points), most), torch.inf)  # each point's distance to itself, 0, is one
             for others in blocks(features, columns):
-                both = torch.cat([nearest, _distances(points, others)], 1)
-                nearest = both.nan_to_num(torch.inf, posinf=torch.inf).topk(k + 1, largest=False).values
-            found.append(nearest[:, -1])
-        return torch.cat(found)
+                distances = _distances(points, others).nan_to_num_(torch.inf, posinf=torch.inf)
+                part = distances.topk(min(most, len(others)), largest=False).values
+                del distances  # before the next ones are there
+                nearest = torch.cat([nearest, part], 1).topk(most, largest=False).values
+            found.append(nearest[:, ks].T)
+        radius = torch.cat(found, 1)
+        return torch.where(radius.isinf(), -1.0, radius)
 
-    radius_real, radius_fake = radii(real), radii(fake)
-    radius_real, radius_fake = (torch.where(r.isinf(), -1.0, r) for r in (radius_real, radius_fake))
-    inside = torch.zeros(len(fake), dtype=torch.int64, device=place)
-    covered, recalled = torch.zeros(2, len(real), dtype=torch.bool, device=place)
-    at = 0
+    (radius, wide), (radius_fake, _) = radii(real), radii(fake)
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=place)
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool, device=place)
+    balls = at = 0
     for points in blocks(fake, rows):
         own, start = slice(at, at + len(points)), 0
         for others in blocks(real, columns):
             part = slice(start, start + len(others))
             distances = _distances(points, others)
-            within = distances <= radius_real[part]
-            inside[own] += within.sum(1)
-            covered[part] |= within.any(0)
+            precise[own] |= (distances <= radius[part]).any(1)
             recalled[part] |= (distances <= radius_fake[own, None]).any(0)
+            within = distances <= wide[part]
+            covered[part] |= within.any(0)
+            balls += int(within.sum())
+            del distances, within
             start += len(others)
         at += len(points)
     return Neighbours(
-        precision=(inside > 0).double().mean().item(),
+        precision=precise.double().mean().item(),
         recall=recalled.double().mean().item(),
-        density=inside.sum().item() / (k * len(fake)),
+        density=balls / (ks[1] * len(fake)),
         coverage=covered.double().mean().item(),
     )
 

@@ -5,7 +5,7 @@ compared pair by pair, on the same prompts and the same initial noise.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -56,6 +56,31 @@ def standard_error(values: Tensor) -> float:
     """Of the mean of independent finite values [P]; NaN of fewer than two."""
     found = values[values.isfinite()].double()
     return float(found.std() / math.sqrt(len(found))) if len(found) > 1 else math.nan
+
+
+def jackknife(
+    statistic: Callable[[Tensor], Tensor], prompts: Sequence[Hashable], *, groups: int = 10, seed: int = 0
+) -> Tensor:
+    """Standard errors of statistics of a set, such as distances, by leaving out a part of the prompts at a time.
+
+    Args:
+        statistic: Of the images of these indices [n] int64, rising: K numbers, [K].
+        prompts: Of each image; those of a prompt are left out together.
+        groups: Parts; at most as many as there are prompts.
+        seed: Of the parts.
+
+    Returns: [K] float64; NaN where there is one prompt.
+
+    Source: Busing et al. 1999, "Delete-m Jackknife for Unequal m", for parts of one size.
+    """
+    number: dict[Hashable, int] = {}
+    index = torch.tensor([number.setdefault(prompt, len(number)) for prompt in prompts])
+    order = torch.randperm(len(number), generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split(min(groups, len(number)))
+    if len(parts) < 2:
+        return torch.full_like(statistic(torch.arange(len(index))), math.nan, dtype=torch.float64)
+    found = torch.stack([statistic((~torch.isin(index, part)).nonzero()[:, 0]) for part in parts]).double()
+    return ((len(parts) - 1) / len(parts) * (found - found.mean(0)).square().sum(0)).sqrt()
 
 
 def bootstrap(values: Tensor, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:

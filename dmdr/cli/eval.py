@@ -161,6 +161,7 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
     for subject, (_, rows) in zip(subjects, found, strict=True):
         check(subject.name, rows, chosen, subject.drawn)
     against = evaluation.reference()
+    settings["compares"] = against is not None
     how = {name: getattr(flags, name) for name in ("guidance_scale", "mixed_precision")}
     for subject, (pictures, rows) in zip(subjects, found, strict=True):
         if subject.drawn:

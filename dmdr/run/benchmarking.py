@@ -272,8 +272,9 @@ class Evaluation:
 
     def measured(self, subject: Subject, pictures: Pictures, rows: Sequence[Row], store: Store, other: Any) -> Measured:
         """The figures of a subject, in the main process alone; its answers as a CSV file."""
-        content = as_csv(pictures, rows, store)
-        images.write_atomically(self.output / subject.folder / f"{self.title.replace('/', '_')}.csv", content)
+        if any(store.names()):
+            file = self.output / subject.folder / f"{self.title.replace('/', '_')}.csv"
+            images.write_atomically(file, as_csv(pictures, rows, store))
         return Measured(subject.name, self.benchmark.figures(store, rows, other), prompts_of(rows))
 
     def write(self, table: Table) -> list[Path]:

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from table import METRICS, REWARD, Cells, cell, markdown
+from table import METRICS, REWARD, Cells, markdown, measured, trained
 
 # Updates of the joint run and of the objective alone that take as long as 60 of ReFL jointly; the table measures it.
 STEPS = {
@@ -40,39 +40,34 @@ def measure(root: Path, seeds: list[int]) -> Cells:
     """Rows of the table, each with one evaluation per seed."""
     rows: Cells = {}
     for seed in seeds:
-        first = root / f"stage1-seed{seed}"
-        stage1 = cell(first, seed=seed, stage2_steps=0)["stage 1"]
-        rows.setdefault("stage 1", []).append(stage1 | {"seconds": 0.0})
+        first = trained(root / f"stage1-seed{seed}", seed=seed, stage2_steps=0)
+        runs, times = {"stage 1": first}, {"stage 1": 0.0}
         for rl, (joint, alone) in STEPS.items():
             for kind, steps, weight in (("joint", joint, 1.0), ("only", alone, 0.0)):
+                settings = {"seed": seed, "rl": rl, "init_student": str(first), "stage2_steps": steps}
                 folder = root / f"{rl.replace('*', 'x')}-{kind}-seed{seed}"
-                settings = {
-                    "seed": seed,
-                    "rl": rl,
-                    "init_student": str(first),
-                    "stage2_steps": steps,
-                    "teacher_steps": 4,
-                }
-                found = cell(folder, **settings, dmd_weight=weight)["stage 2"]
                 name = f"{rl} + DMD" if kind == "joint" else f"{rl} only"
-                rows.setdefault(name, []).append(found | {"seconds": seconds(folder)})
+                runs[name] = trained(folder, **settings, teacher_steps=4, dmd_weight=weight)
+                times[name] = seconds(folder)
+        for name, values in measured(root / f"objectives-seed{seed}", runs, seed=seed).items():
+            rows.setdefault(name, []).append(values | {"seconds": times[name]})
     return rows
 
 
 def measure_aggregation(root: Path, seeds: list[int]) -> Cells:
     """GRPO on a network's reward near 0.6 and one of some hundred bytes, by way of adding them up."""
     rows: Cells = {}
+    both = f"hps+{SIZE}"
     for seed in seeds:
         first = root / f"stage1-seed{seed}"
         settings = {"seed": seed, "init_student": str(first), "rl": "grpo", "stage2_steps": 50, "teacher_steps": 4}
-        start = cell(root / f"size-none-seed{seed}", **settings | {"rl": "none", "reward": f"hps+{SIZE}"})
-        rows.setdefault("DMD only", []).append(start["stage 2"])
+        runs = {"DMD only": trained(root / f"size-none-seed{seed}", **settings | {"rl": "none", "reward": both})}
         for how in AGGREGATIONS:
             folder = root / f"size-{how}-seed{seed}"
-            found = cell(folder, **settings, reward=f"hps+{SIZE}", multi_objective_aggregation=how)
-            rows.setdefault(how, []).append(found["stage 2"])
-        found = cell(root / f"size-alone-seed{seed}", **settings, reward=SIZE)
-        rows.setdefault("the size alone", []).append(found["stage 2"])
+            runs[how] = trained(folder, **settings, reward=both, multi_objective_aggregation=how)
+        runs["the size alone"] = trained(root / f"size-alone-seed{seed}", **settings, reward=SIZE)
+        for name, values in measured(root / f"aggregation-seed{seed}", runs, seed=seed, reward=both).items():
+            rows.setdefault(name, []).append(values)
     return rows
 
 

@@ -1,7 +1,9 @@
 """The distribution table: how close images are to real ones, in the features of Inception and of DINOv2."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,34 +12,73 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmdr.benchmarks import Answers, Figure, Layout
+from dmdr.benchmarks import Answers, Figure, KeptRows, Layout, prompts_of
 from dmdr.errors import ConfigError, one_line
 from dmdr.images import to_pil
-from dmdr.metrics import Moments, frechet_distance_of_moments, inception_score, kernel_distance, neighbours
+from dmdr.metrics import (
+    Moments,
+    Rows,
+    frechet_distance,
+    frechet_distance_of_moments,
+    inception_score,
+    kernel_distance,
+    neighbours,
+)
 from dmdr.prompts import read_prompts
+from dmdr.statistics import jackknife
 from dmdr_benchmarks.loading import load
 
 CHUNK = 5000  # images of an inception score, as in ADM's evaluator
 SPATIAL = 7  # channels of the spatial features
 DINO_SIZE = 224
 DINO_NORM = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # of an .npz file of ADM's
+WIDE = 5  # neighbours of density and coverage
+GROUPS = 10  # parts of the prompts, of which the jackknife leaves out one at a time
+SMALL, MANY = 2000, 50_000  # images up to which there are standard errors, and diversity
+FEW = 1000  # images, fewer than the features have numbers: an exact distance then costs less than their covariance
+IMAGES = "arr_0"
+# Of Inception, by figure: the name of its features, their size, and what an .npz file of ADM's calls their statistics.
+STATISTICS = {"FID": ("pool", 2048, "mu", "sigma"), "sFID": ("spatial", 2023, "mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True)
+class Some:
+    """Answers about some of the images (`Answers`), in memory.
+
+    Attributes:
+        index: Which, [n] int64.
+    """
+
+    answers: Answers
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def tensor(self, name: str) -> KeptRows:
+        return KeptRows(self.answers.tensor(name)[self.index])
+
+    def texts(self, name: str) -> list[str]:
+        every = self.answers.texts(name)
+        return [every[i] for i in self.index.tolist()]
 
 
 @dataclass
 class Distribution:
-    """FID, sFID, IS, precision, recall, density, coverage, KID, and the Frechet distance in DINOv2's space.
+    """FID, sFID, IS, precision, recall, density, coverage, KID, diversity, and Frechet distance in DINOv2's space.
 
     A model that was trained for a low FID shows in the last one. Inception is torch-fidelity's port of the network of
     2015, which resizes as TensorFlow 1 did. The conventions are those of ADM's evaluator: covariances over N - 1,
     spatial features of 7 channels, logits without bias, an inception score by chunks of 5,000 in the order of the
     images, k = 3 of precision and recall, by distances in float32 where ADM's are float16. Density and coverage have
-    k = 5.
+    k = 5. Where DINOv2 alone is asked, they are in its space. Diversity is 1 - cosine between images of one prompt.
+    Standard errors are a jackknife's over prompts, up to 2,000 images. Those of shares of images (precision, recall,
+    coverage) are binomial: in a trial the jackknife's were 2.5 times too large.
 
     Attributes:
-        reference: Real images: a folder, or an .npz file with `arr_0`, or with ADM's `mu`, `sigma`, `mu_s`, `sigma_s`,
-            which then give FID and sFID, while its images give the rest.
-        networks: "inception", "dinov2" or both.
+        reference_images: A folder, or an .npz file with `arr_0`, or with ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, which
+            then give FID and sFID, while its images give the rest. Without images there is no rest but IS.
+        networks: "inception", "dino" or both. --dtype is of DINOv2 alone: Inception computes in float32.
         inception: Weights file of torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`); None fetches it.
         dinov2: A folder or hub id of transformers' `Dinov2Model`.
 
@@ -48,32 +89,47 @@ class Distribution:
     images_per_prompt: ClassVar[int] = 1
     layout: ClassVar[Layout] = "flat"
     reads_prompts = False
-    reference: str = field(kw_only=True)
-    networks: Literal["both", "inception", "dinov2"] = "both"
+    reference_images: str | None = None
+    networks: Literal["both", "inception", "dino"] = "both"
     inception: str | None = None
     dinov2: str = "facebook/dinov2-large"
 
+    def __post_init__(self) -> None:
+        if self.reference_images is None:
+            raise ConfigError("benchmark 'distribution' needs --reference_images: a folder, or an .npz file as ADM's")
+        self._count = ""
+
     def about(self) -> str:
-        networks = {"inception": "Inception of torch-fidelity", "dinov2": self.dinov2}
-        named = " and ".join(name for key, name in networks.items() if self.networks in (key, "both"))
-        return (
-            f"Distances to {self.reference}, by {named}; IS by chunks of {CHUNK:,} in the order of the images. Images "
-            "that dmdr draws are rounded to 8 bits; ADM truncates."
-        )
+        said = {
+            "inception": f"torch-fidelity's Inception (IS: the mean over each {CHUNK:,} images in their order)",
+            "dino": self.dinov2,
+        }
+        named = " and ".join(text for network, text in said.items() if self._asks(network))
+        what = f"Distances to {self._count}{self.reference_images} by {named}."
+        return f"{what} Images that dmdr draws are rounded to 8 bits; ADM truncates."
 
     def rows(self, prompts: str, column: str) -> Sequence[Mapping[str, Any]]:
         return read_prompts(prompts, column=column, repeated=True).rows
 
-    def reference_images(self) -> str | None:
-        """As `dmdr.benchmarks.ComparesWithImages`: none where the file has statistics alone."""
-        return None if self._file() and "arr_0" not in self._statistics() else self.reference
+    def compared_with(self) -> str | None:
+        """As `dmdr.benchmarks.ComparesWithImages`: nothing where the file has statistics alone."""
+        if self._reference[0]:
+            return self.reference_images
+        if self.networks == "dino":
+            raise ConfigError(f"{self.reference_images} has no images ('{IMAGES}'), which --networks dino needs")
+        return None
+
+    def _asks(self, network: str) -> bool:
+        """Whether a network is asked: DINOv2 where there are images to compare with."""
+        return (network == "inception" or self.compared_with() is not None) and self.networks in (network, "both")
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
-        if self.networks in ("both", "inception"):
+        self.compared_with()  # what is no reference is refused before networks are loaded
+        if self._asks("inception"):
             self._inception = _open_inception(self.inception, device)
             self._inception.Mixed_6d.branch1x1.register_forward_hook(self._keep)
-        if self.networks in ("both", "dinov2"):
+        if self._asks("dino"):
             from transformers import Dinov2Model
 
             self._dino = load(Dinov2Model, self.dinov2, "dinov2", device, dtype)
@@ -84,11 +140,12 @@ class Distribution:
 
     def answers(self, images: Tensor, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor | Sequence[str]]:
         found: dict[str, Tensor] = {}
-        if self.networks in ("both", "inception"):
-            pool, logits = self._inception((images * 255).round().to(torch.uint8))
-            found |= {"pool": pool, "spatial": self._spatial, "probabilities": logits.double().softmax(1).float()}
-        if self.networks in ("both", "dinov2"):
-            found["dinov2"] = self._embed(images)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # features in float32 on a GPU, too
+            if self._asks("inception"):
+                pool, logits = self._inception((images * 255).round().to(torch.uint8))
+                found |= {"pool": pool, "spatial": self._spatial, "probabilities": logits.double().softmax(1).float()}
+            if self._asks("dino"):
+                found["dinov2"] = self._embed(images)
         return found
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -106,57 +163,115 @@ class Distribution:
         self, answers: Answers, rows: Sequence[Mapping[str, Any]], reference: Answers | None
     ) -> Mapping[str, Figure]:
         count = min(len(answers), len(reference) if reference else len(answers))
-        if count <= 5:
-            raise ConfigError(f"distribution needs more than 5 images of each, not {count}")
+        if count <= WIDE:
+            raise ConfigError(f"distribution needs more than {WIDE} images of each, not {count}")
+        self._count = f"{len(reference):,} images of " if reference else ""
+        prompts = prompts_of(rows)
+        values = self._distances(answers, reference)
+        errors = torch.full((len(values),), math.nan)
+        if len(answers) <= SMALL and len(set(prompts)) >= GROUPS:  # of more, it takes too long
+
+            def of_some(index: Tensor) -> Tensor:
+                return torch.tensor([*self._distances(Some(answers, index), reference).values()])
+
+            errors = jackknife(of_some, prompts, groups=GROUPS)
+        shares = {
+            "precision": len(answers),
+            **dict.fromkeys(("recall", "coverage"), len(reference) if reference else 0),
+        }
+        for i, (name, value) in enumerate(values.items()):
+            if name in shares:
+                errors[i] = math.sqrt(value * (1 - value) / shares[name])
+        found = {
+            name: Figure(value, error, decimals=4 if name in (*shares, "density") else 2)
+            for (name, value), error in zip(values.items(), errors.tolist(), strict=True)
+        }
+        space = "dinov2" if self._asks("dino") else "pool"
+        if len(set(prompts)) < len(prompts) <= MANY:
+            found["diversity"] = Figure.mean(diversity(answers.tensor(space).whole(), prompts), rows)
+        return found
+
+    def _distances(self, answers: Answers, reference: Answers | None) -> dict[str, float]:
+        """All figures that are of the set as a whole."""
         found: dict[str, float] = {}
-        if self.networks in ("both", "inception"):
-            pool = answers.tensor("pool")
-            for name, features in (("FID", "pool"), ("sFID", "spatial")):
-                real = self._moments(name) or (reference and Moments.of(reference.tensor(features)))
-                if real:
-                    found[name] = self._distance(name, real, Moments.of(answers.tensor(features)))
+        if self._asks("inception"):
+            for name, (features, *_) in STATISTICS.items():
+                if known := self._reference[1].get(name):
+                    found[name] = frechet_distance_of_moments(known, Moments.of(answers.tensor(features)))
+                elif reference:
+                    found[name] = _distance(reference.tensor(features), answers.tensor(features))
             found["IS"] = inception_score(answers.tensor("probabilities"), CHUNK)
-            if reference:
-                real_pool = reference.tensor("pool")
-                near, wide = (neighbours(real_pool, pool, k, device=self._device) for k in (3, 5))
-                found |= {"precision": near.precision, "recall": near.recall}
-                found |= {"density": wide.density, "coverage": wide.coverage}
-                found["KID x 1000"] = 1000 * kernel_distance(real_pool, pool)[0]
-        if self.networks in ("both", "dinov2") and reference:
-            real, fake = (Moments.of(each.tensor("dinov2")) for each in (reference, answers))
-            found["FD-DINOv2"] = frechet_distance_of_moments(real, fake)
-        shares = ("precision", "recall", "density", "coverage")
-        return {name: Figure(value, decimals=4 if name in shares else 2) for name, value in found.items()}
+        if reference:
+            space = "pool" if self._asks("inception") else "dinov2"
+            real, fake = reference.tensor(space), answers.tensor(space)
+            near = neighbours(real, fake, k_density=WIDE, device=self._device)
+            found |= {"precision": near.precision, "recall": near.recall}
+            found |= {"density": near.density, "coverage": near.coverage}
+            found["KID x 1000"] = 1000 * kernel_distance(real, fake)[0]
+            if self._asks("dino"):
+                found["FD-DINOv2"] = _distance(reference.tensor("dinov2"), answers.tensor("dinov2"))
+        return found
 
-    def _distance(self, name: str, real: Moments, fake: Moments) -> float:
+    @cached_property
+    def _reference(self) -> tuple[bool, dict[str, Moments]]:
+        """Whether the reference has images, and its statistics by figure.
+
+        Raises:
+            ConfigError: If an .npz file cannot be read, has neither, or has statistics that are not of Inception.
+        """
+        place = Path(str(self.reference_images))
+        if place.suffix != ".npz":
+            return True, {}
+        found: dict[str, Moments] = {}
         try:
-            return frechet_distance_of_moments(real, fake)
-        except ValueError as error:
-            raise ConfigError(f"{self.reference}: {name} cannot be computed: {error}") from error
-
-    def _moments(self, name: str) -> Moments | None:
-        """Those of an .npz file; None where it has none."""
-        statistics = self._statistics() if self._file() else {}
-        mean, covariance = (statistics.get(key) for key in STATISTICS[name])
-        if mean is None or covariance is None:
-            return None
-        size = len(mean)
-        if mean.shape != (size,) or covariance.shape != (size, size):
-            what = f"{list(mean.shape)} and {list(covariance.shape)}"
-            raise ConfigError(f"{self.reference}: {' and '.join(STATISTICS[name])} must be [D] and [D, D], not {what}")
-        return Moments(0, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
-
-    def _file(self) -> bool:
-        return Path(self.reference).suffix == ".npz"
-
-    def _statistics(self) -> dict[str, Any]:
-        """The statistics in the file, and the names of what else is there."""
-        try:
-            with np.load(self.reference) as file:
-                known = [key for keys in STATISTICS.values() for key in keys if key in file.files]
-                return dict.fromkeys(file.files) | {key: file[key] for key in known}
+            with np.load(place) as file:
+                pictured = IMAGES in file.files
+                for name, (_, size, *keys) in STATISTICS.items():
+                    if there := {key: file[key] for key in keys if key in file.files}:
+                        found[name] = _moments(there, keys, size)
         except Exception as error:  # of the system, zipfile and NumPy
-            raise ConfigError(f"reference {self.reference} cannot be read: {one_line(error)}") from error
+            what = str(error) if isinstance(error, ConfigError) else f"cannot be read: {one_line(error)}"
+            raise ConfigError(f"{place} {what}") from error
+        if not pictured and not found:
+            raise ConfigError(f"{place} has neither images ('{IMAGES}') nor 'mu' and 'sigma'")
+        return pictured, found
+
+
+def diversity(features: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+    """Mean of 1 - cosine over the pairs of images of each image's prompt, [N] float64; NaN of a prompt's only image.
+
+    Args:
+        features: [N, D].
+        prompts: Of each image.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    number: dict[Hashable, int] = {}
+    index = torch.tensor([number.setdefault(prompt, len(number)) for prompt in prompts])
+    sums = torch.zeros(len(number), unit.shape[1], dtype=torch.float64).index_add_(0, index, unit)
+    count = torch.bincount(index, minlength=len(number)).double()
+    cosine = (sums.square().sum(1) - count) / (count * (count - 1))  # of all ordered pairs; 0 / 0 is NaN
+    return (1 - cosine)[index]
+
+
+def _moments(arrays: Mapping[str, np.ndarray], keys: Sequence[str], size: int) -> Moments:
+    """Published statistics of features of `size` numbers.
+
+    Raises:
+        ConfigError: If they are no such statistics; the file is to be named before it.
+    """
+    mean, covariance = (torch.from_numpy(np.asarray(arrays.get(key, np.nan), np.float64)) for key in keys)
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        shapes = " and ".join(f"{key} {list(array.shape)}" for key, array in arrays.items())
+        raise ConfigError(f"needs {keys[0]} [{size}] and {keys[1]} [{size}, {size}] of Inception, and has {shapes}")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ConfigError(f"has numbers in {keys[0]} or {keys[1]} that are not finite")
+    return Moments(0, mean, covariance)
+
+
+def _distance(real: Rows, fake: Rows) -> float:
+    if max(len(real), len(fake)) <= FEW:
+        return frechet_distance(real.whole(), fake.whole())
+    return frechet_distance_of_moments(Moments.of(real), Moments.of(fake))
 
 
 def _open_inception(weights: str | None, device: torch.device) -> Any:
@@ -171,6 +286,8 @@ def _open_inception(weights: str | None, device: torch.device) -> Any:
         raise ConfigError(f"distribution needs the package '{error.name}': pip install 'dmdr[fid]'") from error
     names = ["2048", "logits_unbiased"]
     try:
+        if weights:  # a pickle that could run code is refused; they would run it
+            torch.load(weights, "cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=weights)
     except Exception as error:  # of torch, pickle and the network
         what = f"weights {weights} cannot be loaded" if weights else "the weights cannot be fetched"

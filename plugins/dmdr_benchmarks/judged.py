@@ -39,7 +39,8 @@ class Judged:
 
     def about(self) -> str:
         real = len(self._judge.reference())
-        return f"By {type(self._judge).__name__}, against {real:,} real images; rewards are raw means over prompts."
+        means = "accuracy and rewards, which are raw, are means over prompts"
+        return f"By {type(self._judge).__name__}, against {real:,} real images; {means}."
 
     def rows(self, prompts: str, column: str) -> Sequence[Mapping[str, Any]]:
         return read_prompts(prompts, column=column, repeated=True).rows
@@ -49,7 +50,7 @@ class Judged:
         return self._model.prompts()
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Nothing: the judge is loaded, and it goes where the images are."""
+        self._device = device  # the judge is loaded, and it goes where the images are
 
     def answers(self, images: Tensor, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor | Sequence[str]]:
         prompts, columns = split_columns([dict(row) for row in rows])
@@ -71,15 +72,15 @@ class Judged:
         real = self._judge.reference()
         if min(len(answers), len(real)) > NEIGHBOURS:
             features, points = (
-                torch.cat([look(part).cpu() for part in real.split(CHUNK)])
+                torch.cat([look(part.to(self._device)).cpu() for part in real.split(CHUNK)])
                 for look in (self._judge.features, self._judge.embed)
             )
-            near = neighbours(points, answers.tensor("embedding"))
+            near = neighbours(points, answers.tensor("embedding"), device=self._device)
             distance = frechet_distance_of_moments(Moments.of(features), Moments.of(answers.tensor("features")))
-            found |= {"Frechet distance": Figure(distance, decimals=2)}
+            found |= {"frechet_distance": Figure(distance, decimals=2)}
             found |= {"precision": Figure(near.precision), "recall": Figure(near.recall)}
         if hasattr(self._judge, "probabilities"):
-            found["inception score"] = Figure(inception_score(answers.tensor("probabilities")), decimals=2)
+            found["inception_score"] = Figure(inception_score(answers.tensor("probabilities")), decimals=2)
         names: list[str] = list(self._rewards.parts) if self._rewards else []
         for name in [*names, *(["total"] if len(names) > 1 else [])]:
             found[f"reward/{name}"] = Figure.mean(answers.tensor(f"reward/{name}").whole(), rows)

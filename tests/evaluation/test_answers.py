@@ -210,7 +210,10 @@ def test_nothing_is_asked_twice_unless_it_has_changed(tmp_path: Path, monkeypatc
     [
         ({}, "benchmark 'probe' gives no answer"),
         ({"number": torch.zeros(3)}, "benchmark 'probe': 3 answers 'number' about 2 images"),
-        ({"number": [1.0, 2.0]}, "benchmark 'probe': 'number' is a list; expected a tensor [B, ...], or a text for each image"),
+        (
+            {"number": [1.0, 2.0]},
+            "benchmark 'probe': 'number' is a list; expected a tensor [B, ...], or a text for each image",
+        ),
     ],
 )
 def test_answers_that_break_the_contract(tmp_path: Path, given: dict[str, Any], said: str) -> None:

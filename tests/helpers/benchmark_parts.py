@@ -1,12 +1,9 @@
-"""What tests of benchmarks share: answers in memory, and a small random judge of the published class."""
+"""What tests of benchmarks share: a small random judge of the published class."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
@@ -23,43 +20,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-
-
-@dataclass
-class Whole:
-    """A tensor [N, ...], read at once."""
-
-    values: Tensor
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield self.values
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.values[index]
-
-    def whole(self) -> Tensor:
-        return self.values
-
-
-@dataclass
-class Kept:
-    """`dmdr.benchmarks.Answers` in memory."""
-
-    answers: Mapping[str, Tensor | Sequence[str]]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.answers.values())))
-
-    def tensor(self, name: str) -> Whole:
-        found = self.answers[name]
-        assert isinstance(found, Tensor)
-        return Whole(found)
-
-    def texts(self, name: str) -> list[str]:
-        return [str(text) for text in self.answers[name]]
 
 
 def build_judge(folder: Path) -> Any:

@@ -143,6 +143,10 @@ def test_neighbours_are_those_of_brute_force_however_they_are_read(
         coverage=inside.any(0).double().mean().item(),
     )
     assert 0 < expected.recall < expected.precision <= 1 and expected.coverage > 0
+    wide = pairs <= own.sort(1).values[:, 5]
+    both = neighbours(real, fake, k_density=5)
+    assert (both.precision, both.recall) == (expected.precision, expected.recall)
+    assert (both.density, both.coverage) == (wide.sum().item() / (5 * 130), wide.any(0).double().mean().item())
     for limit in (1, 151, 7 * 150, 2**24):
         assert neighbours(real, fake, max_distances=limit) == expected
     monkeypatch.setattr("dmdr.metrics.BLOCK", 17)

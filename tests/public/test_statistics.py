@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dmdr.statistics import bootstrap, paired, prompt_means, standard_error, wilson
+from dmdr.statistics import bootstrap, jackknife, paired, prompt_means, standard_error, wilson
 
 
 def test_images_of_a_prompt_are_one_observation() -> None:
@@ -59,3 +59,21 @@ def test_a_share() -> None:
     assert wilson(37, 120) == pytest.approx((theirs.low, theirs.high))
     with pytest.raises(ValueError, match="3 of 2 is no share"):
         wilson(3, 2)
+
+
+def test_the_jackknife_is_the_standard_error_of_a_mean_and_of_a_curved_statistic() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(60, generator=generator).double()
+    error = jackknife(lambda index: values[index].mean()[None], list(range(60)), groups=60)
+    assert error.item() == pytest.approx(standard_error(values), rel=1e-9)
+    # Ten parts: right on average, here for the variance of Gaussians, whose squared error is 2 / (n - 1).
+    found = []
+    for _ in range(100):
+        draws = torch.randn(200, generator=generator).double()
+        found.append(jackknife(lambda index, x=draws: x[index].var()[None], list(range(200))).square().item())
+    assert np.mean(found) == pytest.approx(2 / 199, rel=0.25)
+    # Images of one prompt are left out together: pairs of the same value are no more than one.
+    twice = jackknife(lambda index: values.repeat_interleave(2)[index].mean()[None], [i // 2 for i in range(120)])
+    once = jackknife(lambda index: values[index].mean()[None], list(range(60)))
+    assert twice.item() == pytest.approx(once.item(), rel=1e-9)
+    assert jackknife(lambda index: values[index].mean()[None], ["a"] * 60).isnan().all()
