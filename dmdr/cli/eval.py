@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 
     from dmdr.prompts import Row
     from dmdr.rewards import Rewards
+    from dmdr.run.benchmarking import Examination, Subject
 
 PATIENCE = timedelta(minutes=30)  # with the other processes, as `dmdr-train` has by default
-MOST = 100_000  # images that are drawn
 DESCRIPTION = (
     "Measure runs, exports, pipelines or folders of images by a benchmark, and print a table: dmdr-eval RUN PIPELINE "
     "FOLDER --benchmark NAME. Rewards resize as their published evaluations do."
 )
+NOTHING_DRAWN = "nothing is drawn"
+WHY = {  # else, why a flag is not read
+    "guidance_scale": "neither a pipeline nor a teacher draws",
+    "model": "there are no rewards, and the benchmark asks no model",
+    "reference_images": "the benchmark compares with no images",
+}
 COMPARE = "compare"
 COMPARISON = "dmdr-eval compare A B teacher writes a page of their images side by side, and what --benchmark measures."
 
@@ -58,7 +64,8 @@ class EvalFlags(RewardFlags):
     reference_images: str | None = flag(
         None, "images that those measured are compared with, by a benchmark that does so: a folder or an .npz file"
     )
-    batch_size: int = flag(16, "images that are drawn, and looked at, at a time")
+    batch_size: int = flag(16, "images that are looked at at a time")
+    draw_batch_size: int = flag(16, "images that are drawn at a time; with another number they are others")
     images_per_prompt: int | None = flag(None, "images that are drawn of each prompt; the benchmark's own by default")
     num_inference_steps: list[int] | None = flag(
         None, "steps of what is drawn; of several numbers each is measured; the student's own, or 28, by default"
@@ -71,11 +78,14 @@ class EvalFlags(RewardFlags):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("batch_size", "images_per_prompt"):
+        for name in ("batch_size", "draw_batch_size", "images_per_prompt"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1")
         steps = self.num_inference_steps
         self._require(steps is None or all(1 <= each <= 1000 for each in steps), "num_inference_steps", "1 to 1000")
+        self._require(-(2**63) <= self.seed < 2**64, "seed", "between -2**63 and 2**64 - 1")
+        scale = self.guidance_scale
+        self._require(scale is None or 0 <= scale <= 1000, "guidance_scale", "between 0 and 1000")
 
 
 @dataclass(kw_only=True)
@@ -100,6 +110,8 @@ def read(arguments: Sequence[str]) -> "tuple[EvalFlags, tuple[Chosen, ...]]":
     compares = list(arguments[:1]) == [COMPARE]
     arguments = arguments[compares:]
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    if count and any(argument.split("=")[0] == "--subjects" for argument in arguments):
+        raise ConfigError("--subjects: name all that is measured first, or all by this flag")
     first = ["--subjects", *arguments[:count]] if count else []
     kind, name = (CompareFlags, f"dmdr-eval {COMPARE}") if compares else (EvalFlags, "dmdr-eval")
     about = f"{DESCRIPTION} {COMPARISON}"
@@ -127,63 +139,60 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
         plugin: The benchmark; None for images alone.
         chosen: Its rewards.
     """
-    from dmdr.benchmarks import ComparesWithImages, prompts_of
+    from dmdr.benchmarks import prompts_of
     from dmdr.evaluation.report import write_report
     from dmdr.evaluation.tables import Measured, Table
     from dmdr.run import benchmarking
     from dmdr.run.device import on_main_process
-    from dmdr.settings import registry
+    from dmdr.settings.verify import check_columns
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
     subjects = benchmarking.subjects_of(flags.subjects, flags.num_inference_steps)
-    names = [subject.name for subject in subjects]
-    if flags.baseline and flags.baseline not in names:
-        raise ConfigError(f"--baseline {flags.baseline} is none of what is measured: {', '.join(names)}")
-    if len(set(names)) < len(names) and (flags.baseline or isinstance(flags, CompareFlags)):
-        raise ConfigError("repetitions cannot be compared image by image: give each another NAME")
+    check(flags, subjects, plugin, chosen)
     output = Path(flags.output_dir) if flags.output_dir else benchmarking.place_of_results(subjects)
     on_main_process(state, lambda: require_folder(output))
-    model = registry.load("models", flags.model)() if flags.model else None
-    benchmark: Any = plugin.called(plugin.cls, plugin.values(flags)) if plugin else benchmarking.ImagesAlone()
-    benchmarking.ask_model(benchmark, model)
-    asked = [plugin, *chosen] if plugin else []
-    title = plugin.title if plugin else "images"
-    settings: dict[str, Any] = {"dmdr": version("dmdr"), "dtype": flags.dtype, "model": flags.model}
-    settings |= {f"{one.group} {one.title}": one.options for one in asked}
-    if flags.reference_images and not isinstance(benchmark, ComparesWithImages):
-        raise ConfigError(f"--reference_images: benchmark '{title}' compares with no images; leave it out")
-    evaluation = benchmarking.Evaluation(benchmark, title, settings, state, output, flags.batch_size)
+    examination = opened(flags, plugin, chosen, state, output)
+    benchmark = examination.benchmark
     each = flags.images_per_prompt or benchmark.images_per_prompt
     if benchmark.layout == "grids" and each != 4:
-        raise ConfigError(f"--images_per_prompt {each}: benchmark '{title}' draws grids of 4 images; leave it out")
-    unread = not any(getattr(one.cls, "reads_prompts", True) for one in chosen or asked)
-    found = [evaluation.find(one, flags.prompts, flags.prompt_column, each, unread) for one in subjects]
-    for subject, (_, rows) in zip(subjects, found, strict=True):
-        check(subject.name, rows, chosen, subject.drawn)
-    against = evaluation.reference()
-    settings["compares"] = against is not None
-    how = {name: getattr(flags, name) for name in ("guidance_scale", "mixed_precision")}
-    for subject, (pictures, rows) in zip(subjects, found, strict=True):
+        what = f"benchmark '{examination.title}' draws grids of 4 images"
+        raise ConfigError(f"--images_per_prompt {each}: {what}; leave it out")
+    asked = benchmarking.Asked(
+        flags.prompts,
+        flags.prompt_column,
+        each,
+        flags.draw_batch_size,
+        flags.seed,
+        flags.guidance_scale,
+        flags.mixed_precision,
+    )
+    readers = [one.cls for one in chosen] + [type(benchmark)]
+    unread = not any(getattr(cls, "reads_prompts", True) for cls in readers)
+    found = [(subject, *examination.find(subject, asked, unread)) for subject in subjects]
+    for _, _, rows in found:
+        check_columns(chosen, rows)
+    if isinstance(flags, CompareFlags):
+        benchmarking.require_same_prompts(found)
+    against = examination.reference()
+    for subject, pictures, rows in found:
         if subject.drawn:
-            guided = subject.teacher or benchmarking.is_pipeline(subject.place)  # a student is not
-            own = how if guided else {**how, "guidance_scale": None}
-            evaluation.draw(subject, pictures, rows, each, flags.seed, **own)
+            examination.draw(subject, pictures, rows, asked)
+    stores = []
     if plugin:
-        device = prepare(flags, benchmark, chosen, [row for _, rows in found for row in rows[:1]], state)
-        other = evaluation.ask(benchmarking.REFERENCE, *against, device) if against else None
-        stores = [evaluation.ask(one.folder, *each, device) for one, each in zip(subjects, found, strict=True)]
+        device = prepare(flags, benchmark, chosen, [row for _, _, rows in found for row in rows[:1]], state)
+        other = examination.ask(benchmarking.REFERENCE, *against, device) if against else None
+        stores = [examination.ask(subject.folder, pictures, rows, device) for subject, pictures, rows in found]
     if not state.is_main_process:
         return
     if plugin:
-        every = zip(subjects, found, stores, strict=True)
-        measured = [evaluation.measured(one, *each, store, other) for one, each, store in every]
+        every = zip(found, stores, strict=True)
+        measured = [examination.measured(*one, store, other) for one, store in every]
     else:
-        measured = [Measured(one.name, {}, prompts_of(rows)) for one, (_, rows) in zip(subjects, found, strict=True)]
+        measured = [Measured(subject.name, {}, prompts_of(rows)) for subject, _, rows in found]
     table = Table(benchmark.about(), measured, next((one for one in measured if one.name == flags.baseline), None))
-    written = evaluation.write(table) if plugin else []
+    written = examination.write(table) if plugin else []
     if isinstance(flags, CompareFlags):
-        shown = [(one, *each) for one, each in zip(subjects, found, strict=True)]
-        written.append(benchmarking.compared(table, shown, output, f"seed {flags.seed}", flags.max_rows))
+        written.append(benchmarking.compared(table, found, output, f"seed {flags.seed}", flags.max_rows))
     if benchmarking.is_run(output.parent):
         write_report(output.parent)  # which links to what there is now
     if plugin:
@@ -192,9 +201,55 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
     benchmarking.require_answers(table)
 
 
+def check(flags: EvalFlags, subjects: "Sequence[Subject]", plugin: Chosen | None, chosen: Sequence[Chosen]) -> None:
+    """Refuse flags that contradict each other, or that nothing reads.
+
+    Raises:
+        ConfigError: Names the flag.
+    """
+    from dmdr.run import benchmarking
+
+    names = [subject.name for subject in subjects]
+    if flags.baseline and (flags.baseline not in names or not plugin):
+        what = f"is none of what is measured: {', '.join(names)}" if plugin else "is not read without a benchmark"
+        raise ConfigError(f"--baseline {flags.baseline} {what}")
+    if len(set(names)) < len(names) and (flags.baseline or isinstance(flags, CompareFlags)):
+        raise ConfigError("repetitions cannot be compared image by image: give each another NAME")
+    drawn = [subject for subject in subjects if subject.drawn]
+    guided = [subject for subject in drawn if subject.teacher or benchmarking.is_pipeline(subject.place)]
+    of_drawing = ("seed", "num_inference_steps", "images_per_prompt", "mixed_precision", "draw_batch_size")
+    readers: dict[str, object] = {
+        **dict.fromkeys(of_drawing, drawn),
+        "guidance_scale": guided,
+        "model": chosen or (plugin and hasattr(plugin.cls, "ask")),
+        "reference_images": plugin and hasattr(plugin.cls, "compared_with"),
+    }
+    for name, reader in readers.items():
+        if not reader and getattr(flags, name) != getattr(EvalFlags, name):
+            raise ConfigError(f"--{name} is not read here: {WHY.get(name, NOTHING_DRAWN)}; leave it out")
+
+
+def opened(
+    flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], state: "PartialState", output: Path
+) -> "Examination":
+    """The benchmark that is asked for, not prepared."""
+    from dmdr.run import benchmarking
+    from dmdr.settings import registry
+
+    model = registry.load("models", flags.model)() if flags.model else None
+    benchmark: Any = plugin.called(plugin.cls, plugin.values(flags)) if plugin else benchmarking.ImagesAlone()
+    benchmarking.ask_model(benchmark, model)
+    settings: dict[str, Any] = {"dmdr": version("dmdr"), "dtype": flags.dtype, "model": flags.model}
+    settings["asked"] = [benchmarking.dependencies(one) for one in [*([plugin] if plugin else []), *chosen]]
+    settings["compares"] = flags.reference_images is not None
+    title = plugin.title if plugin else "images"
+    return benchmarking.Examination(benchmark, title, settings, state, output, flags.batch_size)
+
+
 def prepare(flags: EvalFlags, benchmark: Any, chosen: Sequence[Chosen], rows: "Sequence[Row]", state: Any) -> Any:
     """Load what the benchmark asks, and return the device."""
     from dmdr.benchmarks import ScoresByRewards
+    from dmdr.evaluation import answers
     from dmdr.run.device import failing_together
     from dmdr.types import dtype_of
 
@@ -207,20 +262,8 @@ def prepare(flags: EvalFlags, benchmark: Any, chosen: Sequence[Chosen], rows: "S
                     rewards: Rewards
                     rewards, device = open_rewards(flags, chosen, rows)
                     benchmark.use(rewards)
-                try:
-                    benchmark.prepare(device, dtype_of(flags.dtype))
-                except (OSError, ValueError) as error:
-                    raise ConfigError(f"benchmark '{flags.benchmark}': {error}") from error
+                answers.prepare(benchmark, flags.benchmark, device, dtype_of(flags.dtype))
     return device
-
-
-def check(name: str, rows: "Sequence[Row]", chosen: Sequence[Chosen], drawn: bool) -> None:
-    """Refuse rows that lack what a reward asks for, and too many images to draw."""
-    from dmdr.settings.verify import check_columns
-
-    if drawn and len(rows) > MOST:
-        raise ConfigError(f"{name}: {len(rows):,} images are more than {MOST:,}")
-    check_columns(chosen, rows)
 
 
 def require_folder(output: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmdr import images
 from dmdr.benchmarks import Benchmark
-from dmdr.errors import TrainingError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.evaluation.pictures import Pictures, batches
 from dmdr.prompts import Row
 
@@ -154,15 +154,48 @@ def ask(
     """
     own = [i for shard in shards for i in store.indices(shard)]
     waiting, found = iter(shards), dict[int, tuple[Given, int]]()
+    first: Given = {}
     shard = next(waiting, None)
     with closing(batches(pictures, own, batch_size)) as parts:
         for indices, pixels in parts:
             given = answers_about(benchmark, title, pixels.to(device).float() / 255, [rows[i] for i in indices])
+            first = first or given
+            _same_form(title, first, given)
             found |= {index: (given, row) for row, index in enumerate(indices)}
             while shard is not None and all(i in found for i in store.indices(shard)):
-                store.write(shard, _joined(title, [found.pop(i) for i in store.indices(shard)]))
+                store.write(shard, _joined([found.pop(i) for i in store.indices(shard)]))
                 shard = next(waiting, None)
             yield len(indices)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Without TF32, which moves scores in the third digit: a GPU's answers are those of a CPU up to rounding.
+
+    A run, or drawing, computes in TF32 before and after.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def prepare(benchmark: Benchmark, title: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Load a benchmark's networks.
+
+    Raises:
+        ConfigError: If it refuses its settings, or a file.
+    """
+    try:
+        benchmark.prepare(device, dtype)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"benchmark '{title}': {' '.join(str(error).split())}") from error
 
 
 @torch.no_grad()
@@ -172,7 +205,8 @@ def answers_about(benchmark: Benchmark, title: str, images: Tensor, rows: Sequen
     Raises:
         TrainingError: If it breaks its contract.
     """
-    given: Mapping[str, Any] = benchmark.answers(images, rows)
+    with exact_float32():
+        given: Mapping[str, Any] = benchmark.answers(images, rows)
     _check(title, given, len(images))
     return {name: value.cpu() if isinstance(value, Tensor) else list(value) for name, value in given.items()}
 
@@ -186,22 +220,30 @@ def after_each_other(parts: Sequence[Given]) -> Given:
     return joined
 
 
-def _joined(title: str, found: Sequence[tuple[Given, int]]) -> Given:
-    """The answers about some images, each given as a row of a batch's.
-
-    Raises:
-        TrainingError: If they have different names.
-    """
+def _joined(found: Sequence[tuple[Given, int]]) -> Given:
+    """The answers about some images, each given as a row of a batch's."""
     joined: dict[str, Any] = {}
-    names = found[0][0].keys()
-    for given, _ in found:
-        if given.keys() != names:
-            both = f"{', '.join(names)} and {', '.join(given)}"
-            raise TrainingError(f"benchmark '{title}' gives other answers about other images: {both}")
     for name, first in found[0][0].items():
         rows = [given[name][row] for given, row in found]
         joined[name] = torch.stack(rows) if isinstance(first, Tensor) else rows  # type: ignore[arg-type]
     return joined
+
+
+def _same_form(title: str, first: Given, given: Given) -> None:
+    """Refuse answers that cannot be kept beside others: names, shapes and dtypes are the same in each batch."""
+
+    def form(answers: Given) -> dict[str, str]:
+        return {
+            name: f"{value.dtype} [B{''.join(f', {n}' for n in value.shape[1:])}]"
+            if isinstance(value, Tensor)
+            else "text"
+            for name, value in answers.items()
+        }
+
+    if form(first) != form(given):
+        raise TrainingError(
+            f"benchmark '{title}' answers in another form than before: {form(given)}, not {form(first)}"
+        )
 
 
 def _check(title: str, given: Mapping[str, Any], count: int) -> None:
@@ -214,8 +256,6 @@ def _check(title: str, given: Mapping[str, Any], count: int) -> None:
         if len(value) != count:
             raise TrainingError(f"benchmark '{title}': {len(value)} answers '{name}' about {count} images")
         if name in ("image", "prompt"):
-            raise TrainingError(
-                f"benchmark '{title}': no answer may be called '{name}', as a column of the CSV file is"
-            )
+            raise TrainingError(f"benchmark '{title}': an answer is called '{name}', as a column of the CSV file is")
     if not given:
         raise TrainingError(f"benchmark '{title}' gives no answer")

@@ -87,7 +87,7 @@ def find(
     if place.suffix == ".npz":
         archive = Archive(place)
         return archive, _in_order(place, len(archive), given, prompts, unread)
-    if layout != "flat" and (numbered := sorted(_numbered(place))):
+    if numbered := sorted(_numbered(place)):
         return _samples(place, numbered, given, prompts, read_rows, kept)
     if index := image_folder.find_index(str(place)):
         paths, own = image_folder.indexed_images(index, column)
@@ -122,6 +122,8 @@ def _samples(
             told.append(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder / ABOUT} cannot be read: {error}") from error
+        if not isinstance(told[-1], dict):
+            raise ConfigError(f"{folder / ABOUT} holds no prompt row, a JSON object with a 'prompt'")
     if given is None:
         images.write_atomically(kept, "".join(json.dumps(row) + "\n" for row in told).encode())
         given = list(read_rows(str(kept)))
@@ -139,7 +141,10 @@ def _samples(
 def _grids(place: Path, given: Sequence[Row] | None, prompts: str | None) -> tuple[Pictures, list[Row]]:
     if given is None:
         raise ConfigError(f"--prompts is missing: {place} holds grids of images and no prompts")
-    there = {path.stem: path for path in image_folder.find_images(str(place))}
+    found = image_folder.find_images(str(place))
+    there = {path.stem: path for path in found}
+    if len(there) < len(found):
+        raise ConfigError(f"{place} holds several grids of one name, with other suffixes")
     names = [str(row[ID]) for row in given]
     if missing := [name for name in names if name not in there]:
         raise ConfigError(f"{place} has no grid of {missing[0]}, which --prompts {prompts} names")

@@ -7,13 +7,17 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dmdr.benchmarks import Figure
 from dmdr.evaluation.answers import Store
 from dmdr.evaluation.pictures import Pictures
 from dmdr.prompts import Row
-from dmdr.statistics import Estimate, paired
+from dmdr.statistics import Estimate, bootstrap, prompt_means
 
 LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "/"}
 
@@ -57,17 +61,22 @@ class Table:
             found.setdefault(model.name, []).append(model)
         return found
 
+    @cached_property
     def differences(self) -> dict[str, dict[str, Estimate]]:
-        """Of each model to the baseline, by column: where both are means of images of the same prompts."""
-        base, found = self.baseline, dict[str, dict[str, Estimate]]()
+        """Of each model to the baseline, by column: of the means of the prompts that both have images of."""
+        found: dict[str, dict[str, Estimate]] = {}
+        base = self.baseline
         for model in self.models if base else ():
-            if base is None or model is base or list(model.prompts) != list(base.prompts):
+            if base is None or model is base:
                 continue
             for name, figure in model.figures.items():
                 other = base.figures.get(name)
                 if figure.values is None or other is None or other.values is None:
                     continue
-                found.setdefault(model.name, {})[name] = paired(figure.values, other.values, model.prompts)
+                means, others = _by_prompt(model, figure.values), _by_prompt(base, other.values)
+                if common := [prompt for prompt in means if prompt in others]:
+                    difference = torch.tensor([means[prompt] - others[prompt] for prompt in common])
+                    found.setdefault(model.name, {})[name] = bootstrap(difference)
         return found
 
     def parts(self) -> list[tuple[str, list[list[str]]]]:
@@ -83,25 +92,32 @@ class Table:
         if any(len(group) > 1 for group in groups.values()):
             about += " Where a model has repetitions, such as seeds: their mean, and half their range."
         found = [(about, lines)]
-        if differences := self.differences():
+        if differences := self.differences:
             compared = [name for name in columns if any(name in each for each in differences.values())]
+            assert self.baseline is not None
             lines = [["model", *compared]]
             for other, each in differences.items():
-                decimals = {name: self.models[0].figures[name].decimals for name in compared}
+                decimals = {name: self.baseline.figures[name].decimals for name in compared}
                 lines.append([other, *(_interval(each.get(name), decimals[name]) for name in compared)])
-            assert self.baseline is not None
             about = (
                 f"Difference to {self.baseline.name} on the same prompts, with a 95 % bootstrap interval over prompts."
             )
             found.append((about, lines))
+        elif self.baseline:
+            what = "no column is a mean over prompts of which both have images"
+            found.append((f"No difference to {self.baseline.name}: {what}.", []))
         return found
 
     def as_text(self) -> str:
-        return "\n\n".join(f"{about}\n{_aligned(lines)}" for about, lines in self.parts())
+        return "\n\n".join(f"{about}\n{_aligned(lines)}".rstrip() for about, lines in self.parts())
 
     def as_markdown(self) -> str:
         text = []
-        for about, (heading, *lines) in self.parts():
+        for about, every in self.parts():
+            if not every:
+                text.append(f"{about}\n")
+                continue
+            heading, *lines = every
             cells = [heading, ["---", *["---:"] * (len(heading) - 1)], *lines]
             rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
             text.append(f"{about}\n\n" + "\n".join(rows) + "\n")
@@ -109,7 +125,11 @@ class Table:
 
     def as_latex(self) -> str:
         text = []
-        for about, (heading, *lines) in self.parts():
+        for about, every in self.parts():
+            if not every:
+                text.append(f"% {about}\n")
+                continue
+            heading, *lines = every
             head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in (heading, *lines))
             columns = "l" + "r" * (len(heading) - 1)
             rows = "\n".join([r"\toprule", head, r"\midrule", *body, r"\bottomrule"])
@@ -130,7 +150,7 @@ class Table:
                 }
                 for name, one in each.items()
             }
-            for model, each in self.differences().items()
+            for model, each in self.differences.items()
         }
         content: dict[str, Any] = {"about": self.about, "models": models}
         if self.baseline:
@@ -150,6 +170,13 @@ def as_csv(pictures: Pictures, rows: Sequence[Row], answers: Store) -> bytes:
         cells = (f"{values[i]:.9g}" if math.isfinite(values[i]) else "" for values in columns)  # all of a float32
         writer.writerow([pictures.name(i), row["prompt"], *cells, *(each[i] for each in said)])
     return text.getvalue().encode("utf-8", "backslashreplace")  # a file's name need not be text
+
+
+def _by_prompt(model: Measured, values: Tensor) -> dict[Hashable, float]:
+    """The mean of each prompt's images; those without a prompt belong to no other model's."""
+    order = list(dict.fromkeys(model.prompts))
+    means = prompt_means(values, model.prompts).tolist()
+    return {prompt: mean for prompt, mean in zip(order, means, strict=True) if isinstance(prompt, str)}
 
 
 def _as_json(model: Measured) -> dict[str, Any]:

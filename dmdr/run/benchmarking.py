@@ -1,6 +1,9 @@
 """The course of an evaluation: images drawn or found, a benchmark asked about them, and its table."""
 
 import gc
+import hashlib
+import inspect
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,11 +38,14 @@ from dmdr.evaluation.tables import Measured, Table, as_csv
 from dmdr.prompts import Row, read_prompts
 from dmdr.protocols import NamedModel
 from dmdr.run.device import failing_together, on_main_process, rounds
-from dmdr.run.drawing import export_in, is_pipeline, open_place
+from dmdr.run.drawing import export_in, is_pipeline, open_place, require_guidance, weights_of
+from dmdr.run.examiner import TEACHER
 from dmdr.run.signals import Interrupts
+from dmdr.settings.chosen import Chosen
 
-TEACHER = "teacher"  # the place that stands for the first run's teacher
 REFERENCE = "reference"  # the folder of what is compared with
+DRAWN = ".drawn"  # beside images: all are there
+MOST = 100_000  # images of a subject that are drawn
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,31 @@ def _plain(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An evaluation in one or several processes; all must call each method together.
+class Asked:
+    """For which images a user asks.
+
+    Attributes:
+        prompts: Where the prompt rows are; None for those that lie beside images, or that the benchmark brings.
+        column: That of the prompts.
+        each: Images that are drawn of each prompt.
+        batch_size: Images that are drawn at a time.
+        seed: Of torch's generator.
+        guidance_scale: Of pipelines and teachers; None for that of the run.
+        mixed_precision: Of the networks that draw; None for that of the run.
+    """
+
+    prompts: str | None
+    column: str
+    each: int
+    batch_size: int
+    seed: int
+    guidance_scale: float | None
+    mixed_precision: str | None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A benchmark in one or several processes; all must call `find`, `draw`, `ask` and `reference` together.
 
     Attributes:
         benchmark: The benchmark, not prepared.
@@ -161,7 +190,7 @@ class Evaluation:
         settings: What its answers depend on, beside the images and their rows.
         state: The processes.
         output: Folder of all that is written.
-        batch_size: Images that are drawn, and asked about, at a time.
+        batch_size: Images that are asked about at a time.
     """
 
     benchmark: Benchmark
@@ -171,59 +200,80 @@ class Evaluation:
     output: Path
     batch_size: int
 
-    def find(
-        self, subject: Subject, prompts: str | None, column: str, each: int, unread: bool
-    ) -> tuple[Pictures, list[Row]]:
+    def find(self, subject: Subject, asked: Asked, unread: bool) -> tuple[Pictures, list[Row]]:
         """The images of a subject, which may still have to be drawn, and the prompt row of each.
 
         Args:
-            prompts: Where the prompt rows are; None for those that lie beside the images.
-            column: That of the prompts.
-            each: Images that are drawn of each prompt.
+            asked: For which images.
             unread: Nobody reads the prompts.
 
         Raises:
             ConfigError: If there are none, or they do not fit together.
         """
-        folder = self.output / subject.folder
+        folder, layout = self.output / subject.folder, self.benchmark.layout
+
+        def rows(where: str) -> list[Row]:
+            return [dict(row) for row in self.benchmark.rows(where, asked.column)]
 
         def found() -> tuple[Pictures, list[Row]]:
-            def rows(where: str) -> list[Row]:
-                return [dict(row) for row in self.benchmark.rows(where, column)]
-
-            layout = self.benchmark.layout
             if not subject.drawn:
-                kept = folder / "prompts.jsonl"
-                return layouts.find(Path(subject.place), layout, prompts, rows, column=column, unread=unread, kept=kept)
-            if prompts is not None:
-                asked = rows(prompts)
+                return layouts.find(
+                    Path(subject.place),
+                    layout,
+                    asked.prompts,
+                    rows,
+                    column=asked.column,
+                    unread=unread,
+                    kept=folder / "prompts.jsonl",
+                )
+            require_guidance(subject.place, asked.guidance_scale)
+            if asked.prompts is not None:
+                prompts = rows(asked.prompts)
             elif isinstance(self.benchmark, BringsRows):
-                asked = [dict(row) for row in self.benchmark.own_rows()]
+                prompts = [dict(row) for row in self.benchmark.own_rows()]
             else:
                 raise ConfigError(f"--prompts is missing: {subject.place} draws images of them")
-            place = folder / "images"
-            paths = [place / name for name in layouts.files(layout, len(asked), each)]
-            return Files(place, paths), [row for row in asked for _ in range(each)]
+            for row in prompts:
+                row.pop("file_name", None)  # of an index: the images get names of their own
+            if len(prompts) * asked.each > MOST:
+                raise ConfigError(f"{subject.name}: more than {MOST:,} images")
+            # Other images have a folder of their own: the answers about these stay with them.
+            about = [prompts, layout, vars(subject), vars(asked), weights_of(subject.place)]
+            digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+            place = folder / f"images-{digest[:8]}"
+            paths = [place / name for name in layouts.files(layout, len(prompts), asked.each)]
+            return Files(place, paths), [row for row in prompts for _ in range(asked.each)]
 
         return on_main_process(self.state, found)
 
-    def draw(self, subject: Subject, pictures: Any, rows: Sequence[Row], each: int, seed: int, **how: Any) -> None:
-        """Draw the images of a subject that are not there yet.
+    def draw(self, subject: Subject, pictures: Any, rows: Sequence[Row], asked: Asked) -> None:
+        """Draw the images of a subject, unless all are there.
 
         Args:
             pictures, rows: As found (`Files`).
-            each: Images of each prompt.
-            how: As of `open_place`.
         """
-        how |= {"teacher": subject.teacher, "num_inference_steps": subject.num_inference_steps}
-        artist = open_place(subject.place, **how)
-        artist.write(list(rows), seed, pictures.paths, batch_size=self.batch_size)
+        done = pictures.folder / DRAWN
+        if on_main_process(self.state, lambda: done.is_file() and all(path.is_file() for path in pictures.paths)):
+            return
+        guided = subject.teacher or is_pipeline(subject.place)  # a student is not
+        artist = open_place(
+            subject.place,
+            teacher=subject.teacher,
+            guidance_scale=asked.guidance_scale if guided else None,
+            num_inference_steps=subject.num_inference_steps,
+            mixed_precision=asked.mixed_precision,
+        )
+        artist.write(list(rows), asked.seed, pictures.paths, batch_size=asked.batch_size)
         del artist  # before the judges are loaded
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        layout = self.benchmark.layout
-        on_main_process(self.state, lambda: layouts.complete(layout, pictures.folder, rows[::each], each))
+
+        def complete() -> None:
+            layouts.complete(self.benchmark.layout, pictures.folder, rows[:: asked.each], asked.each)
+            images.write_atomically(done, b"")
+
+        on_main_process(self.state, complete)
 
     def ask(self, name: str, pictures: Pictures, rows: Sequence[Row], device: torch.device) -> Store:
         """Ask about all images of which the answers are not there yet.
@@ -297,15 +347,8 @@ def compared(
         output: Folder of the page.
         how: In what way images were drawn, for all of them.
         max_rows: Prompts that are shown.
-
-    Raises:
-        ConfigError: If the prompts differ.
     """
-    first, _, rows = found[0]
-    asked = [row["prompt"] for row in rows]
-    for subject, _, own in found:
-        if [row["prompt"] for row in own] != asked:
-            raise ConfigError(f"compare: {subject.name} and {first.name} have images of different prompts")
+    asked = [row["prompt"] for row in found[0][2]]
     shown = []
     for (subject, pictures, _), model in zip(found, table.models, strict=True):
         steps = f"{subject.num_inference_steps} steps" if subject.num_inference_steps else "its own steps"
@@ -316,6 +359,18 @@ def compared(
     title = " and ".join(subject.name for subject, _, _ in found)
     write_comparison(page, title, asked, shown, table.parts() if table.columns() else (), max_rows=max_rows)
     return page
+
+
+def require_same_prompts(found: Sequence[tuple[Subject, Pictures, Sequence[Row]]]) -> None:
+    """Refuse to show images of different prompts beside each other.
+
+    Raises:
+        ConfigError: Names two.
+    """
+    first, _, rows = found[0]
+    for subject, _, own in found:
+        if [row["prompt"] for row in own] != [row["prompt"] for row in rows]:
+            raise ConfigError(f"compare: {subject.name} and {first.name} have images of different prompts")
 
 
 def require_answers(table: Table) -> None:
@@ -329,6 +384,15 @@ def require_answers(table: Table) -> None:
             if figure.values is not None and not figure.values.isfinite().any():
                 count = len(figure.values)
                 raise TrainingError(f"{model.name}: '{name}' is of none of {count} images: no answer is finite")
+
+
+def dependencies(chosen: Chosen) -> list[Any]:
+    """What the answers of a plugin depend on, as far as this machine can tell: its settings, its code, its files."""
+    files = [inspect.getsourcefile(chosen.cls) or "", *(str(value) for value in chosen.options.values())]
+    known = [path for path in map(Path, files) if "\0" not in str(path) and path.exists()]
+    known = [file for path in known for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in known if file.is_file()]
+    return [chosen.group, chosen.title, chosen.weight, chosen.options, stamps]
 
 
 def ask_model(benchmark: Benchmark, model: NamedModel | None) -> None:

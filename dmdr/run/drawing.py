@@ -168,7 +168,7 @@ def open_place(
         if model or teacher:
             raise ConfigError(f"--{'model' if model else 'teacher'} is not read for a pipeline; leave it out")
         if guidance_scale is None:
-            raise ConfigError(f"--guidance_scale is missing: {place} is a pipeline")
+            raise _without_guidance(place)
         options |= {"teacher_lora": lora} if lora else {}
         return open_pipeline(place, options=options, guidance_scale=guidance_scale, **how)
     if lora:
@@ -178,6 +178,26 @@ def open_place(
     guidance = guidance_scale if guidance_scale is not None else _guidance_of(folder) if teacher else 1.0
     how |= {"teacher": teacher, "guidance_scale": guidance}
     return open_export(folder, read_export(folder), model=model, options=options, **how)
+
+
+def _without_guidance(place: str) -> ConfigError:
+    what = "is a pipeline" if Path(place).exists() else "is no folder here, and as a pipeline of the hub it needs one"
+    return ConfigError(f"--guidance_scale is missing: {place} {what}")
+
+
+def require_guidance(place: str, guidance_scale: float | None) -> None:
+    """Refuse a pipeline whose guidance nobody says, before anything is drawn.
+
+    Raises:
+        ConfigError: Names the flag.
+    """
+    if guidance_scale is None and export_in(place) is None and is_pipeline(place):
+        raise _without_guidance(place)
+
+
+def weights_of(place: str) -> dict[str, list[int]]:
+    """Size and time of the weights of a run's student or of a pipeline, by which its images are told from others."""
+    return _files(export_in(place) or Path(place))
 
 
 def export_in(place: str) -> Path | None:

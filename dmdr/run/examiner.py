@@ -1,23 +1,27 @@
 """A benchmark in a run: it is asked about the images of each evaluation, in memory."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dmdr.benchmarks import Benchmark, ComparesWithImages, Figure, KeptAnswers
+from dmdr.benchmarks import AsksTheModel, Benchmark, ComparesWithImages, Figure, KeptAnswers, ScoresByRewards
 from dmdr.errors import ConfigError
+from dmdr.evaluation import answers
 from dmdr.evaluation.answers import Given, after_each_other, answers_about
 from dmdr.evaluation.pictures import batches, pictures_in
 from dmdr.prompts import Row
+from dmdr.protocols import NamedModel
 from dmdr.run.device import failing_together, on_main_process, share_of, together
 
-TEACHER = "teacher"  # what --reference_images may name
+TEACHER = "teacher"  # what stands for a run's teacher, in place of a folder
 CHUNK = 32  # images at a time
 
 
@@ -28,33 +32,75 @@ class Examiner:
         benchmark: Not prepared.
         title: What users call it.
         accelerator: The processes.
+        rows: Prompt rows of all images of an evaluation.
         draw_reference: Draws the images of the teacher that others are compared with, unless they are there; returns
             their folder. Called where --reference_images is 'teacher'.
     """
 
-    def __init__(self, benchmark: Benchmark, title: str, accelerator: Any, draw_reference: Callable[[], Path]) -> None:
-        self.benchmark, self.title, self.accelerator = benchmark, title, accelerator
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        title: str,
+        accelerator: Any,
+        rows: Sequence[Row],
+        draw_reference: Callable[[], Path],
+    ) -> None:
+        self.benchmark, self.title, self.accelerator, self.rows = benchmark, title, accelerator, rows
         self._draw_reference = draw_reference
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Load the benchmark's networks.
+    def prepare(self, model: NamedModel | None, dtype: torch.dtype) -> None:
+        """Refuse what no evaluation could be made with, and load the benchmark's networks.
+
+        Args:
+            model: The run's, if it has a name.
+            dtype: Of the networks.
 
         Raises:
-            ConfigError: If it refuses its settings.
+            ConfigError: If the benchmark cannot do with the run's prompts, its settings or the other images.
         """
+        if isinstance(self.benchmark, ScoresByRewards):
+            what = "scores by rewards, which an evaluation measures anyway (--eval_reward), as what a judge sees"
+            raise ConfigError(f"--eval_benchmark {self.title} {what}")
         with failing_together():
-            try:
-                self.benchmark.prepare(self.accelerator.device, dtype)
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"benchmark '{self.title}': {error}") from error
+            if isinstance(self.benchmark, AsksTheModel):
+                self.benchmark.ask(model)
+        self.rows = on_main_process(self.accelerator, self._read_rows)
+        place = self._place
+        if place not in (None, TEACHER):
+            on_main_process(self.accelerator, lambda: len(pictures_in(Path(place))))
+        with failing_together():
+            answers.prepare(self.benchmark, self.title, self.accelerator.device, dtype)
 
-    def __call__(self, pictures: Tensor, rows: Sequence[Row]) -> dict[str, Figure]:
+    def _read_rows(self) -> list[Row]:
+        """The rows as the benchmark reads them from a file, where it refuses those that it can ask nothing about."""
+        lines = [json.dumps(row, default=str) + "\n" for row in self.rows]
+        distinct = list(dict.fromkeys(lines))
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "prompts.jsonl"
+            file.write_text("".join(distinct), encoding="utf-8")
+            try:
+                found = [dict(row) for row in self.benchmark.rows(str(file), "prompt")]
+            except ConfigError as error:
+                said = str(error).replace(f"{file}", "the run's prompts")
+                raise ConfigError(f"--eval_benchmark {self.title}: {said}") from error
+        if len(found) != len(distinct):
+            what = f"reads {len(found)} of {len(distinct)} prompts of the run"
+            raise ConfigError(f"--eval_benchmark {self.title} {what}; use dmdr-eval after the run")
+        known = dict(zip(distinct, found, strict=True))
+        return [known[line] for line in lines]
+
+    @cached_property
+    def _place(self) -> str | None:
+        """Of the images that others are compared with."""
+        return self.benchmark.compared_with() if isinstance(self.benchmark, ComparesWithImages) else None
+
+    def __call__(self, pictures: Tensor) -> dict[str, Figure]:
         """The figures of an evaluation, by column.
 
         Args:
             pictures: This process's share of the images, [B, 3, H, W] in [0, 1] (`device.share_of`).
-            rows: Of all images.
         """
+        rows = self.rows
         own = [rows[index] for index in share_of(self.accelerator, len(rows))]
         # 8 bits, as of files: so that a benchmark says the same after the run
         seen = (pictures.clamp(0, 1) * 255).round() / 255
@@ -71,10 +117,9 @@ class Examiner:
     @cached_property
     def _reference(self) -> KeptAnswers | None:
         """The answers about the images that others are compared with."""
-        place = self.benchmark.compared_with() if isinstance(self.benchmark, ComparesWithImages) else None
-        if place is None:
+        if self._place is None:
             return None
-        folder = self._draw_reference() if place == TEACHER else Path(place)
+        folder = self._draw_reference() if self._place == TEACHER else Path(self._place)
         pictures = on_main_process(self.accelerator, lambda: pictures_in(folder))
         own = share_of(self.accelerator, len(pictures))
         with failing_together():

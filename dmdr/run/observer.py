@@ -19,7 +19,7 @@ from dmdr.evaluation.guard import Look, thumbnails
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Backend, Denoiser, Judge, TeacherGrid
 from dmdr.randomness import Random
-from dmdr.run.device import on_main_process, share_of, together
+from dmdr.run.device import failing_together, on_main_process, share_of, together
 from dmdr.run.examiner import Examiner, numbers
 from dmdr.run.folder import check_there
 from dmdr.run.job import Job
@@ -47,6 +47,9 @@ class Measurement:
     look: Look | None = None
 
 
+ABOUT = "about.json"  # of the teacher's images: what they were drawn from
+
+
 class Observer:
     """Draws with the networks as they are, and writes `samples/` and `evaluation.json` of the run folder.
 
@@ -68,7 +71,7 @@ class Observer:
         self.examiner: Examiner | None = None
         for plugin in job.settings.of("benchmarks"):
             benchmark = plugin.called(plugin.cls, plugin.values(config))
-            self.examiner = Examiner(benchmark, plugin.title, accelerator, self.draw_reference)
+            self.examiner = Examiner(benchmark, plugin.title, accelerator, self.eval_rows, self.draw_reference)
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -150,20 +153,30 @@ class Observer:
 
     def draw_reference(self) -> Path:
         """The folder of the teacher's images that the student's are compared with; they are drawn once."""
-        folder, rows = self.output / "reference", self.eval_rows
+        folder, rows, config = self.output / "reference", self.eval_rows, self.config
+        about: dict[str, Any] = {"rows": rows, "model": config.model, "revision": config.revision, "seed": config.seed}
+        about |= {"teacher_steps": config.teacher_steps, "guidance_scale": config.guidance_scale}
+        text = json.dumps(about, default=str, indent=2) + "\n"
 
         def there() -> bool:
             check_there(self.output)
-            return image_folder.find_index(str(folder)) is not None
+            return (folder / ABOUT).is_file() and (folder / ABOUT).read_text(encoding="utf-8") == text
 
         if not on_main_process(self.accelerator, there):
-            own = self.generate(*self.teacher(), rows, "reference", title="draw the teacher's images")
-            pictures = together(self.accelerator, own, len(rows))
-            if self.accelerator.is_main_process:
-                for name, picture in zip(image_folder.names(len(rows)), images.to_pil(pictures), strict=True):
-                    images.save(picture, folder / name)
+            own = share_of(self.accelerator, len(rows))
+            drawn = self.generate(*self.teacher(), rows, "reference", title="draw the teacher's images")
+            names = image_folder.names(len(rows))
+            with failing_together():  # each process writes its share
+                for index, picture in zip(own, images.to_pil(drawn), strict=True):
+                    images.save(picture, folder / names[index])
+
+            def complete() -> None:
+                for path in set(folder.glob("*.png")) - {folder / name for name in names}:
+                    path.unlink()  # of an evaluation of more images
                 image_folder.write_index(folder, rows)
-            self.accelerator.wait_for_everyone()
+                images.write_atomically(folder / ABOUT, text.encode())
+
+            on_main_process(self.accelerator, complete)
         return folder
 
     def _measure(self, title: str, denoiser: Denoiser, sampler: FewStepSampler) -> Measurement:
@@ -184,7 +197,7 @@ class Observer:
         )
         metrics, errors = dict(found.metrics), dict[str, float]()
         if self.examiner:
-            values, errors = numbers(self.examiner.title, self.examiner(pictures, rows))
+            values, errors = numbers(self.examiner.title, self.examiner(pictures))
             metrics |= values
         if "reward" not in found.totals:
             return Measurement(metrics, errors)

@@ -158,7 +158,7 @@ class Run:
             if rewards:
                 rewards.prepare(accelerator.device, dtype_of(config.reward_dtype))
         if self.observer.examiner:
-            self.observer.examiner.prepare(dtype_of(config.reward_dtype))
+            self.observer.examiner.prepare(self.job.model, dtype_of(config.reward_dtype))
         shared = {"sharding": mesh_of(self.plan.shards, accelerator)} if self.plan.shards > 1 else {}
         backend.prepare(accelerator, roles=self.plan.roles, **shared)
         self._load_initial()

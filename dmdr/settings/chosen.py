@@ -19,6 +19,7 @@ SUMS = {
     "sample_weights": "sample_weight",
     "benchmarks": "eval_benchmark",
 }
+SHARED = ("reference_images",)  # the fields of a benchmark that a setting of the command fills in
 ALONE = {  # and why there is no sum of them
     "matchings": "--dmd_weight is its weight",
     "sample_weights": "sample weights cannot be added",
@@ -52,7 +53,7 @@ class Chosen:
     @property
     def own_flags(self) -> list[Any]:
         """The fields that are flags of its own; a family or benchmark may have others, which the core's fill in."""
-        core = TOPICS if self.group in ("backends", "benchmarks") else ()
+        core = TOPICS if self.group == "backends" else SHARED if self.group == "benchmarks" else ()
         return [f for f in registry.flag_fields(self.group, self.cls) if f.name not in core]
 
     def values(self, settings: Any) -> dict[str, Any]:

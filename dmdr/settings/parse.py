@@ -133,7 +133,7 @@ def resolve(
     about = {
         "prog": "dmdr-train",
         "description": DESCRIPTION,
-        "epilog": f"{EPILOG} {installed(*registry.TRAINED_WITH)}",
+        "epilog": f"{EPILOG} {installed(*registry.GROUPS)}",
     }
     if first.help and all(asked[key] is None for key in ("model", "backend", *SUMS.values())):
         Parser(Config, whole=first.help == "all", **about).print_help()

@@ -47,8 +47,7 @@ READ_OFF_THE_CLASS = {  # before there is an instance
 }
 
 
-TRAINED_WITH = tuple(group for group in GROUPS if group != "benchmarks")  # what dmdr-train takes
-WITH_FLAGS = tuple(group for group in TRAINED_WITH if group != "models")
+WITH_FLAGS = tuple(group for group in GROUPS if group not in ("models", "benchmarks"))  # what a hint may point to
 
 
 class PluginError(ConfigError):

@@ -96,6 +96,11 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
         # What is written
         (not c.num_eval_samples, EVALUATION, "without --num_eval_samples"),
+        (
+            not any(hasattr(plugin.cls, "compared_with") for plugin in plugins if plugin.group == "benchmarks"),
+            "reference_images",
+            f"by --eval_benchmark {c.eval_benchmark}",
+        ),
         (not c.dry_run, "architecture gpu_memory", "without --dry_run"),
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),

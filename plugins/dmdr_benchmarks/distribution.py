@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmdr.benchmarks import Answers, Figure, KeptRows, Layout, prompts_of
+from dmdr.benchmarks import Answers, Figure, KeptAnswers, Layout, prompts_of
 from dmdr.errors import ConfigError, one_line
 from dmdr.images import to_pil
 from dmdr.metrics import (
@@ -37,30 +37,9 @@ GROUPS = 10  # parts of the prompts, of which the jackknife leaves out one at a 
 SMALL, MANY = 2000, 50_000  # images up to which there are standard errors, and diversity
 FEW = 1000  # images, fewer than the features have numbers: an exact distance then costs less than their covariance
 IMAGES = "arr_0"
+FEATURES = ("pool", "spatial", "probabilities", "dinov2")  # what is known of each image
 # Of Inception, by figure: the name of its features, their size, and what an .npz file of ADM's calls their statistics.
 STATISTICS = {"FID": ("pool", 2048, "mu", "sigma"), "sFID": ("spatial", 2023, "mu_s", "sigma_s")}
-
-
-@dataclass(frozen=True)
-class Some:
-    """Answers about some of the images (`Answers`), in memory.
-
-    Attributes:
-        index: Which, [n] int64.
-    """
-
-    answers: Answers
-    index: Tensor
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def tensor(self, name: str) -> KeptRows:
-        return KeptRows(self.answers.tensor(name)[self.index])
-
-    def texts(self, name: str) -> list[str]:
-        every = self.answers.texts(name)
-        return [every[i] for i in self.index.tolist()]
 
 
 @dataclass
@@ -72,8 +51,8 @@ class Distribution:
     spatial features of 7 channels, logits without bias, an inception score by chunks of 5,000 in the order of the
     images, k = 3 of precision and recall, by distances in float32 where ADM's are float16. Density and coverage have
     k = 5. Where DINOv2 alone is asked, they are in its space. Diversity is 1 - cosine between images of one prompt.
-    Standard errors are a jackknife's over prompts, up to 2,000 images. Those of shares of images (precision, recall,
-    coverage) are binomial: in a trial the jackknife's were 2.5 times too large.
+    Standard errors are a jackknife's over prompts, up to 2,000 images of each. Those of shares of images (precision,
+    recall, coverage) are binomial, over prompts and real images: in a trial the jackknife's were 2.5 times too large.
 
     Attributes:
         reference_images: A folder, or an .npz file with `arr_0`, or with ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, which
@@ -140,12 +119,11 @@ class Distribution:
 
     def answers(self, images: Tensor, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor | Sequence[str]]:
         found: dict[str, Tensor] = {}
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # features in float32 on a GPU, too
-            if self._asks("inception"):
-                pool, logits = self._inception((images * 255).round().to(torch.uint8))
-                found |= {"pool": pool, "spatial": self._spatial, "probabilities": logits.double().softmax(1).float()}
-            if self._asks("dino"):
-                found["dinov2"] = self._embed(images)
+        if self._asks("inception"):
+            pool, logits = self._inception((images * 255).round().to(torch.uint8))
+            found |= {"pool": pool, "spatial": self._spatial, "probabilities": logits.double().softmax(1).float()}
+        if self._asks("dino"):
+            found["dinov2"] = self._embed(images)
         return found
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -169,16 +147,17 @@ class Distribution:
         prompts = prompts_of(rows)
         values = self._distances(answers, reference)
         errors = torch.full((len(values),), math.nan)
-        if len(answers) <= SMALL and len(set(prompts)) >= GROUPS:  # of more, it takes too long
+        real = len(reference) if reference else 0
+        if max(len(answers), real) <= SMALL and len(set(prompts)) >= GROUPS:  # of more, it takes too long
+            names = [name for name in FEATURES if self._asks("dino" if name == "dinov2" else "inception")]
+            every = {name: answers.tensor(name).whole() for name in names}
 
             def of_some(index: Tensor) -> Tensor:
-                return torch.tensor([*self._distances(Some(answers, index), reference).values()])
+                some = KeptAnswers({name: value[index] for name, value in every.items()})
+                return torch.tensor([*self._distances(some, reference).values()])
 
             errors = jackknife(of_some, prompts, groups=GROUPS)
-        shares = {
-            "precision": len(answers),
-            **dict.fromkeys(("recall", "coverage"), len(reference) if reference else 0),
-        }
+        shares = {"precision": len(set(prompts)), "recall": real, "coverage": real}
         for i, (name, value) in enumerate(values.items()):
             if name in shares:
                 errors[i] = math.sqrt(value * (1 - value) / shares[name])

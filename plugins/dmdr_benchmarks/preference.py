@@ -21,6 +21,7 @@ class Preference:
 
     images_per_prompt: ClassVar[int] = 1
     layout: ClassVar[Layout] = "flat"
+    reads_prompts: ClassVar[bool] = False  # only its rewards do
     reward: ClassVar[str] = "clip+aesthetic+pickscore+hps+imagereward"
 
     def use(self, rewards: RewardSum) -> None:

@@ -1,6 +1,7 @@
 """`dmdr-eval` and `dmdr-reward-server` as their users meet them: scores, help, and refusals in one line."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -93,7 +94,8 @@ def call(room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     """Run dmdr-eval on the scans in this process: its exit code, stdout and stderr."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-eval", "scans", "--model=digits", *arguments])
+        subjects = [] if any(argument.startswith("--subjects") for argument in arguments) else ["scans"]
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/dmdr-eval", *subjects, "--model=digits", *arguments])
         with pytest.raises(SystemExit) as end:
             evaluate.main()
         captured = capsys.readouterr()
@@ -331,6 +333,10 @@ def everything(folder: Path) -> dict[str, bytes | None]:
         (("--subjects", "a=scans", "a=scans", "--baseline=a"), "repetitions cannot be compared image by image"),
         (("--subjects", "teacher"), "teacher: name a run before it, whose teacher it is"),
         (("--num_inference_steps=0",), "--num_inference_steps must be 1 to 1000"),
+        (("--seed=1",), "--seed is not read here: nothing is drawn; leave it out"),
+        (("--guidance_scale=2",), "--guidance_scale is not read here: neither a pipeline nor a teacher draws"),
+        (("--reference_images=empty",), "--reference_images is not read here: the benchmark compares with no images"),
+        (("--subjects", "scans", "runs/x"), "no folder here, and as a pipeline of the hub it needs one"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",
 )
@@ -516,15 +522,22 @@ def test_a_run_and_its_teacher_are_drawn_measured_and_compared(
     for name, teacher in (("toy-3", False), ("teacher-3", True)):
         artist = open_place("toy", teacher=teacher, num_inference_steps=3)
         for one, other in zip(
-            artist.draw(rows, 0, room / name), sorted((output / name / "images").glob("*.png")), strict=True
+            artist.draw(rows, 0, room / name), sorted((output / name).glob("images-*/*.png")), strict=True
         ):
             assert torch.equal(read_image(one), read_image(other))
     report = (place / "report.html").read_text()
     assert 'href="evaluation/comparison.html"' in report and 'href="evaluation/preference.md"' in report
     assert (output / "comparison.html").read_text().count("<article") == 6
+    with pytest.MonkeyPatch.context() as patch:  # nothing is loaded where all images are there
+        patch.setattr("dmdr.run.benchmarking.open_place", None)
+        assert evaluated(*arguments)[1].splitlines()[:12] == lines[:12]
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
-    assert evaluated(*arguments)[1].splitlines()[:12] == lines[:12]
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.png")} == before
+    (room / "two.txt").write_text("mode 1\nmode 2\n")
+    arguments[2] = "--prompts=two.txt"
+    code, out, err = evaluated(*arguments)
+    assert code == 0 and out.splitlines()[2].split()[-1] == "4", err
+    # The images of before are still there, and the tables of both.
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}.items()
 
 
 def test_a_strangers_benchmark_with_grids(trained: Path, evaluated: Callable[..., Any], room: Path) -> None:
@@ -533,7 +546,7 @@ def test_a_strangers_benchmark_with_grids(trained: Path, evaluated: Callable[...
     assert code == 0, err
     assert out.splitlines()[:2] == ["Redness times 100.", "model            redness  images"]
     (folder,) = (path for path in (room / "out").iterdir() if path.is_dir())
-    grids = folder / "images" / "grids"
+    (grids,) = folder.glob("images-*/grids")
     assert sorted(path.name for path in grids.iterdir()) == ["id0.png", "id1.png", "id2.png"]
     again = evaluated(f"toy={grids}", *arguments)[1]
     assert again.splitlines()[2].split()[1:] == out.splitlines()[2].split()[1:]
@@ -544,16 +557,29 @@ def test_a_strangers_benchmark_with_grids(trained: Path, evaluated: Callable[...
         ("--reward=toy", "--reward: benchmark 'red.py:Red' does not score by rewards; leave it out"),
         (
             "--reference_images=scans",
-            "--reference_images: benchmark 'red.py:Red' compares with no images; leave it out",
-        ),
-        (
-            "--images_per_prompt=2",
-            "--images_per_prompt 2: benchmark 'red.py:Red' draws grids of 4 images; leave it out",
+            "--reference_images is not read here: the benchmark compares with no images; leave it out",
         ),
         ("--prompts=prompts.txt", "holds 12 images, but --prompts prompts.txt has"),
     ):
         code, _, err = evaluated("toy.npz", *arguments, name)
         assert (code, err.count("\n")) == (2, 1) and said in err
+
+
+def test_answers_depend_on_code_and_weights(evaluated: Callable[..., Any], room: Path) -> None:
+    (room / "mine.py").write_text("def grey(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    arguments = ("scans", "--prompts=prompts.txt", "--reward=2*mine.py:grey+toy")
+    first = evaluated(*arguments)[1].splitlines()[2].split()
+    other = evaluated("scans", "--prompts=prompts.txt", "--reward=mine.py:grey+toy")[1].splitlines()
+    assert "total" not in other[1] and other[2].split()[1] == first[1]
+    (room / "mine.py").write_text("def grey(images, prompts):\n    return 1 - images.mean((1, 2, 3))\n")
+    importlib.invalidate_caches()
+    changed = evaluated(*arguments)[1].splitlines()[2].split()
+    assert float(changed[1]) == pytest.approx(1 - float(first[1]), abs=2e-4)
+
+
+def test_a_judge_reads_prompts_whatever_its_rewards_do(evaluated: Callable[..., Any], room: Path) -> None:
+    code, _, err = evaluated("scans", "--benchmark=judge", "--model=digits", "--reward=aesthetic")
+    assert code == 2 and "--prompts is missing: scans holds images and no prompts" in err
 
 
 def test_images_alone_are_compared(trained: Path, evaluated: Callable[..., Any], room: Path) -> None:

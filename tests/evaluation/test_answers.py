@@ -209,6 +209,12 @@ def test_nothing_is_asked_twice_unless_it_has_changed(tmp_path: Path, monkeypatc
     ("given", "said"),
     [
         ({}, "benchmark 'probe' gives no answer"),
+        (
+            {"number": torch.tensor(1.0)},
+            "benchmark 'probe': 'number' is a Tensor; expected a tensor [B, ...], or a text",
+        ),
+        ({"said": "ab"}, "benchmark 'probe': 'said' is a str; expected a tensor [B, ...], or a text for each image"),
+        ({"image": ["a", "b"]}, "benchmark 'probe': an answer is called 'image', as a column of the CSV file is"),
         ({"number": torch.zeros(3)}, "benchmark 'probe': 3 answers 'number' about 2 images"),
         (
             {"number": [1.0, 2.0]},
@@ -223,7 +229,33 @@ def test_answers_that_break_the_contract(tmp_path: Path, given: dict[str, Any], 
 
     with pytest.raises(TrainingError) as error:
         asked(tmp_path / "answers", Broken(), Files(tmp_path, [save(tmp_path / "1.png")] * 2), rows_of(2))
-    assert str(error.value) == said
+    assert str(error.value).startswith(said)
+
+
+def test_no_answer_is_computed_in_tf32(tmp_path: Path) -> None:
+    class Watching(Probe):
+        def answers(self, images: Tensor, rows: Any) -> Any:
+            precise.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return super().answers(images, rows)
+
+    precise: list[tuple[str, bool]] = []
+    torch.set_float32_matmul_precision("high")
+    try:
+        asked(tmp_path / "answers", Watching(), Files(tmp_path, [save(tmp_path / "1.png")]), rows_of(1))
+        assert precise == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_answers_have_one_form(tmp_path: Path) -> None:
+    class Grows(Probe):
+        def answers(self, images: Tensor, rows: Any) -> Any:
+            return {"number": torch.zeros(len(images), 1 + int(rows[0]["prompt"]))}
+
+    with pytest.raises(
+        TrainingError, match=r"'probe' answers in another form than before: \{'number': .*\[B, 3\]'\}, not"
+    ):
+        asked(tmp_path / "a", Grows(), Files(tmp_path, [save(tmp_path / "1.png")] * 4), rows_of(4), batch_size=2)
 
 
 # --- Other places of images ------------------------------------------------------------------------------------------
@@ -410,6 +442,24 @@ def test_the_table_in_all_its_forms() -> None:
     assert (difference["mean"], difference["prompts"], difference["left_out"]) == (pytest.approx(1), 3, 1)
     assert "differences" not in json.loads(Table("About it.", [base]).as_json())
     assert len(Table("About it.", [base, other]).parts()) == 1
+
+
+def test_differences_are_of_the_prompts_that_both_have() -> None:
+    base = model("base", [1.0, 2.0, 4.0], ["a", "b", "c"])
+    base.figures["only"] = Figure.mean(torch.tensor([1.0, 2.0, 4.0]), [{"prompt": p} for p in "abc"], 1)  # type: ignore[index]
+    other = model("other", [3.0, 3.0, 9.0, 9.0], ["b", "b", "c", "x"])
+    other.figures["only"] = Figure.mean(torch.tensor([3.0, 3.0, 9.0, 9.0]), [{"prompt": p} for p in "bbcx"], 1)  # type: ignore[index]
+    first = model("first", [1.0], ["q"])  # which lacks a column
+    table = Table("About it.", [first, base, other], base)
+    found = table.differences
+    assert found.keys() == {"other"} and found["other"]["score"].count == 2
+    assert found["other"]["score"].mean == pytest.approx((1 + 5) / 2)
+    assert table.as_text().splitlines()[-1].startswith("other  +3.0000 (+1.0000 to +5.0000)  +3.0 (+1.0 to +5.0)")
+    alone = Table("About it.", [first, base], base)
+    said = "No difference to base: no column is a mean over prompts of which both have images."
+    assert alone.as_text().endswith(said) and said in alone.as_markdown() and f"% {said}" in alone.as_latex()
+    without = Measured("w", {"score": Figure.mean(torch.ones(2), [{"prompt": ""}] * 2)}, [0, 1])
+    assert not Table("About it.", [without, Measured("v", without.figures, [0, 1])], without).differences
 
 
 def test_repetitions_share_a_line() -> None:

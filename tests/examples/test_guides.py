@@ -257,7 +257,9 @@ def ablate(command: Command) -> None:
 EXECUTE: dict[str, Callable[[Command], None]] = {
     "dmdr-train": train,
     "dmdr-sample": lambda command: sample.run(command.words[1:]),
-    "dmdr-eval": lambda command: eval_command.run([*command.words[1:], "--model", "digits"]),
+    "dmdr-eval": lambda command: eval_command.run(
+        [*command.words[1:], *(["--model", "digits"] if "--reward" in command.words else [])]
+    ),
     "dmdr-plugins": lambda command: plugins_command.run(command.words[1:]),
     "python": ablate,
 }

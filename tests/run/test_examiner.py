@@ -127,6 +127,42 @@ def test_what_a_benchmark_refuses_is_one_line(room: Path) -> None:
         train(**settings, reference_images="nowhere", output_dir="run")
 
 
+def test_what_no_evaluation_could_be_made_with_is_refused_before_training(room: Path) -> None:
+    settings = {**SETTINGS, "eval_steps": 0}
+    for more, said in (
+        (
+            {"eval_benchmark": "preference"},
+            "--eval_benchmark preference scores by rewards, which an evaluation measures",
+        ),
+        ({"eval_benchmark": "judge"}, "--eval_benchmark judge scores by rewards"),
+        ({"eval_benchmark": "ocr"}, "--eval_benchmark ocr: --prompts: the run's prompts: row 1 has no text between"),
+        ({"eval_benchmark": "geneval"}, "--eval_benchmark geneval: --prompts: the run's prompts row 1: tag must be"),
+        ({"eval_benchmark": "near.py:Near", "reference_images": "nowhere"}, "no such folder: nowhere"),
+        (
+            {"eval_benchmark": "ocr", "reference_images": "nowhere"},
+            "--reference_images is not read by --eval_benchmark ocr",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train(**{**settings, **more}, output_dir="run")
+        assert not (room / "run").exists()
+
+
+def test_the_teachers_images_are_drawn_anew_where_they_would_be_others(
+    room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
+    settings = {**SETTINGS, "eval_benchmark": "near.py:Near", "reference_images": "teacher", "eval_steps": 0}
+    folder = train(**settings, output_dir="run") / "reference"
+    first = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    longer = {"stage1_steps": 3, "resume_from_checkpoint": "latest", "output_dir": "run"}
+    train(**{**settings, **longer})
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == first
+    train(**{**settings, **longer, "stage1_steps": 4, "num_eval_samples": 3, "teacher_steps": 3})
+    again = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert len(again) == 3 and again != {name: first[name] for name in again}
+
+
 def test_an_evaluation_that_measures_nothing_is_not_made(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

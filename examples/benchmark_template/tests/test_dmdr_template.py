@@ -2,7 +2,8 @@
 
 import torch
 
-from dmdr.testing import KeptAnswers, check_benchmark
+from dmdr.benchmarks import KeptAnswers
+from dmdr.testing import check_benchmark
 from dmdr_template import Brightness
 
 
