@@ -36,12 +36,15 @@ class Figure:
         values: Of each image, [N] float64, where `value` is the mean of the prompts' means; two models are then
             compared prompt by prompt. NaN leaves an image out.
         decimals: Digits after the point.
+        strata: Of each image, where the prompts are of kinds that another experiment would have as many of: the
+            interval of a difference then draws prompts within their kind.
     """
 
     value: float
     error: float = math.nan
     values: Tensor | None = None
     decimals: int = 4
+    strata: Sequence[Hashable] | None = None
 
     @classmethod
     def mean(cls, values: Tensor, rows: Sequence[Mapping[str, Any]], decimals: int = 4) -> "Figure":

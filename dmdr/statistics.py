@@ -83,11 +83,19 @@ def jackknife(
     return ((len(parts) - 1) / len(parts) * (found - found.mean(0)).square().sum(0)).sqrt()
 
 
-def bootstrap(values: Tensor, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def bootstrap(
+    values: Tensor,
+    strata: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
     """The mean of independent values with a bootstrap interval, corrected for bias and acceleration (BCa).
 
     Args:
         values: One of each prompt, [P]; differences of pairs, for a comparison. Those not finite are left out.
+        strata: Of each value: another experiment would have as many of each kind; all are of one kind by default.
         level: Share of all experiments in which the interval is to hold the true mean.
         resamples: Samples that are drawn from the values.
         seed: Of the draws.
@@ -103,11 +111,22 @@ def bootstrap(values: Tensor, *, level: float = 0.95, resamples: int = RESAMPLES
     if np.ptp(x) == 0:
         return Estimate(mean, mean, mean, count, left_out)
     rows = max(1, 2**22 // count)  # resamples at a time, which bounds the memory
-    parts = [
-        x[random.integers(count, size=(min(rows, resamples - start), count))].mean(1)
-        for start in range(0, resamples, rows)
-    ]
-    means = np.sort(np.concatenate(parts))
+    kinds: dict[Hashable, list[float]] = {}
+    kept = (
+        [0] * count
+        if strata is None
+        else [kind for kind, value in zip(strata, found, strict=True) if np.isfinite(value)]
+    )
+    for kind, value in zip(kept, x, strict=True):
+        kinds.setdefault(kind, []).append(value)
+    groups = [np.array(group) for group in kinds.values()]
+    means = np.zeros(resamples)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        for group in groups:
+            drawn = random.integers(len(group), size=(size, len(group)))
+            means[start : start + size] += group[drawn].sum(1) / count
+    means = np.sort(means)
     share = ((means < mean).mean() + (means <= mean).mean()) / 2
     bias = normal.inv_cdf(min(max(float(share), 1 / resamples), 1 - 1 / resamples))
     jackknife = mean - (mean * count - x) / (count - 1)

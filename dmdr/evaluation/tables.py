@@ -76,7 +76,9 @@ class Table:
                 means, others = _by_prompt(model, figure.values), _by_prompt(base, other.values)
                 if common := [prompt for prompt in means if prompt in others]:
                     difference = torch.tensor([means[prompt] - others[prompt] for prompt in common])
-                    found.setdefault(model.name, {})[name] = bootstrap(difference)
+                    kinds = dict(zip(model.prompts, figure.strata, strict=True)) if figure.strata else None
+                    strata = [kinds[prompt] for prompt in common] if kinds else None
+                    found.setdefault(model.name, {})[name] = bootstrap(difference, strata)
         return found
 
     def parts(self) -> list[tuple[str, list[list[str]]]]:

@@ -86,6 +86,7 @@ class ImagesAlone:
 
     images_per_prompt: ClassVar[int] = 1
     layout: ClassVar[Layout] = "flat"
+    reads_prompts: ClassVar[bool] = False
 
     def about(self) -> str:
         return "Images alone."
@@ -348,7 +349,8 @@ def compared(
         how: In what way images were drawn, for all of them.
         max_rows: Prompts that are shown.
     """
-    asked = [row["prompt"] for row in found[0][2]]
+    _, first, rows = found[0]
+    asked = [row["prompt"] or first.name(i) for i, row in enumerate(rows)]
     shown = []
     for (subject, pictures, _), model in zip(found, table.models, strict=True):
         steps = f"{subject.num_inference_steps} steps" if subject.num_inference_steps else "its own steps"

@@ -113,4 +113,4 @@ class GenEval:
         count = Counter(tag for tag, _ in set(zip(tags, prompts_of(rows), strict=True)))
         weights = [count.total() / (len(count) * count[tag]) for tag in tags]
         values = correct * torch.tensor(weights, dtype=torch.float64)
-        return {"overall": Figure(value, error, values), **by_tag}
+        return {"overall": Figure(value, error, values, strata=tags), **by_tag}

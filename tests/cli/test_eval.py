@@ -587,5 +587,9 @@ def test_images_alone_are_compared(trained: Path, evaluated: Callable[..., Any],
     assert (code, out) == (0, "saved as out/comparison.html\n"), err
     code, _, err = evaluated("compare", "scans", f"run={trained}", "--prompts=modes.jsonl", "--output_dir=out")
     assert code == 2 and "scans holds 25 images, but --prompts modes.jsonl has 3 prompts" in err
+    shutil.copytree("scans", "same")
+    code, out, err = evaluated("compare", "scans", "same", "--output_dir=without")  # whose names say which they are
+    assert (code, out) == (0, "saved as without/comparison.html\n"), err
+    assert "24.png" in (room / "without" / "comparison.html").read_text()
     code, _, err = evaluated(str(trained), "--reward=toy")
     assert code == 2 and "--prompts is missing" in err
