@@ -213,7 +213,10 @@ def check(flags: EvalFlags, subjects: "Sequence[Subject]", plugin: Chosen | None
     if flags.baseline and (flags.baseline not in names or not plugin):
         what = f"is none of what is measured: {', '.join(names)}" if plugin else "is not read without a benchmark"
         raise ConfigError(f"--baseline {flags.baseline} {what}")
-    if len(set(names)) < len(names) and (flags.baseline or isinstance(flags, CompareFlags)):
+    if isinstance(flags, CompareFlags) and len(names) < 2:
+        raise ConfigError(f"compare: give two or more; there is {names[0]} alone")
+    repeated = {name for name in names if names.count(name) > 1}
+    if flags.baseline in repeated or (repeated and isinstance(flags, CompareFlags)):
         raise ConfigError("repetitions cannot be compared image by image: give each another NAME")
     drawn = [subject for subject in subjects if subject.drawn]
     guided = [subject for subject in drawn if subject.teacher or benchmarking.is_pipeline(subject.place)]

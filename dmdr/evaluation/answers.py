@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmdr import images
 from dmdr.benchmarks import Benchmark
-from dmdr.errors import ConfigError, TrainingError
+from dmdr.errors import ConfigError, MissingFile, TrainingError
 from dmdr.evaluation.pictures import Pictures, batches
 from dmdr.prompts import Row
 
@@ -192,6 +192,9 @@ def prepare(benchmark: Benchmark, title: str, device: torch.device, dtype: torch
     """
     try:
         benchmark.prepare(device, dtype)
+    except MissingFile as error:
+        what = f"{error.what}; download it and give its local path with --{error.option}"
+        raise ConfigError(f"benchmark '{title}': {what}") from error
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

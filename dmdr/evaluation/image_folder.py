@@ -36,7 +36,8 @@ def check_place(folder: Path, rows: Sequence[Row]) -> None:
     if any("file_name" in row for row in rows):
         raise ConfigError(f"--prompts: rename the column 'file_name': {INDEX} uses this name for the images")
     index = find_index(str(folder))
-    if index and not (index.name == INDEX and _named(index) <= set(names(len(rows)))):
+    new = dict(zip(names(len(rows)), (str(row["prompt"]) for row in rows), strict=True))
+    if index and not (index.name == INDEX and _named(index).items() <= new.items()):
         what = f"{index} lists other images than the {len(rows)} of this command"
         raise ConfigError(f"--output_dir {folder}: {what}; give another folder, or empty this one")
 
@@ -54,12 +55,12 @@ def names(count: int) -> list[str]:
     return [f"{i:04d}.png" for i in range(count)]
 
 
-def _named(index: Path) -> set[str]:
-    """What an index names; itself where it is no index of ours."""
+def _named(index: Path) -> dict[str, str]:
+    """The prompts of the images that an index names; its own name where it is no index of ours."""
     try:
-        return {row["file_name"] for row in _read_index(index, "prompt")}
+        return {row["file_name"]: str(row["prompt"]) for row in _read_index(index, "prompt")}
     except ConfigError:
-        return {index.name}
+        return {index.name: ""}
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ class Archive:
     @cached_property
     def _array(self) -> tuple[int, tuple[int, ...]]:
         """Where its numbers begin in the file, and its shape."""
+        if not zipfile.is_zipfile(self.path):
+            raise ConfigError(f"{self.path} {'is no .npz file' if self.path.exists() else 'is not there'}")
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
                 packed = archive.getinfo("arr_0.npy").compress_type != zipfile.ZIP_STORED

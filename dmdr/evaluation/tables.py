@@ -44,7 +44,7 @@ class Table:
     Attributes:
         about: A sentence over the table.
         models: One line each; those of one name are repetitions, such as seeds, and share a line.
-        baseline: The one that the others are compared with, if any; neither it nor they are repetitions.
+        baseline: The one that the others are compared with, if any; repetitions are not.
     """
 
     about: str
@@ -65,9 +65,9 @@ class Table:
     def differences(self) -> dict[str, dict[str, Estimate]]:
         """Of each model to the baseline, by column: of the means of the prompts that both have images of."""
         found: dict[str, dict[str, Estimate]] = {}
-        base = self.baseline
+        base, groups = self.baseline, self._groups()
         for model in self.models if base else ():
-            if base is None or model is base:
+            if base is None or model is base or len(groups[model.name]) > 1:
                 continue
             for name, figure in model.figures.items():
                 other = base.figures.get(name)

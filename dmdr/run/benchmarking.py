@@ -129,6 +129,10 @@ def subjects_of(places: Sequence[str], steps: Sequence[int] | None) -> list[Subj
             place = runs[0]
         if not Path(place).exists() and not is_pipeline(place):
             raise ConfigError(f"no such folder: {place}")
+        if Path(place).is_file() and Path(place).suffix != ".npz":
+            raise ConfigError(
+                f"{place} is a file: give a run, a pipeline, a folder of images, or an .npz file of images"
+            )
         drawn = teacher or export_in(place) is not None or is_pipeline(place)
         called = name or (TEACHER if teacher else _called(place))
         counts = steps if drawn and steps else [None]
@@ -264,7 +268,12 @@ class Examination:
             num_inference_steps=subject.num_inference_steps,
             mixed_precision=asked.mixed_precision,
         )
-        artist.write(list(rows), asked.seed, pictures.paths, batch_size=asked.batch_size)
+        try:
+            artist.write(list(rows), asked.seed, pictures.paths, batch_size=asked.batch_size)
+        except KeyboardInterrupt:
+            if self.state.is_main_process:
+                print(f"stopped while {subject.name} was drawn; the same command goes on", file=sys.stderr)
+            raise
         del artist  # before the judges are loaded
         gc.collect()
         if torch.cuda.is_available():
@@ -302,9 +311,9 @@ class Examination:
                         if interrupts.arrived():
                             interrupts.leave()
             except BaseException:  # a signal, too
-                if main:
-                    left = sum(len(store.indices(shard)) for shard in store.due())
-                    said = f"the answers about {len(store) - left} of {len(store)} images are kept in {folder}"
+                kept = len(store) - sum(len(store.indices(shard)) for shard in store.due())
+                if main and kept:
+                    said = f"the answers about {kept} of {len(store)} images are kept in {folder}"
                     print(f"{said}; the same command goes on", file=sys.stderr)
                 raise
         return store
@@ -352,7 +361,9 @@ def compared(
     _, first, rows = found[0]
     asked = [row["prompt"] or first.name(i) for i, row in enumerate(rows)]
     shown = []
-    for (subject, pictures, _), model in zip(found, table.models, strict=True):
+    # The baseline first: the page begins with differences to the first, as the table has them.
+    order = sorted(zip(found, table.models, strict=True), key=lambda pair: pair[1] is not table.baseline)
+    for (subject, pictures, _), model in order:
         steps = f"{subject.num_inference_steps} steps" if subject.num_inference_steps else "its own steps"
         about = f"{subject.place}{', its teacher' if subject.teacher else ''}{f', {steps}, {how}' * subject.drawn}"
         scores = {name: figure.values for name, figure in model.figures.items() if figure.values is not None}

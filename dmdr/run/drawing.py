@@ -181,8 +181,9 @@ def open_place(
 
 
 def _without_guidance(place: str) -> ConfigError:
-    what = "is a pipeline" if Path(place).exists() else "is no folder here, and as a pipeline of the hub it needs one"
-    return ConfigError(f"--guidance_scale is missing: {place} {what}")
+    if Path(place).exists():
+        return ConfigError(f"--guidance_scale is missing: {place} is a pipeline")
+    return ConfigError(f"no such folder: {place} (if it is a pipeline of the hub, give --guidance_scale)")
 
 
 def require_guidance(place: str, guidance_scale: float | None) -> None:

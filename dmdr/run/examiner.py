@@ -81,7 +81,7 @@ class Examiner:
             try:
                 found = [dict(row) for row in self.benchmark.rows(str(file), "prompt")]
             except ConfigError as error:
-                said = str(error).replace(f"{file}", "the run's prompts")
+                said = str(error).replace(f"--prompts: {file}", "the run's prompts")
                 raise ConfigError(f"--eval_benchmark {self.title}: {said}") from error
         if len(found) != len(distinct):
             what = f"reads {len(found)} of {len(distinct)} prompts of the run"

@@ -5,7 +5,7 @@
 
 Every cell is an ordinary run folder under --output_dir, which `dmdr-eval` measures; what is there is not repeated.
 Prints the table in markdown and each gate with its figures, writes `hacking.png`, and exits with 1 if a gate does not
-hold.
+hold. Gates look at what each run measured itself, where the teacher has the student's sampler and noise.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def measured(output: Path, places: Mapping[str, Path], *flags: str, seed: int, r
 
     Args:
         output: Folder of its tables.
-        places: Run or pipeline folders by name.
+        places: Run folders by name.
         flags: Further ones of the command.
         seed: Of the noise.
         reward: The rewards that the table has.
@@ -72,6 +72,14 @@ def measured(output: Path, places: Mapping[str, Path], *flags: str, seed: int, r
     }
 
 
+def own_columns(folder: Path) -> Columns:
+    """What a run measured itself, by column; of stage 2 also when the guard began to see a hacked reward."""
+    columns: Columns = json.loads((folder / "evaluation.json").read_text())["columns"]
+    if "stage 2" in columns:
+        columns["stage 2"]["hacked"] = hacked_since(folder)
+    return columns
+
+
 def hacked_since(folder: Path) -> float:
     """The update at which the run's guard began to see a hacked reward; 0 if it never did."""
     file = folder / "hacking.json"
@@ -79,9 +87,10 @@ def hacked_since(folder: Path) -> float:
     return float(next((each["step"] for each in found if each["text"]), 0))
 
 
-def measure(root: Path, seeds: list[int]) -> Cells:
-    """Rows of the table, each with one evaluation per seed."""
+def measure(root: Path, seeds: list[int]) -> tuple[Cells, Cells]:
+    """Rows of the table, each with one evaluation per seed, and the rows that the gates look at: the runs' own."""
     rows: Cells = {}
+    own: Cells = {}
     for seed in seeds:
         first = trained(root / f"stage1-seed{seed}", seed=seed, stage2_steps=0)
         second = {"seed": seed, "init_student": str(first), "eval_steps": 20}
@@ -95,14 +104,17 @@ def measure(root: Path, seeds: list[int]) -> Cells:
             ),
         }
         found = measured(root / f"measured-seed{seed}", runs, seed=seed)
-        for name in ("+ joint DMD and ReFL", "+ ReFL only"):
-            found[name]["hacked"] = hacked_since(runs[name])
-        teacher = {"teacher": Digits().folder()}
-        steps = ["--guidance_scale=1", "--num_inference_steps", "28", "4", "1"]
-        found |= measured(root / f"teacher-seed{seed}", teacher, *steps, seed=seed)
+        both = {"student": first, "teacher": Path("teacher")}  # that of the run
+        steps = ["--num_inference_steps", "28", "4", "1"]
+        found |= measured(root / f"teacher-seed{seed}", both, *steps, seed=seed)
         for name, title in TITLES.items():
             rows.setdefault(title, []).append(found[name])
-    return rows
+        for name, folder in runs.items():
+            columns = own_columns(folder)
+            own.setdefault(name, []).append(columns.get("stage 2") or columns["stage 1"])
+        for steps_of, folder in (("4 steps", first), ("1 step", runs["stage 1 (DMD), 1 step"])):
+            own.setdefault(f"teacher, {steps_of}", []).append(own_columns(folder)[f"teacher, {steps_of}"])
+    return rows, own
 
 
 def markdown(rows: Cells, metrics: dict[str, str] = METRICS) -> str:
@@ -204,9 +216,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/digits-table"))
     args = parser.parse_args()
-    rows = measure(args.output_dir, args.seeds)
+    rows, own = measure(args.output_dir, args.seeds)
     print(markdown(rows) + "\n")
-    results = gates(rows)
+    results = gates(own)
     for holds, text in results:
         print(f"{'holds ' if holds else 'FAILED'}  {text}")
     picture(args.output_dir, args.seeds[0], args.output_dir / "hacking.png")

@@ -1,6 +1,7 @@
 """The distribution table: how close images are to real ones, in the features of Inception and of DINOv2."""
 
 import math
+import zipfile
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -201,6 +202,8 @@ class Distribution:
         place = Path(str(self.reference_images))
         if place.suffix != ".npz":
             return True, {}
+        if place.is_file() and not zipfile.is_zipfile(place):
+            raise ConfigError(f"{place} is no .npz file")
         found: dict[str, Moments] = {}
         try:
             with np.load(place) as file:

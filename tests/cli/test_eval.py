@@ -336,7 +336,10 @@ def everything(folder: Path) -> dict[str, bytes | None]:
         (("--seed=1",), "--seed is not read here: nothing is drawn; leave it out"),
         (("--guidance_scale=2",), "--guidance_scale is not read here: neither a pipeline nor a teacher draws"),
         (("--reference_images=empty",), "--reference_images is not read here: the benchmark compares with no images"),
-        (("--subjects", "scans", "runs/x"), "no folder here, and as a pipeline of the hub it needs one"),
+        (
+            ("--subjects", "scans", "runs/x"),
+            "no such folder: runs/x (if it is a pipeline of the hub, give --guidance_scale)",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",
 )

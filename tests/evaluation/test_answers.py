@@ -282,8 +282,10 @@ def test_an_archive_of_samples_is_read_image_by_image(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"samples\.npz is compressed: write it with numpy\.savez"):
         len(Archive(file))
     file.write_bytes(b"no archive")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"samples\.npz is no \.npz file"):
         len(Archive(file))
+    with pytest.raises(ConfigError, match=r"none\.npz is not there"):
+        len(Archive(tmp_path / "none.npz"))
 
 
 def test_quarters_of_a_grid(tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def test_references(sets: tuple[KeptAnswers, KeptAnswers], tmp_path: Path, monke
         ({"mu": np.array(["a"]), "sigma": np.eye(3)}, "cannot be read: ValueError: could not convert string"),
         ({"other": np.zeros(3)}, "has neither images ('arr_0') nor 'mu' and 'sigma'"),
         (None, "cannot be read: FileNotFoundError"),
-        ("a text", "cannot be read: "),
+        ("a text", "is no .npz file"),
     ],
 )
 def test_references_that_are_refused(tmp_path: Path, content: Any, said: str) -> None:

@@ -135,8 +135,8 @@ def test_what_no_evaluation_could_be_made_with_is_refused_before_training(room: 
             "--eval_benchmark preference scores by rewards, which an evaluation measures",
         ),
         ({"eval_benchmark": "judge"}, "--eval_benchmark judge scores by rewards"),
-        ({"eval_benchmark": "ocr"}, "--eval_benchmark ocr: --prompts: the run's prompts: row 1 has no text between"),
-        ({"eval_benchmark": "geneval"}, "--eval_benchmark geneval: --prompts: the run's prompts row 1: tag must be"),
+        ({"eval_benchmark": "ocr"}, "--eval_benchmark ocr: the run's prompts: row 1 has no text between"),
+        ({"eval_benchmark": "geneval"}, "--eval_benchmark geneval: the run's prompts row 1: tag must be"),
         ({"eval_benchmark": "near.py:Near", "reference_images": "nowhere"}, "no such folder: nowhere"),
         (
             {"eval_benchmark": "ocr", "reference_images": "nowhere"},
