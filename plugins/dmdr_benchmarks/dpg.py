@@ -12,7 +12,7 @@ from dmdr.benchmarks import Answers, Figure, Layout
 from dmdr.errors import ConfigError
 from dmdr.prompts import read_prompts
 from dmdr_benchmarks.figures import pooled, sums_by_kind
-from dmdr_benchmarks.questions import Judge, wordings
+from dmdr_benchmarks.questions import AsksJudge, wordings
 
 INSTRUCTION = " Answer yes or no."
 COLUMNS = ("item_id", "proposition_id", "dependency", "category_broad", "question_natural_language")
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass
-class DPG:
+class DPG(AsksJudge):
     """DPG-Bench: 1,065 long prompts, four images each, and a tree of yes-or-no questions about each prompt.
 
     A question counts 1 if the judge finds yes more probable than no. It counts 0 if one that it depends on does, in
@@ -34,21 +34,11 @@ class DPG:
     here they are the column `category_broad`. It skips an item that fails, such as one with a question that depends on
     an unknown one; here only this dependence is ignored.
 
-    Attributes:
-        judge: A folder or hub id of a model that transformers' `AutoModelForImageTextToText` loads, with its processor.
-        chunk_size: Questions that the judge is asked at a time.
-
     Source: Hu et al. 2024, arXiv:2403.05135, and dpg_bench/compute_dpg_bench.py of github.com/TencentQQGYLab/ELLA.
     """
 
     images_per_prompt: ClassVar[int] = 4
     layout: ClassVar[Layout] = "grids"
-    judge: str = "Qwen/Qwen3-VL-8B-Instruct"
-    chunk_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise ConfigError(f"chunk_size must be at least 1, not {self.chunk_size}")
 
     def about(self) -> str:
         """Who judged, and who did for the published numbers."""
@@ -96,14 +86,6 @@ class DPG:
                 }
             )
         return found
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the judge.
-
-        Raises:
-            ConfigError: If it cannot be loaded.
-        """
-        self._judge = Judge(self.judge, self.chunk_size, device, dtype)
 
     def answers(self, images: Tensor, rows: Sequence[Row]) -> dict[str, Tensor | list[str]]:
         """`score` [B] float64 in [0, 1], and B texts `yes`: a JSON list of 1 where the judge said yes, 0 elsewhere.

@@ -12,7 +12,7 @@ from dmdr.benchmarks import Answers, Figure, Layout
 from dmdr.errors import ConfigError
 from dmdr.prompts import read_prompts
 from dmdr_benchmarks.figures import by_group, pooled, sums_by_kind
-from dmdr_benchmarks.questions import Judge, wordings
+from dmdr_benchmarks.questions import AsksJudge, wordings
 
 INSTRUCTION = " Answer in one word."
 
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass
-class GenEval2:
+class GenEval2(AsksJudge):
     """GenEval 2 by Soft-TIFA: 800 prompts of 3 to 10 atoms, one image each.
 
     An atom is a question with its answer, such as a count or an attribute. Its value is the probability that the
@@ -33,21 +33,11 @@ class GenEval2:
     Deviates from the published scorer: a token that begins two wordings of an answer counts once, and several questions
     go through the judge at a time, which moves probabilities by rounding.
 
-    Attributes:
-        judge: A folder or hub id of a model that transformers' `AutoModelForImageTextToText` loads, with its processor.
-        chunk_size: Questions that the judge is asked at a time.
-
     Source: Kamath et al. 2025, arXiv:2512.16853, and github.com/facebookresearch/GenEval2.
     """
 
     images_per_prompt: ClassVar[int] = 1
     layout: ClassVar[Layout] = "flat"
-    judge: str = "Qwen/Qwen3-VL-8B-Instruct"
-    chunk_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise ConfigError(f"chunk_size must be at least 1, not {self.chunk_size}")
 
     def about(self) -> str:
         """Who judged, and the licence of the questions."""
@@ -70,14 +60,6 @@ class GenEval2:
         for number, row in enumerate(rows, start=1):
             _check(row, f"--prompts: {prompts} row {number}")
         return list(rows)
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Load the judge.
-
-        Raises:
-            ConfigError: If it cannot be loaded.
-        """
-        self._judge = Judge(self.judge, self.chunk_size, device, dtype)
 
     def answers(self, images: Tensor, rows: Sequence[Row]) -> dict[str, Tensor | list[str]]:
         """`am` and `gm`, [B] float64 in [0, 1], and B texts `atoms`: the values of the questions as a JSON list.

@@ -1,6 +1,7 @@
 """Questions about images, put to a vision-language model: how probable it finds some first words of its answer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,3 +104,28 @@ def wordings(answer: str) -> list[str]:
     word = answer.strip().lower()
     forms = [word, word.capitalize()] + ([DIGITS[word]] if word in DIGITS else [])
     return forms + [f" {form}" for form in forms]
+
+
+@dataclass
+class AsksJudge:
+    """What benchmarks that put questions to a vision-language model share.
+
+    Attributes:
+        judge: A folder or hub id of a model that transformers' `AutoModelForImageTextToText` loads, with its processor.
+        chunk_size: Questions that the judge is asked at a time.
+    """
+
+    judge: str = "Qwen/Qwen3-VL-8B-Instruct"
+    chunk_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ConfigError(f"chunk_size must be at least 1, not {self.chunk_size}")
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load the judge.
+
+        Raises:
+            ConfigError: If it cannot be loaded.
+        """
+        self._judge = Judge(self.judge, self.chunk_size, device, dtype)
