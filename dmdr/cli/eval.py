@@ -52,7 +52,7 @@ class EvalFlags(RewardFlags):
     prompts: str | None = flag(
         None,
         "the benchmark's prompts: a file, folder or dataset in its published layout; may be left out for a folder of "
-        "images that has them beside it, as dmdr-sample writes it",
+        "images that has them beside it, as dmdr-sample writes it, and for a run of a registered model with prompts",
     )
     prompt_column: str = flag("prompt", "column that holds the prompts; rewards are given the others by name")
     baseline: str | None = flag(None, "name of the one that the others are compared with, prompt by prompt")

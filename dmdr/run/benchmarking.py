@@ -41,7 +41,9 @@ from dmdr.run.device import failing_together, on_main_process, rounds
 from dmdr.run.drawing import export_in, is_pipeline, open_place, require_guidance, weights_of
 from dmdr.run.examiner import TEACHER
 from dmdr.run.signals import Interrupts
+from dmdr.settings import registry
 from dmdr.settings.chosen import Chosen
+from dmdr.settings.parse import read_yaml
 
 REFERENCE = "reference"  # the folder of what is compared with
 DRAWN = ".drawn"  # beside images: all are there
@@ -151,6 +153,21 @@ def subjects_of(places: Sequence[str], steps: Sequence[int] | None) -> list[Subj
     return found
 
 
+def prompts_of_model(place: str) -> list[Row]:
+    """The prompts of the registered model that a run has trained.
+
+    Raises:
+        ConfigError: If the place is no such run.
+    """
+    file = Path(place) / "config.yaml"
+    settings = read_yaml(str(file)) if file.is_file() else {}
+    name = str(settings.get("model"))
+    if registry.is_installed("models", name) and not settings.get("prompts"):
+        return [dict(row) for row in registry.load("models", name)().prompts()]
+    trained = f" (it was trained on {settings['prompts']})" if settings.get("prompts") else ""
+    raise ConfigError(f"--prompts is missing: {place} draws images of them{trained}")
+
+
 def _called(place: str) -> str:
     path = Path(place)
     path = path.parent if path.name == "student" and export_in(place) == path else path
@@ -237,7 +254,7 @@ class Examination:
             elif isinstance(self.benchmark, BringsRows):
                 prompts = [dict(row) for row in self.benchmark.own_rows()]
             else:
-                raise ConfigError(f"--prompts is missing: {subject.place} draws images of them")
+                prompts = prompts_of_model(subject.place)
             for row in prompts:
                 row.pop("file_name", None)  # of an index: the images get names of their own
             if len(prompts) * asked.each > MOST:

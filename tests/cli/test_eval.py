@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dmdr import images, train
+from dmdr.backends.toy import Toy
 from dmdr.cli import eval as evaluate
 from dmdr.cli import reward_server
 from dmdr.evaluation import answers
@@ -594,5 +595,10 @@ def test_images_alone_are_compared(trained: Path, evaluated: Callable[..., Any],
     code, out, err = evaluated("compare", "scans", "same", "--output_dir=without")  # whose names say which they are
     assert (code, out) == (0, "saved as without/comparison.html\n"), err
     assert "24.png" in (room / "without" / "comparison.html").read_text()
-    code, _, err = evaluated(str(trained), "--reward=toy")
-    assert code == 2 and "--prompts is missing" in err
+    code, out, err = evaluated(str(trained), "--reward=toy", "--output_dir=own")
+    assert code == 0 and out.splitlines()[2].split()[-1] == str(len(Toy().prompts())), err
+    shutil.copytree(trained, "other")
+    config = (room / "other" / "config.yaml").read_text()
+    (room / "other" / "config.yaml").write_text(config.replace("prompts: null", "prompts: mine.txt"))
+    code, _, err = evaluated("other", "--reward=toy")
+    assert code == 2 and "--prompts is missing: other draws images of them (it was trained on mine.txt)" in err
