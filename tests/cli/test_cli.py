@@ -534,10 +534,14 @@ def test_sample_writes_pictures_and_prints_where(call: Call, finished: Path, roo
     red = [picture[0, 0, 0] for picture in found]
     assert min(red[:2]) > max(red[2:])  # mode 0 lies to the right, 2 to the left, 3 in between
     assert max(red[2:4]) < min(red[4:6])
-    assert call(sample, str(finished), "--prompt", "mode 1", "--num_images", "8")[0] == 0  # in place of the others
-    code, _, err = call(sample, str(finished), "--prompt", "mode 1")
-    said = "--output_dir samples: samples/metadata.jsonl lists other images than the 1 of this command; give"
-    assert code == 2 and said in err
+    kept = pixels(room / "samples")
+    for more in (["--num_images", "8"], []):  # of another prompt: none takes the place of one that is there
+        code, _, err = call(sample, str(finished), "--prompt", "mode 1", *more)
+        count = more[-1] if more else "1"
+        said = f"--output_dir samples: samples/metadata.jsonl lists other images than the {count} of this command; give"
+        assert code == 2 and said in err
+    assert all(map(np.array_equal, pixels(room / "samples"), kept))
+    assert call(sample, str(finished), *arguments, "--prompt", "mode 1")[0] == 2  # which would be the first
     (room / "rows.jsonl").write_text('{"prompt": "mode 1", "file_name": "a"}\n')
     assert "rename the column 'file_name'" in call(sample, str(finished), "--prompts", "rows.jsonl")[2]
 
