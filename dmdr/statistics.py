@@ -34,6 +34,16 @@ class Estimate:
     left_out: int = 0
 
 
+def numbered(prompts: Sequence[Hashable]) -> tuple[Tensor, int]:
+    """The number of each image's prompt, [N] int64, by which prompt comes first, and how many prompts there are.
+
+    Args:
+        prompts: Of each image.
+    """
+    number: dict[Hashable, int] = {}
+    return torch.tensor([number.setdefault(prompt, len(number)) for prompt in prompts], dtype=torch.int64), len(number)
+
+
 def prompt_means(values: Tensor, prompts: Sequence[Hashable]) -> Tensor:
     """The mean of each prompt's images, [P] float64, in the order in which the prompts come first.
 
@@ -43,12 +53,11 @@ def prompt_means(values: Tensor, prompts: Sequence[Hashable]) -> Tensor:
 
     Returns: NaN for a prompt whose values are all not finite.
     """
-    number: dict[Hashable, int] = {}
-    index = torch.tensor([number.setdefault(prompt, len(number)) for prompt in prompts])
+    index, number = numbered(prompts)
     found = values.detach().cpu().double()
     finite = found.isfinite()
-    sums = torch.zeros(len(number), dtype=torch.float64).index_add_(0, index, torch.where(finite, found, 0.0))
-    counts = torch.zeros(len(number), dtype=torch.float64).index_add_(0, index, finite.double())
+    sums = torch.zeros(number, dtype=torch.float64).index_add_(0, index, torch.where(finite, found, 0.0))
+    counts = torch.zeros(number, dtype=torch.float64).index_add_(0, index, finite.double())
     return sums / counts  # 0 / 0 is NaN
 
 
@@ -73,10 +82,9 @@ def jackknife(
 
     Source: Busing et al. 1999, "Delete-m Jackknife for Unequal m", for parts of one size.
     """
-    number: dict[Hashable, int] = {}
-    index = torch.tensor([number.setdefault(prompt, len(number)) for prompt in prompts])
-    order = torch.randperm(len(number), generator=torch.Generator().manual_seed(seed))
-    parts = order.tensor_split(min(groups, len(number)))
+    index, number = numbered(prompts)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split(min(groups, number))
     if len(parts) < 2:
         return torch.full_like(statistic(torch.arange(len(index))), math.nan, dtype=torch.float64)
     found = torch.stack([statistic((~torch.isin(index, part)).nonzero()[:, 0]) for part in parts]).double()

@@ -18,9 +18,10 @@ from dmdr.settings.parse import parse_command
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from dmdr.evaluation.tables import Measured, Table
     from dmdr.prompts import Row
     from dmdr.rewards import Rewards
-    from dmdr.run.benchmarking import Examination, Subject
+    from dmdr.run.benchmarking import Examination, Found, Subject
 
 PATIENCE = timedelta(minutes=30)  # with the other processes, as `dmdr-train` has by default
 DESCRIPTION = (
@@ -47,7 +48,8 @@ class EvalFlags(RewardFlags):
         "ids), folders of images, .npz files of images, or 'teacher', that of the first run; NAME=PLACE names one, and "
         "several of one NAME are repetitions, such as seeds",
     )
-    benchmark: str = flag("preference", "what is measured; --benchmark NAME --help adds the flags of NAME")
+    of_rewards = "preference"  # what is measured where rewards alone are named; not annotated, hence no flag
+    benchmark: str = flag(of_rewards, "what is measured; --benchmark NAME --help adds the flags of NAME")
     reward: str | None = flag(None, "sum of rewards, e.g. 'hps+0.5*clip', of a benchmark that scores by them")
     prompts: str | None = flag(
         None,
@@ -140,11 +142,9 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
         chosen: Its rewards.
     """
     from dmdr.benchmarks import prompts_of
-    from dmdr.evaluation.report import write_report
     from dmdr.evaluation.tables import Measured, Table
     from dmdr.run import benchmarking
     from dmdr.run.device import on_main_process
-    from dmdr.settings.verify import check_columns
 
     warnings.filterwarnings("ignore", module="PIL")  # of palettes with transparency, and of large images
     subjects = benchmarking.subjects_of(flags.subjects, flags.num_inference_steps)
@@ -152,6 +152,24 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
     output = Path(flags.output_dir) if flags.output_dir else benchmarking.place_of_results(subjects)
     on_main_process(state, lambda: require_folder(output))
     examination = opened(flags, plugin, chosen, state, output)
+    found = images_of(flags, examination, subjects, chosen)
+    if plugin:
+        measured = measure(flags, examination, found, chosen)
+    else:
+        measured = [Measured(subject.name, {}, prompts_of(rows)) for subject, _, rows in found]
+    if state.is_main_process:
+        baseline = next((one for one in measured if one.name == flags.baseline), None)
+        table = Table(examination.benchmark.about(), measured, baseline)
+        report(flags, examination, table, found)
+
+
+def images_of(
+    flags: EvalFlags, examination: "Examination", subjects: "Sequence[Subject]", chosen: Sequence[Chosen]
+) -> "list[Found]":
+    """Each subject with its images and their prompt rows; what is missing has been drawn."""
+    from dmdr.run import benchmarking
+    from dmdr.settings.verify import check_columns
+
     benchmark = examination.benchmark
     each = flags.images_per_prompt or benchmark.images_per_prompt
     if benchmark.layout == "grids" and each != 4:
@@ -173,29 +191,41 @@ def evaluate(flags: EvalFlags, plugin: Chosen | None, chosen: Sequence[Chosen], 
         check_columns(chosen, rows)
     if isinstance(flags, CompareFlags):
         benchmarking.require_same_prompts(found)
-    against = examination.reference()
+    examination.reference()  # what is no reference is refused before hours of drawing
     for subject, pictures, rows in found:
         if subject.drawn:
             examination.draw(subject, pictures, rows, asked)
-    stores = []
-    if plugin:
-        device = prepare(flags, benchmark, chosen, [row for _, _, rows in found for row in rows[:1]], state)
-        other = examination.ask(benchmarking.REFERENCE, *against, device) if against else None
-        stores = [examination.ask(subject.folder, pictures, rows, device) for subject, pictures, rows in found]
-    if not state.is_main_process:
-        return
-    if plugin:
-        every = zip(found, stores, strict=True)
-        measured = [examination.measured(*one, store, other) for one, store in every]
-    else:
-        measured = [Measured(subject.name, {}, prompts_of(rows)) for subject, _, rows in found]
-    table = Table(benchmark.about(), measured, next((one for one in measured if one.name == flags.baseline), None))
-    written = examination.write(table) if plugin else []
+    return found
+
+
+def measure(
+    flags: EvalFlags, examination: "Examination", found: "Sequence[Found]", chosen: Sequence[Chosen]
+) -> "list[Measured]":
+    """The figures of each subject in the main process; none in the others."""
+    from dmdr.run.benchmarking import REFERENCE
+
+    first = [row for _, _, rows in found for row in rows[:1]]
+    device = prepare(flags, examination.benchmark, chosen, first, examination.state)
+    against = examination.reference()
+    other = examination.ask(REFERENCE, *against, device) if against else None
+    stores = [examination.ask(subject.folder, pictures, rows, device) for subject, pictures, rows in found]
+    if not examination.state.is_main_process:
+        return []
+    return [examination.measured(*one, store, other) for one, store in zip(found, stores, strict=True)]
+
+
+def report(flags: EvalFlags, examination: "Examination", table: "Table", found: "Sequence[Found]") -> None:
+    """Write and print what was found; in the main process alone."""
+    from dmdr.evaluation.report import write_report
+    from dmdr.run import benchmarking
+
+    output, measured = examination.output, bool(table.columns())
+    written = examination.write(table) if measured else []
     if isinstance(flags, CompareFlags):
         written.append(benchmarking.compared(table, found, output, f"seed {flags.seed}", flags.max_rows))
     if benchmarking.is_run(output.parent):
         write_report(output.parent)  # which links to what there is now
-    if plugin:
+    if measured:
         print(table.as_text() + "\n")
     print(f"saved as {', '.join(map(str, written))}")
     benchmarking.require_answers(table)

@@ -19,7 +19,11 @@ from dmdr.evaluation.pictures import Pictures
 from dmdr.prompts import Row
 from dmdr.statistics import Estimate, bootstrap, prompt_means
 
-LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "\\": "/"}
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "\\": "\\textbackslash{}",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ class Table:
             lines.append([name, *cells, str(sum(len(model.prompts) for model in group))])
         if any(len(group) > 1 for group in groups.values()):
             about += " Where a model has repetitions, such as seeds: their mean, and half their range."
+        if self.baseline and not self.differences:
+            what = "no column is a mean over prompts of which both have images"
+            about += f" No difference to {self.baseline.name}: {what}."
         found = [(about, lines)]
         if differences := self.differences:
             compared = [name for name in columns if any(name in each for each in differences.values())]
@@ -105,21 +112,14 @@ class Table:
                 f"Difference to {self.baseline.name} on the same prompts, with a 95 % bootstrap interval over prompts."
             )
             found.append((about, lines))
-        elif self.baseline:
-            what = "no column is a mean over prompts of which both have images"
-            found.append((f"No difference to {self.baseline.name}: {what}.", []))
         return found
 
     def as_text(self) -> str:
-        return "\n\n".join(f"{about}\n{_aligned(lines)}".rstrip() for about, lines in self.parts())
+        return "\n\n".join(f"{about}\n{_aligned(lines)}" for about, lines in self.parts())
 
     def as_markdown(self) -> str:
         text = []
-        for about, every in self.parts():
-            if not every:
-                text.append(f"{about}\n")
-                continue
-            heading, *lines = every
+        for about, (heading, *lines) in self.parts():
             cells = [heading, ["---", *["---:"] * (len(heading) - 1)], *lines]
             rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
             text.append(f"{about}\n\n" + "\n".join(rows) + "\n")
@@ -127,11 +127,7 @@ class Table:
 
     def as_latex(self) -> str:
         text = []
-        for about, every in self.parts():
-            if not every:
-                text.append(f"% {about}\n")
-                continue
-            heading, *lines = every
+        for about, (heading, *lines) in self.parts():
             head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in (heading, *lines))
             columns = "l" + "r" * (len(heading) - 1)
             rows = "\n".join([r"\toprule", head, r"\midrule", *body, r"\bottomrule"])

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ from dmdr.evaluation.tables import Measured, Table, as_csv
 from dmdr.prompts import Row, read_prompts
 from dmdr.protocols import NamedModel
 from dmdr.run.device import failing_together, on_main_process, rounds
-from dmdr.run.drawing import export_in, is_pipeline, open_place, require_guidance, weights_of
+from dmdr.run.drawing import export_in, is_pipeline, open_place, require_guidance, weights_in
 from dmdr.run.examiner import TEACHER
 from dmdr.run.signals import Interrupts
 from dmdr.settings import registry
@@ -69,6 +70,9 @@ class Subject:
     drawn: bool
     teacher: bool = False
     num_inference_steps: int | None = None
+
+
+Found = tuple[Subject, Pictures, list[Row]]  # with its images and the prompt row of each
 
 
 def place_of_results(subjects: Sequence[Subject]) -> Path:
@@ -222,6 +226,11 @@ class Examination:
     output: Path
     batch_size: int
 
+    @property
+    def label(self) -> str:
+        """The title as the name of a file."""
+        return self.title.replace("/", "_")
+
     def find(self, subject: Subject, asked: Asked, unread: bool) -> tuple[Pictures, list[Row]]:
         """The images of a subject, which may still have to be drawn, and the prompt row of each.
 
@@ -260,7 +269,8 @@ class Examination:
             if len(prompts) * asked.each > MOST:
                 raise ConfigError(f"{subject.name}: more than {MOST:,} images")
             # Other images have a folder of their own: the answers about these stay with them.
-            about = [prompts, layout, vars(subject), vars(asked), weights_of(subject.place)]
+            weights = weights_in(export_in(subject.place) or Path(subject.place))
+            about = [prompts, layout, vars(subject), vars(asked), weights, version("dmdr")]
             digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
             place = folder / f"images-{digest[:8]}"
             paths = [place / name for name in layouts.files(layout, len(prompts), asked.each)]
@@ -308,7 +318,7 @@ class Examination:
         Raises:
             ConfigError, TrainingError: In all processes, if one fails. What was answered until then is kept.
         """
-        folder = self.output / name / self.title.replace("/", "_")
+        folder = self.output / name / self.label
 
         def opened() -> tuple[Store, list[int]]:
             store = Store.of(folder, pictures, rows, self.settings)
@@ -350,22 +360,20 @@ class Examination:
     def measured(self, subject: Subject, pictures: Pictures, rows: Sequence[Row], store: Store, other: Any) -> Measured:
         """The figures of a subject, in the main process alone; its answers as a CSV file."""
         if any(store.names()):
-            file = self.output / subject.folder / f"{self.title.replace('/', '_')}.csv"
+            file = self.output / subject.folder / f"{self.label}.csv"
             images.write_atomically(file, as_csv(pictures, rows, store))
         return Measured(subject.name, self.benchmark.figures(store, rows, other), prompts_of(rows))
 
     def write(self, table: Table) -> list[Path]:
         """The table in all its forms; returns the files."""
         forms = {"json": table.as_json(), "md": table.as_markdown(), "tex": table.as_latex()}
-        paths = [self.output / f"{self.title.replace('/', '_')}.{suffix}" for suffix in forms]
+        paths = [self.output / f"{self.label}.{suffix}" for suffix in forms]
         for path, text in zip(paths, forms.values(), strict=True):
             images.write_atomically(path, text.encode())
         return paths
 
 
-def compared(
-    table: Table, found: Sequence[tuple[Subject, Pictures, Sequence[Row]]], output: Path, how: str, max_rows: int
-) -> Path:
+def compared(table: Table, found: Sequence[Found], output: Path, how: str, max_rows: int) -> Path:
     """Write the page of all subjects side by side; returns its file.
 
     Args:
@@ -391,7 +399,7 @@ def compared(
     return page
 
 
-def require_same_prompts(found: Sequence[tuple[Subject, Pictures, Sequence[Row]]]) -> None:
+def require_same_prompts(found: Sequence[Found]) -> None:
     """Refuse to show images of different prompts beside each other.
 
     Raises:

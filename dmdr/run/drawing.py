@@ -196,11 +196,6 @@ def require_guidance(place: str, guidance_scale: float | None) -> None:
         raise _without_guidance(place)
 
 
-def weights_of(place: str) -> dict[str, list[int]]:
-    """Size and time of the weights of a run's student or of a pipeline, by which its images are told from others."""
-    return _files(export_in(place) or Path(place))
-
-
 def export_in(place: str) -> Path | None:
     """The export that a place is, or that lies in a run folder; None where there is none."""
     return next(filter(is_export, (Path(place), Path(place) / "student")), None)
@@ -267,7 +262,7 @@ def open_export(
     if num_inference_steps:
         times = family.grid(num_inference_steps)
     sampler = FewStepSampler.stock(family.path, times, about["sample_eta"])
-    told |= {"student": str(folder), "files": _files(folder), "grid": times.tolist(), "eta": about["sample_eta"]}
+    told |= {"student": str(folder), "files": weights_in(folder), "grid": times.tolist(), "eta": about["sample_eta"]}
     return Artist(family, family.student, sampler, accelerator, told)
 
 
@@ -322,8 +317,8 @@ def _teacher(family: Any, accelerator: Accelerator, steps: int | None, guidance:
     return Artist(family, denoiser, sampler, accelerator, told)
 
 
-def _files(folder: Path) -> dict[str, list[int]]:
-    """Size and time of the export's weights."""
+def weights_in(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the weights in a folder, by which what they draw is told from what others did."""
     found = sorted(folder.rglob("*.safetensors"))
     return {str(f.relative_to(folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in found}
 

@@ -281,7 +281,7 @@ def parse_command(
     chosen: list[Chosen] = []
     usual = None
     if benchmark == "none":
-        benchmark = None if reward is None else "preference"
+        benchmark = None if reward is None else command.of_rewards  # type: ignore[attr-defined]
     if first.help and first.benchmark is None:
         benchmark = None  # nobody asks for its flags, and importing it takes seconds
     if benchmark is not None:

@@ -26,7 +26,7 @@ from dmdr.metrics import (
     neighbours,
 )
 from dmdr.prompts import read_prompts
-from dmdr.statistics import jackknife
+from dmdr.statistics import jackknife, numbered
 from dmdr_benchmarks.loading import load
 
 CHUNK = 5000  # images of an inception score, as in ADM's evaluator
@@ -227,10 +227,9 @@ def diversity(features: Tensor, prompts: Sequence[Hashable]) -> Tensor:
         prompts: Of each image.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=1)
-    number: dict[Hashable, int] = {}
-    index = torch.tensor([number.setdefault(prompt, len(number)) for prompt in prompts])
-    sums = torch.zeros(len(number), unit.shape[1], dtype=torch.float64).index_add_(0, index, unit)
-    count = torch.bincount(index, minlength=len(number)).double()
+    index, number = numbered(prompts)
+    sums = torch.zeros(number, unit.shape[1], dtype=torch.float64).index_add_(0, index, unit)
+    count = torch.bincount(index, minlength=number).double()
     cosine = (sums.square().sum(1) - count) / (count * (count - 1))  # of all ordered pairs; 0 / 0 is NaN
     return (1 - cosine)[index]
 

@@ -45,18 +45,18 @@ def load_beside(kind: Any, name: str, option: str, **options: Any) -> Any:
 
 
 def _from_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
-    from transformers.utils import logging
+    from dmdr.backends.loading import quiet  # which imports diffusers
 
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or not is_hub_id(name)):
         raise ConfigError(f"{option} {name} is no folder; give one of a model of transformers, or a hub id as org/name")
     where = {} if path.is_dir() else cached_only()
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # its table of missing names would bury our line
-    logging.disable_progress_bar()
     try:
-        # Code of the folder's is not run, about which transformers would ask on a terminal.
-        return kind.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False, **options, **where)
+        with quiet():  # transformers' table of missing names would bury our line
+            # Code of the folder's is not run, about which transformers would ask on a terminal.
+            return kind.from_pretrained(
+                str(path) if path.is_dir() else name, trust_remote_code=False, **options, **where
+            )
     except Exception as error:  # of transformers, safetensors, the hub and the network
         if where and isinstance(error, OSError):  # it is not in the cache
             raise MissingFile(f"{option} {name} cannot be fetched from the hub ({unreachable()})", option) from error
@@ -64,7 +64,3 @@ def _from_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
             f"{option} {name} cannot be loaded as {kind.__name__} ({one_line(error)}); "
             "give a folder or hub id that holds one"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
