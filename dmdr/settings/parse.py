@@ -148,7 +148,7 @@ def resolve(
     # Models and plugins are imported from here on, and torch with them.
     model = _find_model(_first_given(asked["model"], bare))
     recipe |= {"model": model.typed, **(model.cls.recipe if model.cls else {})}  # type: ignore[attr-defined]
-    if asked["reference_images"] is not None:  # distances to images, in a space that no reward is trained in
+    if asked["reference_images"] is not None:  # distances to images, by DINOv2 alone
         recipe = {"eval_benchmark": "distribution", "distribution_networks": "dino"} | recipe
     sums = {key: str(_first_given(asked[key], recipe.get(key), getattr(Config, key))) for key in SUMS.values()}
     typed_weight = _first_given(first.sample_weight, settings.get("sample_weight"))
