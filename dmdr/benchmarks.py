@@ -234,7 +234,7 @@ class ComparesWithImages(Protocol):
     """A benchmark that compares with other images, about which it is asked as well."""
 
     def compared_with(self) -> str | None:
-        """A folder of images or an .npz file with an `arr_0` [N, H, W, 3] uint8; None where it needs none.
+        """A folder of images, an .npz file with an `arr_0` [N, H, W, 3] uint8, or a dataset; None where it needs none.
 
         A run may answer for the user: a field `reference_images` of the benchmark has what --reference_images names.
         """

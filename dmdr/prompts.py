@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dmdr.errors import ConfigError
-from dmdr.hub import OFFLINE, is_hub_id, unreachable
+from dmdr.hub import is_hub_id, open_dataset, quiet_datasets
 from dmdr.prompt_files import BINARY, TEXT, Row, TextFile, open_file, refuse_arguments, suffix_of
 
 BUFFER = 10_000  # rows among which a stream is shuffled
@@ -277,19 +277,6 @@ class _Source:
             raise ConfigError(f"--prompts: {self.path}: {what}: {said}") from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's words on what we refuse in our own."""
-    from datasets import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _open(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
     """The rows that a path or id names; what lies on this machine is read where it is, without a copy."""
     place = Path(path)
@@ -301,30 +288,12 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
         return TextFile(path, column)
     if not place.exists() and (not is_hub_id(path) or suffix_of(path) in (*TEXT, *BINARY)):
         raise ConfigError(f"--prompts: no such file: {path}")
-    with _quiet():  # imports datasets: most of a second, and 80 MB, for which none of the above need wait
-        return _open_dataset(path, column, config, split, streaming)
-
-
-def _open_dataset(path: str, column: str, config: str | None, split: str, streaming: bool) -> Any:
-    """The same of what `datasets` reads."""
-    from datasets import Dataset, load_dataset, load_from_disk
-
-    place = Path(path)
     if place.is_file():
-        return open_file(path, column, streaming=streaming)
-    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        saved = load_from_disk(path)
-        if isinstance(saved, Dataset):
-            return saved
-        if split not in saved:
-            raise ConfigError(
-                f"--prompts: {path} has no split '{split}' (--dataset_train_split); it has {', '.join(saved)}"
-            )
-        return saved[split]
-    if not place.is_dir() and (why := unreachable()) not in ("", OFFLINE):  # which costs `datasets` half a minute
-        what = f"no such file, and {why}; set HF_HUB_OFFLINE=1 to read a dataset from the cache"
-        raise ConfigError(f"--prompts: {path}: {what}")
-    return load_dataset(path, config, split=split, streaming=streaming or place.is_dir())
+        with quiet_datasets():
+            return open_file(path, column, streaming=streaming)
+    how = "--prompts", "choose with --dataset_train_split"
+    # Files on this machine are read where they are, without a copy.
+    return open_dataset(path, config, split, streaming=streaming or place.is_dir(), how=how)
 
 
 def _plain(feature: Any) -> bool:

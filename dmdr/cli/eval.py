@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -64,7 +65,9 @@ class EvalFlags(RewardFlags):
         "first run's folder, or else here",
     )
     reference_images: str | None = flag(
-        None, "images that those measured are compared with, by a benchmark that does so: a folder or an .npz file"
+        None,
+        "images that those measured are compared with, by a benchmark that does so: a folder, an .npz file, or a "
+        "dataset (NAME, or NAME:SPLIT)",
     )
     batch_size: int = flag(16, "images that are looked at at a time")
     draw_batch_size: int = flag(16, "images that are drawn at a time; with another number they are others")
@@ -168,6 +171,7 @@ def images_of(
 ) -> "list[Found]":
     """Each subject with its images and their prompt rows; what is missing has been drawn."""
     from dmdr.run import benchmarking
+    from dmdr.run.device import free_memory
     from dmdr.settings.verify import check_columns
 
     benchmark = examination.benchmark
@@ -191,11 +195,19 @@ def images_of(
         check_columns(chosen, rows)
     if isinstance(flags, CompareFlags):
         benchmarking.require_same_prompts(found)
-    examination.reference()  # what is no reference is refused before hours of drawing
-    for subject, pictures, rows in found:
-        if subject.drawn:
-            examination.draw(subject, pictures, rows, asked)
+    examination.reference()  # what is no reference is refused before networks are loaded
+    due = [one for one in found if one[0].drawn and not examination.drawn(one[1])]
+    if due:  # and what cannot be measured, before hours of drawing
+        prepare(flags, copy(benchmark), chosen, first_rows(found), examination.state)
+        free_memory()
+    for subject, pictures, rows in due:
+        examination.draw(subject, pictures, rows, asked)
     return found
+
+
+def first_rows(found: "Sequence[Found]") -> "list[Row]":
+    """The first prompt row of each subject."""
+    return [row for _, _, rows in found for row in rows[:1]]
 
 
 def measure(
@@ -204,8 +216,7 @@ def measure(
     """The figures of each subject in the main process; none in the others."""
     from dmdr.run.benchmarking import REFERENCE
 
-    first = [row for _, _, rows in found for row in rows[:1]]
-    device = prepare(flags, examination.benchmark, chosen, first, examination.state)
+    device = prepare(flags, examination.benchmark, chosen, first_rows(found), examination.state)
     against = examination.reference()
     other = examination.ask(REFERENCE, *against, device) if against else None
     stores = [examination.ask(subject.folder, pictures, rows, device) for subject, pictures, rows in found]

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def find_images(folder: str) -> list[Path]:
     if not paths:
         raise ConfigError(f"{folder} holds no image")
     for path in paths:
-        _open(path).close()
+        _open(path, path).close()
     return paths
 
 
@@ -126,32 +127,37 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: Path | BinaryIO, name: object) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(file)
     except Exception as error:  # each decoder has its own
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
     if image.mode.startswith(("I", "F")):
         image.close()
-        raise ConfigError(f"{path} has more than 8 bits per channel; convert it to 8 bits first")
+        raise ConfigError(f"{name} has more than 8 bits per channel; convert it to 8 bits first")
     return image
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(file: Path | BinaryIO, name: object = None) -> Tensor:
     """An image as [3, H, W] uint8, converted to RGB as in published evaluations: alpha and EXIF rotation are ignored.
+
+    Args:
+        file: Its path, or its bytes.
+        name: Of the image, where that is not the path.
 
     Raises:
         ConfigError: If it is damaged.
     """
-    with _open(path) as image:
+    name = name or file
+    with _open(file, name) as image:
         try:
             pixels = np.array(image.convert("RGB"))
         except Exception as error:  # each decoder has its own
-            raise _unreadable(path, error) from error
+            raise _unreadable(name, error) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _unreadable(path: Path, error: Exception) -> ConfigError:
+def _unreadable(name: object, error: Exception) -> ConfigError:
     if isinstance(error, Image.UnidentifiedImageError):
-        return ConfigError(f"{path} is no image")
-    return ConfigError(f"{path} cannot be read: {error}")
+        return ConfigError(f"{name} is no image")
+    return ConfigError(f"{name} cannot be read: {error}")

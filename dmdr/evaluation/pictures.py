@@ -1,4 +1,4 @@
-"""Images that are read when they are asked for, a few at a time: files, quarters of files, an .npz archive."""
+"""Images that are read when they are asked for, a few at a time: files, quarters of files, an archive, a dataset."""
 
 import zipfile
 from collections import deque
@@ -7,9 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError, one_line
 from dmdr.evaluation.image_folder import find_images, read_image
+from dmdr.hub import is_hub_id, open_dataset
+
+FLAG = "--reference_images"  # which names datasets
 
 
 class Pictures(Protocol):
@@ -147,16 +151,77 @@ class Archive:
         return f"{_stamp(self.path)} {index}"
 
 
-def pictures_in(place: Path) -> Pictures:
-    """The images of an .npz file, of a folder, or of the folders in it, such as one a class.
+@dataclass(frozen=True)
+class Dataset:
+    """The images of a dataset: a folder that `datasets` reads or saved, or an id on the hub.
+
+    Raises:
+        ConfigError: If it cannot be read, or has not one column of images.
+    """
+
+    place: str
+    split: str
+
+    @cached_property
+    def _images(self) -> tuple[Any, str]:
+        """The dataset and its column of images, as files."""
+        try:
+            dataset = open_dataset(self.place, None, self.split, streaming=False, how=(FLAG, "write NAME:SPLIT"))
+        except ConfigError:
+            raise
+        except Exception as error:  # of datasets, Arrow, the hub and the network
+            what = "cannot be read" if Path(self.place).exists() else "no such folder, and the hub says"
+            raise ConfigError(f"{FLAG}: {self.place}: {what}: {one_line(error)}") from error
+        from datasets import Image
+
+        found = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+        if len(found) != 1:
+            what = f"has {len(found) or 'no'} columns of images; it must have one"
+            raise ConfigError(f"{FLAG}: {self.place} {what}: {', '.join(dataset.features)}")
+        return dataset.select_columns(found).cast_column(found[0], Image(decode=False)), found[0]
+
+    def __len__(self) -> int:
+        return len(self._images[0])
+
+    def name(self, index: int) -> str:
+        return f"{self.place}:{self.split}#{index}"
+
+    def read(self, index: int) -> Tensor:
+        dataset, column = self._images
+        image = dataset[index][column]
+        return read_image(BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"]), self.name(index))
+
+    def stamp(self, index: int) -> str:
+        return f"{self._files} {index}"
+
+    @cached_property
+    def _files(self) -> list[str]:
+        return [_stamp(Path(file["filename"])) for file in self._images[0].cache_files]
+
+
+def pictures_in(place: str | Path) -> Pictures:
+    """The images of an .npz file, of a folder, of the folders in it, such as one a class, or of a dataset.
+
+    Args:
+        place: A path, or a dataset: a folder that `datasets` reads or saved, or an id on the hub, where a split other
+            than `train` comes after a colon: `owner/name:validation[:5000]`.
 
     Raises:
         ConfigError: If there are none, or one is damaged.
     """
-    if place.suffix == ".npz":
-        return Archive(place)
-    below = sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-    return Files(place, [path for folder in below or [place] for path in find_images(str(folder))])
+    path = Path(place)
+    if path.suffix == ".npz":
+        return Archive(path)
+    name, _, split = str(place).partition(":")
+    if _is_dataset(path) or (not path.exists() and (Path(name).is_dir() if split else is_hub_id(name))):
+        return Dataset(name, split or "train")
+    below = sorted(path for path in path.iterdir() if path.is_dir()) if path.is_dir() else []
+    return Files(path, [path for folder in below or [path] for path in find_images(str(folder))])
+
+
+def _is_dataset(folder: Path) -> bool:
+    """Whether a folder holds tables rather than files of images."""
+    return any(next(folder.glob(f"**/*.{suffix}"), None) for suffix in ("parquet", "arrow"))
 
 
 def batches(pictures: Pictures, own: Sequence[int], size: int) -> Generator[tuple[list[int], Tensor]]:

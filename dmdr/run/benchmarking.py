@@ -1,6 +1,5 @@
 """The course of an evaluation: images drawn or found, a benchmark asked about them, and its table."""
 
-import gc
 import hashlib
 import inspect
 import json
@@ -38,7 +37,7 @@ from dmdr.evaluation.report import LATER
 from dmdr.evaluation.tables import Measured, Table, as_csv
 from dmdr.prompts import Row, read_prompts
 from dmdr.protocols import NamedModel
-from dmdr.run.device import failing_together, on_main_process, rounds
+from dmdr.run.device import failing_together, free_memory, on_main_process, rounds
 from dmdr.run.drawing import export_in, is_pipeline, open_place, require_guidance, weights_in
 from dmdr.run.examiner import TEACHER
 from dmdr.run.signals import Interrupts
@@ -208,7 +207,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Examination:
-    """A benchmark in one or several processes; all must call `find`, `draw`, `ask` and `reference` together.
+    """A benchmark in one or several processes; all must call `find`, `drawn`, `draw`, `ask` and `reference` together.
 
     Attributes:
         benchmark: The benchmark, not prepared.
@@ -278,15 +277,21 @@ class Examination:
 
         return on_main_process(self.state, found)
 
+    def drawn(self, pictures: Any) -> bool:
+        """Whether all images of a subject are there.
+
+        Args:
+            pictures: As found (`Files`).
+        """
+        done = pictures.folder / DRAWN
+        return on_main_process(self.state, lambda: done.is_file() and all(path.is_file() for path in pictures.paths))
+
     def draw(self, subject: Subject, pictures: Any, rows: Sequence[Row], asked: Asked) -> None:
-        """Draw the images of a subject, unless all are there.
+        """Draw the images of a subject that are not there.
 
         Args:
             pictures, rows: As found (`Files`).
         """
-        done = pictures.folder / DRAWN
-        if on_main_process(self.state, lambda: done.is_file() and all(path.is_file() for path in pictures.paths)):
-            return
         guided = subject.teacher or is_pipeline(subject.place)  # a student is not
         artist = open_place(
             subject.place,
@@ -301,14 +306,12 @@ class Examination:
             if self.state.is_main_process:
                 print(f"stopped while {subject.name} was drawn; the same command goes on", file=sys.stderr)
             raise
-        del artist  # before the judges are loaded
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        del artist
+        free_memory()  # before the judges are loaded
 
         def complete() -> None:
             layouts.complete(self.benchmark.layout, pictures.folder, rows[:: asked.each], asked.each)
-            images.write_atomically(done, b"")
+            images.write_atomically(pictures.folder / DRAWN, b"")
 
         on_main_process(self.state, complete)
 
@@ -352,7 +355,7 @@ class Examination:
             place = self.benchmark.compared_with() if isinstance(self.benchmark, ComparesWithImages) else None
             if place is None:
                 return None
-            pictures = pictures_in(Path(place))
+            pictures = pictures_in(place)
             return pictures, [{"prompt": ""}] * len(pictures)
 
         return on_main_process(self.state, found)

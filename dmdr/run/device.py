@@ -1,5 +1,6 @@
 """Device and precision of a process, and messages between the processes of a run."""
 
+import gc
 import logging
 import math
 import os
@@ -98,6 +99,13 @@ def refuse_other_engines() -> None:
             raise ConfigError(
                 f"accelerate launch with {name} does not work here; launch without it, and add --shard all"
             )
+
+
+def free_memory() -> None:
+    """Give back what networks held that nobody refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def on_main_process(state: PartialState | Accelerator, decide: Callable[[], T]) -> T:

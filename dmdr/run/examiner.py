@@ -67,7 +67,7 @@ class Examiner:
         self.rows = on_main_process(self.accelerator, self._read_rows)
         place = self._place
         if place not in (None, TEACHER):
-            on_main_process(self.accelerator, lambda: len(pictures_in(Path(place))))
+            on_main_process(self.accelerator, lambda: len(pictures_in(place)))
         with failing_together():
             answers.prepare(self.benchmark, self.title, self.accelerator.device, dtype)
 
@@ -119,8 +119,8 @@ class Examiner:
         """The answers about the images that others are compared with."""
         if self._place is None:
             return None
-        folder = self._draw_reference() if self._place == TEACHER else Path(self._place)
-        pictures = on_main_process(self.accelerator, lambda: pictures_in(folder))
+        place = self._draw_reference() if self._place == TEACHER else self._place
+        pictures = on_main_process(self.accelerator, lambda: pictures_in(place))
         own = share_of(self.accelerator, len(pictures))
         with failing_together():
             parts = [

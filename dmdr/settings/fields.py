@@ -209,8 +209,8 @@ class Config(Flags):
     )
     reference_images: str | None = flag(
         None,
-        "images that evaluations compare the student's with, in the features of DINOv2: a folder, an .npz file, or "
-        "'teacher' for the teacher's own, which are drawn once and kept in the run folder",
+        "images that evaluations compare the student's with, in the features of DINOv2: a folder, an .npz file, "
+        "a dataset (NAME, or NAME:SPLIT), or 'teacher' for the teacher's own, which are drawn once and kept",
     )
     eval_steps: int = flag(0, "updates between further evaluations of the student; 0 makes none")
     eval_images_per_prompt: int = flag(2, "images of each prompt in an evaluation")

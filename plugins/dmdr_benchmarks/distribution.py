@@ -56,8 +56,9 @@ class Distribution:
     recall, coverage) are binomial, over prompts and real images: in a trial the jackknife's were 2.5 times too large.
 
     Attributes:
-        reference_images: A folder, or an .npz file with `arr_0`, or with ADM's `mu`, `sigma`, `mu_s`, `sigma_s`, which
-            then give FID and sFID, while its images give the rest. Without images there is no rest but IS.
+        reference_images: A folder, a dataset (NAME, or NAME:SPLIT), or an .npz file with `arr_0`, or with ADM's `mu`,
+            `sigma`, `mu_s`, `sigma_s`, which then give FID and sFID, while its images give the rest. Without images
+            there is no rest but IS.
         networks: "inception", "dino" or both. --dtype is of DINOv2 alone: Inception computes in float32.
         inception: Weights file of torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`); None fetches it.
         dinov2: A folder or hub id of transformers' `Dinov2Model`.
@@ -76,7 +77,9 @@ class Distribution:
 
     def __post_init__(self) -> None:
         if self.reference_images is None:
-            raise ConfigError("benchmark 'distribution' needs --reference_images: a folder, or an .npz file as ADM's")
+            raise ConfigError(
+                "benchmark 'distribution' needs --reference_images: a folder, a dataset, or an .npz file as ADM's"
+            )
         self._count = ""
 
     def about(self) -> str:

@@ -569,6 +569,21 @@ def test_a_strangers_benchmark_with_grids(trained: Path, evaluated: Callable[...
         assert (code, err.count("\n")) == (2, 1) and said in err
 
 
+def test_what_cannot_be_measured_is_not_drawn(trained: Path, evaluated: Callable[..., Any], room: Path) -> None:
+    arguments = [str(trained), "--prompts=modes.jsonl", "--output_dir=out"]
+    for asked, said in (
+        (["--reward=aesthetic", "--aesthetic_checkpoint=none.pth"], "none.pth"),
+        (["--benchmark=distribution", "--networks=dino", "--reference_images=none"], "no such folder: none"),
+        (
+            ["--benchmark=distribution", "--networks=dino", "--reference_images=scans", "--dinov2=none"],
+            "dinov2 none is",
+        ),
+    ):
+        code, _, err = evaluated(*arguments, *asked)
+        assert (code, err.count("\n")) == (2, 1) and said in err
+        assert not [*room.glob("out/**/*.png")]
+
+
 def test_answers_depend_on_code_and_weights(evaluated: Callable[..., Any], room: Path) -> None:
     (room / "mine.py").write_text("def grey(images, prompts):\n    return images.mean((1, 2, 3))\n")
     arguments = ("scans", "--prompts=prompts.txt", "--reward=2*mine.py:grey+toy")

@@ -1,6 +1,7 @@
 """Folders and archives of images, and the answers about them: streamed, kept in shards, asked for once."""
 
 import json
+import pickle
 import subprocess
 import sys
 import weakref
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from dmdr.benchmarks import Figure
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.evaluation import answers, image_folder, layouts
 from dmdr.evaluation.answers import Store, ask
-from dmdr.evaluation.pictures import Archive, Files, Pictures, Quarters
+from dmdr.evaluation.pictures import Archive, Files, Pictures, Quarters, pictures_in
 from dmdr.evaluation.tables import Measured, Table, as_csv
 from dmdr.prompts import Row
 
@@ -286,6 +288,38 @@ def test_an_archive_of_samples_is_read_image_by_image(tmp_path: Path) -> None:
         len(Archive(file))
     with pytest.raises(ConfigError, match=r"none\.npz is not there"):
         len(Archive(tmp_path / "none.npz"))
+
+
+def test_the_images_of_a_dataset_are_those_of_its_files(tmp_path: Path) -> None:
+    files = [
+        save(tmp_path / "files" / f"{i}.png", (4, 5), (40 * i, i, 9), mode="RGBA" if i else "RGB") for i in range(6)
+    ]
+    columns = {"image": [str(path) for path in files], "label": list(range(6))}
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    (tmp_path / "hub" / "data").mkdir(parents=True)  # as repositories of the hub have it, pixels in the tables
+    dataset.select(range(4)).to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
+    dataset.select(range(4, 6)).to_parquet(tmp_path / "hub/data/validation-00000-of-00001.parquet")
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    expected = [image_folder.read_image(path) for path in files]
+    for place, own in (
+        ("hub", [0, 1, 2, 3]),
+        ("hub:validation", [4, 5]),
+        ("hub:validation[1:]", [5]),
+        ("saved", range(6)),
+    ):
+        found = pictures_in(f"{tmp_path}/{place}")
+        assert len(found) == len(own) and len({found.stamp(i) for i in range(len(own))}) == len(own)
+        assert all(torch.equal(found.read(i), expected[j]) for i, j in enumerate(own))
+        assert (
+            pickle.loads(pickle.dumps(found)).name(0) == f"{tmp_path}/{place if ':' in place else place + ':train'}#0"
+        )
+    with pytest.raises(ConfigError, match=r'--reference_images: .*hub: cannot be read: .*Unknown split "test"'):
+        len(pictures_in(f"{tmp_path}/hub:test"))
+    dataset.remove_columns("image").to_parquet(tmp_path / "bare" / "train.parquet")
+    with pytest.raises(ConfigError, match="bare has no columns of images; it must have one: label"):
+        len(pictures_in(tmp_path / "bare"))
+    with pytest.raises(ConfigError, match="--reference_images: nobody/nothing: no such f"):
+        len(pictures_in("nobody/nothing"))
 
 
 def test_quarters_of_a_grid(tmp_path: Path) -> None:
