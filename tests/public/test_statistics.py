@@ -82,15 +82,15 @@ def test_the_jackknife_is_the_standard_error_of_a_mean_and_of_a_curved_statistic
 def test_an_interval_within_strata_is_that_of_their_spread_alone() -> None:
     """Two kinds that differ by 10: the interval is as narrow as within each, and holds as often as it says."""
     generator = torch.Generator().manual_seed(0)
-    kinds = ["a"] * 30 + ["b"] * 30
+    kinds = ["a"] * 100 + ["b"] * 100
     held, widths = 0, []
-    for seed in range(200):
-        values = torch.randn(60, generator=generator).double()
-        values[30:] += 10
-        found = bootstrap(values, kinds, resamples=400, seed=seed)
+    for seed in range(500):
+        values = torch.randn(200, generator=generator).double()
+        values[100:] += 10
+        found = bootstrap(values, kinds, resamples=1000, seed=seed)
         held += found.low <= 5 <= found.high
         widths.append(found.high - found.low)
-    assert 0.90 <= held / 200 <= 0.99
-    assert np.mean(widths) == pytest.approx(2 * 1.96 / math.sqrt(60), rel=0.1)
+    assert 0.93 <= held / 500 <= 0.97
+    assert np.mean(widths) == pytest.approx(2 * 1.96 / math.sqrt(200), rel=0.05)
     plain = bootstrap(values, resamples=400)
     assert plain.high - plain.low > 4 * np.mean(widths)
