@@ -74,7 +74,7 @@ class Estimate:
             are alive at that moment, not their own peaks.
         backbones: Full networks that the run keeps: one, or more with a full student.
         backbone: Bytes of one frozen network in the run's precision, or of a process's share of it.
-        uncounted: Rewards whose networks are not part of it.
+        uncounted: Rewards and benchmarks whose networks are not part of it.
     """
 
     overview: Mapping[str, str]
@@ -106,7 +106,7 @@ class Estimate:
             count = self.parameters.get(name)
             rows.append((name, "" if count is None else f"{count:,}", f"{size / GIB:.2f}", WHAT.get(name, "")))
         for name in self.uncounted:
-            rows.append((f"reward {name}", "", "not counted", "since it cannot be built without weights"))
+            rows.append((name, "", "not counted", "since it cannot be built without weights"))
         rows.append(("total", "", f"{self.total() / GIB:.2f}", "at once, when the run needs most"))
         for backbones in range(self.backbones + 1, 4):
             whose = "the fake score" if backbones == 2 else "fake score and student each"
@@ -235,7 +235,9 @@ def _simulated(job: Job, sizes: Sequence[Size]) -> Estimate:
     if shares.count > 1:
         text += f", network shared by {shares.count}"
     names = (ENCODERS, REWARDS, *parts, *RUNNING)
-    uncounted = [name for each in sums for name, (_, reward) in each.parts.items() if isinstance(reward, AnyReward)]
+    scorers = [part for rewards in sums for part in rewards.parts.items()]
+    uncounted = [f"reward {name}" for name, (_, reward) in scorers if isinstance(reward, AnyReward)]
+    uncounted += [f"benchmark {benchmark.title}" for benchmark in job.settings.of("benchmarks")]
     return Estimate(
         overview(job, trainers.own_learners, precision=precision, sizes=sizes),
         f"{text}, {str(backend.dtype).removeprefix('torch.')}, one process",

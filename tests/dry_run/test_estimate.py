@@ -606,13 +606,14 @@ def test_rewards_networks_are_counted(folders: dict[str, Path], digits: Digits, 
     """Their weights to the byte, beside one that cannot be built without weights."""
     checkpoint = str(digits.reward_checkpoint("pickscore"))
     given = {"model": str(folders["sd3"]), "max_sequence_length": 5, "rl": "refl", "reward": "pickscore+toy"}
+    given |= {"eval_benchmark": "ocr", "num_eval_samples": 4}
     found = dry(given | {"pickscore_checkpoint": checkpoint, "reward_dtype": "bf16"}, tmp_path)
     reward = registry.load("rewards", "pickscore")(checkpoint=checkpoint)
     reward.prepare(torch.device("cpu"), torch.bfloat16)
     network = reward.towers._model
     loaded = sum(t.nbytes for t in {id(t): t for t in (*network.parameters(), *network.buffers())}.values())
     assert [peak["rewards"] for phase, peak in found.phases.items() if phase != "prompts"] == [loaded] * 3
-    assert found.uncounted == ["toy"] and "reward toy" in str(found)
+    assert found.uncounted == ["reward toy", "benchmark ocr"] and "benchmark ocr" in str(found)
 
 
 def test_torchs_own_attention_layer_keeps_no_weights_of_tokens() -> None:
