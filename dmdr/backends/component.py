@@ -3,10 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from dmdr.backends.loading import Source, read_config
 from dmdr.errors import ConfigError
@@ -96,42 +93,6 @@ def read_component(cls: Any, source: Source, subfolder: str = "") -> ComponentCo
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     file = f"{source.place(subfolder)}/{cls.config_name}"
     return ComponentConfig({"_class_name": cls.__name__} | defaults | read_config(cls, source, subfolder), file)
-
-
-def check_latent_scaling(config: ComponentConfig, channels: int, read: Sequence[str], reader: str) -> None:
-    """Refuse a VAE that its pipeline cannot bring latents to unit variance for, or would otherwise than we do.
-
-    Args:
-        config: The VAE's.
-        channels: Of its latents.
-        read: What the pipeline reads of `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std`.
-        reader: What the pipeline is called.
-
-    Raises:
-        ConfigError: If one of them is no number, or has a value that the pipeline does not read.
-    """
-    for name in ("shift_factor", "latents_mean", "latents_std"):
-        if name not in read and config.get(name):
-            raise config.refused(name, f"null, because a {reader} does not read it")
-    config.number("scaling_factor", positive=True)
-    if "shift_factor" in read:
-        config.number("shift_factor")
-    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        config.numbers("latents_mean", channels)
-        config.numbers("latents_std", channels, positive=True)
-
-
-def latent_statistics(vae: Any, latents: Tensor) -> tuple[Any, Any]:
-    """Scale and shift with VAE latents = latents * scale + shift, for latents [B, C, H, W].
-
-    Numbers, or [1, C, 1, 1] each where the VAE's configuration has them per channel.
-    """
-    config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        return 1 / config.scaling_factor, config.get("shift_factor") or 0.0
-    scale, shift = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
-    return scale / config.scaling_factor, shift
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """Flow-matching families: rectified flow, shifted times, and the scheduler of the exported student."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dmdr.backends.component import ComponentConfig, read_component
+from dmdr.backends.latents import Latents, ShiftedLatents
 from dmdr.backends.pipeline import PipelineBackend, PipelineOptions
 from dmdr.errors import ConfigError
 from dmdr.paths import RectifiedFlow
@@ -36,7 +36,7 @@ class FlowBackend(PipelineBackend):
 
     Options: ClassVar[type[FlowOptions]] = FlowOptions
     options: FlowOptions
-    latent_scaling: ClassVar[Sequence[str]] = ("scaling_factor", "shift_factor")
+    latents_class: ClassVar[type[Latents]] = ShiftedLatents
 
     def __init__(self, folder: str, options: FlowOptions) -> None:
         """As every pipeline's.

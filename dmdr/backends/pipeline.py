@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-from dmdr.backends.component import check_latent_scaling, latent_statistics, read_component
+from dmdr.backends.component import read_component
 from dmdr.backends.images import to_unit_range
 from dmdr.backends.kernels import compile_blocks, set_attention_backend
+from dmdr.backends.latents import Latents, TinyLatents, refuse_other_latents
 from dmdr.backends.loading import (
     Source,
     check_there,
@@ -144,7 +144,7 @@ class PipelineBackend:
         lora_targets: Modules that get an adapter, as PEFT matches names.
         droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
-        latent_scaling: What the pipeline reads of the VAE's scaling_factor, shift_factor, latents_mean and latents_std.
+        latents_class: Of its VAE and the states that it makes.
         packing: Latent pixels that are one of the network's.
         text_length: Tokens of the longest text encoder, where the pipeline's call asks for them; 0 where it does not.
     """
@@ -156,7 +156,7 @@ class PipelineBackend:
     lora_targets: ClassVar[Sequence[str]]
     droppable: ClassVar[Sequence[str]] = ()
     default_size: ClassVar[int] = 128
-    latent_scaling: ClassVar[Sequence[str]] = ("scaling_factor",)
+    latents_class: ClassVar[type[Latents]] = Latents
     packing: ClassVar[int] = 1
     kind: Kind = "velocity"
     path: NoisePath
@@ -172,17 +172,14 @@ class PipelineBackend:
         self.source = Source(folder, options.revision, options.variant)
         self.index = read_component(self.pipeline_class, self.source)
         self.network_config = read_component(self.network_class, self.source, self.network_name)
-        self.vae_config = read_component(AutoencoderKL, self.source, "vae")
-        self.vae_config.require("_class_name", AutoencoderKL.__name__)
-        self.vae_scale = 2 ** (len(self.vae_config.wholes("block_out_channels")) - 1)
-        channels = self.vae_config.whole("latent_channels")
-        check_latent_scaling(self.vae_config, channels, self.latent_scaling, self.pipeline_class.__name__)
+        self.latents = self.latents_class(self.source, "vae", self.pipeline_class.__name__)
+        channels, scale = self.latents.channels, self.latents.scale
         for name in ("in_channels", "out_channels"):
             wanted = channels * self.packing
             if self.network_config.get(name) not in (None, wanted):
                 raise self.network_config.refused(name, f"{wanted}, of latents with {channels} channels")
-        self.sizes = options.sizes() or (Size(*[self.vae_scale * self._own_size()] * 2),)
-        cell, scale = self.vae_scale * self.patch_size, self.vae_scale
+        self.sizes = options.sizes() or (Size(*[scale * self._own_size()] * 2),)
+        cell = scale * self.patch_size
         for size in self.sizes:
             if size.width % cell or size.height % cell:
                 raise ConfigError(f"--resolution {size} must be a multiple of {cell} for {folder}")
@@ -303,9 +300,8 @@ class PipelineBackend:
             network = self._load(self.network_class, self.source, self.network_name, self.dtype)
         else:
             network = open_network(self.network_class, self.source, self.network_name, self.dtype)
-        self.vae = self._load_vae(AutoencoderKL, self.source, "vae")
-        small = self.reward_decoder
-        self.reward_vae = self._load_vae(AutoencoderTiny, Source(small)) if small else self.vae
+        self.vae = self._load_vae(self.latents, self.source, "vae")
+        self.reward_vae = self._load_reward_vae(self.reward_decoder) if self.reward_decoder else self.vae
         self.pipeline = self._pipeline(network, vae=self.vae)
         self._gathered: dict[str, Tensor] = {}
         self._empty: Mapping[str, Tensor] | None = None  # embeddings of the empty prompt, for guidance
@@ -371,7 +367,7 @@ class PipelineBackend:
         check_there("--student_weights", self.options.student_weights)
         self.read_teacher_lora()
         if self.reward_decoder:
-            self._check_reward_vae(self.reward_decoder)
+            self._reward_latents = self._reward_latents_of(self.reward_decoder)
         self.accelerator, self.device = accelerator, accelerator.device
         if self.device.type != "meta":
             self._check_variant()
@@ -407,22 +403,29 @@ class PipelineBackend:
             there = ", ".join(sorted(f"of variant {variant}" if variant else "without a variant" for variant in known))
             raise ConfigError(f"--variant {self.options.variant}: {self.folder} only has weights {there}")
 
-    def _check_reward_vae(self, folder: str) -> None:
-        """Refuse a decoder of other latents, or to another size."""
-        tiny = read_component(AutoencoderTiny, Source(folder))
-        channels = tiny.whole("latent_channels")
-        scale = 2 ** (len(tiny.wholes("decoder_block_out_channels")) - 1)
-        check_latent_scaling(tiny, channels, ("scaling_factor", "shift_factor"), AutoencoderTiny.__name__)
-        if (channels, scale) != (self.latent_shape[0], self.vae_scale):
+    def _reward_latents_of(self, folder: str) -> Latents:
+        """Those that a decoder takes, which must be of this model's shape."""
+        tiny = TinyLatents(Source(folder), "", TinyLatents.vae_class.__name__)
+        if (tiny.channels, tiny.scale) != (self.latents.channels, self.latents.scale):
             raise ConfigError(
-                f"--reward_vae {folder} takes {channels} channels and enlarges by {scale}; the latents of "
-                f"{self.folder} have {self.latent_shape[0]} channels and need {self.vae_scale}"
+                f"--reward_vae {folder} takes {tiny.channels} channels and enlarges by {tiny.scale}; the latents of "
+                f"{self.folder} have {self.latents.channels} channels and need {self.latents.scale}"
             )
+        return tiny
+
+    def _load_reward_vae(self, folder: str) -> Any:
+        """The rewards' own decoder, which must make the same images of this model's latents."""
+        decoder = self._load_vae(self._reward_latents, Source(folder))
+        if self.device.type != "meta":
+            with on_device(self.device, self.vae, decoder, offload=self.options.cpu_offload):
+                refuse_other_latents((self.latents, self.vae), (self._reward_latents, decoder), folder)
+        return decoder
 
     def _load(self, cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -> Any:
         return load_network(cls, source, subfolder, dtype, meta=self.device.type == "meta")
 
-    def _load_vae(self, cls: Any, source: Source, subfolder: str = "") -> Any:
+    def _load_vae(self, latents: Latents, source: Source, subfolder: str = "") -> Any:
+        cls = latents.vae_class
         # Decoders that overflow in float16 say so in their file. One that does not say is taken at the run's precision,
         # whatever the class has as its default: the older ones, which everybody runs in float16, do not have the key.
         upcast = self.dtype == torch.float16 and read_config(cls, source, subfolder).get("force_upcast", False)
@@ -459,25 +462,22 @@ class PipelineBackend:
     # --- Images ------------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, *, exact: bool = False) -> Tensor:
-        vae = self.vae if exact else self.reward_vae
+        own = exact or self.reward_vae is self.vae
+        vae, space = (self.vae, self.latents) if own else (self.reward_vae, self._reward_latents)
         size = self.options.decode_chunk_size or len(latents)
-        decode = partial(self._decode, vae)
+
+        def decode(part: Tensor) -> Tensor:
+            return to_unit_range(space.decode(vae, part))
+
         if self.options.decode_chunk_size and latents.requires_grad and torch.is_grad_enabled():
             decode = partial(recomputed, decode)
         with on_device(self.device, vae, offload=self.options.cpu_offload):
             return torch.cat([decode(part) for part in latents.split(size)])
 
-    @staticmethod
-    def _decode(vae: Any, latents: Tensor) -> Tensor:
-        scale, shift = latent_statistics(vae, latents)
-        return to_unit_range(vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0])
-
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         with on_device(self.device, self.vae, offload=self.options.cpu_offload):
-            latents = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        scale, shift = latent_statistics(self.vae, latents)
-        return (latents - shift) / scale
+            return self.latents.encode(self.vae, (images * 2 - 1).to(self.device, self.vae.dtype))
 
     # --- Roles -------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class SD3Backend(FlowBackend):
     def __init__(self, folder: str, options: FlowOptions) -> None:
         super().__init__(folder, options)
         self.network_config.whole("sample_size")  # its position embeddings are cut from the middle of the table
-        longest = self.network_config.whole("pos_embed_max_size") * self.patch_size * self.vae_scale
+        longest = self.network_config.whole("pos_embed_max_size") * self.patch_size * self.latents.scale
         for size in self.sizes:
             if max(size) > longest:
                 raise ConfigError(f"--resolution {size} is too large for {folder}: give {longest} or less")

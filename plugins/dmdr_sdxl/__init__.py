@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dmdr.backends.component import ComponentConfig
+from dmdr.backends.latents import Latents
 from dmdr.backends.loading import quiet, read_config
 from dmdr.backends.pipeline import Network, PipelineBackend, PipelineOptions
 from dmdr.errors import ConfigError, one_line
@@ -193,12 +194,18 @@ class UNetBackend(PipelineBackend):
         return output
 
 
+class SDXLLatents(Latents):
+    """Those whose pipeline also reads means and deviations."""
+
+    reads = ("scaling_factor", "latents_mean", "latents_std")
+
+
 class SDXLBackend(UNetBackend):
     """Teacher, fake score and student on one SDXL UNet (`protocols.Backend`)."""
 
     pipeline_class = StableDiffusionXLPipeline
     needed = ("text_encoder", "text_encoder_2")
-    latent_scaling = ("scaling_factor", "latents_mean", "latents_std")
+    latents_class = SDXLLatents
 
     def __init__(self, folder: str, options: UNetOptions) -> None:
         super().__init__(folder, options)

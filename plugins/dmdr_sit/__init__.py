@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dmdr.backends.flow import FlowBackend, FlowOptions
+from dmdr.backends.latents import Latents
 from dmdr.backends.loading import load_network, quiet
 from dmdr.backends.pipeline import Network
 from dmdr.errors import ConfigError
@@ -58,11 +59,11 @@ class SiTBackend(FlowBackend):
     pipeline_class = SiTPipeline
     network_class = SiTTransformer2DModel
     lora_targets = LORA_TARGETS
-    latent_scaling = ("scaling_factor",)
+    latents_class = Latents
 
     def __init__(self, folder: str, options: SiTOptions) -> None:
         super().__init__(folder, options)
-        own = self.vae_scale * self.network_config.whole("sample_size")
+        own = self.latents.scale * self.network_config.whole("sample_size")
         for size in self.sizes:
             if size != (own, own):
                 raise ConfigError(f"--resolution {size} does not work with {folder}: give {own}")

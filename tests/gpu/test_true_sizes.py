@@ -12,7 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 from examples.benchmarks import published
 
-from dmdr.backends.pipeline import PipelineBackend
+from dmdr.backends.images import to_unit_range
+from dmdr.backends.latents import ShiftedLatents
+from dmdr.backends.loading import Source
 from dmdr.dry_run.estimate import estimate
 from dmdr.settings.parse import resolve
 from steps import prepared, trainer_of
@@ -81,10 +83,11 @@ def test_a_decoders_gradient_at_1024_pixels(dtype: torch.dtype) -> None:
 
     Its random weights keep numbers near 1, so that this is about kernels and memory.
     """
+    latents_of = ShiftedLatents(Source(str(published.ROOT / "sd3" / "architecture")), "vae", "pipeline")
     vae = published.component("sd3", AutoencoderKL, "vae", torch.device("cuda")).to(dtype).requires_grad_(False)
     latents = torch.randn(1, 16, 128, 128, device="cuda", requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
-    images = PipelineBackend._decode(vae, latents)
+    images = to_unit_range(latents_of.decode(vae, latents))
     (gradient,) = torch.autograd.grad(2**16 * images.mean(), latents)
     peak = torch.cuda.max_memory_allocated()
     print(f"\ndecoder in {dtype}: {peak / GIB:.1f} GiB")
