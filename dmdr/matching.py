@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmdr.paths import Prediction, add_noise, expand
-from dmdr.protocols import Context, Denoiser, GuidanceInput, GuidedDenoiser
+from dmdr.paths import Prediction, add_noise, expand, guided
+from dmdr.protocols import Context, Denoiser, GuidanceRule, GuidedDenoiser
 from dmdr.types import Direction, Draw, Renoised, Term
 
 # Renoise times stay clear of both ends: towards t = 0 the direction is a difference of nearly equal numbers
@@ -54,20 +54,20 @@ def denoising_error(prediction: Prediction, renoised: Renoised) -> Tensor:
 
 
 def teach(teacher: GuidedDenoiser, renoised: Renoised | Draw, draw: Draw, ctx: Context) -> tuple[Tensor, Tensor]:
-    """What the teacher answers at `renoised.x_t`, two tensors [B, *latent]: c, and ca = -(w - 1) (c - u).
+    """What the teacher answers at `renoised.x_t`, two tensors [B, *latent]: c, and ca, so that c - ca is guided.
 
-    c is its conditional answer, u the unconditional one, and w the guidance, drawn per sample from `ctx.guidance`. The
-    guided answer is c - ca. With `draw` itself in place of `renoised` all are at the student's own state. Two passes
-    through a network: c - u is found from c and the scale that costs one more.
+    c is its conditional answer, and the guided one is what the family makes of it (`GuidanceRule`) at guidance w, drawn
+    per sample from `ctx.guidance`. Where the rule is the usual u + w (c - u), ca = -(w - 1) (c - u). With `draw` itself
+    in place of `renoised` all are at the student's own state. Two passes through a network.
     """
     x_t, t, cond = renoised.x_t, renoised.t, draw.cond
-    c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
+    c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix)
     if ctx.guidance == (1.0, 1.0):
-        return c, torch.zeros_like(c)
-    other = ctx.backend.other_guidance() if isinstance(ctx.backend, GuidanceInput) else 0.0
-    towards = (c - teacher(x_t, t, cond, guidance=other, fake_mix=ctx.fake_mix).x0) / (1 - other)
-    w = expand(ctx.random.uniform("guidance", draw.sample, *ctx.guidance), c).to(c.dtype)
-    return c, -(w - 1) * towards
+        return c.x0, torch.zeros_like(c.x0)
+    rule = ctx.backend if isinstance(ctx.backend, GuidanceRule) else None
+    other = teacher(x_t, t, cond, guidance=rule.other_guidance() if rule else 0.0, fake_mix=ctx.fake_mix)
+    w = ctx.random.uniform("guidance", draw.sample, *ctx.guidance).to(c.value.device)
+    return c.x0, c.x0 - (rule.guided if rule else guided)(c, other, w).x0
 
 
 def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: float) -> Direction:

@@ -1,6 +1,6 @@
 """Noise paths x_t = alpha(t) x0 + sigma(t) eps, and network outputs in every parameterisation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -119,3 +119,16 @@ class Prediction:
         """The regression target of `value`, [B, *latent], if x_t was made of x0 and eps, each [B, *latent]."""
         _, _, a, b = self._coefficients()
         return a * x0 + b * eps
+
+
+def guided(c: Prediction, other: Prediction, w: Tensor, scale: float = 0.0) -> Prediction:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): u + w (c - u), a line through two answers.
+
+    Args:
+        c: The conditional answer, that of guidance 1.
+        other: The answer of another guidance at the same x_t and t; the unconditional one, u, by default.
+        w: Guidance of each sample, [B].
+        scale: That of `other`.
+    """
+    share = (expand(w, c.value) - scale) / (1 - scale)
+    return replace(c, value=other.value + share * (c.value - other.value))

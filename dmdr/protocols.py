@@ -35,8 +35,9 @@ class Denoiser(Protocol):
 class GuidedDenoiser(Protocol):
     """`backend.teacher`, of x_t [B, *latent] at times t [B] in [0, 1].
 
-    `guidance` 1 is the conditional prediction c, 0 the unconditional u, and w is u + w (c - u). `fake_mix` is the share
-    of the fake score's adapter that is mixed in (DynaDG): 0 is the pure teacher, 1 the fake score.
+    `guidance` 1 is the conditional prediction c, 0 the unconditional u, and w is u + w (c - u), or what the family
+    makes of them (`GuidanceRule`). `fake_mix` is the share of the fake score's adapter that is mixed in (DynaDG): 0 is
+    the pure teacher, 1 the fake score.
     """
 
     def __call__(
@@ -120,13 +121,13 @@ class Backend(Protocol):
     `guidance_scale`, ...) is given that setting's value.
 
     It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
-    `GuidanceInput`, `SeveralSizes` and `Shardable`.
+    `GuidanceRule`, `SeveralSizes` and `Shardable`.
     """
 
     options: Any
     path: NoisePath
     latent_shape: tuple[int, ...]
-    shift: float  # timestep shift of the student's time grid; 1 where the family has none
+    shift: float  # timestep shift of training, such as of the times of renoising; 1 where the family has none
 
     def grid(self, num_inference_steps: int) -> Tensor:
         """The student's times where the user names none, [K + 1] float64 from noise to exactly 0."""
@@ -602,11 +603,14 @@ class TeacherGrid(Protocol):
 
 
 @runtime_checkable
-class GuidanceInput(Protocol):
-    """A family whose teacher is told its guidance, so that the unconditional answer is not the cheap one."""
+class GuidanceRule(Protocol):
+    """A family whose guided answer is another than u + w (c - u), or costs less from other answers than c and u."""
 
     def other_guidance(self) -> float:
-        """The scale beside 1 at which the teacher answers in a single pass."""
+        """The guidance beside 1 at which the teacher answers in a single pass."""
+
+    def guided(self, c: Prediction, other: Prediction, w: Tensor) -> Prediction:
+        """The teacher's answer at guidance w [B], of those at guidance 1 and at `other_guidance()`."""
 
 
 @runtime_checkable
@@ -643,7 +647,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "matchings": (Stateful, BringsLearners),
     "sample_weights": (Stateful,),
     "backends": (
-        *(ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceInput, SeveralSizes),
+        *(ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceRule, SeveralSizes),
         Shardable,
     ),
     "models": (),

@@ -32,7 +32,11 @@ class FlowOptions(PipelineOptions):
 
 
 class FlowBackend(PipelineBackend):
-    """A pipeline with a `FlowMatchEulerDiscreteScheduler`."""
+    """A pipeline with a `FlowMatchEulerDiscreteScheduler`.
+
+    Attributes:
+        shift: Timestep shift of training, such as of the times that answers are renoised to.
+    """
 
     Options: ClassVar[type[FlowOptions]] = FlowOptions
     options: FlowOptions
@@ -78,19 +82,27 @@ class FlowBackend(PipelineBackend):
         mu = float(low + (high - low) * (tokens - few) / (many - few))
         return mu if config["time_shift_type"] == "linear" else math.exp(mu)
 
+    def own_grid_shift(self, num_inference_steps: int) -> float:
+        """The shift that the pipeline itself applies to a grid of so many steps."""
+        return self.own_shift()
+
+    def grid_shift(self, num_inference_steps: int) -> float:
+        """That of the student's grid."""
+        return self.options.shift or self.own_grid_shift(num_inference_steps)
+
     def grid(self, num_inference_steps: int) -> Tensor:
-        return time_grid(num_inference_steps, self.shift)
+        return time_grid(num_inference_steps, self.grid_shift(num_inference_steps))
 
     def teacher_grid(self, num_inference_steps: int) -> Tensor:
         """The straight line with the model's own shift, whatever the student's is."""
-        own = self.own_shift() if self.scheduler_config else self.shift  # of another scheduler only --shift is known
-        return time_grid(num_inference_steps, own)
+        known = bool(self.scheduler_config)  # of another scheduler only --shift is known
+        return time_grid(num_inference_steps, self.own_grid_shift(num_inference_steps) if known else self.shift)
 
     def scheduler(self, sampler: Sampler) -> FlowMatchEulerDiscreteScheduler:
         if 0 < sampler.eta < 1:
             raise ConfigError(f"--sample_eta {sampler.eta:g}: the scheduler of this model supports 0 and 1 only")
         config = self.scheduler_config | {
-            "shift": self.shift,
+            "shift": self.grid_shift(sampler.num_inference_steps),
             "use_dynamic_shifting": False,
             "shift_terminal": None,
             "use_karras_sigmas": False,
@@ -102,7 +114,8 @@ class FlowBackend(PipelineBackend):
 
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """The grid before the shift, which the scheduler applies: shifted sigmas would be shifted twice."""
+        shift = self.grid_shift(sampler.num_inference_steps)
         return super().call_arguments(sampler) | {
-            "sigmas": unshift_times(sampler.t[:-1], self.shift).tolist(),
+            "sigmas": unshift_times(sampler.t[:-1], shift).tolist(),
             "guidance_scale": 1.0,
         }

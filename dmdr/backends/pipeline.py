@@ -38,7 +38,7 @@ from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
 from dmdr.backends.quantized import Format, check_quantize, quantize
 from dmdr.backends.sharding import copy, fill, shard, stored
 from dmdr.errors import ConfigError, TrainingError
-from dmdr.paths import Kind, NoisePath, Prediction
+from dmdr.paths import Kind, NoisePath, Prediction, guided
 from dmdr.protocols import LORA_FILE, Role, RoleOptions, Sampler, require
 from dmdr.sizes import Size, parse_sizes
 from dmdr.states import load_strict, own_rows, read_tensors, refuse_infinite, whole
@@ -73,6 +73,7 @@ class PipelineOptions(RoleOptions):
             default.
         max_sequence_length: Tokens of the longest text encoder; the model's own by default.
         drop_text_encoders: Text encoders to do without, e.g. text_encoder_3 (T5) of SD3.
+        negative_prompt: Guidance leads away from this text; the empty prompt by default.
         zero_empty_prompt: Guidance leads away from zeros (true) or the empty prompt (false); as the model says by
             default.
         prompt_cache: Folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by
@@ -97,6 +98,7 @@ class PipelineOptions(RoleOptions):
     resolution: str | None = None
     max_sequence_length: int | None = None
     drop_text_encoders: list[str] | None = None
+    negative_prompt: str | None = None
     zero_empty_prompt: bool | None = None
     prompt_cache: str | None = None
     teacher_lora: str | None = None
@@ -122,6 +124,8 @@ class PipelineOptions(RoleOptions):
             require(self, "resolution", False, str(error))
         if self.student_weights and not self.full_finetune:
             raise ConfigError("--student_weights needs --full_finetune, because it holds a full network")
+        if self.zero_empty_prompt and self.negative_prompt is not None:
+            raise ConfigError("--zero_empty_prompt and --negative_prompt: guidance leads away from one of them")
         if self.quantize and self.full_finetune:
             raise ConfigError("--quantize needs a LoRA student: leave out --full_finetune, which trains every weight")
 
@@ -141,11 +145,11 @@ class PipelineBackend:
         pipeline_class: The stock pipeline that loads the folder and samples the export.
         network_class: Class of the denoising network.
         network_name: The component that it is.
-        lora_targets: Modules that get an adapter, as PEFT matches names.
+        lora_targets: Modules that get an adapter, as PEFT matches names; a family may set it by its configuration.
         droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
         latents_class: Of its VAE and the states that it makes.
-        packing: Latent pixels that are one of the network's.
+        padded: Embeddings [B, text_length, ...] that are zero after each prompt's own `length`, [B] int64.
         text_length: Tokens of the longest text encoder, where the pipeline's call asks for them; 0 where it does not.
     """
 
@@ -153,11 +157,11 @@ class PipelineBackend:
     pipeline_class: ClassVar[Any]
     network_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
-    lora_targets: ClassVar[Sequence[str]]
+    lora_targets: Sequence[str]
     droppable: ClassVar[Sequence[str]] = ()
     default_size: ClassVar[int] = 128
     latents_class: ClassVar[type[Latents]] = Latents
-    packing: ClassVar[int] = 1
+    padded: ClassVar[Sequence[str]] = ()
     kind: Kind = "velocity"
     path: NoisePath
     shift: float = 1.0
@@ -199,6 +203,8 @@ class PipelineBackend:
             embed=self.embed,
             blank=self.blank_embeddings,
             settings=(self.pipeline_class.__name__, self.text_length),
+            padded=dict.fromkeys(self.padded, self.text_length),
+            unconditional=options.negative_prompt or "",
         )
 
     def _own_size(self) -> int:
@@ -220,6 +226,11 @@ class PipelineBackend:
     def patch_size(self) -> int:
         """Latent pixels along a side that the network cannot divide."""
         return self.network_config.whole("patch_size") if self.network_config.get("patch_size") else 1
+
+    @property
+    def packing(self) -> int:
+        """Latent pixels that are one of the network's."""
+        return 1
 
     @property
     def text_limit(self) -> int:
@@ -505,21 +516,30 @@ class PipelineBackend:
     def teacher(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
     ) -> Prediction:
-        def predict(tensors: Mapping[str, Tensor]) -> Prediction:
-            return self._predict("fake_score" if fake_mix else None, x_t, t, tensors, share=fake_mix)
+        def answer(scale: float) -> Prediction:
+            role: Role | None = "fake_score" if fake_mix else None
+            return self._predict(role, x_t, t, self.asked(cond, scale), share=fake_mix)
 
-        if guidance == 1:
-            return predict(cond.tensors)
-        u = predict(self.unconditional(cond))
-        if guidance == 0:
-            return u
-        c = predict(cond.tensors)
-        return Prediction(u.value + guidance * (c.value - u.value), self.kind, x_t, t, self.path)
+        other = self.other_guidance()
+        if guidance in (1.0, other):
+            return answer(guidance)
+        w = torch.full((len(cond),), guidance, device=self.device)
+        return self.guided(answer(1.0), answer(other), w)
+
+    def other_guidance(self) -> float:
+        return 0.0
+
+    def guided(self, c: Prediction, other: Prediction, w: Tensor) -> Prediction:
+        return guided(c, other, w, self.other_guidance())
+
+    def asked(self, cond: Condition, guidance: float) -> Mapping[str, Tensor]:
+        """What the network is given at guidance 1, or at `other_guidance()`, by name, each [B, ...]."""
+        return cond.tensors if guidance == 1 else self.unconditional(cond)
 
     def unconditional(self, cond: Condition) -> Mapping[str, Tensor]:
-        """What guidance leads away from, by name, each [B, ...]: the empty prompt's embeddings, or zeros."""
+        """What guidance leads away from, by name, each [B, ...]: embeddings of the negative prompt, or zeros."""
         if self._empty is None:
-            self._empty = self.text([""])
+            self._empty = self.text([self.text.unconditional])
             if self.zero_empty_prompt:
                 self._empty = {name: torch.zeros_like(tensor) for name, tensor in self._empty.items()}
         return {name: tensor.expand(len(cond), *tensor.shape[1:]) for name, tensor in self._empty.items()}
@@ -528,7 +548,7 @@ class PipelineBackend:
     def zero_empty_prompt(self) -> bool:
         """Whether the unconditional branch is given zeros, as the pipeline says unless the user does."""
         given = self.options.zero_empty_prompt
-        own = self.index.get("force_zeros_for_empty_prompt", False)
+        own = self.index.get("force_zeros_for_empty_prompt", False) and self.options.negative_prompt is None
         return bool(own) if given is None else given
 
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:

@@ -33,10 +33,17 @@ class PromptCache:
     Args:
         folder: Of this model, its encoders, their precision and the text length; made when it is first written to.
         embed: B distinct prompts -> embeddings by name, each [B, ...], of shapes that depend on no prompt.
+        padded: Names of embeddings [B, L, ...] that are zero after each prompt's own `length`, with their L. Only what
+            is before that is stored.
     """
 
-    def __init__(self, folder: Path, embed: Callable[[Sequence[str]], Rows]) -> None:
-        self.folder, self._embed = folder, embed
+    def __init__(
+        self,
+        folder: Path,
+        embed: Callable[[Sequence[str]], Rows],
+        padded: Mapping[str, int] | None = None,
+    ) -> None:
+        self.folder, self._embed, self._padded = folder, embed, padded or {}
         self._where: dict[str, Path] = {}  # key of a prompt -> its shard
         self._read: set[Path] = set()
         self._open = lru_cache(OPEN)(_open)
@@ -54,9 +61,10 @@ class PromptCache:
         missing = self.missing(prompts)
         for start in tqdm(range(0, len(missing), SHARD), desc="encode prompts", disable=not show, leave=False):
             part = missing[start : start + SHARD]
-            rows = {name: tensor.cpu().contiguous() for name, tensor in self._embed(part).items()}
+            rows = self._rows({name: tensor.cpu() for name, tensor in self._embed(part).items()})
             if start == 0:
-                self._require_room(sum(tensor.nbytes for tensor in rows.values()) // len(part) * len(missing))
+                stored = sum(tensor.nbytes for row in rows for tensor in row.values())
+                self._require_room(stored // len(part) * len(missing))
             self._write(part, rows)
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
@@ -72,8 +80,21 @@ class PromptCache:
         rows = []
         for key in map(_key, prompts):
             file, names = self._open(self._where[key])
-            rows.append({name: file.get_tensor(f"{key}/{name}") for name in names})
+            rows.append({name: self._whole(name, file.get_tensor(f"{key}/{name}")) for name in names})
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _rows(self, embeddings: Rows) -> list[Rows]:
+        """Those of each prompt, without padding."""
+        count = len(next(iter(embeddings.values())))
+        rows = [{name: tensor[i] for name, tensor in embeddings.items()} for i in range(count)]
+        for row in rows:
+            row |= {name: row[name][: row["length"]] for name in self._padded}
+        return rows
+
+    def _whole(self, name: str, stored: Tensor) -> Tensor:
+        if name not in self._padded:
+            return stored
+        return torch.cat([stored, stored.new_zeros(self._padded[name] - len(stored), *stored.shape[1:])])
 
     def _look(self) -> None:
         """Learn of shards that other processes and runs have written meanwhile."""
@@ -86,9 +107,9 @@ class PromptCache:
             self._where.update((name.partition("/")[0], shard) for name in file.keys())  # noqa: SIM118
             self._read.add(shard)
 
-    def _write(self, prompts: Sequence[str], rows: Mapping[str, Tensor]) -> None:
-        numbered = list(enumerate(map(_key, prompts)))
-        tensors = {f"{key}/{name}": tensor[i].clone() for i, key in numbered for name, tensor in rows.items()}
+    def _write(self, prompts: Sequence[str], rows: Sequence[Rows]) -> None:
+        stored = zip(map(_key, prompts), rows, strict=True)
+        tensors = {f"{key}/{name}": tensor.clone() for key, row in stored for name, tensor in row.items()}
         shard = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = shard.with_suffix(".partial")
         try:

@@ -68,6 +68,8 @@ class PromptEncoder:
         embed: That pipeline and B prompts -> embeddings by name, each [B, ...].
         blank: Tensors of such shapes for a number of prompts, in place of `embed` on the meta device.
         settings: What else embeddings depend on.
+        padded: As of `PromptCache`.
+        unconditional: The prompt that guidance leads away from.
     """
 
     def __init__(
@@ -81,10 +83,13 @@ class PromptEncoder:
         embed: Callable[[Any, Sequence[str]], Rows],
         blank: Callable[[int], Rows],
         settings: Sequence[object],
+        padded: Mapping[str, int],
+        unconditional: str,
     ) -> None:
         self.source, self.components = source, components
         self.prompt_cache, self.cpu_offload = prompt_cache, cpu_offload
         self._open_pipeline, self._embed, self._blank, self._settings = open_pipeline, embed, blank, settings
+        self._padded, self.unconditional = padded, unconditional
         self._pipeline: Any = None
         self._transient = False
 
@@ -92,7 +97,7 @@ class PromptEncoder:
         """Say where the encoders run, and in which precision; loads nothing."""
         self.accelerator, self.device, self.dtype = accelerator, accelerator.device, dtype
         cached = self.components and self.prompt_cache != "off"
-        self.cache = PromptCache(self._folder(), self.encode) if cached else None
+        self.cache = PromptCache(self._folder(), self.encode, self._padded) if cached else None
 
     def _class(self, name: str) -> Any:
         """The class of a text encoder or tokenizer.
@@ -162,7 +167,7 @@ class PromptEncoder:
         if self.cache is None:
             return
         # Shares of all prompts: of what is missing they would differ where one process looks later than another.
-        distinct = list(dict.fromkeys([*prompts, ""]))
+        distinct = list(dict.fromkeys([*prompts, self.unconditional]))
         share = distinct[self.accelerator.process_index :: self.accelerator.num_processes]
         self.cache.fill(share, show=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()

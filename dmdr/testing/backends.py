@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dmdr.errors import ConfigError
-from dmdr.paths import add_noise
-from dmdr.protocols import Backend, Role, SeveralSizes
+from dmdr.paths import add_noise, guided
+from dmdr.protocols import Backend, GuidanceRule, Role, SeveralSizes
 from dmdr.sampling import FewStepSampler
 from dmdr.testing.common import spelt, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition
@@ -202,10 +202,16 @@ def fake_mix_leads_from_teacher_to_fake_score(trial: BackendTrial) -> None:
 
 
 @torch.no_grad()
-def guidance_is_linear(trial: BackendTrial) -> None:
-    """Guidance w is u + w (c - u)."""
-    u, c, guided = (trial.prepared.teacher(*trial.state, guidance=w).value for w in (0.0, 1.0, 3.0))
-    assert torch.allclose(guided, u + 3 * (c - u), atol=1e-4), "guidance w is u + w (c - u); 1 is conditional"
+def guidance_has_a_rule(trial: BackendTrial) -> None:
+    """The teacher at guidance w is u + w (c - u), or what `guided` makes of its own two answers (`GuidanceRule`)."""
+    backend, (x_t, t, cond) = trial.prepared, trial.state
+    rule = backend if isinstance(backend, GuidanceRule) else None
+    scales = (1.0, rule.other_guidance() if rule else 0.0, 3.0)
+    c, other, found = (backend.teacher(x_t, t, cond, guidance=w) for w in scales)
+    w = torch.full((len(cond),), 3.0, device=c.value.device)
+    expected = (rule.guided if rule else guided)(c, other, w)
+    said = "what `guided` makes of its answers" if rule else "u + w (c - u)"
+    assert torch.allclose(found.value, expected.value, atol=1e-4), f"guidance w is {said}; 1 is conditional"
 
 
 @torch.no_grad()
@@ -348,7 +354,7 @@ BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     every_role_starts_as_the_teacher,
     training_a_role_moves_it_alone,
     fake_mix_leads_from_teacher_to_fake_score,
-    guidance_is_linear,
+    guidance_has_a_rule,
     rows_do_not_depend_on_the_batch,
     a_prompt_does_not_depend_on_its_company,
     gradients_reach_their_own_role,

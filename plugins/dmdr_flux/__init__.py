@@ -9,10 +9,10 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dmdr.backends.flow import FlowBackend, FlowOptions
+from dmdr.backends.flow import FlowOptions
 from dmdr.backends.pipeline import Network
+from dmdr.backends.tokens import TokenBackend
 from dmdr.errors import ConfigError
-from dmdr.paths import Prediction
 from dmdr.protocols import Role, unread
 from dmdr.types import Condition
 
@@ -32,7 +32,7 @@ class FluxOptions(FlowOptions):
     guidance_scale: float = 1.0
 
 
-class FluxBackend(FlowBackend):
+class FluxBackend(TokenBackend):
     """Teacher, fake score and student on one FLUX.1 transformer (`protocols.Backend`).
 
     A guidance-distilled network F(g) is told its guidance scale g, and has no unconditional branch. With w0 the user's
@@ -50,22 +50,28 @@ class FluxBackend(FlowBackend):
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
     lora_targets = LORA_TARGETS
-    packing = 4
-    patch_size = 2  # of the packing, which the network's configuration does not know of
 
     def __init__(self, folder: str, options: FluxOptions) -> None:
         super().__init__(folder, options)
         self.network_config.require("patch_size", 1)
         self.network_config.require("guidance_embeds", True, False)
         self.distilled: bool = self.network_config["guidance_embeds"]
-        if self.distilled and options.zero_empty_prompt is not None:
-            raise ConfigError(
-                f"--zero_empty_prompt: {folder} never reads an empty prompt (guidance is an input); leave it out"
-            )
+        for name in ("zero_empty_prompt", "negative_prompt"):
+            if self.distilled and getattr(options, name) is not None:
+                raise ConfigError(
+                    f"--{name}: {folder} has no unconditional answers (guidance is an input); leave it out"
+                )
 
     def other_guidance(self) -> float:
-        """The user's scale, beside which F(1) is the only other pass that the direction of guidance takes."""
+        """The user's scale, where it is an input of the network."""
         return self.options.guidance_scale if self.distilled and self.options.guidance_scale != 1 else 0.0
+
+    def asked(self, cond: Condition, guidance: float) -> Mapping[str, Tensor]:
+        """Distilled for no other scale than 1, it has no direction of guidance: all answers are that of 1."""
+        if not self.distilled:
+            return super().asked(cond, guidance)
+        scale = guidance if self.options.guidance_scale != 1 else 1.0
+        return {**cond.tensors, "guidance": torch.full((len(cond),), scale, device=self.device)}
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:
         super().prepare(accelerator, roles=roles, sharding=sharding)
@@ -89,10 +95,10 @@ class FluxBackend(FlowBackend):
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """`cond` may hold the network's `guidance`, [B] float32; it is 1 where it does not."""
-        batch, channels, height, width = x_t.shape
-        guidance = cond.get("guidance", torch.ones(batch, device=x_t.device)) if self.distilled else None
+        height, width = x_t.shape[2:]
+        guidance = cond.get("guidance", torch.ones(len(x_t), device=x_t.device)) if self.distilled else None
         packed: Tensor = network(
-            hidden_states=FluxPipeline._pack_latents(x_t, batch, channels, height, width),
+            hidden_states=self.pack(x_t),
             timestep=self.path.timestep(t).to(x_t.dtype) / 1000,  # rounded as in the pipeline
             guidance=guidance,
             encoder_hidden_states=cond["sequence"],
@@ -101,34 +107,4 @@ class FluxBackend(FlowBackend):
             img_ids=self.image_ids[height, width],
             return_dict=False,
         )[0]
-        unpacked: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
-        return unpacked
-
-    def draw_noise(self, step: int, count: int) -> Tensor:
-        """The scheduler draws in packed layout."""
-        if step == 0:
-            return super().draw_noise(step, count)
-        channels, height, width = self.latent_shape
-        tokens = self._randn((count, height * width // 4, channels * 4), torch.float32)
-        unpacked: Tensor = FluxPipeline._unpack_latents(tokens, height, width, vae_scale_factor=1)
-        return unpacked
-
-    @torch.no_grad()
-    def teacher(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
-    ) -> Prediction:
-        if not self.distilled:
-            return super().teacher(x_t, t, cond, guidance=guidance, fake_mix=fake_mix)
-
-        def told(scale: float) -> Prediction:
-            tensors = {**cond.tensors, "guidance": torch.full((len(x_t),), scale, device=x_t.device)}
-            return self._predict("fake_score" if fake_mix else None, x_t, t, tensors, share=fake_mix)
-
-        own = self.options.guidance_scale
-        if guidance in (1.0, own):
-            return told(guidance)
-        c = told(1.0)
-        if own == 1:
-            return c
-        towards = (told(own).value - c.value) / (own - 1)
-        return Prediction(c.value + (guidance - 1) * towards, self.kind, x_t, t, self.path)
+        return self.unpack(packed, height, width)

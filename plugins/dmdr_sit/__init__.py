@@ -44,6 +44,7 @@ class SiTOptions(FlowOptions):
 
     max_sequence_length: None = unread()
     drop_text_encoders: None = unread()
+    negative_prompt: None = unread()
     zero_empty_prompt: None = unread()
     prompt_cache: None = unread()
     quantize: None = unread()

@@ -37,6 +37,7 @@ class ZImageBackend(FlowBackend):
     pipeline_class = ZImagePipeline
     network_class = ZImageTransformer2DModel
     lora_targets = LORA_TARGETS
+    padded = ("sequence",)
     patch_size = 2  # the network's own default, of those that it has
 
     def __init__(self, folder: str, options: ZImageOptions) -> None:

@@ -1,0 +1,40 @@
+"""Flow-matching families whose network is given latents as a sequence of tokens."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from dmdr.backends.flow import FlowBackend
+
+
+class TokenBackend(FlowBackend):
+    """A pipeline that packs squares of latent pixels into tokens, row by row (FLUX, Qwen-Image).
+
+    Attributes:
+        patch_size: Side of a square in latent pixels.
+    """
+
+    patch_size: ClassVar[int] = 2  # of the pipeline; the network's configuration does not know of it
+
+    @property
+    def packing(self) -> int:
+        return self.patch_size**2
+
+    def pack(self, states: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, H W / patch_size^2, C patch_size^2]; the place in the square counts fastest."""
+        return pixel_unshuffle(states, self.patch_size).flatten(2).mT
+
+    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Back to [B, C, H, W], of so many latent pixels."""
+        squares = tokens.mT.unflatten(2, (height // self.patch_size, width // self.patch_size))
+        return pixel_shuffle(squares, self.patch_size)
+
+    def draw_noise(self, step: int, count: int) -> Tensor:
+        """The scheduler draws in packed layout."""
+        if step == 0:
+            return super().draw_noise(step, count)
+        channels, height, width = self.latent_shape
+        shape = (count, height * width // self.packing, channels * self.packing)
+        return self.unpack(self._randn(shape, torch.float32), height, width)
