@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from dmdr.backends.loading import Source, read_config
@@ -93,6 +94,18 @@ def read_component(cls: Any, source: Source, subfolder: str = "") -> ComponentCo
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     file = f"{source.place(subfolder)}/{cls.config_name}"
     return ComponentConfig({"_class_name": cls.__name__} | defaults | read_config(cls, source, subfolder), file)
+
+
+def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """Library and class of each component that a pipeline's `model_index.json` names; None where it has none.
+
+    Its other values are the pipeline's own configuration, of which some are lists, too.
+    """
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str | None) for each in value)
+
+    return {name: tuple(value) for name, value in index.items() if names(value)}
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Flow-matching families: rectified flow, shifted times, and the scheduler of the exported student."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,11 +37,13 @@ class FlowBackend(PipelineBackend):
 
     Attributes:
         shift: Timestep shift of training, such as of the times that answers are renoised to.
+        unguided: Arguments of the pipeline's call that leave guidance out.
     """
 
     Options: ClassVar[type[FlowOptions]] = FlowOptions
     options: FlowOptions
     latents_class: ClassVar[type[Latents]] = ShiftedLatents
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
 
     def __init__(self, folder: str, options: FlowOptions) -> None:
         """As every pipeline's.
@@ -117,5 +120,5 @@ class FlowBackend(PipelineBackend):
         shift = self.grid_shift(sampler.num_inference_steps)
         return super().call_arguments(sampler) | {
             "sigmas": unshift_times(sampler.t[:-1], shift).tolist(),
-            "guidance_scale": 1.0,
+            **self.unguided,
         }

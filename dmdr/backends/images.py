@@ -1,6 +1,12 @@
-"""The last step of every decoder: network output to images in [0, 1]."""
+"""What decoders have in common: their last step to images in [0, 1], and recomputation for a gradient."""
+
+from functools import partial
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# For its gradient, a function is run again in the backward pass; nothing here is random.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def to_unit_range(decoded: Tensor) -> Tensor:

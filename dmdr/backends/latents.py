@@ -1,13 +1,15 @@
 """The VAE of a pipeline: images to the states that a network denoises, and back."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 from torch import Tensor
 
 from dmdr.backends.component import read_component
+from dmdr.backends.images import recomputed
 from dmdr.backends.loading import Source
 from dmdr.errors import ConfigError
 
@@ -66,6 +68,10 @@ class Latents:
             config.numbers("latents_mean", self.channels)
             config.numbers("latents_std", self.channels, positive=True)
 
+    def checkpoint(self, vae: Any) -> None:
+        """Let the decoder recompute its blocks for a gradient, which takes less memory."""
+        vae.enable_gradient_checkpointing(recomputed)
+
     def decode(self, vae: Any, states: Tensor) -> Tensor:
         """What the VAE makes of states [B, *state]: [B, 3, H, W], in [-1, 1] but for what it overshoots."""
         scale, shift = self._statistics(states)
@@ -86,7 +92,7 @@ class Latents:
         if mean is None or std is None:
             return 1 / config["scaling_factor"], config.get("shift_factor") or 0.0
         scale, shift = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
-        return scale / config["scaling_factor"], shift
+        return scale / config.get("scaling_factor", 1.0), shift
 
 
 class ShiftedLatents(Latents):
@@ -100,6 +106,40 @@ class TinyLatents(ShiftedLatents):
 
     vae_class = AutoencoderTiny
     blocks = "decoder_block_out_channels"
+
+
+class QwenImageLatents(Latents):
+    """Those of an `AutoencoderKLQwenImage`, which is Wan's VAE of videos: of one frame."""
+
+    vae_class = AutoencoderKLQwenImage
+
+    def measure(self, reader: str) -> None:
+        config = self.config
+        self.channels = config.whole("z_dim")
+        if not isinstance(config.get("temperal_downsample"), list | tuple) or not config["temperal_downsample"]:
+            raise config.refused("temperal_downsample", "a list with an entry for each block that halves the size")
+        self.scale = 2 ** len(config["temperal_downsample"])
+        config.numbers("latents_mean", self.channels)
+        config.numbers("latents_std", self.channels, positive=True)
+
+    def checkpoint(self, vae: Any) -> None:
+        for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):  # of which diffusers knows no checkpoints
+            block.forward = partial(recomputed, block.forward)
+
+    def decode(self, vae: Any, states: Tensor) -> Tensor:
+        scale, shift = self._statistics(states)
+        frame = (states * scale + shift).to(vae.dtype).unsqueeze(2)
+        # As `vae.decode`, which keeps caches of earlier frames on the module, and whose clamp has no gradient.
+        tiled = vae.use_tiling
+        decoded = vae.tiled_decode(frame, return_dict=False)[0] if tiled else vae.decoder(vae.post_quant_conv(frame))
+        only: Tensor = decoded[:, :, 0]
+        return only
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float()[:, :, 0]
+        scale, shift = self._statistics(latents)
+        states: Tensor = (latents - shift) / scale
+        return states
 
 
 @torch.no_grad()

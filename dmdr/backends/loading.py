@@ -165,7 +165,11 @@ def load_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype, *
     if meta:
         config = read_config(cls, source, subfolder)
         with refusing(f"{place} is no {cls.__name__}"), torch.device("meta"):
-            return cls.from_config(config).to(dtype).eval()
+            network = cls.from_config(config).eval()
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.to(_dtype_of(name, network, dtype))
+        return network
     with refusing(f"{place} cannot be loaded as {cls.__name__}{source.other_variants(subfolder)}"):
         network, found = cls.from_pretrained(
             source.folder, dtype=dtype, output_loading_info=True, **source.weights(subfolder)
@@ -186,12 +190,19 @@ def open_network(cls: Any, source: Source, subfolder: str, dtype: torch.dtype) -
     kept = network.state_dict().keys()
     for name, buffer in network.named_buffers():
         if name in kept and buffer.is_floating_point():  # as `from_pretrained` does with what the file holds
-            buffer.data = buffer.to(dtype)
-    for module in network.modules():
+            buffer.data = buffer.to(_dtype_of(name, network, dtype))
+    for path, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            own = _dtype_of(f"{path}.{name}", network, dtype)
             # On the CPU, because PEFT leaves adapters of parameters on the meta device without values.
-            setattr(module, name, nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape), False))
+            setattr(module, name, nn.Parameter(torch.zeros((), dtype=own).expand(parameter.shape), False))
     return network
+
+
+def _dtype_of(name: str, network: Any, dtype: torch.dtype) -> torch.dtype:
+    """Of a tensor that is loaded in `dtype`; a class may keep some modules in float32, as `from_pretrained` does."""
+    kept = set(type(network)._keep_in_fp32_modules or ())
+    return torch.float32 if kept & set(name.split(".")) else dtype
 
 
 def weight_files(source: Source, subfolder: str) -> dict[str, Path]:

@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint
 
-from dmdr.backends.component import read_component
-from dmdr.backends.images import to_unit_range
+from dmdr.backends.component import parts_of, read_component
+from dmdr.backends.images import recomputed, to_unit_range
 from dmdr.backends.kernels import compile_blocks, set_attention_backend
 from dmdr.backends.latents import Latents, TinyLatents, refuse_other_latents
 from dmdr.backends.loading import (
@@ -53,11 +52,8 @@ pipe = {pipeline}.from_pretrained({base}{given})
 {load}
 pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")
 torch.manual_seed(0)
-image = pipe({prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
+image = pipe(prompt={prompt!r}, **json.load(open(student + "/sampling.json"))["call"]).images[0]
 image.save("image.png")"""
-
-# For its gradient, a function is run again in the backward pass; nothing here is random.
-recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 # A network with its role chosen: keyword arguments in, tuple out.
 Network = Callable[..., Any]
@@ -178,8 +174,7 @@ class PipelineBackend:
         self.network_config = read_component(self.network_class, self.source, self.network_name)
         self.latents = self.latents_class(self.source, "vae", self.pipeline_class.__name__)
         channels, scale = self.latents.channels, self.latents.scale
-        for name in ("in_channels", "out_channels"):
-            wanted = channels * self.packing
+        for name, wanted in self.network_channels.items():
             if self.network_config.get(name) not in (None, wanted):
                 raise self.network_config.refused(name, f"{wanted}, of latents with {channels} channels")
         self.sizes = options.sizes() or (Size(*[scale * self._own_size()] * 2),)
@@ -231,6 +226,11 @@ class PipelineBackend:
     def packing(self) -> int:
         """Latent pixels that are one of the network's."""
         return 1
+
+    @property
+    def network_channels(self) -> Mapping[str, int]:
+        """What the network's configuration must say, if it does."""
+        return dict.fromkeys(("in_channels", "out_channels"), self.latents.channels * self.packing)
 
     @property
     def text_limit(self) -> int:
@@ -338,8 +338,9 @@ class PipelineBackend:
             seed=options.seed,
         )
         if options.gradient_checkpointing:
-            for vae in (self.vae, self.reward_vae):  # for a reward's gradient
-                vae.enable_gradient_checkpointing(recomputed)
+            self.latents.checkpoint(self.vae)  # for a reward's gradient
+            if self.reward_vae is not self.vae:
+                self._reward_latents.checkpoint(self.reward_vae)
         for each in self.roles.networks:
             if options.gradient_checkpointing:
                 each.enable_gradient_checkpointing(self.roles.checkpoint_function())
@@ -405,7 +406,7 @@ class PipelineBackend:
     @property
     def _saved_parts(self) -> list[str]:
         """The components that the pipeline was saved with."""
-        return [name for name, value in self.index.items() if isinstance(value, list)]
+        return list(parts_of(self.index))
 
     def _check_variant(self) -> None:
         """Refuse a variant that no component has, as the stock pipeline would."""
@@ -592,7 +593,7 @@ class PipelineBackend:
         variants = filter(None, map(self.source.taken, self._saved_parts))
         given = {"revision": self.options.revision, "variant": self.options.variant or next(variants, None)}
         said = [f"{name}={_literal(value)}" for name, value in given.items() if value]
-        left_out = [name for name in self.index if name.startswith(TEXT) and name not in self.text.components]
+        left_out = [name for name in self._saved_parts if name.startswith(TEXT) and name not in self.text.components]
         said += [f"{name}=None" for name in left_out if name.isidentifier()]  # a folder's own index is no code
         said.append(f"torch_dtype={self.dtype}")  # left out, text encoders would have that of their files
         pipeline, network, scheduler = (

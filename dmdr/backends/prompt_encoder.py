@@ -9,6 +9,7 @@ import diffusers
 import torch
 import transformers
 
+from dmdr.backends.component import parts_of
 from dmdr.backends.loading import (
     Source,
     identity,
@@ -39,9 +40,9 @@ def text_components(index: Mapping[str, Any], drop: Sequence[str], droppable: Se
         ConfigError: If an encoder is dropped that is not there, or that the pipeline cannot do without.
     """
     there = {
-        name: (str(value[0]), str(value[1]))
-        for name, value in index.items()
-        if name.startswith(TEXT) and isinstance(value, list) and value[0] is not None
+        name: (library, str(cls))
+        for name, (library, cls) in parts_of(index).items()
+        if name.startswith(TEXT) and library is not None
     }
     for name in drop:
         if name not in there or name not in droppable:

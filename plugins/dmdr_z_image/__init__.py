@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
-from dmdr.protocols import Sampler, unread
+from dmdr.backends.texts import padded
+from dmdr.protocols import unread
 
 # All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -38,6 +38,7 @@ class ZImageBackend(FlowBackend):
     network_class = ZImageTransformer2DModel
     lora_targets = LORA_TARGETS
     padded = ("sequence",)
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     patch_size = 2  # the network's own default, of those that it has
 
     def __init__(self, folder: str, options: ZImageOptions) -> None:
@@ -59,12 +60,11 @@ class ZImageBackend(FlowBackend):
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )
-        padded = [pad(sequence, (0, 0, 0, self.text_length - len(sequence))) for sequence in sequences]
-        return {"sequence": torch.stack(padded), "length": torch.tensor([len(sequence) for sequence in sequences])}
+        return padded(sequences, self.text_length)
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
-        sequence = self.blank(count, self.text_length, self.network_config.whole("cap_feat_dim"))
-        return {"sequence": sequence, "length": torch.full((count,), self.text_length)}
+        width = self.network_config.whole("cap_feat_dim")
+        return padded([self.blank(self.text_length, width)] * count, self.text_length)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """A chosen attention kernel may take no mask: texts of as many blocks then go through the network together."""
@@ -89,6 +89,3 @@ class ZImageBackend(FlowBackend):
     def draw_noise(self, step: int, count: int) -> Tensor:
         """All in float32."""
         return self._randn((count, *self.latent_shape), torch.float32)
-
-    def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
-        return super().call_arguments(sampler) | {"guidance_scale": 0.0}

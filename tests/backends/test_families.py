@@ -138,6 +138,28 @@ def test_teacher_is_the_stock_pipeline(folders: dict[str, Path], name: str) -> N
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(guidance, 1.0))
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.negative])
+def test_guidance_leads_away_from_the_negative_prompt(folders: dict[str, Path], name: str) -> None:
+    family, text = FAMILIES[name], "a handwritten nine"
+    backend = prepared(folders[name], family, negative_prompt=text)
+    cond = backend.encode(family.prompts)
+    told = {"negative_prompt": [text] * 2}
+    asked = replace(family, guided=lambda scale: {**family.guided(scale), **told})
+    output, timestep, latents = stock_steps(folders[name], asked, family.guidance)[0]
+    found, plain = (
+        one.teacher(
+            family.unpacked(latents, one.latent_shape),
+            family.timestep(timestep).expand(2),
+            cond,
+            guidance=family.guidance,
+        ).value
+        for one in (backend, prepared(folders[name], family))
+    )
+    expected = family.unpacked(output, backend.latent_shape)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * family.guidance)
+    assert (found - plain).abs().max() > 1e-3
+
+
 def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Prediction, timestep and the network's latents of each step of the stock pipeline."""
     pipe = family.stock(folder)
@@ -153,7 +175,7 @@ def stock_steps(folder: Path, family: Family, guidance: float) -> list[tuple[Ten
     pipe.scheduler.step = spy
     torch.manual_seed(0)
     call = {**family.guided(guidance), **family.call}
-    pipe(list(family.prompts), num_inference_steps=3, output_type="latent", **call)
+    pipe(**{family.argument: list(family.prompts)}, num_inference_steps=3, output_type="latent", **call)
     assert len(seen) == 3
     return seen
 
@@ -395,6 +417,8 @@ def test_half_precision_stays_within_the_networks(folders: dict[str, Path], tmp_
     trained = [p for role in ROLES for p in backend.parameters(role).values()]
     grads = [p.grad for p in trained if p.grad is not None]
     assert {tensor.dtype for tensor in (*answers, images, loss, *trained, *grads)} == {torch.float32} and grads
-    assert {tensor.dtype for tensor in frozen(backend).values() if tensor.is_floating_point()} == {torch.bfloat16}
+    kept = set(backend.network_class._keep_in_fp32_modules or ())  # as stock diffusers loads them
+    for key, tensor in frozen(backend).items():
+        assert tensor.dtype == (torch.float32 if kept & set(key.split(".")) else torch.bfloat16), key
     line = trainer.train_step(noted=True)
     assert all(math.isfinite(value) for key, value in line.items() if key.startswith(("loss/", "grad_norm/")))

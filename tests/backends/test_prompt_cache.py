@@ -464,6 +464,18 @@ def test_odd_prompts_have_keys_of_their_own(tmp_path: Path) -> None:
     assert equal(found(prompts), numbered(prompts))
 
 
+def test_padding_is_not_stored(tmp_path: Path) -> None:
+    def embed(prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = torch.tensor([len(prompt) for prompt in prompts])
+        rows = torch.randn(len(prompts), 100, 3, generator=torch.manual_seed(0))
+        return {"sequence": rows * (torch.arange(100) < length[:, None])[..., None], "length": length}
+
+    PromptCache(tmp_path, embed, {"sequence": 100}).fill(prompts := ["one", "", "seventeen"])
+    (file,) = tmp_path.iterdir()
+    assert sorted(len(t) for name, t in load_file(file).items() if name.endswith("sequence")) == [0, 3, 9]
+    assert equal(PromptCache(tmp_path, embed, {"sequence": 100})(prompts), embed(prompts))
+
+
 def test_thousands_of_prompts(tmp_path: Path) -> None:
     count = 10_000
     prompts, handles = [f"prompt {i}" for i in range(count)], len(os.listdir("/proc/self/fd"))

@@ -13,6 +13,9 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 import flux
+import flux2
+import krea2
+import qwen_image
 import sd1
 import sd3
 import sdxl
@@ -36,6 +39,8 @@ class Family:
         stock: The pipeline as stock diffusers loads it from the folder.
         guidance: A scale that the stock pipeline is guided at.
         guided: Arguments of the stock pipeline's call that guide it at a scale.
+        argument: Of the stock pipeline's call for the prompts.
+        negative: Whether it knows a negative prompt.
         call: Further arguments of the call, beside prompts and steps.
         timestep: Our time t in [0, 1] of a timestep that the pipeline gives its scheduler.
         unpacked: The pipeline's latents (or network output) as [B, *latent], given our latent shape.
@@ -50,6 +55,8 @@ class Family:
     stock: Callable[[Path], Any] = diffusers.DiffusionPipeline.from_pretrained
     guidance: float = 4.0
     guided: Callable[[float], Mapping[str, Any]] = lambda scale: {"guidance_scale": scale}
+    argument: str = "prompt"
+    negative: bool = True
     call: Mapping[str, Any] = field(default_factory=dict)
     timestep: Callable[[Tensor], Tensor] = lambda timestep: timestep.double() / 1000
     unpacked: Callable[[Tensor, Sequence[int]], Tensor] = lambda latents, shape: latents
@@ -88,15 +95,18 @@ UNET_VARIANTS: Sequence[Mapping[str, Any]] = (
 )
 
 # Who reads the flags that some families do not.
+FLOWS = ("Flux2KleinPipeline", "FluxPipeline", "Krea2Pipeline", "QwenImagePipeline")
+UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+TEXTUAL = ", ".join([*FLOWS, "StableDiffusion3Pipeline", *UNETS, "ZImagePipeline"])
 READERS = {
     "drop_text_encoders": "StableDiffusion3Pipeline",
-    "max_sequence_length": "FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline",
-    "prompt_cache": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, "
-    "ZImagePipeline",
-    "quantize": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, "
-    "ZImagePipeline",
-    "shift": "FluxPipeline, SiTPipeline, StableDiffusion3Pipeline, ToyPipeline, ZImagePipeline",
-    "zero_empty_prompt": "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+    "max_sequence_length": ", ".join([*FLOWS, "StableDiffusion3Pipeline", "ZImagePipeline"]),
+    "negative_prompt": ", ".join([*FLOWS[1:], "StableDiffusion3Pipeline", *UNETS, "ZImagePipeline"]),
+    "prompt_cache": TEXTUAL,
+    "quantize": TEXTUAL,
+    "reward_vae": ", ".join(["FluxPipeline", "SiTPipeline", "StableDiffusion3Pipeline", *UNETS, "ZImagePipeline"]),
+    "shift": ", ".join([*FLOWS, "SiTPipeline", "StableDiffusion3Pipeline", "ToyPipeline", "ZImagePipeline"]),
+    "zero_empty_prompt": ", ".join(["FluxPipeline", "StableDiffusion3Pipeline", *UNETS]),
 }
 
 
@@ -144,6 +154,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "flux": Family(
         flux.dev,
+        negative=False,
         settings={"resolution": SIZES, "max_sequence_length": 8},
         call={**FIRST, "max_sequence_length": 8},
         unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
@@ -157,11 +168,32 @@ FAMILIES: dict[str, Family] = {
         objectives={"none": {}},
         variants=({},),
     ),
+    "flux2-klein": Family(
+        flux2.build,
+        negative=False,
+        settings={"resolution": SIZES, "max_sequence_length": 48},
+        call={**FIRST, "max_sequence_length": 48},
+        unpacked=lambda latents, shape: latents.mT.unflatten(2, shape[1:]),
+    ),
+    "qwen-image": Family(
+        qwen_image.build,
+        guided=lambda scale: {"true_cfg_scale": scale, "negative_prompt": [" ", " "]},
+        settings={"resolution": SIZES, "max_sequence_length": qwen_image.TEXT},
+        call={**FIRST, "max_sequence_length": qwen_image.TEXT},
+        unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
+    ),
+    "krea2": Family(
+        krea2.build,
+        guided=lambda scale: {"guidance_scale": scale - 1},
+        settings={"resolution": SIZES, "max_sequence_length": qwen_image.TEXT},
+        call={**FIRST, "max_sequence_length": qwen_image.TEXT},
+        unpacked=lambda latents, shape: FluxPipeline._unpack_latents(latents, *shape[1:], 1),
+    ),
     "z-image": Family(
         z_image.build,
         guided=lambda scale: {"guidance_scale": scale - 1},
         settings={"resolution": SIZES, "max_sequence_length": 40},
         call={**FIRST, "max_sequence_length": 40},
     ),
-    "sit": Family(sit.build, prompts=("class 7", "class 2"), stock=sit.stock),
+    "sit": Family(sit.build, argument="class_labels", negative=False, prompts=("class 7", "class 2"), stock=sit.stock),
 }

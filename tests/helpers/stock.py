@@ -18,7 +18,7 @@ for line in sys.stdin:
     code = re.search("```python\\n(.*?)```", open(student + "/README.md").read(), re.S)[1]
     code = code.replace("path/to/this/folder", student).replace(".images[0]", ".images")
     code = code.replace("torch.manual_seed", f"pipe.to({device!r})\\ntorch.manual_seed")
-    code = re.sub(r"pipe\\('[^']*'", f"pipe({prompts!r}", code)
+    code = re.sub(r"pipe\\((prompt=)?'[^']*'", rf"pipe(\\1{prompts!r}", code)
     code = code.replace('image.save("image.png")', 'for i, one in enumerate(image): one.save(f"{output}/{i:04d}.png")')
     exec(code, {"output": output})
     print("drawn", flush=True)

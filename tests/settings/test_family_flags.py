@@ -20,8 +20,8 @@ from old_files import old_config
 
 PIPELINES = sorted(registry.plugins("backends"))
 ADAPTERS = (
-    "FluxPipeline, SiTPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, "
-    "ZImagePipeline"
+    "Flux2KleinPipeline, FluxPipeline, Krea2Pipeline, QwenImagePipeline, SiTPipeline, StableDiffusion3Pipeline, "
+    "StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline"
 )
 MODULE = '''
 from dataclasses import dataclass
