@@ -47,6 +47,7 @@ class Latents:
         """
         self.config = read_component(self.vae_class, source, subfolder)
         self.config.require("_class_name", self.vae_class.__name__)
+        self._known: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.measure(reader)
 
     def measure(self, reader: str) -> None:
@@ -91,8 +92,11 @@ class Latents:
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             return 1 / config["scaling_factor"], config.get("shift_factor") or 0.0
-        scale, shift = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
-        return scale / config.get("scaling_factor", 1.0), shift
+        place = latents.device, latents.dtype
+        if place not in self._known:  # a copy to the device waits for it
+            scale, shift = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
+            self._known[place] = scale / config.get("scaling_factor", 1.0), shift
+        return self._known[place]
 
 
 class ShiftedLatents(Latents):

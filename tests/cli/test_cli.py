@@ -76,7 +76,8 @@ class Picky(Opaque):
 
 ADAPTERS = (
     "model family with this flag: Flux2KleinPipeline, FluxPipeline, Krea2Pipeline, QwenImagePipeline, SiTPipeline, "
-    "StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline; this run uses ToyPipeline, so leave it out"
+    "StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline; this run uses "
+    "ToyPipeline, so leave it out"
 )
 GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4}
 

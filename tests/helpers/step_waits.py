@@ -39,6 +39,9 @@ FAMILY: dict[str, tuple[int, dict[str, Any]]] = {
     "sdxl": (15, {}),
     "sd3": (15, {}),
     "flux": (15, {}),
+    "flux2-klein": (15, {}),
+    "qwen-image": (31, {}),
+    "krea2": (25, {}),
     "z-image": (25, {}),  # each call of its network asks for the lengths of the texts
     "sit": (16, {"full_finetune": True, "ema_decay": 0.9}),
 }
