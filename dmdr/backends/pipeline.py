@@ -5,6 +5,8 @@ network is called, and the scheduler that samples a student.
 """
 
 import inspect
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dmdr.backends.component import parts_of, read_component
+from dmdr.backends.difference import low_rank_difference
 from dmdr.backends.images import recomputed, to_unit_range
 from dmdr.backends.kernels import compile_blocks, set_attention_backend
 from dmdr.backends.latents import Latents, TinyLatents, refuse_other_latents
@@ -43,6 +46,7 @@ from dmdr.sizes import Size, parse_sizes
 from dmdr.states import load_strict, own_rows, read_tensors, refuse_infinite, whole
 from dmdr.types import Condition, dtype_of
 
+logger = logging.getLogger("dmdr")
 SNIPPET = """\
 import json, torch
 from diffusers import {imports}
@@ -74,6 +78,8 @@ class PipelineOptions(RoleOptions):
             default.
         prompt_cache: Folder of prompt embeddings; 'off' keeps the text encoders in memory; ~/.cache/dmdr/prompts by
             default.
+        teacher: Pipeline, a folder or hub id, whose network is teacher and fake score; the student starts from the
+            network of --model, as a full copy or as the LoRA that is nearest to it. --model's own by default.
         teacher_lora: LoRA that is merged into the teacher's network: a file, folder or hub id.
         student_weights: Weights file that a full student (--full_finetune) starts from.
         reward_vae: Small decoder for the rewards (AutoencoderTiny), a folder or hub id; 'none' for the model's own.
@@ -97,6 +103,7 @@ class PipelineOptions(RoleOptions):
     negative_prompt: str | None = None
     zero_empty_prompt: bool | None = None
     prompt_cache: str | None = None
+    teacher: str | None = None
     teacher_lora: str | None = None
     student_weights: str | None = None
     reward_vae: str | None = None
@@ -118,6 +125,10 @@ class PipelineOptions(RoleOptions):
             self.sizes()
         except ValueError as error:
             require(self, "resolution", False, str(error))
+        if self.teacher:
+            for name, why in (("teacher_lora", "merge it into that model"), ("student_weights", "--model has them")):
+                if getattr(self, name):
+                    raise ConfigError(f"--teacher and --{name}: {why}, or leave one of them out")
         if self.student_weights and not self.full_finetune:
             raise ConfigError("--student_weights needs --full_finetune, because it holds a full network")
         if self.zero_empty_prompt and self.negative_prompt is not None:
@@ -168,10 +179,15 @@ class PipelineBackend:
         Raises:
             ConfigError: If one is missing or has an invalid value, or the options do not fit this model.
         """
-        self.folder, self.options = folder, options
-        self.source = Source(folder, options.revision, options.variant)
+        self.options, self.source = options, Source(folder, options.revision, options.variant)
+        self.start: Source | None = None  # of the student, where that is not the teacher
+        if options.teacher:
+            self.start, self.source = self.source, Source(options.teacher, None, options.variant)
+        self.folder = folder = self.source.folder
         self.index = read_component(self.pipeline_class, self.source)
         self.network_config = read_component(self.network_class, self.source, self.network_name)
+        if self.start:
+            self._check_start(self.start)
         self.latents = self.latents_class(self.source, "vae", self.pipeline_class.__name__)
         channels, scale = self.latents.channels, self.latents.scale
         for name, wanted in self.network_channels.items():
@@ -201,6 +217,19 @@ class PipelineBackend:
             padded=dict.fromkeys(self.padded, self.text_length),
             unconditional=options.negative_prompt or "",
         )
+
+    def _check_start(self, start: Source) -> None:
+        """Refuse a student that is no network like the teacher's."""
+        index = read_component(self.pipeline_class, start)
+        network = read_component(self.network_class, start, self.network_name)
+        theirs, cls = self.index["_class_name"], index["_class_name"]
+        if theirs != cls:
+            raise ConfigError(f"--teacher {self.folder} is a {theirs}, but --model {start.folder} is a {cls}")
+        for name in sorted(self.network_config.keys() | network.keys()):
+            own, other = (json.dumps(config.get(name)) for config in (self.network_config, network))
+            if own != other and not name.startswith("_"):
+                what = f"{name} is {own} there and {other} in --model {start.folder}"
+                raise ConfigError(f"--teacher {self.folder} is another architecture: {what}")
 
     def _own_size(self) -> int:
         """The network's resolution in latent pixels.
@@ -337,6 +366,8 @@ class PipelineBackend:
             full_student=options.full_finetune,
             seed=options.seed,
         )
+        if self.start and "student" in roles and self.device.type != "meta":
+            self._start_student(self.start)
         if options.gradient_checkpointing:
             self.latents.checkpoint(self.vae)  # for a reward's gradient
             if self.reward_vae is not self.vae:
@@ -364,6 +395,19 @@ class PipelineBackend:
         for each in copies.values():
             shard(each, mesh, dtype=self.dtype)
             copy(network, each)
+
+    def _start_student(self, start: Source) -> None:
+        """Give the student the weights of another network, or the LoRA that is nearest to them."""
+        files, place = weight_files(start, self.network_name), start.place(self.network_name)
+        if self.options.full_finetune:
+            fill(self.roles.copies["student"], files, place)
+            return
+        own = weight_files(self.source, self.network_name)
+        found, lost = low_rank_difference(own, files, self.roles.folded("student"), self.device, place)
+        self.roles.unfold("student", found, place)
+        if self.accelerator.is_main_process:
+            said = "the student starts from %s: a LoRA of rank %d, which lacks %.0f%% of the difference to %s"
+            logger.info(said, start.folder, self.options.lora_rank, 100 * lost, self.folder)
 
     def check_shardable(self) -> None:
         if self.options.quantize:

@@ -153,6 +153,7 @@ def _weightless(job: Job) -> Job:
     options, own = job.backend.options, Path(job.folder) / "reward_vae"
     options = with_options(
         options,
+        teacher=None,
         teacher_lora=None,
         student_weights=None,
         attention_backend=None,

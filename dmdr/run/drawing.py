@@ -32,6 +32,7 @@ from dmdr.settings.trust import require_installed
 KEY = "dmdr"  # of a PNG's text
 BATCH = 16  # images
 UNUSED: Mapping[str, Any] = {  # what only training needs, and may be gone by now
+    "teacher": None,  # the base of an export
     "student_weights": None,
     "reward_vae": None,
     "gradient_checkpointing": False,
@@ -245,8 +246,8 @@ def open_export(
     base = model or about["base_model"]
     # As it was trained, also where the model that it is drawn with now has another resolution of its own.
     values = {**about["options"], **UNUSED, "resolution": resolution_of(about)}
-    if model:
-        values["revision"] = None  # which was of where it lay before
+    if model or about["options"].get("teacher"):
+        values["revision"] = None  # which was of another place
     cls = family_of(folder, about, backend, base, values.get("revision"))
     trained = read_options(folder, cls.Options, values)
     precision = mixed_precision or about["mixed_precision"]

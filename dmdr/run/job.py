@@ -8,7 +8,7 @@ from typing import Any
 
 from dmdr.errors import ConfigError
 from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
-from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable
+from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.checkpoint import find_initial
 from dmdr.run.initial import check_kind
@@ -51,6 +51,11 @@ class Job:
     def config(self) -> Config:
         return self.settings.config
 
+    @property
+    def teacher(self) -> str:
+        """What users call the teacher."""
+        return teacher_of(self.backend) or self.config.model
+
 
 def assemble(settings: Settings, processes: int = 1) -> Job:
     """Build all parts of a run.
@@ -74,7 +79,10 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     prompts = open_prompts(config, model, scorers)
     check_columns(scorers, prompts.first(1))
     folder = bare or (str(model.folder()) if model else config.model)
-    backend: Backend = settings.open_backend(folder)
+    options = settings.family_options()
+    if bare:  # an architecture stands in for teacher and student
+        options = with_options(options, teacher=None)
+    backend: Backend = settings.open_backend(folder, options)
     if plan.shards > 1:
         if not isinstance(backend, Shardable) or "sharding" not in signature(backend.prepare).parameters:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
@@ -91,7 +99,8 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         for group in ("rewards", "eval_rewards")
     )
     samplers = plan.samplers(backend, config)
-    return Job(settings, plan, folder, model, backend, *samplers, matching, objectives, rewards, eval_rewards, prompts)
+    own = folder if bare else teacher_of(backend) or folder
+    return Job(settings, plan, own, model, backend, *samplers, matching, objectives, rewards, eval_rewards, prompts)
 
 
 def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[WeightedObjective, ...]]:
@@ -116,6 +125,12 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
             batch=plan.batch.whole,
         )
     return plan, objectives
+
+
+def teacher_of(backend: Backend) -> str | None:
+    """The teacher that is another than --model."""
+    named: str | None = getattr(backend.options, "teacher", None)
+    return named
 
 
 def own_prompts(objectives: Sequence[WeightedObjective]) -> list[str]:

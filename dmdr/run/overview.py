@@ -40,6 +40,7 @@ def overview(
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     lines = {
         "model": config.model,
+        **({"teacher": job.teacher} if job.teacher != config.model else {}),
         "family": family.name,
         "trained parameters": ", ".join(f"{name} {_count(parameters):,}" for name, parameters in trained.items()),
         "update": str(plan.batch) + (f", of one of the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""),

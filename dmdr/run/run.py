@@ -392,7 +392,7 @@ class Run:
                 self.job.user_sampler,
                 base=self.job.folder,
                 family=self.config.backend,
-                name=self.config.model,
+                name=self.job.teacher,
                 prompt=self.observer.rows[0]["prompt"],
                 mixed_precision=self.precision,
                 objectives=objectives,

@@ -74,13 +74,16 @@ class Settings:
         """
         return self.family.called(self.family.flags, self.family.values(self.config))
 
-    def open_backend(self, folder: str) -> Any:
+    def open_backend(self, folder: str, options: Any = None) -> Any:
         """The model family on a pipeline's folder, or hub id; loads no weights.
+
+        Args:
+            options: In place of those of the settings.
 
         Raises:
             ConfigError: If it refuses the folder, or the options for it.
         """
-        return self.family.cls(folder, self.family_options())
+        return self.family.cls(folder, options or self.family_options())
 
     def as_yaml(self) -> str:
         """What `--config` reads to repeat the run, wherever it is written to."""
