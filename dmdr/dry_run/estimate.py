@@ -39,7 +39,6 @@ from dmdr.run.observer import Observer
 from dmdr.run.overview import overview
 from dmdr.run.pace import GIB
 from dmdr.run.plan import Plan
-from dmdr.run.run import check_tracker
 from dmdr.run.trainers import Trainers
 from dmdr.settings.parse import Settings
 from dmdr.sizes import Size
@@ -129,7 +128,6 @@ def estimate(settings: Settings) -> Estimate:
     Raises:
         ConfigError: For whatever a run would refuse, or a model that cannot be built without weights.
     """
-    check_tracker(settings.config)
     _, resume = choose_folder(settings.config)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it; one of them is followed
     find_start(settings, resume, processes)

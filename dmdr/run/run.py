@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -57,7 +56,6 @@ from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
 from dmdr.run.watch import Watch
 from dmdr.settings.chosen import SUMS
-from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, parse
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
@@ -99,7 +97,6 @@ def run(settings: Settings) -> Path:
     avoid_mps()
     config = settings.config
     state = join_processes(timeout=timedelta(seconds=config.ddp_timeout))
-    check_tracker(config)
     adamw(config)
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = on_main_process(state, lambda: find_start(settings, resume, state.num_processes))
@@ -120,12 +117,6 @@ def run(settings: Settings) -> Path:
         raise TrainingError(f"{error.strerror or one_line(error)}: {error.filename or output}") from error
 
 
-def check_tracker(config: Config) -> None:
-    """Refuse a tracker that accelerate cannot log to."""
-    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
-        raise ConfigError(f"--report_to {config.report_to} is unknown to accelerate, or its package is not installed")
-
-
 class Run:
     """One job in one folder."""
 
@@ -133,15 +124,14 @@ class Run:
         self.job, self.output, self.resume, self.initial = job, output, resume, initial
         self.config = config = job.config
         set_seed(config.seed)
-        trackers = None if config.report_to == "none" else config.report_to
-        self.accelerator = open_accelerator(config.mixed_precision, log_with=trackers, project_dir=str(output))
+        self.accelerator = open_accelerator(config.mixed_precision, project_dir=str(output))
         self.precision = self.accelerator.mixed_precision
         scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == "fp16")
         self.plan = job.plan
         self.trainers = Trainers(job, self.accelerator, scaler)
         self.observer = Observer(job, self.accelerator, output)
         self.watch = Watch(config, self.accelerator, output)
-        self.log = RunLog(output, self.accelerator, config.report_to)
+        self.log = RunLog(output, self.accelerator, config)
         self.pace = Pace(self.accelerator.device)
         self.keeper = Keeper(self.trainers, output, self.pace.sums)
         self.interrupts = Interrupts(self.accelerator)

@@ -200,7 +200,11 @@ class Config(Flags):
     save_steps: int = flag(500, "updates between checkpoints; 0 saves only at the end of a stage")
     save_total_limit: int | None = flag(2, "how many checkpoints are kept beside those at the end of a stage")
     logging_steps: int = flag(10, "updates between log lines")
-    report_to: str = flag("tensorboard", "tracker of accelerate, or 'none'")
+    report_to: str = flag(
+        "tensorboard", "trackers of accelerate, e.g. tensorboard,wandb; 'all' for those that are installed, or 'none'"
+    )
+    run_name: str | None = flag(None, "what wandb and other trackers call the run; by default they choose")
+    tracker_project_name: str = flag("dmdr", "project in which wandb and other trackers keep the run")
     sample_steps: int = flag(100, "updates between image grids; 0 draws only at the end of a stage")
     sample_images: int = flag(8, "images of an image grid")
     num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 evaluates nothing")

@@ -75,6 +75,12 @@ ELSEWHERE = {
     "log_steps": "--logging_steps",
     "wandb": "--report_to wandb",
     "log_with": "--report_to",
+    "wandb_project": "--tracker_project_name",
+    "project": "--tracker_project_name",
+    "project_name": "--tracker_project_name",
+    "wandb_run_name": "--run_name",
+    "wandb_name": "--run_name",
+    "logging_dir": "--output_dir, in which the log is",
 }
 
 

@@ -11,6 +11,7 @@ from dmdr.errors import ConfigError
 from dmdr.settings.chosen import Chosen, active_weight
 from dmdr.settings.fields import TOPICS, Config
 from dmdr.settings.parser import Told
+from dmdr.settings.trackers import trackers_of
 
 logger = logging.getLogger("dmdr")
 
@@ -32,7 +33,7 @@ def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
         told: Which settings differ from the defaults and the recipe, and by whose will.
 
     Raises:
-        ConfigError: Names settings that were typed, and says why they are not read.
+        ConfigError: Names settings that were typed, and says why they are not read; or a tracker that is not there.
     """
     seen = {name for name in TOPICS if getattr(config, name) in OFF}
     seen |= {plugin.key(name) for plugin in plugins for name, value in plugin.options.items() if value == "none"}
@@ -60,6 +61,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
 
     family = next(plugin for plugin in plugins if plugin.group == "backends")
     roles = family.options if issubclass(family.flags, RoleOptions) else {}
+    trackers = trackers_of(c.report_to).values()
     alone = not c.stage1_steps or c.init_student  # stage 2
     has_rl = c.rl != "none" and c.rl_weight and c.stage2_steps
     rewarded = has_rl or (not alone and active_weight(plugins))
@@ -101,6 +103,8 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
             "reference_images",
             f"by --eval_benchmark {c.eval_benchmark}",
         ),
+        (not any(each.run_name for each in trackers), "run_name", f"by --report_to {c.report_to}"),
+        (not any(each.project for each in trackers), "tracker_project_name", f"by --report_to {c.report_to}"),
         (not c.dry_run, "architecture gpu_memory", "without --dry_run"),
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),

@@ -16,6 +16,7 @@ from dmdr.run.job import open_prompts, planned
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
 from dmdr.settings.parse import Settings, resolve
+from dmdr.settings.trackers import trackers_of
 from dmdr.settings.verify import check_columns
 
 from .metrics import short
@@ -224,10 +225,7 @@ def check_inputs(settings: Settings) -> None:
     Raises:
         ConfigError: As a run would.
     """
-    from dmdr.run.run import (  # and matplotlib with it, of which the command has told if it is missing
-        adamw,
-        check_tracker,
-    )
+    from dmdr.run.run import adamw  # and matplotlib with it, of which the command has told if it is missing
 
     config = settings.config
     model = settings.model.cls() if settings.model.cls else None
@@ -236,7 +234,7 @@ def check_inputs(settings: Settings) -> None:
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
     check_columns(scorers, open_prompts(config, model, scorers).first(1))
     adamw(config)
-    check_tracker(config)
+    trackers_of(config.report_to)
 
 
 def last_line(log: Path) -> str:

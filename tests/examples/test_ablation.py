@@ -212,8 +212,14 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
             {"blocks": {"a": {"cells": {"x": {"backend": "gone.py:X"}}}}},
             "cell 'x': 'gone.py:X' cannot be imported: ",
         ),
-        ({"blocks": {"a": {"cells": {"x": {"report_to": "wandbb"}}}}}, "cell 'x': --report_to wandbb is unknown to"),
-        ({"blocks": {"a": CELL | {"stage1": {"report_to": "wandbb"}}}}, "its stage 1: --report_to wandbb is unknown"),
+        (
+            {"blocks": {"a": {"cells": {"x": {"report_to": "wandbb"}}}}},
+            "cell 'x': --report_to: accelerate has no tracker 'wandbb'",
+        ),
+        (
+            {"blocks": {"a": CELL | {"stage1": {"report_to": "wandbb"}}}},
+            "its stage 1: --report_to: accelerate has no tracker 'wandbb'",
+        ),
         ({"noise": {"recal": 1}}, "noise: unknown metric 'recal' (did you mean 'recall'?)"),
         ({"blocks": {"a": {"cells": {"x": {}, "y": {}}}}}, "block a: 'x' and 'y' are the same run"),
         (

@@ -56,7 +56,7 @@ SMALL: dict[str, list[Any]] = {
     "dyna_renoise": [[1.0, 1.0], [4.0, 1.5], [1.0]],
     "per_device_train_batch_size": [1, 2, 4, 6],
     "num_generations": [1, 2, 4],
-    "report_to": ["none", "wandb", "tensorboard"],
+    "report_to": ["none", "aim", "tensorboard", "tensorboard,"],
     "optim": ["adamw_torch"],
     "init_student": ["gone", "prompts.txt"],
     "resume_from_checkpoint": ["latest", "gone"],

@@ -64,6 +64,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
     ({"sigmas": [1.0, 0.5]}, {"num_inference_steps": 3}, "with --sigmas or --timesteps"),
     ({"eta": 0.0}, {"sde_type": "ddim"}, "with --eta 0"),
     ({"guidance_scale": 1.0}, {"guidance_jitter": 0.1}, "with --guidance_scale of at most 1"),
+    ({}, {"run_name": "mine"}, "by --report_to tensorboard"),
+    ({"report_to": "none"}, {"tracker_project_name": "mine"}, "by --report_to none"),
     ({}, {"eval_reward": "toy"}, "without --num_eval_samples"),
     ({}, {"eval_steps": 5}, "without --num_eval_samples"),
     ({}, {"overwrite_output_dir": True}, "without --output_dir, because the folder is new then"),
