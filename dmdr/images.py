@@ -82,6 +82,16 @@ def save(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) 
     write_atomically(path, buffer.getvalue())
 
 
+def text_in(path: Path, key: str) -> str | None:
+    """What a PNG file holds under a key beside the pixels; None where it is not there, damaged, or holds none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return getattr(image, "text", {}).get(key)
+    except Exception:  # each decoder has its own
+        return None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, whatever interrupts; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

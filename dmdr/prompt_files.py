@@ -11,6 +11,7 @@ import gzip
 import json
 import lzma
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ def suffix_of(path: str) -> str:
     """The suffix that says a file's format, in lower case, without that of its compression."""
     name = Path(path.lower())
     return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+
+
+def is_prompt_file(text: str) -> bool:
+    """Whether a text names a file, there or not, and is no prompt: by its suffix, or because it is there."""
+    return suffix_of(text) in (*TEXT, *BINARY) or os.path.isfile(text)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -88,8 +87,8 @@ class Artist:
         told = [self._told(rows, i, seed, batch_size) for i in range(len(rows))]
         batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
 
-        def missing() -> list[bool]:
-            return [not all(_is_drawn(files[i], told[i]) for i in batch) for batch in batches]
+        def missing() -> list[bool]:  # or torn, or of other settings
+            return [not all(images.text_in(files[i], KEY) == told[i] for i in batch) for batch in batches]
 
         due = on_main_process(self.accelerator, missing)
         torch.manual_seed(seed)
@@ -124,16 +123,6 @@ class Artist:
         size = min(batch_size, len(rows) - batch * batch_size)
         place = {"seed": seed, "batch": batch, "row": row, "batch_size": size}
         return json.dumps({"prompt_row": dict(rows[index]), **place, **self.about}, default=str)
-
-
-def _is_drawn(file: Path, told: str) -> bool:
-    """Whether an image is there, whole and of these settings."""
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return bool(getattr(image, "text", {}).get(KEY) == told)
-    except Exception:  # each decoder has its own
-        return False
 
 
 def open_place(

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +169,14 @@ def check_inputs_survive(output: Path, named: Iterable[tuple[str, Any]]) -> None
     Raises:
         ConfigError: Names the setting and the file.
     """
-    for name, value in named:
+    for name, value in ((name, each) for name, given in named for each in _listed(given)):
         path = Path(value.partition(":")[0]) if isinstance(value, str) and value else None  # FILE.py:NAME
         if path and os.path.exists(path) and path.resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"--overwrite_output_dir would delete {value} (--{name}); move it first")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
@@ -186,9 +190,12 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
     ]
     if read_progress(checkpoint).torn:
         found.append(f"{checkpoint} was saved during a failed update; the run goes on, but its result may differ")
-    inputs = run / INPUTS
-    if inputs.is_file() and inputs.read_text() != inputs_of(settings):
-        found.append(f"--prompts {settings['prompts']} holds other prompts than when the run began")
+    held: Any = None
+    with suppress(OSError, ValueError):
+        held = json.loads((run / INPUTS).read_text())
+    for name, now in json.loads(inputs_of(settings)).items() if isinstance(held, dict) else ():
+        if now and held.get(name, now) != now:
+            found.append(f"--{name} {' '.join(_listed(settings[name]))} holds other prompts than when the run began")
     return found
 
 
@@ -200,9 +207,10 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def inputs_of(settings: Mapping[str, Any]) -> str:
-    """Size and hash of the file of prompts, as JSON; null where they are in no single file."""
-    path = Path(settings["prompts"] or ".")
-    return json.dumps({"prompts": identity(path) if path.is_file() else None}) + "\n"
+    """Size and hash of the files of prompts, as JSON; null where they are in no single file."""
+    given = {name: _listed(settings[name]) for name in ("prompts", "validation_prompts")}
+    files = {name: each[0] if len(each) == 1 and each[0] else "" for name, each in given.items()}
+    return json.dumps({name: identity(Path(f)) if os.path.isfile(f) else None for name, f in files.items()}) + "\n"
 
 
 def _is_run(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
+from dmdr.prompt_files import is_prompt_file
 from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable, with_options
 from dmdr.rewards import Rewards
@@ -32,6 +33,7 @@ class Job:
         model: The named model that it came from, if any.
         sampler: The student's in training; `user_sampler` as its users run it.
         eval_rewards: What evaluations measure beside the rewards that are trained on.
+        validation: What image grids show in place of the run's first prompts, if the user says it.
     """
 
     settings: Settings
@@ -46,6 +48,7 @@ class Job:
     rewards: Rewards | None
     eval_rewards: Rewards | None
     prompts: Rows
+    validation: Prompts | None
 
     @property
     def config(self) -> Config:
@@ -98,9 +101,20 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         build_rewards(settings.of(group), checkpoints, rows=prompts.first(1)) if settings.of(group) else None
         for group in ("rewards", "eval_rewards")
     )
-    samplers = plan.samplers(backend, config)
-    own = folder if bare else teacher_of(backend) or folder
-    return Job(settings, plan, own, model, backend, *samplers, matching, objectives, rewards, eval_rewards, prompts)
+    return Job(
+        settings,
+        plan,
+        folder if bare else teacher_of(backend) or folder,
+        model,
+        backend,
+        *plan.samplers(backend, config),
+        matching,
+        objectives,
+        rewards,
+        eval_rewards,
+        prompts,
+        validation_prompts(config, backend),
+    )
 
 
 def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[WeightedObjective, ...]]:
@@ -155,6 +169,30 @@ def open_prompts(config: Config, model: NamedModel | None, rewards: Sequence[Cho
         columns = [name for reward in rewards for name in getattr(reward.cls, "columns", ())]
         return Prompts([{"prompt": "class 0", **dict.fromkeys(columns, 0)}])
     raise ConfigError(f"--prompts is missing: --model {config.model} has no prompts of its own")
+
+
+def validation_prompts(config: Config, backend: Backend) -> Prompts | None:
+    """The prompts of image grids that the user names.
+
+    Raises:
+        ConfigError: If a file cannot be read, or the model family cannot encode a prompt.
+    """
+    given = config.validation_prompts
+    if given is None:
+        return None
+    try:
+        if not any(map(is_prompt_file, given)):
+            found = Prompts([{"prompt": prompt} for prompt in given])
+        elif len(given) > 1:
+            raise ConfigError("give one file alone, or prompts")
+        else:
+            found = read_prompts(given[0], column=config.prompt_column)
+        if isinstance(backend, ChecksPrompts):
+            texts, columns = split_columns(found.rows)
+            backend.check_prompts(texts, **columns)
+    except ConfigError as error:  # which may name the flag of the run's prompts
+        raise ConfigError(f"--validation_prompts: {str(error).removeprefix('--prompts: ')}") from error
+    return found
 
 
 def build_rewards(

@@ -48,6 +48,7 @@ class Measurement:
 
 
 ABOUT = "about.json"  # of the teacher's images: what they were drawn from
+PROMPTS = "prompts"  # of a grid's text: the rows that it shows
 
 
 class Observer:
@@ -57,17 +58,19 @@ class Observer:
 
     Attributes:
         sampler: The student's, as its users run it.
-        rows: The prompt rows of image grids.
+        rows: The prompt rows of image grids, --validation_prompts or the run's first.
         eval_rows: Those of evaluations, each prompt several times.
     """
 
     def __init__(self, job: Job, accelerator: Any, output: Path) -> None:
         self.job, self.accelerator, self.sampler, self.output = job, accelerator, job.user_sampler, output
         self.config = config = job.config
-        self.rows = job.prompts.first(config.sample_images)
+        prompts = job.validation or job.prompts
+        least = job.validation.size if job.validation else 0
+        self.rows, self._distinct = prompts.first(max(config.sample_images, least)), prompts.size
         again = config.eval_images_per_prompt
-        prompts = job.prompts.first(math.ceil(config.num_eval_samples / again)) if config.num_eval_samples else []
-        self.eval_rows = [row for row in prompts for _ in range(again)][: config.num_eval_samples]
+        asked = job.prompts.first(math.ceil(config.num_eval_samples / again)) if config.num_eval_samples else []
+        self.eval_rows = [row for row in asked for _ in range(again)][: config.num_eval_samples]
         self.examiner: Examiner | None = None
         for plugin in job.settings.of("benchmarks"):
             benchmark = plugin.called(plugin.cls, plugin.values(config))
@@ -107,25 +110,26 @@ class Observer:
         return torch.cat(found)
 
     def draw_grid(self, step: int) -> dict[str, Image]:
-        """Add an image grid of the student after `step` updates, and before the first one the teacher's.
+        """Add an image grid of the student after `step` updates, and where there is none the teacher's of its prompts.
 
         Returns:
             The new ones in the main process, by whose they are.
         """
-        rows, distinct = self.rows[: self.config.sample_images], self.job.prompts.size
+        rows, distinct = self.rows, self._distinct
         few = distinct is not None and distinct <= 12 and len(rows) % distinct == 0
         columns = distinct if few else None  # a prompt a column
         folder = self.output / "samples"
+        told = json.dumps(rows, default=str)
 
         def draw(whose: str, denoiser: Denoiser, sampler: FewStepSampler, file: str) -> None:
             pictures = together(self.accelerator, self.generate(denoiser, sampler, rows, "grid"), len(rows))
             if self.accelerator.is_main_process:
                 grids[whose] = images.image_grid(pictures, columns)
-                images.save(grids[whose], folder / file)
+                images.save(grids[whose], folder / file, {PROMPTS: told})
 
         def drawn() -> bool:
             check_there(self.output)
-            return (folder / "teacher.png").exists()
+            return images.text_in(folder / "teacher.png", PROMPTS) == told  # a resumed run may show other prompts
 
         grids: dict[str, Image] = {}
         if not on_main_process(self.accelerator, drawn):

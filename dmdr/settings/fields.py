@@ -206,7 +206,10 @@ class Config(Flags):
     run_name: str | None = flag(None, "what wandb and other trackers call the run; by default they choose")
     tracker_project_name: str = flag("dmdr", "project in which wandb and other trackers keep the run")
     sample_steps: int = flag(100, "updates between image grids; 0 draws only at the end of a stage")
-    sample_images: int = flag(8, "images of an image grid")
+    sample_images: int = flag(8, "images of an image grid, at least one of each of --validation_prompts")
+    validation_prompts: list[str] | None = flag(
+        None, "what image grids show: a file of prompts as of --prompts, or one or more prompts; by default the run's"
+    )
     num_eval_samples: int = flag(0, "samples of the evaluation at the end of each stage; 0 evaluates nothing")
     eval_benchmark: str = flag(
         "none", "benchmark that evaluations ask as well, about images of the run's prompts; with its flags"
@@ -264,6 +267,9 @@ class Config(Flags):
         )
         what = f"at least 1 and at most --fake_updates ({self.fake_updates})"
         self._require(self.rollouts is None or 1 <= self.rollouts <= self.fake_updates, "rollouts", what)
+        texts = self.validation_prompts
+        filled = texts is None or (bool(texts) and all(map(str.strip, texts)))
+        self._require(filled, "validation_prompts", "prompts with text in them")
         self._require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
         if self.sigmas is not None:
             bounds = [*self.sigmas, 0.0]

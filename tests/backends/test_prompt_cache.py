@@ -144,8 +144,8 @@ def test_prompts_are_encoded_before_the_network_is_loaded(
         return load(*args, **kwargs)
 
     monkeypatch.setattr(SD3Transformer2DModel, "from_pretrained", loading)
-    run("first")
-    assert encoded == [Counter([*PROMPTS, ""])]
+    run("first", validation_prompts=["a handwritten nine"])
+    assert encoded == [Counter([*PROMPTS, "a handwritten nine", ""])] and calls.encoded == encoded[0]
 
 
 def test_without_a_cache_a_run_learns_the_same(run: Any, calls: Calls, tmp_path: Path) -> None:

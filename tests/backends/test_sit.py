@@ -293,6 +293,9 @@ def test_prompts_without_labels_are_refused_before_weights_are_loaded(folder: Pa
     given = {"model": str(folder), "prompts": str(tmp_path / "prompts.txt"), "report_to": "none"}
     with pytest.raises(ConfigError, match="no column 'label', so each prompt must be a class: 'a goose' is no class"):
         assemble(parse(settings=given))
+    (tmp_path / "prompts.txt").write_text("class 7")
+    with pytest.raises(ConfigError, match=r"^--validation_prompts: there is no column .*: 'a goose' is no class"):
+        assemble(parse(settings=given | {"validation_prompts": ["a goose"]}))
 
 
 def test_guidance_leads_away_from_the_null_label(backend: SiTBackend) -> None:

@@ -143,14 +143,15 @@ def test_a_stream_that_breaks_off_leaves_a_checkpoint(tmp_path: Path) -> None:
 
 
 def started(*command: str, folder: Path, **settings: Any) -> "subprocess.CompletedProcess[str]":
-    flags = [f"--{name}={value}" for name, value in (FAST | settings).items()]
+    texts = {name: value[0] if isinstance(value, list) else value for name, value in (FAST | settings).items()}
+    flags = [f"--{name}={value}" for name, value in texts.items()]
     return subprocess.run(
         [sys.executable, *command, "-m", "dmdr.cli.train", *flags], capture_output=True, text=True, cwd=folder
     )
 
 
 def test_two_processes_stream_as_one_and_count_once(sources: dict[str, str], tmp_path: Path) -> None:
-    settings = {"prompts": sources["rows.csv"], "dataset_streaming": True}
+    settings = {"prompts": sources["rows.csv"], "dataset_streaming": True, "validation_prompts": ["mode 2"]}
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     two = started(*launch, folder=tmp_path, **settings, per_device_train_batch_size=4, output_dir="two")
     assert two.returncode == 0, two.stderr
@@ -161,6 +162,8 @@ def test_two_processes_stream_as_one_and_count_once(sources: dict[str, str], tmp
         one = train(**FAST | settings, output_dir=str(tmp_path / "one"))
     for name, tensor in student(one).items():
         torch.testing.assert_close(student(tmp_path / "two")[name], tensor, rtol=0, atol=1e-5)
+    teacher = tmp_path / "two" / "samples" / "teacher.png"  # with the prompts that it shows, which both were told
+    assert teacher.read_bytes() == (one / "samples" / "teacher.png").read_bytes()
 
 
 def test_what_was_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ ALWAYS = """
     stage2_learning_rate lr_scheduler_type warmup_steps optim adam_beta1 adam_beta2 adam_epsilon weight_decay ema_decay
     max_grad_norm max_bad_steps per_device_train_batch_size gradient_accumulation_steps num_generations mixed_precision
     backend revision seed dry_run output_dir resume_from_checkpoint save_steps save_total_limit logging_steps report_to
-    sample_steps sample_images num_eval_samples teacher_steps shard ddp_timeout
+    sample_steps sample_images validation_prompts num_eval_samples teacher_steps shard ddp_timeout
 """
 ALONE = {"init_student": "run"}
 RL_ONLY = ALONE | {"dmd_weight": 0.0, "rl": "refl"}
