@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dmdr.backends.kernels import blocks_of
 from dmdr.backends.pipeline import PipelineBackend
 from dmdr.backends.prompt_cache import SHARD
-from dmdr.dry_run.memory import REST, AdamW8bit, GPUKernels, Meter, Note, autocast
+from dmdr.dry_run.memory import REST, Blockwise, GPUKernels, Meter, Note, autocast
 from dmdr.errors import ConfigError, one_line
 from dmdr.hub import is_hub_id
 from dmdr.paths import Prediction
@@ -40,6 +40,7 @@ from dmdr.run.overview import overview
 from dmdr.run.pace import GIB
 from dmdr.run.plan import Plan
 from dmdr.run.trainers import Trainers
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
 from dmdr.sizes import Size
 from dmdr.training.rollouts import Rollouts
@@ -53,7 +54,7 @@ WHAT = {
     NETWORK: "the teacher; fake score and student are adapters on it, unless they are full",
     REWARDS: "their frozen networks",
     "VAE": "decodes latents for rewards and image grids",
-    OPTIMIZER: "two moments of every trained parameter",
+    OPTIMIZER: "what the optimizer keeps of every trained parameter",
     REST: "what networks keep for a backward pass, and what passes through them",
     GATHERED: "whole for as long as they compute",
 }
@@ -392,9 +393,12 @@ class DryTrainers(Trainers):
         return DryRollouts(**given, more=(batch, self.real.rollouts / few.rollouts, self.real.rounds / few.rounds))
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        if self.job.config.optim == "adamw_bnb_8bit":
-            return AdamW8bit(parameters, **options)
-        return torch.optim.AdamW(parameters, foreach=False, **options)  # one kernel on CUDA, and no copies, either
+        chosen = OPTIMIZERS[self.job.config.optim]
+        if chosen.blocks:
+            return Blockwise(parameters, *chosen.blocks)
+        if chosen.fused:
+            options["foreach"] = False  # one kernel on CUDA, and no copies, either
+        return chosen.build(parameters, **options)
 
 
 @dataclass

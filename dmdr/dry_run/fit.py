@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dmdr.dry_run.estimate import Estimate
 from dmdr.run.pace import GIB
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
 
 SPARE = 0.1  # of the GPU's memory, for kernels' workspaces and what the allocator loses, which nobody counts
@@ -47,8 +48,8 @@ def switches(settings: Settings) -> Iterator[list[str]]:
         yield ["--gradient_checkpointing", "true"]
     if options.get("decode_chunk_size", 1) is None:
         yield ["--decode_chunk_size", "1"]
-    if config.optim == "adamw_torch" and config.shard == "1":
-        yield ["--optim", "adamw_bnb_8bit"]
+    if (smaller := OPTIMIZERS[config.optim].smaller) and config.shard == "1":
+        yield ["--optim", smaller]
     batch, least = config.per_device_train_batch_size, config.num_generations
     if batch > least:
         passes = config.gradient_accumulation_steps * (batch // least)

@@ -394,26 +394,33 @@ def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-5)
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """What bitsandbytes' optimizer of this name keeps; it moves nothing.
+class Blockwise(torch.optim.Optimizer):
+    """What an optimizer of bitsandbytes keeps, paged or not; it moves nothing.
 
-    Each moment takes a byte a number and a float32 scale for each block of 256; those of parameters of fewer than 4096
-    numbers are float32. Parameters are updated one by one and in place: beside the states, a step takes nothing.
+    Each moment takes some bytes a number: 4, or 1 and a float32 scale for each block of 256. Those of parameters of
+    fewer than 4096 numbers are float32. Parameters are updated one by one and in place: beside the states, a step takes
+    nothing.
 
-    Source: `Optimizer2State.init_state` and `update_step` of bitsandbytes.
+    Source: `init_state` and `update_step` of bitsandbytes' `Optimizer1State` and `Optimizer2State`.
+
+    Args:
+        params: On the meta device.
+        moments: 1 or 2.
+        size: 1 or 4 bytes.
     """
 
-    def __init__(self, params: Iterable[Tensor], **options: Any) -> None:
-        super().__init__(params, options)
+    def __init__(self, params: Iterable[Tensor], moments: int, size: int) -> None:
+        super().__init__(params, {"lr": 1.0})
+        self.moments, self.size = moments, size
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[parameter]
-            for moment in () if state else ("1", "2"):
-                small = parameter.numel() < 4096
-                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
-                if not small:
+            for moment in () if state else range(1, self.moments + 1):
+                whole = self.size == 4 or parameter.numel() < 4096
+                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if whole else torch.uint8)
+                if not whole:
                     blocks = math.ceil(parameter.numel() / 256)
                     state[f"absmax{moment}"] = torch.zeros(blocks, device=parameter.device)
 

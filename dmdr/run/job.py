@@ -17,6 +17,7 @@ from dmdr.run.plan import Plan
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.chosen import Chosen, active_weight
 from dmdr.settings.fields import Config
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
 from dmdr.settings.verify import check_columns, check_needs, needs_of
 from dmdr.training.objectives import WeightedObjective
@@ -90,7 +91,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         if not isinstance(backend, Shardable) or "sharding" not in signature(backend.prepare).parameters:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
         backend.check_shardable()
-        if config.optim != "adamw_torch" and getattr(backend.options, "full_finetune", False):
+        if not OPTIMIZERS[config.optim].shares and getattr(backend.options, "full_finetune", False):
             raise ConfigError(f"--shard: --optim {config.optim} cannot train a shared full student; use adamw_torch")
     if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest

@@ -19,6 +19,7 @@ from dmdr.run.device import on_main_process
 from dmdr.run.folder import SETTINGS, check_there
 from dmdr.run.plan import Stage
 from dmdr.run.trainers import Trainers
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.trust import check_config
 from dmdr.states import is_shared
 from dmdr.training.trainer import Trainer
@@ -48,6 +49,12 @@ class Keeper:
         trainer = self.trainers.of(stage, step)
         tensors, optimizers = self._kept(trainer, with_reference=stage.number == 2)
         extra = restore(checkpoint, tensors, optimizers)
+        if (held := extra.get("optim", self._optim)) != self._optim:
+            what = "go on with it, or begin anew from its student with --init_student"
+            raise ConfigError(f"{checkpoint} holds the state of --optim {held}; {what}")
+        for role, optimizer in optimizers.items():
+            for group, own in zip(optimizer.param_groups, extra.get("groups", {}).get(role, ()), strict=False):
+                group.update(own)
         if missing := {"scaler", "objectives"} - extra.keys():
             raise ConfigError(f"{checkpoint} holds no state of: {', '.join(sorted(missing))}")
         trainer.scaler.load_state_dict(extra["scaler"])
@@ -81,6 +88,10 @@ class Keeper:
         else:
             logger.warning("saved at step %d; go on with %s", progress.total, self.how_to_go_on())
 
+    @property
+    def _optim(self) -> str:
+        return self.trainers.job.config.optim
+
     def how_to_go_on(self) -> str:
         """The flags that resume this run."""
         file, values = self.output / SETTINGS, self.trainers.job.settings.values()
@@ -93,14 +104,21 @@ class Keeper:
 
     def _write(self, trainer: Trainer, progress: Progress, once: Once = alone, *, stage_end: bool = False) -> None:
         once(lambda: check_there(self.output))
+        tensors, optimizers = self._kept(trainer)
         extra = {
             "scaler": trainer.scaler.state_dict(),
             "objectives": trainer.objectives.state_dict(),
             "bad_steps": trainer.bad_steps,
             "unscored": dict(self.unscored),
+            "optim": self._optim,
+            "groups": {
+                role: [
+                    {name: group[name] for name in OPTIMIZERS[self._optim].group_state} for group in each.param_groups
+                ]
+                for role, each in optimizers.items()
+            },
             **{name: part.state_dict() for name, part in _stateful_parts(trainer).items()},
         }
-        tensors, optimizers = self._kept(trainer)
         folder = self.output / "checkpoints"
         saved = save_checkpoint(folder, progress, tensors, optimizers, extra, stage_end=stage_end, once=once)
         unscored = trainer.scorer is not None and trainer.scorer.silent

@@ -1,6 +1,6 @@
-"""What a run trains beside the roles of its backend, and with which optimizer."""
+"""What a run trains beside the roles of its backend."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from accelerate.utils import broadcast
@@ -8,25 +8,9 @@ from accelerate.utils import broadcast
 from dmdr.errors import ConfigError
 from dmdr.protocols import Backend, BringsLearners, OwnLearner
 from dmdr.run.job import Job
-from dmdr.settings.fields import Config
+from dmdr.settings.optimizers import OPTIMIZERS
 
 TAKEN = ("student", "fake_score", "reference", "ema", "training")  # names of files in checkpoints
-
-
-def adamw(config: Config) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer's class.
-
-    Raises:
-        ConfigError: If its package is not installed.
-    """
-    if config.optim == "adamw_torch":
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--optim {config.optim} needs bitsandbytes: pip install bitsandbytes") from error
-    eight_bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
-    return eight_bit
 
 
 def own_learners(job: Job, backend: Backend, device: torch.device) -> dict[str, list[OwnLearner]]:
@@ -35,14 +19,17 @@ def own_learners(job: Job, backend: Backend, device: torch.device) -> dict[str, 
     All processes begin with the parameters of the first.
 
     Raises:
-        ConfigError: If a name is taken, or there is nothing to train.
+        ConfigError: If a name is taken, there is nothing to train, or the optimizer has no use for a learning rate.
     """
+    optim = job.config.optim
     found: dict[str, list[OwnLearner]] = {}
     taken = set(TAKEN)
     for owner, part in _parts(job):
         found[owner] = list(part.learners(backend, device))
         for own in found[owner]:
             where = f"learner '{own.name}' of {described(owner)}"
+            if OPTIMIZERS[optim].finds_rate:
+                raise ConfigError(f"{where} has a learning rate of its own, and --optim {optim} finds one; use another")
             if own.name in taken:
                 raise ConfigError(f"{where}: the name is taken; choose another")
             if not own.name.isidentifier():

@@ -46,7 +46,6 @@ from dmdr.run.folder import (
 from dmdr.run.initial import differences
 from dmdr.run.job import Job, assemble, find_start, own_prompts
 from dmdr.run.keeper import Keeper
-from dmdr.run.learners import adamw
 from dmdr.run.log import RunLog, beside_the_bar
 from dmdr.run.observer import Observer
 from dmdr.run.overview import NOTHING_TO_MEASURE, overview
@@ -56,6 +55,7 @@ from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
 from dmdr.run.watch import Watch
 from dmdr.settings.chosen import SUMS
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings, parse
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
@@ -97,7 +97,7 @@ def run(settings: Settings) -> Path:
     avoid_mps()
     config = settings.config
     state = join_processes(timeout=timedelta(seconds=config.ddp_timeout))
-    adamw(config)
+    OPTIMIZERS[config.optim].load()
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = on_main_process(state, lambda: find_start(settings, resume, state.num_processes))
     if not resume and config.overwrite_output_dir:

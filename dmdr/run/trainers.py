@@ -12,8 +12,9 @@ from dmdr.ema import EMA
 from dmdr.prompts import PromptStream
 from dmdr.protocols import OwnLearner
 from dmdr.run.job import Job
-from dmdr.run.learners import adamw, described, own_learners
+from dmdr.run.learners import described, own_learners
 from dmdr.run.plan import Stage
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.training.bad_steps import BadSteps
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives
@@ -122,15 +123,10 @@ class Trainers:
         decay: float = 0.0,
         owner: str = "",
     ) -> Learner:
-        """Parameters with AdamW and a schedule, `step` updates into the stage."""
+        """Parameters with the optimizer of --optim and a schedule, `step` updates into the stage."""
         config = self.job.config
-        optimizer = self.optimizer(
-            parameters.values(),
-            lr=rate.value,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=decay,
-        )
+        options = OPTIMIZERS[config.optim].options(config, rate=rate.value, decay=decay)
+        optimizer = self.optimizer(parameters.values(), **options)
         for group in optimizer.param_groups:
             group["initial_lr"] = rate.value
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, replace(rate, value=1.0), last_epoch=step - 1)
@@ -138,8 +134,8 @@ class Trainers:
         return Learner(name, parameters, optimizer, scheduler, self.accelerator, self.scaler, clip, owner=owner)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-        """The AdamW that --optim names; torch's own as one kernel where it has that."""
-        kind, given = adamw(self.job.config), list(parameters)
-        if kind is torch.optim.AdamW:
+        """The optimizer that --optim names; as one kernel where it has that."""
+        chosen, given = OPTIMIZERS[self.job.config.optim], list(parameters)
+        if chosen.fused:
             options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in given)
-        return kind(given, **options)
+        return chosen.build(given, **options)

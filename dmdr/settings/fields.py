@@ -147,12 +147,16 @@ class Config(Flags):
         "constant", "schedule of the student's learning rate in each stage"
     )
     warmup_steps: int = flag(0, "updates at the start of each stage in which the student's learning rate grows from 0")
-    optim: Literal["adamw_torch", "adamw_bnb_8bit"] = flag(
-        "adamw_torch", "optimizer; adamw_bnb_8bit keeps its states in 8 bits (needs bitsandbytes)"
+    optim: Literal[
+        "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit", "adafactor", "prodigy"
+    ] = flag(
+        "adamw_torch",
+        "optimizer; those with 8bit in their names keep their states in 8 bits, they and lion need bitsandbytes; "
+        "prodigy needs prodigyopt and finds the learning rate, so that --learning_rate and --fake_learning_rate are 1",
     )
-    adam_beta1: float = flag(0.9, "beta1 of AdamW")
-    adam_beta2: float = flag(0.999, "beta2 of AdamW")
-    adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
+    adam_beta1: float = flag(0.9, "beta1 of AdamW, Lion and Prodigy")
+    adam_beta2: float = flag(0.999, "beta2 of AdamW, Lion and Prodigy")
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW and Prodigy")
     weight_decay: float = flag(0.01, "weight decay of the student; the fake score has none")
     ema_decay: float = flag(
         0.0,

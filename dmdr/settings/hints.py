@@ -42,6 +42,8 @@ ELSEWHERE = {
     "lr_warmup_steps": "--warmup_steps",
     "optimizer": "--optim",
     "use_8bit_adam": "--optim adamw_bnb_8bit",
+    "optimizer_type": "--optim",
+    "adafactor": "--optim adafactor",
     "adam_weight_decay": "--weight_decay",
     "use_ema": "--ema_decay 0.999",
     "refl_balance": "--rl_balance",

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dmdr.errors import ConfigError
 from dmdr.settings.chosen import Chosen, active_weight
 from dmdr.settings.fields import TOPICS, Config
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parser import Told
 from dmdr.settings.trackers import trackers_of
 
 logger = logging.getLogger("dmdr")
 
+USUAL_FACTOR = 0.1  # of a learning rate that the optimizer finds, at least
 OFF = (0, "none", None)  # values of the core's settings that agree with what is off anyway; False is 0
 DATASET = "prompt_column dataset_config dataset_train_split dataset_streaming"
 STAGE1 = "dyna_steps dyna_guidance dyna_renoise sample_weight sample_weights"
@@ -96,6 +98,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
         (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
+        (OPTIMIZERS[c.optim].unread, " ".join(OPTIMIZERS[c.optim].unread), f"by --optim {c.optim}"),
         # What is written
         (not c.num_eval_samples, EVALUATION, "without --num_eval_samples"),
         (
@@ -113,6 +116,9 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
 
 def _undone(c: Config) -> Iterator[str]:
     """What settings do to each other, a sentence each."""
+    for name in ("learning_rate", "fake_learning_rate") if OPTIMIZERS[c.optim].finds_rate else ():
+        if (rate := getattr(c, name)) < USUAL_FACTOR:
+            yield f"--optim {c.optim} finds the learning rate and multiplies it by --{name}: 1 is usual, not {rate:g}"
     for stage, steps in {1: 0 if c.init_student else c.stage1_steps, 2: c.stage2_steps}.items():
         end = f"stage {stage} ends after {steps} update{'s' * (steps > 1)}"
         if 0 < steps <= c.warmup_steps:

@@ -15,6 +15,7 @@ from dmdr.run.checkpoint import checkpoints
 from dmdr.run.job import open_prompts, planned
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
+from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings, resolve
 from dmdr.settings.trackers import trackers_of
 from dmdr.settings.verify import check_columns
@@ -225,15 +226,13 @@ def check_inputs(settings: Settings) -> None:
     Raises:
         ConfigError: As a run would.
     """
-    from dmdr.run.run import adamw  # and matplotlib with it, of which the command has told if it is missing
-
     config = settings.config
     model = settings.model.cls() if settings.model.cls else None
     if model is None:
         settings.open_backend(config.model)
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
     check_columns(scorers, open_prompts(config, model, scorers).first(1))
-    adamw(config)
+    OPTIMIZERS[config.optim].load()
     trackers_of(config.report_to)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +47,7 @@ from dmdr.dry_run.estimate import (
     Process,
     estimate,
 )
-from dmdr.dry_run.memory import AdamW8bit, GPUKernels, Meter, attention, autocast
+from dmdr.dry_run.memory import Blockwise, GPUKernels, Meter, attention, autocast
 from dmdr.errors import ConfigError
 from dmdr.protocols import with_options
 from dmdr.rewards import Rewards
@@ -289,6 +290,23 @@ def test_an_8_bit_optimizer_needs_its_states_and_nothing_else(folders: dict[str,
     assert [plain.total(n) - plain.total() for n in (2, 3)] == [0, plain.backbone]
 
 
+@pytest.mark.parametrize(("optim", "least", "most"), [
+    ("lion_32bit", 1, 1), ("lion_8bit", 0.25, 1), ("paged_adamw_8bit", 0.5, 2), ("adafactor", 0.05, 0.3),
+    pytest.param("prodigy", 4, 4, marks=pytest.mark.skipif(find_spec("prodigyopt") is None, reason="not installed")),
+])  # fmt: skip
+def test_states_of_each_optimizer(
+    folders: dict[str, Path], tmp_path: Path, optim: str, least: float, most: float
+) -> None:
+    """In units of the trained parameters, which are float32."""
+    given = {
+        "model": str(folders["sd3"]), "max_sequence_length": 5, "stage2_steps": 0, "resolution": 8, "fake_updates": 1,
+        "per_device_train_batch_size": 1, "optim": optim, "lora_rank": 16, "fake_lora_rank": 16,
+    }  # fmt: skip
+    found = dry(given, tmp_path).phases["stage 1"]
+    trained = found["student, LoRA"] + found["fake score, LoRA"]
+    assert least * trained <= found[OPTIMIZER] <= most * trained + 1000  # some numbers of a parameter each
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_what_processes_share_is_counted_in_shares(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
@@ -318,7 +336,7 @@ def test_what_processes_share_is_counted_in_shares(
 
 def test_states_of_8_bits() -> None:
     large, small = (nn.Parameter(torch.empty(n, device="meta")) for n in (5000, 4000))
-    optimizer = AdamW8bit([large, small])
+    optimizer = Blockwise([large, small], 2, 1)
     for parameter in (large, small):
         parameter.grad = torch.zeros_like(parameter)
     with Meter() as meter:

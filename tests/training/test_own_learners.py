@@ -157,3 +157,11 @@ def test_a_taken_name_is_refused(room: Path) -> None:
     with pytest.raises(ConfigError, match=r"learner 'student' of objective 'mine\.py:Greedy': the name is taken"):
         train(**RUN | {"rl": "mine.py:Greedy"}, output_dir="greedy")
     assert not (room / "greedy").exists()
+
+
+def test_an_optimizer_that_finds_the_learning_rate_takes_none(room: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    rates = dict.fromkeys(("learning_rate", "stage2_learning_rate", "fake_learning_rate"), 1.0)
+    with pytest.raises(ConfigError, match=r"learner 'critic' of .*Critic' has a learning rate of its own, and --optim"):
+        train(**RUN | rates, rl="mine.py:Critic", optim="prodigy", output_dir="run")
+    assert not (room / "run").exists()
