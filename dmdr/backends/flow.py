@@ -115,6 +115,12 @@ class FlowBackend(PipelineBackend):
         }
         return FlowMatchEulerDiscreteScheduler.from_config(config)
 
+    def own_guidance(self) -> float | None:
+        """Of a call that counts from what `unguided` says."""
+        ((name, none),) = self.unguided.items()
+        own = self.own_call_arguments().get(name)
+        return 1 + float(own) - none if isinstance(own, int | float) else None
+
     def call_arguments(self, sampler: Sampler) -> dict[str, Any]:
         """The grid before the shift, which the scheduler applies: shifted sigmas would be shifted twice."""
         shift = self.grid_shift(sampler.num_inference_steps)

@@ -323,6 +323,11 @@ class PipelineBackend:
         parameters = inspect.signature(self.pipeline_class.__call__).parameters
         return {name: parameter.default for name, parameter in parameters.items()}
 
+    def own_guidance(self) -> float | None:
+        """The guidance w that the pipeline's call has by default; None where it has none."""
+        own = self.own_call_arguments().get("guidance_scale")
+        return float(own) if isinstance(own, int | float) else None
+
     # --- Loading -----------------------------------------------------------------------------------------------------
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role], sharding: DeviceMesh | None = None) -> None:

@@ -7,8 +7,14 @@ import sys
 from dmdr.cli.common import Line, command, say
 from dmdr.settings.parse import parse
 
+INIT = "init"
+
 
 def run(arguments: list[str]) -> None:
+    if arguments[:1] == [INIT]:
+        from dmdr.cli.init import init
+
+        return init(arguments[1:])
     settings = parse(arguments, beginning=_say_beginning)
     from accelerate import PartialState
 
@@ -16,12 +22,12 @@ def run(arguments: list[str]) -> None:
 
     if settings.config.dry_run:
         from dmdr.dry_run.estimate import estimate
-        from dmdr.dry_run.fit import advice
+        from dmdr.dry_run.fit import fitted
 
         found = estimate(settings)
         print(found)
         if settings.config.gpu_memory:
-            print(advice(found, settings, lambda flags: estimate(parse([*arguments, *flags]))))
+            print(fitted(found, settings, lambda flags: estimate(parse([*arguments, *flags]))))
         print("nothing was loaded, nothing was written")
         return
     handler = logging.StreamHandler()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from dmdr.dry_run.estimate import Estimate
 from dmdr.run.pace import GIB
@@ -13,32 +14,53 @@ HELPS = 0.99  # times the memory that was needed before: a switch that leaves mo
 logger = logging.getLogger("dmdr")
 
 
-def advice(estimate: Estimate, settings: Settings, again: Callable[[Sequence[str]], Estimate]) -> str:
-    """Whether a run fits, or what to add to its command line so that it does.
+@dataclass(frozen=True)
+class Fit:
+    """A run on a GPU; `str` says whether it fits, and with which flags.
+
+    Attributes:
+        gpu_memory: Of the GPU, in GiB.
+        flags: Switches that it needs, or that help but are not enough.
+        estimate: With them.
+    """
+
+    gpu_memory: float
+    flags: Sequence[str]
+    estimate: Estimate
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.total() <= (1 - SPARE) * self.gpu_memory * GIB
+
+    def __str__(self) -> str:
+        what = f"{self.gpu_memory:g} GiB, of which {SPARE:.0%} are left for what is not counted"
+        needed, flags = f"{self.estimate.total() / GIB:.1f} GiB", " ".join(self.flags)
+        if self.fits:
+            return f"does not fit in {what}; with these it takes {needed}:\n  {flags}" if flags else f"fits in {what}"
+        tried = f"; with {flags} it needs {needed}" if flags else ""
+        return f"does not fit in {what}{tried}; several GPUs can share the network: --shard all"
+
+
+def fitted(estimate: Estimate, settings: Settings, again: Callable[[Sequence[str]], Estimate]) -> Fit:
+    """What makes a run fit on its GPU.
 
     Args:
         estimate: Of the run.
         settings: Of the run; `gpu_memory` is the GPU's, in GiB.
         again: The estimate of the run with further flags.
     """
-    gpu_memory = settings.config.gpu_memory
-    assert gpu_memory
-    room = (1 - SPARE) * gpu_memory * GIB
-    what = f"{gpu_memory:g} GiB, of which {SPARE:.0%} are left for what is not counted"
-    if estimate.total() <= room:
-        return f"fits in {what}"
-    flags: list[str] = []
+    assert settings.config.gpu_memory
+    fit = Fit(settings.config.gpu_memory, (), estimate)
     for switch in switches(settings):
+        if fit.fits:
+            break
+        flags = list(fit.flags)
         more = [*(flags[:-2] if switch[0] in flags[-2:] else flags), *switch]  # a second value replaces the first
-        logger.warning("%.1f GiB are too many; trying %s", estimate.total() / GIB, " ".join(more))
+        logger.warning("%.1f GiB are too many; trying %s", fit.estimate.total() / GIB, " ".join(more))
         found = again(more)
-        if found.total() > HELPS * estimate.total():
-            continue
-        flags, estimate = more, found
-        if estimate.total() <= room:
-            return f"does not fit in {what}; with these it takes {estimate.total() / GIB:.1f} GiB:\n  {' '.join(flags)}"
-    tried = f"; with {' '.join(flags)} it needs {estimate.total() / GIB:.1f} GiB" if flags else ""
-    return f"does not fit in {what}{tried}; several GPUs can share the network: --shard all"
+        if found.total() <= HELPS * fit.estimate.total():
+            fit = replace(fit, flags=more, estimate=found)
+    return fit
 
 
 def switches(settings: Settings) -> Iterator[list[str]]:

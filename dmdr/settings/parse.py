@@ -24,7 +24,10 @@ EPILOG = (
     "--help all lists every setting; --model NAME --help adds those of NAME's family, --rl, --reward and --matching "
     "NAME --help those of NAME. A registered model's recipe replaces these defaults."
 )
-DESCRIPTION = "Distil a diffusion model to a few steps and align it with a reward, in the same run."
+DESCRIPTION = (
+    "Distil a diffusion model to a few steps and align it with a reward, in the same run. dmdr-train init writes a "
+    "file of settings to begin with."
+)
 
 # The settings that decide which others there are.
 ASKED = ("model", *SUMS.values(), "reference_images", "backend", "revision", "architecture", "dry_run")

@@ -112,7 +112,7 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
     count = Counter(f.name for plugin, f in flags if plugin.group != "eval_rewards")
     fields: list[tuple[str, Any, Any]] = []
     short: dict[str, str] = {}
-    read = {plugin.flags: (typing.get_type_hints(plugin.flags), _help_of(plugin.flags)) for plugin in chosen}
+    read = {plugin.flags: (typing.get_type_hints(plugin.flags), help_of(plugin.flags)) for plugin in chosen}
     for plugin, f in flags:
         hints, help_texts = read[plugin.flags]
         key = plugin.key(f.name)
@@ -132,7 +132,7 @@ def _plugin_options(command: type, chosen: Sequence[Chosen]) -> tuple[type, dict
     return options, short
 
 
-def _help_of(cls: type) -> dict[str, str]:
+def help_of(cls: type) -> dict[str, str]:
     """Field descriptions from the `Attributes:` sections of a class and its bases; a subclass's text wins."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -5,7 +5,7 @@ import torch
 
 import sd3
 from dmdr.dry_run.estimate import NETWORK, Estimate, estimate
-from dmdr.dry_run.fit import SPARE, advice, switches
+from dmdr.dry_run.fit import SPARE, fitted, switches
 from dmdr.errors import ConfigError
 from dmdr.run.pace import GIB
 from dmdr.settings.parse import Settings, parse
@@ -29,7 +29,7 @@ def simulated(flags: list[str]) -> tuple[Settings, Estimate]:
 
 def test_what_fits_is_said_and_nothing_is_tried(given: list[str]) -> None:
     settings, found = simulated([*given, "--gpu_memory", "24"])
-    assert advice(found, settings, lambda flags: pytest.fail("tried")).startswith("fits in 24 GiB, of which 10%")
+    assert str(fitted(found, settings, lambda flags: pytest.fail("tried"))).startswith("fits in 24 GiB, of which 10%")
 
 
 def test_switches_are_added_until_the_run_fits_and_those_that_do_not_help_are_left_out(given: list[str]) -> None:
@@ -47,14 +47,14 @@ def test_switches_are_added_until_the_run_fits_and_those_that_do_not_help_are_le
         size = 4.0 - sum(saved for flag, saved in needs.items() if flag in flags)
         return sized(found, size)
 
-    said = advice(sized(found, 4.0), settings, again)
+    said = str(fitted(sized(found, 4.0), settings, again))
     assert said.endswith(
         "with these it takes 0.6 GiB:\n  --gradient_checkpointing true --optim adamw_bnb_8bit --quantize int8"
     )
     assert all("--decode_chunk_size" not in flags for flags in tried[2:])
-    assert "--quantize int8 --quantize nf4" not in advice(sized(found, 5.0), settings, again)
+    assert "--quantize int8 --quantize nf4" not in str(fitted(sized(found, 5.0), settings, again))
     needs.clear()
-    said = advice(sized(found, 4.0), settings, again)
+    said = str(fitted(sized(found, 4.0), settings, again))
     assert said.startswith("does not fit in 1 GiB") and said.endswith("several GPUs can share the network: --shard all")
 
 
@@ -73,8 +73,8 @@ def test_a_switch_saves_what_the_estimate_says(given: list[str], flags: list[str
 
 def test_spare_memory_counts(given: list[str]) -> None:
     settings, found = simulated([*given, "--gpu_memory", "1"])
-    assert advice(sized(found, 0.99 - SPARE), settings, lambda flags: sized(found, 1)).startswith("fits")
-    assert advice(sized(found, 1.01 - SPARE), settings, lambda flags: sized(found, 1)).startswith("does not fit")
+    assert str(fitted(sized(found, 0.99 - SPARE), settings, lambda flags: sized(found, 1))).startswith("fits")
+    assert str(fitted(sized(found, 1.01 - SPARE), settings, lambda flags: sized(found, 1))).startswith("does not fit")
 
 
 @pytest.mark.parametrize(("value", "said"), [("0", "--gpu_memory must be above 0, not 0.0"), ("many", "--gpu_memory")])
