@@ -41,6 +41,7 @@ EXCEPTED = {
     r"pip install .*": "it changes the environment; `make verify` installs into a fresh one",
     r"make (demo|bench)": "minutes to hours; `make verify` does what they do",
     r"hf auth login": "it asks for a password",
+    r"dmdr-train init .*": "networks of full size; tests/cli/test_init.py runs it",
     r"python examples/digits/(table|objectives)\.py": "an hour; `make verify` runs them",
 }
 PARSED = {
@@ -78,6 +79,7 @@ HUB = {  # the pipeline of each model of the hub, which cannot be asked here; ot
     "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
     "black-forest-labs/FLUX.1-dev": "FluxPipeline",
     "Tongyi-MAI/Z-Image": "ZImagePipeline",
+    "black-forest-labs/FLUX.2-klein-4B": "Flux2KleinPipeline",
 }
 # Runs that later commands sample, and rewards that are networks, need images of digits.
 DIGITS = re.compile(r"--output_dir runs/(demo|lora)$|hps|clip")
