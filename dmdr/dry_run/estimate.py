@@ -40,6 +40,7 @@ from dmdr.run.overview import overview
 from dmdr.run.pace import GIB
 from dmdr.run.plan import Plan
 from dmdr.run.trainers import Trainers
+from dmdr.run.upload import open_upload
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
 from dmdr.sizes import Size
@@ -129,7 +130,8 @@ def estimate(settings: Settings) -> Estimate:
     Raises:
         ConfigError: For whatever a run would refuse, or a model that cannot be built without weights.
     """
-    _, resume = choose_folder(settings.config)
+    output, resume = choose_folder(settings.config)
+    open_upload(settings.config, output)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers say it; one of them is followed
     find_start(settings, resume, processes)
     real = assemble(settings, processes)

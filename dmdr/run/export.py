@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from dmdr.errors import ConfigError, one_line, printable
+from dmdr.hub import is_hub_id
 from dmdr.protocols import LORA_FILE, Backend, Sampler, sizes_of
 from dmdr.run import durable
 from dmdr.settings.fields import typed
@@ -24,7 +25,8 @@ KEYS = {"base_model", "backend", "sample_eta", "grid", "call", "mixed_precision"
 
 CARD = """\
 ---
-{{ base_model }}
+{% if base_model %}{{ base_model }}
+{% endif -%}
 library_name: diffusers
 tags: [distillation, dmd, {{ "lora" if lora else "full-finetune" }}]
 ---
@@ -81,7 +83,7 @@ def export(
     snippet = backend.snippet(base, prompt, sampler)
     card = text.from_string(CARD).render(
         name=name,
-        base_model=yaml.safe_dump({"base_model": name}, width=math.inf).strip(),
+        base_model=_base_model(name),
         steps=len(sampler.t) - 1,
         aligned=" on ".join(code_span(names) for names in (objectives, rewards) if names) if objectives else "",
         rewards=rewards,
@@ -95,6 +97,13 @@ def export(
     (partial / "README.md").write_bytes(card.encode("utf-8", "backslashreplace"))  # a file's name need not be text
     durable.finish(partial, folder)
     return folder
+
+
+def _base_model(name: str) -> str:
+    """The teacher in a card's metadata; the hub refuses cards that name another than one of its own models."""
+    if not is_hub_id(name) or Path(name).exists():
+        return ""
+    return yaml.safe_dump({"base_model": name}, width=math.inf).strip()
 
 
 def code_span(text: str) -> str:

@@ -53,6 +53,7 @@ from dmdr.run.pace import Pace
 from dmdr.run.plan import Stage
 from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
+from dmdr.run.upload import Upload, open_upload
 from dmdr.run.watch import Watch
 from dmdr.settings.chosen import SUMS
 from dmdr.settings.optimizers import OPTIMIZERS
@@ -100,6 +101,7 @@ def run(settings: Settings) -> Path:
     OPTIMIZERS[config.optim].load()
     output, resume = on_main_process(state, lambda: choose_folder(config))
     initial = on_main_process(state, lambda: find_start(settings, resume, state.num_processes))
+    upload = on_main_process(state, lambda: open_upload(config, output))
     if not resume and config.overwrite_output_dir:
         parts = [(SUMS.get(part.group, "backend"), part.name) for part in settings.plugins]
         check_inputs_survive(output, [*settings.values().items(), *parts])
@@ -112,7 +114,7 @@ def run(settings: Settings) -> Path:
     if state.is_main_process:
         logger.info("prompts: %s", job.prompts)
     try:
-        return Run(job, output, resume, initial)()
+        return Run(job, output, resume, initial, upload)()
     except OSError as error:  # a full disk, a folder that was removed, a process that is gone
         raise TrainingError(f"{error.strerror or one_line(error)}: {error.filename or output}") from error
 
@@ -120,8 +122,10 @@ def run(settings: Settings) -> Path:
 class Run:
     """One job in one folder."""
 
-    def __init__(self, job: Job, output: Path, resume: Path | None, initial: Path | None) -> None:
-        self.job, self.output, self.resume, self.initial = job, output, resume, initial
+    def __init__(
+        self, job: Job, output: Path, resume: Path | None, initial: Path | None, upload: Upload | None = None
+    ) -> None:
+        self.job, self.output, self.resume, self.initial, self.upload = job, output, resume, initial, upload
         self.config = config = job.config
         set_seed(config.seed)
         self.accelerator = open_accelerator(config.mixed_precision, project_dir=str(output))
@@ -367,7 +371,7 @@ class Run:
         self.log.show({f"samples/{name}": grid for name, grid in grids.items()}, self.progress.total)
 
     def _finish(self) -> None:
-        """Teacher's share of the evaluation, export and report."""
+        """Teacher's share of the evaluation, export, report and upload."""
         if self.observer.measures:
             with self.pace.evaluating():
                 self.observer.evaluate_teacher()
@@ -392,3 +396,5 @@ class Run:
             logger.info("image grids and evaluations: %s", self.pace.evaluated())
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.upload and self.accelerator.is_main_process:  # the others need not wait for it
+            logger.info("uploaded to %s", self.upload(self.output / "student"))

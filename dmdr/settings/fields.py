@@ -229,6 +229,13 @@ class Config(Flags):
         "warn", "what a run does where its evaluations speak for a hacked reward: say so, or save and stop"
     )
     teacher_steps: int = flag(28, "sampling steps of the teacher in image grids and evaluation")
+    push_to_hub: bool = flag(
+        False, "upload the student with its model card to the hub at the end; log in with `hf auth login` first"
+    )
+    hub_model_id: str | None = flag(None, "repository, NAME or OWNER/NAME; by default the name of the run folder")
+    hub_private_repo: bool | None = flag(
+        None, "whether a new repository is private; by default as its owner has set it"
+    )
 
     def validate(self) -> None:
         super().validate()

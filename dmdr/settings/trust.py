@@ -41,12 +41,14 @@ def check_config(file: str, held: Mapping[str, Any], used: Mapping[str, Any]) ->
         used: Those of its settings that no flag replaces.
 
     Raises:
-        ConfigError: If it names other than installed plugins, or says where to write.
+        ConfigError: If it names other than installed plugins, or says where to write or to upload.
     """
     cure = f"if you trust this folder, add --config {file}"
     for name in PLACES:
         if name in held:
             raise ConfigError(f"{file} sets '{name}', which only the command line may set; {cure}")
+    if used.get("push_to_hub"):
+        raise ConfigError(f"{file} would have your student uploaded to the hub, which only you may ask for; {cure}")
     named = [(group.removeprefix("eval_"), term.name) for group, term in parts_of(used)]
     if used.get("backend") is not None:
         named.append(("backends", str(used["backend"])))

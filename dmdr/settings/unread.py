@@ -108,6 +108,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         ),
         (not any(each.run_name for each in trackers), "run_name", f"by --report_to {c.report_to}"),
         (not any(each.project for each in trackers), "tracker_project_name", f"by --report_to {c.report_to}"),
+        (not c.push_to_hub, "hub_model_id hub_private_repo", "without --push_to_hub"),
         (not c.dry_run, "architecture gpu_memory", "without --dry_run"),
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),

@@ -50,6 +50,7 @@ PARSED = {
     r"dmdr-reward-server .*": "it waits for requests; test_remote.py runs it",
     r"dmdr-train .*http://.*": "it needs a server",
     r"dmdr-train --report_to .*": "tests/run/test_log.py runs it",
+    r"dmdr-train --push_to_hub .*": "tests/run/test_upload.py runs it",
     r"(WORLD_SIZE=\d+ )?dmdr-train .*--dry_run( --gpu_memory \d+)?": "networks of full size; tests/dry_run runs it",
     r"dmdr-train .*--model (?!toy|digits)\S+[/:].*": "a model of the hub, or a checkpoint",
     r"dmdr-eval .*--(benchmark|output_dir) .*": "networks that are not here; tests/plugins runs each benchmark",

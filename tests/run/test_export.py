@@ -44,12 +44,20 @@ def card(tmp_path: Path, name: str, backend: ToyBackend | None = None) -> str:
 def test_a_card_is_sound_whatever_the_names(tmp_path: Path, name: str) -> None:
     text = card(tmp_path, name)
     _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
-    assert yaml.safe_load(front)["base_model"] == name
+    assert "base_model" not in yaml.safe_load(front)
     assert yaml.safe_load(front)["tags"] == ["distillation", "dmd", "full-finetune"]
     assert body.count("\n# A 2-step") == 1 and "\n# heading" not in body and "\x1b" not in body and "49" not in body
     shown = code_span(name).encode("utf-8", "backslashreplace").decode()
     rest = body.replace(shown, "")  # each name is a code span, and nothing else is left of it
     assert body.count(shown) >= 4 and "<b>" not in rest and "http:" not in rest
+
+
+def test_a_card_names_a_teacher_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is none, even where its path looks like an id."""
+    monkeypatch.chdir(tmp_path)
+    assert "\nbase_model: org/model\nlibrary_name: diffusers\n" in card(tmp_path, "org/model")
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert "base_model" not in card(tmp_path, "org/model").partition("\n---\n")[0]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

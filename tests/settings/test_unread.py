@@ -19,7 +19,7 @@ ALWAYS = """
     stage2_learning_rate lr_scheduler_type warmup_steps optim adam_beta1 adam_beta2 adam_epsilon weight_decay ema_decay
     max_grad_norm max_bad_steps per_device_train_batch_size gradient_accumulation_steps num_generations mixed_precision
     backend revision seed dry_run output_dir resume_from_checkpoint save_steps save_total_limit logging_steps report_to
-    sample_steps sample_images validation_prompts num_eval_samples teacher_steps shard ddp_timeout
+    sample_steps sample_images validation_prompts num_eval_samples teacher_steps push_to_hub shard ddp_timeout
 """
 ALONE = {"init_student": "run"}
 RL_ONLY = ALONE | {"dmd_weight": 0.0, "rl": "refl"}
@@ -65,6 +65,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
     ({"eta": 0.0}, {"sde_type": "ddim"}, "with --eta 0"),
     ({"guidance_scale": 1.0}, {"guidance_jitter": 0.1}, "with --guidance_scale of at most 1"),
     ({}, {"run_name": "mine"}, "by --report_to tensorboard"),
+    ({}, {"hub_model_id": "mine"}, "without --push_to_hub"),
+    ({}, {"hub_private_repo": True}, "without --push_to_hub"),
     ({"report_to": "none"}, {"tracker_project_name": "mine"}, "by --report_to none"),
     ({}, {"eval_reward": "toy"}, "without --num_eval_samples"),
     ({}, {"eval_steps": 5}, "without --num_eval_samples"),
