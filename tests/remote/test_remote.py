@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-import uvicorn
 from safetensors.torch import save
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -41,6 +40,7 @@ from dmdr.rewards import RewardError, Rewards
 from dmdr.settings import registry
 from dmdr.settings.parse import parse
 from dmdr.testing import check_reward
+from serving import serving
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red fox", "zwei \u201calte\u201c Boote\n& ein Hund", ""]
@@ -62,28 +62,6 @@ def asked(count: int = 1, height: int = 8, value: int = 0, **columns: Any) -> Re
 
 def redness(images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
     return images[:, 0].mean((1, 2))
-
-
-@contextmanager
-def serving(app: Starlette, port: int = 0, patience: int = 5) -> Iterator[str]:
-    """The address of an application in a thread of this process; at its end, requests have `patience` seconds left."""
-    bound = socket.create_server(("127.0.0.1", port))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, http=server_module._Protocol, log_level="critical", lifespan="on", timeout_graceful_shutdown=patience
-        )
-    )
-    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        bound.close()
 
 
 @contextmanager
