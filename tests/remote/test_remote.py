@@ -31,11 +31,12 @@ from torch import Tensor
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.images import to_pil
 from dmdr.protocols import Reward
-from dmdr.remote import client as client_module
+from dmdr.remote import http as http_module
 from dmdr.remote import server as server_module
-from dmdr.remote.client import TOKEN, RemoteError, RemoteReward
+from dmdr.remote.client import RemoteReward
+from dmdr.remote.http import RemoteError
 from dmdr.remote.server import Scorer, application, serve
-from dmdr.remote.wire import SERVICE, VERSION, Request, eight_bits, merge, read_scores
+from dmdr.remote.wire import SERVICE, TOKEN, VERSION, Request, eight_bits, merge, read_scores
 from dmdr.rewards import RewardError, Rewards
 from dmdr.settings import registry
 from dmdr.settings.parse import parse
@@ -744,7 +745,7 @@ def test_a_server_that_answers_byte_by_byte_is_given_up() -> None:
 
 
 def test_no_more_is_read_than_scores_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "LARGEST", 200)
+    monkeypatch.setattr(http_module, "LARGEST", 200)
     with (
         answering(Response(" " * 201)) as (url, _),
         pytest.raises(RemoteError, match="answers with more than 200 bytes"),
