@@ -1,9 +1,13 @@
-"""GenEval 2: does a model that sees the image answer questions about the prompt's parts as the prompt would?"""
+"""GenEval 2: does a model that sees the image answer questions about the prompt's parts as the prompt would?
+
+The benchmark, and a reward that asks the same of any prompts with such questions.
+"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ from dmdr.benchmarks import Answers, Figure, Layout
 from dmdr.errors import ConfigError
 from dmdr.prompts import read_prompts
 from dmdr_benchmarks.figures import by_group, pooled, sums_by_kind
-from dmdr_benchmarks.questions import AsksJudge, wordings
+from dmdr_benchmarks.questions import AsksJudge, Judge, wordings
 
 INSTRUCTION = " Answer in one word."
 
@@ -68,10 +72,7 @@ class GenEval2(AsksJudge):
             images: [B, 3, H, W] float32 in [0, 1].
             rows: Of each image.
         """
-        asked = [(i, question + INSTRUCTION) for i, row in enumerate(rows) for question, _ in row["vqa_list"]]
-        choices = [[wordings(answer)] for row in rows for _, answer in row["vqa_list"]]
-        values = self._judge.first_token_probabilities(images, asked, choices)[:, 0]
-        atoms = values.split([len(row["vqa_list"]) for row in rows])
+        atoms = atoms_of(self._judge, images, [row["vqa_list"] for row in rows])
         return {
             "am": torch.stack([of.mean() for of in atoms]),
             "gm": torch.stack([geometric_mean(of) for of in atoms]),
@@ -92,6 +93,64 @@ class GenEval2(AsksJudge):
         }
 
 
+@dataclass
+class GenEval2Reward(AsksJudge):
+    """How probable a vision-language model finds the right answers to questions about an image, in [0, 1].
+
+    The prompts need a column `vqa_list`, as in `geneval2_data.jsonl`: a list of questions, each with its answer in one
+    word, `[["How many mugs are in the image?", "three"], ["Are the mugs blue?", "Yes"]]`. An image whose row has none
+    there has no score (NaN). The data of GenEval 2 are under CC BY-NC 4.0; who trains on them cannot evaluate on them.
+
+    Attributes:
+        mean: Of the questions of an image: "arithmetic", or "geometric", for which one wrong answer spoils all.
+
+    Source: Kamath et al. 2025, arXiv:2512.16853 (Soft-TIFA). Deviates as the benchmark `geneval2` does.
+    """
+
+    differentiable = False  # not annotated, hence no flag; nor is the next
+    columns = ("vqa_list",)
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mean not in ("arithmetic", "geometric"):
+            raise ConfigError(f"mean must be 'arithmetic' or 'geometric', not {self.mean!r}")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
+        """[B, 3, H, W] float32 in [0, 1] and the column `vqa_list` -> [B] float32 in [0, 1], NaN without questions.
+
+        Raises:
+            ConfigError: If a row has something else in the column.
+        """
+        rows = columns["vqa_list"]
+        for row in rows:
+            if row is not None and not _are_questions(row):
+                raise ConfigError(f"the column vqa_list must hold lists of [question, answer], not {row!r:.80}")
+        asked = [i for i, row in enumerate(rows) if row is not None]
+        scores = torch.full((len(images),), math.nan)
+        if asked:
+            mean = torch.mean if self.mean == "arithmetic" else geometric_mean
+            atoms = atoms_of(self._judge, images[asked], [rows[i] for i in asked])
+            scores[asked] = torch.stack([mean(of) for of in atoms]).float()
+        return scores.to(images.device)
+
+
+def atoms_of(judge: Judge, images: Tensor, asked: Sequence[Sequence[Sequence[str]]]) -> tuple[Tensor, ...]:
+    """How probable the right answers are.
+
+    Args:
+        judge: Who is asked.
+        images: [B, 3, H, W] in [0, 1].
+        asked: Of each image, [question, answer] pairs.
+
+    Returns: Of each image, its values [N] float64 in [0, 1] on the CPU.
+    """
+    questions = [(i, question + INSTRUCTION) for i, pairs in enumerate(asked) for question, _ in pairs]
+    choices = [[wordings(answer)] for pairs in asked for _, answer in pairs]
+    values = judge.first_token_probabilities(images, questions, choices)[:, 0]
+    return values.split([len(pairs) for pairs in asked])
+
+
 def geometric_mean(values: Tensor) -> Tensor:
     """Of values [N] of at least 0, a float64 scalar; 0 if one is."""
     return values.double().log().mean().exp()
@@ -104,13 +163,20 @@ def _check(row: Row, where: str) -> None:
         ConfigError: Names the place, and what it must hold.
     """
     asked, skills, count = row.get("vqa_list"), row.get("skills"), row.get("atom_count")
-    pairs = isinstance(asked, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
-        for pair in asked
-    )
-    if not pairs or not asked:
+    if not _are_questions(asked):
         raise ConfigError(f"{where}: vqa_list must be a list of [question, answer], not {asked!r:.80}")
     if not isinstance(skills, list) or len(skills) != len(asked) or not all(isinstance(one, str) for one in skills):
         raise ConfigError(f"{where}: skills must name that of each of its {len(asked)} questions, not {skills!r:.80}")
     if type(count) is not int or count < 1:
         raise ConfigError(f"{where}: atom_count must be a whole number of at least 1, not {count!r:.80}")
+
+
+def _are_questions(asked: Any) -> TypeGuard[list[list[str]]]:
+    return (
+        isinstance(asked, list)
+        and bool(asked)
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+            for pair in asked
+        )
+    )

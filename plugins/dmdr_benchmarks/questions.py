@@ -108,7 +108,7 @@ def wordings(answer: str) -> list[str]:
 
 @dataclass
 class AsksJudge:
-    """What benchmarks that put questions to a vision-language model share.
+    """What benchmarks and rewards that put questions to a vision-language model share.
 
     Attributes:
         judge: A folder or hub id of a model that transformers' `AutoModelForImageTextToText` loads, with its processor.

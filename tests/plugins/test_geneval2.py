@@ -13,8 +13,10 @@ from benchmark_parts import build_judge
 from dmdr.benchmarks import Benchmark, KeptAnswers
 from dmdr.errors import ConfigError, MissingFile
 from dmdr.images import to_pil
+from dmdr.rewards import require_columns
 from dmdr.statistics import prompt_means
-from dmdr_benchmarks.geneval2 import GenEval2, geometric_mean
+from dmdr.testing import check_reward
+from dmdr_benchmarks.geneval2 import GenEval2, GenEval2Reward, geometric_mean
 from dmdr_benchmarks.questions import Judge, wordings
 
 CPU = torch.device("cpu")
@@ -207,6 +209,31 @@ def test_images_are_judged_by_the_network(judge: tuple[Path, Any, Any]) -> None:
     half.prepare(CPU, torch.bfloat16)
     close = half.answers(images, ROWS)["am"]
     assert isinstance(close, Tensor) and 0 < (close - am).abs().max() < 0.1
+
+
+def test_a_reward_asks_the_same(judge: tuple[Path, Any, Any]) -> None:
+    images = pictures(3)
+    answers = GenEval2(judge=str(judge[0]))
+    answers.prepare(CPU, torch.float32)
+    expected = answers.answers(images[[0, 2]], ROWS)
+    columns = {"vqa_list": [ROWS[0]["vqa_list"], None, ROWS[1]["vqa_list"]], "skills": [None] * 3}
+    for mean, name in (("arithmetic", "am"), ("geometric", "gm")):
+        reward = GenEval2Reward(judge=str(judge[0]), chunk_size=3, mean=mean)  # type: ignore[arg-type]
+        reward.prepare(CPU, torch.float32)
+        scores = reward(images, ["a"] * 3, **columns)
+        assert scores.dtype == torch.float32 and scores[1].isnan()
+        torch.testing.assert_close(scores[[0, 2]].double(), expected[name], rtol=1e-4, atol=1e-6)
+    assert reward(images, ["a"] * 3, vqa_list=[None] * 3).isnan().all()
+    with pytest.raises(ConfigError, match=r"vqa_list must hold lists of \[question, answer\], not \['Is it'\]"):
+        reward(images, ["a"] * 3, vqa_list=[["Is it"]] * 3)
+    with pytest.raises(ConfigError, match="mean must be 'arithmetic' or 'geometric', not 'am'"):
+        GenEval2Reward(mean="am")  # type: ignore[arg-type]
+
+
+def test_the_reward_keeps_its_contract(judge: tuple[Path, Any, Any]) -> None:
+    check_reward(GenEval2Reward(judge=str(judge[0])), columns={"vqa_list": [row["vqa_list"] for row in ROWS * 2]})
+    with pytest.raises(ConfigError, match="reward 'geneval2' needs the prompts to have a column 'vqa_list'"):
+        require_columns("geneval2", GenEval2Reward, ["tag"])
 
 
 def test_checkpoints_that_do_not_fit_are_refused(

@@ -20,8 +20,12 @@ from dmdr.testing import (
 )
 from dmdr_digits import Digits
 
-COLUMNS = {"label": [7, 0, 3, 9], "text": ["seven", "zero", "three", "nine"]}
-ADDRESSES = ("http", "https", "remote")  # names that begin an address: their reward is another process
+COLUMNS = {
+    "label": [7, 0, 3, 9],
+    "text": ["seven", "zero", "three", "nine"],
+    "vqa_list": [[["Is it a seven?", "Yes"]]] * 4,
+}
+ELSEWHERE = ("http", "https", "remote", "vlm")  # rewards that a server computes: tests/remote, tests/plugins
 # Models whose name is all that they need; the others are followed by a file (`classmethod at`).
 MODELS = [name for name in registry.plugins("models") if not name.startswith("sit-")]
 
@@ -66,21 +70,26 @@ def test_sample_weight(name: str) -> None:
     check_sample_weight(registry.load("sample_weights", name))
 
 
-@pytest.mark.parametrize("name", [name for name in registry.plugins("rewards") if name not in ADDRESSES])
-def test_reward(name: str, digits: Digits) -> None:
+@pytest.mark.parametrize("name", [name for name in registry.plugins("rewards") if name not in ELSEWHERE])
+def test_reward(name: str, digits: Digits, tmp_path: Path) -> None:
     cls = registry.load("rewards", name)
     path = digits.reward_checkpoint(name)
-    check_reward(cls(checkpoint=str(path)) if path else cls(), columns=COLUMNS)
+    options = {"checkpoint": str(path)} if path else with_judge("rewards", cls, tmp_path)
+    check_reward(cls(**options), columns=COLUMNS)
 
 
 @pytest.mark.parametrize("name", [name for name in registry.plugins("benchmarks") if name not in WITHOUT_NETWORKS])
 def test_benchmark(name: str, digits: Digits, tmp_path: Path) -> None:
     cls = registry.load("benchmarks", name)
-    options = {}
-    if "judge" in [field.name for field in registry.flag_fields("benchmarks", cls)]:
-        build_judge(tmp_path)
-        options = {"judge": str(tmp_path)}
-    check_benchmark(cls(**options), ASKED.get(name), model=digits)
+    check_benchmark(cls(**with_judge("benchmarks", cls, tmp_path)), ASKED.get(name), model=digits)
+
+
+def with_judge(group: str, cls: type, folder: Path) -> dict[str, str]:
+    """The option of a plugin that asks a vision-language model: a small one, in this folder."""
+    if "judge" not in [field.name for field in registry.flag_fields(group, cls)]:
+        return {}
+    build_judge(folder)
+    return {"judge": str(folder)}
 
 
 @pytest.mark.parametrize("name", MODELS)
