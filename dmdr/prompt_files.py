@@ -25,6 +25,7 @@ Row = dict[str, Any]
 ARGUMENTS = {"self", "images", "prompts"}  # of a reward, which is given the further columns by name
 TYPED = 10_000  # rows of a streamed table that say which of its columns are numbers
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+LIKELY = ("prompt", "caption", "prompts", "captions", "text")  # what published sets call the column of the prompts
 NUMBER = re.compile(r"-?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # 007 and +49 are names
 
 
@@ -91,6 +92,12 @@ def refuse_arguments(names: Iterable[str], where: str) -> None:
         raise ConfigError(f"{where}: rename the column '{taken[0]}'; rewards use this name for an argument")
 
 
+def likely_column(column: str, names: Iterable[str]) -> str | None:
+    """Which of the names is most likely meant by a column that is not among them; None if the user chose it."""
+    by_name = {name.lower(): name for name in names}
+    return next((by_name[name] for name in LIKELY if name in by_name), None) if column == "prompt" else None
+
+
 def _decoded(path: str) -> Iterator[tuple[int, str]]:
     """Lines of UTF-8 with their ends, by number from 1.
 
@@ -122,9 +129,16 @@ def _lines(path: str, column: str, streaming: bool) -> Iterator[Row]:
 
 
 def _json(path: str, column: str, streaming: bool) -> Iterator[Row]:
-    """Objects as they are; of a stream with the keys of the first, null where they lack one."""
+    """Objects as they are; of a stream with the keys of the first, null where they lack one.
+
+    A list in .json that begins with a text is one of prompts, as HPSv2 has them.
+    """
     columns: Row = {}
-    for where, row in _objects(path):
+    texts: bool | None = None  # until the first value says so
+    for where, value in _objects(path):
+        if texts is None and value is not None:
+            texts = isinstance(value, str) and suffix_of(path) == ".json"
+        row = {column: value} if texts and isinstance(value, str) else value
         if row is not None:
             _check(row, column, where)
             columns = columns or dict.fromkeys(row)
@@ -169,7 +183,9 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> Row:
 
 def _check(row: Any, column: str, where: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        raise ConfigError(f"{where} must be an object with text under the key '{column}'")
+        other = likely_column(column, row) if isinstance(row, dict) and column not in row else None
+        hint = f"; its prompt seems to be under '{other}': give --prompt_column {other}" if other else ""
+        raise ConfigError(f"{where} must be an object with text under the key '{column}'{hint}")
     if any("\ud800" <= letter <= "\udfff" for letter in row[column]):
         raise ConfigError(f"{where}: the prompt holds half a surrogate pair; remove it")
     refuse_arguments(row.keys() - {column}, where)
@@ -180,10 +196,7 @@ def _check(row: Any, column: str, where: str) -> None:
 
 def _table(path: str, column: str, streaming: bool) -> Iterator[Row]:
     """Text, and numbers or truth values where all cells of a column are; empty cells among these are null."""
-    reader = csv.reader(
-        (line for _, line in _decoded(path)), delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True
-    )
-    records = _records(reader, path)
+    records = _records(path, "\t" if suffix_of(path) == ".tsv" else ",")
     number, header = next(((number, cells) for number, cells in records if cells), (1, []))
     if twice := [name for name in header if header.count(name) > 1]:
         raise ConfigError(f"--prompts: {path} line {number} has two columns called '{twice[0]}'")
@@ -203,14 +216,27 @@ def _table(path: str, column: str, streaming: bool) -> Iterator[Row]:
             raise ConfigError(f"--prompts: {path} line {number}: {what}") from error
 
 
-def _records(reader: Any, path: str) -> Iterator[tuple[int, list[str]]]:
-    """Cells by the number of the line that they begin in; none of a blank line."""
+def _records(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Cells by the number of the line that they begin in; none of a blank line.
+
+    In TSV, a line that would be badly quoted is not quoted at all: PartiPrompts has `"G I G G L E" painted ...`.
+    """
+    last = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal last
+        for _, last in _decoded(path):
+            yield last
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         number = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ConfigError(f"--prompts: {path} line {number}: {error}") from error
+            if delimiter != "\t" or reader.line_num != number or last[-1:] not in ("\r", "\n"):
+                raise ConfigError(f"--prompts: {path} line {number}: {error}") from error
+            cells = last.rstrip("\r\n").split("\t")
         if cells is None:
             return
         yield number, cells

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dmdr.errors import ConfigError
 from dmdr.hub import is_hub_id, open_dataset, quiet_datasets
-from dmdr.prompt_files import BINARY, TEXT, Row, TextFile, open_file, refuse_arguments, suffix_of
+from dmdr.prompt_files import BINARY, TEXT, Row, TextFile, likely_column, open_file, refuse_arguments, suffix_of
 
 BUFFER = 10_000  # rows among which a stream is shuffled
 PLAIN = ("string", "large_string", "int", "uint", "float", "bool", "null")  # how the types of plain columns begin
@@ -256,9 +256,10 @@ class _Source:
 
     def _require_column(self, names: Iterable[str]) -> None:
         if self.column not in names:
+            other = likely_column(self.column, names)
             raise ConfigError(
                 f"--prompts: {self.path} has no column '{self.column}'; give the column of the prompts with "
-                f"--prompt_column: {', '.join(names)}"
+                f"--prompt_column: {', '.join(names)}{f'; most likely it is {other}' if other else ''}"
             )
 
     @contextmanager

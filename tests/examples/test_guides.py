@@ -30,7 +30,8 @@ DOCUMENTS = [
 ]
 TEMPLATES = [f"examples/{kind}_template/README.md" for kind in ("plugin", "matching", "reward", "benchmark")]
 COVERED = ["plugins/README.md", *TEMPLATES]  # test_plugin_template.py runs their commands
-LINKED = [*DOCUMENTS, *COVERED, "CONTRIBUTING.md", "CHANGELOG.md", "examples/reward_servers/image_reward/README.md"]
+LINKED = [*DOCUMENTS, *COVERED, "CONTRIBUTING.md", "CHANGELOG.md"]
+LINKED += [f"examples/reward_servers/{name}/README.md" for name in ("hpsv3", "image_reward", "unified_reward")]
 LINKED += ["examples/benchmarks/README.md", "examples/benchmarks/NOTES.md"]
 LANGUAGES = {"sh", "python", "yaml", "toml", "bibtex"}
 PROGRAMS = ("dmdr-", "pytest", "python", "make", "pip", "git", "accelerate", "torchrun", "hf", "WORLD_SIZE=")

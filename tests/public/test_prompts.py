@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
+from datetime import date, datetime
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -360,7 +360,7 @@ def test_the_start_of_a_streamed_table_says_what_is_a_number(tmp_path: Path, mon
         ("a.csv", b"prompt,x\na,1\n\xff,1\n", "is not UTF-8 text: invalid start byte in line 3"),
         ("a.csv", b'prompt,x\na,1\nb,"2\nc,3\n', "a.csv line 3: unexpected end of data"),
         ("a.csv", b"prompt,x,prompt\na,1,b\n", "a.csv line 1 has two columns called 'prompt'"),
-        ("a.tsv", b'prompt\tx\na\t1\n"boat" at sea\t2\n', "a.tsv line 3: '\t' expected after '\"'"),
+        ("a.csv", b'prompt,x\na,1\n"boat" at sea,2\n', "a.csv line 3: ',' expected after '\"'"),
         (
             "a.tsv",
             b"prompt,x\na,1\n",
@@ -379,7 +379,7 @@ def test_the_start_of_a_streamed_table_says_what_is_a_number(tmp_path: Path, mon
         (
             "a.csv",
             b"text,x\na,1\n",
-            "has no column 'prompt'; give the column of the prompts with --prompt_column: text, x",
+            "give the column of the prompts with --prompt_column: text, x; most likely it is text",
         ),
         ("a.csv", b"prompt,images\na,b\n", "rename the column 'images'; rewards use this name for an argument"),
         ("a.parquet", b"", "cannot be read: Parquet file size is 0 bytes"),
@@ -394,6 +394,75 @@ def test_unfit_tables_are_refused_in_one_line(
     for read in (read_prompts, stream_prompts):
         assert said in refusal(path, read)
     assert capfd.readouterr() == ("", "")
+
+
+# --- Published sets, in their layouts ---------------------------------------------------------------------------------
+
+PARTI = """Prompt\tCategory\tChallenge\tNote
+"BE KIND" painted on a wall of brick\tIllustrations\tWriting & Symbols\t
+a sign with "DEEP" on it\tArtifacts\tWriting & Symbols\t\r
+"a fox, and\ta boat"\tAnimals\tBasic\tDALL-E
+"""
+GENEVAL = [
+    {"tag": "counting", "include": [{"class": "fork", "count": 3}], "exclude": [{"class": "fork", "count": 4}]},
+    {"tag": "position", "include": [{"class": "cup", "count": 1}, {"class": "cat", "position": ["left of", 0]}]},
+]
+
+
+def pickapic(path: Path) -> None:
+    """The columns of pickapic_v2_no_images that matter here: text, numbers and a time."""
+    times = pyarrow.array([datetime(2023, 2, 1)] * 3, pyarrow.timestamp("ns"))
+    table = {"are_different": [True] * 3, "best_image_uid": [*"xyz"], "caption": [*"aab"], "created_at": times}
+    parquet.write_table(pyarrow.table(table | {"label_0": [1.0, 0.5, 0.0]}), path)
+
+
+def test_partiprompts(tmp_path: Path) -> None:
+    """Lines that begin with a quoted word are not quoted; others may be."""
+    path = write(tmp_path, PARTI.encode(), "PartiPrompts.tsv")
+    said = "--prompt_column: Prompt, Category, Challenge, Note; most likely it is Prompt"
+    for read in (read_prompts, stream_prompts):
+        assert said in refusal(path, read)
+        rows = read(path, column="Prompt").first(3)
+        assert [row["prompt"] for row in rows] == [
+            '"BE KIND" painted on a wall of brick',
+            'a sign with "DEEP" on it',
+            "a fox, and\ta boat",
+        ]
+        assert rows[2] == {
+            "prompt": "a fox, and\ta boat",
+            "Category": "Animals",
+            "Challenge": "Basic",
+            "Note": "DALL-E",
+        }
+
+
+def test_pick_a_pic(tmp_path: Path) -> None:
+    path = tmp_path / "validation_unique.parquet"
+    pickapic(path)
+    assert refusal(str(path)).endswith("label_0; most likely it is caption")
+    found = read_prompts(str(path), column="caption")
+    assert [row["prompt"] for row in found.rows] == ["a", "a", "b"]  # once for each comparison
+    assert found.rows[0].keys() == {"prompt", "are_different", "best_image_uid", "label_0"}
+    assert str(found) == "3 (column created_at left out)"
+
+
+def test_lists_of_texts_as_hpsv2_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps(["a fox", "b", "a fox", '"c"']).encode(), "anime.json")
+    assert [row["prompt"] for row in read_prompts(path).rows] == ["a fox", "b", '"c"']
+    assert stream_prompts(path).first(4)[3] == {"prompt": '"c"'}
+    assert read_prompts(path, repeated=True).size == 4
+    for mixed in (["a", 3], ["a", ["b"]], [{"prompt": "a"}, "b"]):
+        path = write(tmp_path, json.dumps(mixed).encode(), "mixed.json")
+        assert "row 2 must be an object with text under the key 'prompt'" in refusal(path)
+
+
+def test_geneval_keeps_what_its_judge_reads(tmp_path: Path) -> None:
+    rows = [row | {"prompt": row["tag"]} for row in GENEVAL]
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)).encode(), "evaluation_metadata.jsonl")
+    first, second = read_prompts(path).rows
+    assert first == rows[0] and second == rows[1] | {"exclude": None}
+    captions = write(tmp_path, b'{"caption": "a", "tag": "b"}', "a.jsonl")
+    assert refusal(captions).endswith("its prompt seems to be under 'caption': give --prompt_column caption")
 
 
 LETTERS = [*"ab,\t\n\r \"'\\é\u2028\x0c#;{}[]01.-", "NA", "null", "\r\n", '""', "x"]
