@@ -44,8 +44,8 @@ class VLM:
         model: What the server calls the model; its only one by default.
         question: Text with {prompt}, and {name} for a column of the prompt rows; a row without the column's value has
             no score. By default VQAScore's question, to be answered by yes or no.
-        answer: "yes": the score is the probability, in [0, 1], that the answer begins with yes. "number": it is the
-            number in the answer.
+        answer: "yes_or_no": the score is the probability, in [0, 1], that the answer begins with yes. "number": it is
+            the number in the answer.
         scale: Of "number", the least and the largest number, as the question says them.
         pattern: Of "number", a regular expression whose group is the number, such as 'Final Score: ([0-9.]+)'; the mean
             if it finds several. By default the answer must hold just one number.
@@ -67,7 +67,7 @@ class VLM:
     base_url: str = "http://127.0.0.1:8000/v1"
     model: str | None = None
     question: str | None = None
-    answer: Literal["yes", "number"] = "yes"
+    answer: Literal["yes_or_no", "number"] = "yes_or_no"  # a bare yes is true in YAML
     scale: list[float] | None = None
     pattern: str | None = None
     max_tokens: int | None = None
@@ -84,8 +84,8 @@ class VLM:
                 raise _refusal(f"{name} must be above 0, not {getattr(self, name)}")
         if self.answer == "number":
             self._check_number()
-        elif self.answer != "yes":
-            raise _refusal(f"answer must be 'yes' or 'number', not {self.answer!r}")
+        elif self.answer != "yes_or_no":
+            raise _refusal(f"answer must be 'yes_or_no' or 'number', not {self.answer!r}")
         elif unread := [name for name in ("scale", "pattern", "max_tokens") if getattr(self, name) is not None]:
             raise _refusal(f"{unread[0]} is of answer 'number' only; leave it out, or set answer to 'number'")
         self._url = checked_url(
@@ -137,9 +137,9 @@ class VLM:
             choice = choice_of(answer.content)
         except Unreadable as error:
             raise ConfigError(f"{self._url} answers 200, but not as OpenAI's chat completions do: {error}") from error
-        if self.answer == "yes" and not has_logprobs(choice):
+        if self.answer == "yes_or_no" and not has_logprobs(choice):
             raise ConfigError(
-                f"{self._url} gives no log-probabilities of {self._model}, from which answer 'yes' is read; "
+                f"{self._url} gives no log-probabilities of {self._model}, from which answer 'yes_or_no' is read; "
                 "use a server that does, or answer 'number'"
             )
 
@@ -189,7 +189,7 @@ class VLM:
         if answer.status != 200:
             raise RemoteError(f"{self._url} answers {answer}")
         choice = choice_of(answer.content)
-        if self.answer == "yes":
+        if self.answer == "yes_or_no":
             return probability_of_yes(choice)
         assert self.scale is not None
         return number_in(text_of(choice), self._pattern, self.scale)
@@ -202,7 +202,7 @@ class VLM:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         wanted: dict[str, Any] = {"model": self._model, "messages": [{"role": "user", "content": content}]}
         wanted["temperature"] = 0
-        if self.answer == "yes":
+        if self.answer == "yes_or_no":
             wanted |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         else:
             wanted["max_tokens"] = self.max_tokens or 512

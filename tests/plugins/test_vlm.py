@@ -295,7 +295,7 @@ def test_a_server_that_hangs_is_given_up() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"answer": "maybe"}, "answer must be 'yes' or 'number', not 'maybe'"),
+        ({"answer": "maybe"}, "answer must be 'yes_or_no' or 'number', not 'maybe'"),
         ({"answer": "number", "scale": [0, 1]}, "question is missing"),
         (NUMBER | {"scale": None}, "scale must be the least and the largest number of an answer, not None"),
         (NUMBER | {"scale": [5, 1]}, r"scale must be .* not \[5, 1\]"),
