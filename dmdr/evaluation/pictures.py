@@ -215,7 +215,9 @@ def pictures_in(place: str | Path) -> Pictures:
     name, _, split = str(place).partition(":")
     if _is_dataset(path) or (not path.exists() and (Path(name).is_dir() if split else is_hub_id(name))):
         return Dataset(name, split or "train")
-    below = sorted(path for path in path.iterdir() if path.is_dir()) if path.is_dir() else []
+    if not path.is_dir():
+        raise ConfigError(f"{FLAG}: no such folder: {place}")
+    below = sorted(path for path in path.iterdir() if path.is_dir())
     return Files(path, [path for folder in below or [path] for path in find_images(str(folder))])
 
 
