@@ -35,8 +35,9 @@ from dmdr.protocols import LORA_FILE
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 PREFIX = re.compile(r"((base_model\.model|transformer|unet|diffusion_model)\.|(lora_unet|lora_transformer|lycoris)_)*")
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder|lora_te|te\d?[._])")
-TENSOR = re.compile(  # with PEFT's name of the adapter, if there is one, before ".weight"
-    r"(?P<layer>.+?)\.(?:lora[_.])?(?:(?:(?P<A>A|down)|(?P<B>B|up))(?:\.\w+)?\.weight|(?P<alpha>alpha))"
+TENSOR = re.compile(  # with PEFT's name of the adapter, if there is one, before ".weight"; a layer may be called "down"
+    r"(?P<layer>.+?)\.(?:lora[_.])?"
+    r"(?:(?:(?P<A>A|down)|(?P<B>B|up))(?:\.(?!lora_(?:A|B|down|up)\.)\w+)?\.weight|(?P<alpha>alpha))"
 )
 # What is no LoRA, or more than one, by a key of it.
 OTHERS = {

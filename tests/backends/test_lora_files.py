@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    QwenImagePipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -32,6 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flux
+import flux2
+import krea2
+import qwen_image
 import sd1
 import sd3
 import sdxl
@@ -50,6 +56,9 @@ NETWORKS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sd3": (sd3.transformer, StableDiffusion3Pipeline),
     "flux": (flux.transformer, FluxPipeline),
     "z-image": (z_image.transformer, ZImagePipeline),
+    "flux2-klein": (flux2.transformer, Flux2KleinPipeline),
+    "qwen-image": (qwen_image.transformer, QwenImagePipeline),
+    "krea2": (krea2.transformer, Krea2Pipeline),
     "sit": (sit.network, SiTPipeline),
 }
 # Names of a layer, of its two factors, and where its alpha may be.
