@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import logging
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dmdr import train
 from dmdr.ema import EMA
 from dmdr.errors import ConfigError
 from dmdr.paths import add_noise
@@ -392,6 +394,22 @@ def test_matching_leads_back_to_what_the_teacher_draws(folders: dict[str, Path],
         trainer.train_step()
     print(f"\n{name}: distance {before:.3f} -> {distance():.3f}")
     assert distance() < 0.5 * before
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", ["flux2-klein", "qwen-image", "krea2"])
+def test_a_run_goes_on_to_the_same_bits(folders: dict[str, Path], tmp_path: Path, name: str, steps: int) -> None:
+    """Joint DMD and ReFL of students of one and of four steps."""
+    given = {"stage1_steps": 1, "stage2_steps": 2, "num_inference_steps": steps, "save_steps": 1}
+    (tmp_path / "whole").mkdir()
+    whole = trained(folders[name], FAMILIES[name], tmp_path / "whole", "refl", **given)
+    shutil.copytree(whole.output, tmp_path / "copy")
+    step = tmp_path / "copy" / "checkpoints" / "step-000002"
+    settings = yaml.safe_load((whole.output / "config.yaml").read_text()) | {"report_to": "none"}
+    again = train(**settings, output_dir=str(tmp_path / "again"), resume_from_checkpoint=str(step))
+    found, wanted = (load_file(run / "student" / "pytorch_lora_weights.safetensors") for run in (again, whole.output))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
