@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dmdr.backends.component import ComponentConfig, read_component
 from dmdr.backends.latents import Latents, ShiftedLatents
-from dmdr.backends.pipeline import PipelineBackend, PipelineOptions
+from dmdr.backends.options import PipelineOptions
+from dmdr.backends.pipeline import PipelineBackend
 from dmdr.errors import ConfigError
 from dmdr.paths import RectifiedFlow
 from dmdr.protocols import Sampler, require

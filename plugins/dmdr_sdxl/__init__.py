@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from dmdr.backends.component import ComponentConfig
 from dmdr.backends.latents import Latents
 from dmdr.backends.loading import quiet, read_config
-from dmdr.backends.pipeline import Network, PipelineBackend, PipelineOptions
+from dmdr.backends.options import PipelineOptions
+from dmdr.backends.pipeline import Network, PipelineBackend
 from dmdr.errors import ConfigError, one_line
 from dmdr.paths import Kind, VariancePreserving
 from dmdr.protocols import Role, Sampler, unread
