@@ -24,6 +24,7 @@ from dmdr.errors import ConfigError
 
 TEXT = ("text_encoder", "tokenizer")  # how text components are called
 FORMAT = 1  # of what is stored; raise it whenever it changes
+BATCH = 16  # prompts that go through the encoders at a time: language models keep all their states, and logits
 
 Components = Mapping[str, tuple[str, str]]  # name -> library and class
 
@@ -146,7 +147,8 @@ class PromptEncoder:
         pipeline = self.pipeline()
         encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         with on_device(self.device, *encoders, offload=self.cpu_offload):
-            return self._embed(pipeline, prompts)
+            parts = [self._embed(pipeline, prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def __call__(self, prompts: Sequence[str]) -> Rows:
         """[B, ...] each on the device, every distinct prompt encoded once."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dmdr.backends.kernels import blocks_of
 from dmdr.backends.pipeline import PipelineBackend
-from dmdr.backends.prompt_cache import SHARD
+from dmdr.backends.prompt_encoder import BATCH
 from dmdr.dry_run.memory import REST, Blockwise, GPUKernels, Meter, Note, autocast
 from dmdr.errors import ConfigError, one_line
 from dmdr.hub import is_hub_id
@@ -292,12 +292,13 @@ class Shares:
 
 @torch.no_grad()
 def _encode(backend: PipelineBackend, encoders: Iterable[Any], meter: Meter) -> Counter[str]:
-    """The peak of a batch of the prompt cache."""
+    """The peak of a batch of prompts."""
     meter.restart()
     for encoder in encoders:
-        clip = encoder.config.model_type == "clip_text_model"
-        length = encoder.config.max_position_embeddings if clip else backend.text_length
-        encoder(torch.zeros(SHARD, length, dtype=torch.int64, device=META))
+        kind = encoder.config.model_type
+        length = encoder.config.max_position_embeddings if kind == "clip_text_model" else backend.text_length
+        tokens = torch.zeros(BATCH, length, dtype=torch.int64, device=META)
+        encoder(tokens, output_hidden_states=kind != "t5")  # of which the pipelines read the last state alone
     return meter.peak
 
 

@@ -75,10 +75,11 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 class Calls(NamedTuple):
-    """What text has cost: encoders that were loaded, and how often each prompt was encoded."""
+    """What text has cost: encoders that were loaded, how often each prompt was encoded, and how many at a time."""
 
     loads: list[str]
     encoded: Counter[str]
+    sizes: list[int]
 
     def forget(self) -> None:
         self.loads.clear()
@@ -87,7 +88,8 @@ class Calls(NamedTuple):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    calls, load, encode = Calls([], Counter()), prompt_encoder.load_text_encoder, StableDiffusion3Pipeline.encode_prompt
+    calls, load = Calls([], Counter(), []), prompt_encoder.load_text_encoder
+    encode = StableDiffusion3Pipeline.encode_prompt
 
     def loading(cls: Any, source: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         calls.loads.append(name)
@@ -95,6 +97,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     def encoding(self: Any, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
         calls.encoded.update(prompts)
+        calls.sizes.append(len(prompts))
         return encode(self, prompts, *args, **kwargs)
 
     monkeypatch.setattr(prompt_encoder, "load_text_encoder", loading)
@@ -188,6 +191,16 @@ def test_embeddings_are_those_without_a_cache(folder: Path, tmp_path: Path) -> N
         assert tensor.dtype == expected[name].dtype
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
     assert not torch.equal(expected["sequence"][0], expected["sequence"][1])
+
+
+def test_encoders_read_so_many_prompts_at_a_time(folder: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = prepared(folder, "off")
+    whole = embeddings(backend, PROMPTS)
+    monkeypatch.setattr(prompt_encoder, "BATCH", 3)
+    calls.sizes.clear()
+    for name, tensor in embeddings(backend, PROMPTS).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-5, atol=1e-6)
+    assert calls.sizes == [3, 1]
 
 
 def test_encoders_are_let_go(folder: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import dmdr
 import parts
 from dmdr.backends.lora import LoRARoles
+from dmdr.backends.prompt_encoder import BATCH
 from dmdr.cli import train
 from dmdr.dry_run.estimate import (
     AVERAGE,
@@ -357,6 +358,16 @@ def test_text_encoders_go_before_training_where_all_prompts_are_known(
     assert more or list(found.phases["prompts"]) == [ENCODERS, "activations"]
     held = [phase.get(ENCODERS, 0) for phase in found.phases.values()]
     assert [size > 4 * found.parameters[ENCODERS] for size in held] == ([True, True] if more else [True, False, False])
+
+
+def test_states_of_a_language_model_are_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The pipeline reads some layers', but has all of them at once, and keys, values and logits beside them."""
+    found = dry({"model": str(folders["flux2-klein"]), **FAMILIES["flux2-klein"].settings}, tmp_path)
+    config = json.loads((folders["flux2-klein"] / "text_encoder" / "config.json").read_text())
+    layers, memory = config["num_hidden_layers"], 2 * config["num_key_value_heads"] * config["head_dim"]
+    numbers = (layers + 1) * config["hidden_size"] + layers * memory + config["vocab_size"]
+    tokens = BATCH * FAMILIES["flux2-klein"].settings["max_sequence_length"]
+    assert found.phases["prompts"]["activations"] > numbers * tokens * 4
 
 
 # --- As on a GPU ------------------------------------------------------------------------------------------------------
