@@ -80,6 +80,9 @@ SHORT: dict[str, Any] = {
 HUB = {  # the pipeline of each model of the hub, which cannot be asked here; others are StableDiffusion3Pipelines
     "stabilityai/stable-diffusion-xl-base-1.0": "StableDiffusionXLPipeline",
     "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+    "black-forest-labs/FLUX.2-klein-base-4B": "Flux2KleinPipeline",
+    "Qwen/Qwen-Image": "QwenImagePipeline",
+    "krea/Krea-2-Raw": "Krea2Pipeline",
     "Tongyi-MAI/Z-Image": "ZImagePipeline",
     "black-forest-labs/FLUX.2-klein-4B": "Flux2KleinPipeline",
 }

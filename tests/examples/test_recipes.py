@@ -28,7 +28,18 @@ from toy_trainer import prepared, trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(file for file in EXAMPLES.glob("*/*.yaml") if (file.parent / "architecture").is_dir())
-FAMILY = {"sd3": "sd3", "sd35l": "sd3", "sdxl": "sdxl", "sit": "sit", "flux": "flux"}  # by folder
+FAMILY = {  # by folder
+    "flux": "flux",
+    "flux2_klein": "flux2-klein",
+    "krea2": "krea2",
+    "qwen_image": "qwen-image",
+    "sd3": "sd3",
+    "sd35l": "sd3",
+    "sd35m": "sd3",
+    "sdxl": "sdxl",
+    "sit": "sit",
+    "z_image": "z-image",
+}
 PUBLISHED = {  # parameters
     "sd3": {
         "transformer": 2_028_328_000,
@@ -46,8 +57,19 @@ PUBLISHED = {  # parameters
     },
     "sit": {"transformer": 674_816_272, "vae": 83_653_863},
     "flux": {"transformer": 11_901_408_320, "vae": 83_819_683, "text_encoder_2": 4_762_310_656},
+    "flux2_klein": {"transformer": 3_875_544_576, "vae": 84_046_115, "text_encoder": 4_022_468_096},
+    "krea2": {"transformer": 12_820_073_036, "vae": 126_892_531, "text_encoder": 4_437_815_808},
+    "qwen_image": {"transformer": 20_430_401_088, "vae": 126_892_531, "text_encoder": 8_292_166_656},
+    "sd35m": {"transformer": 2_243_171_520, "vae": 83_819_683},
+    "z_image": {"transformer": 6_154_908_736, "vae": 83_819_683, "text_encoder": 4_022_468_096},
 }
-TWO_RUNS = [("sd3/stage1", "sd3/refl"), ("sdxl/1step_stage1", "sdxl/1step_refl"), ("sit/stage1", "sit/stage2")]
+PIXELS = {"flux2_klein": 16}  # a side for one latent; 8 of the others
+TWO_RUNS = [
+    ("sd3/stage1", "sd3/refl"),
+    ("sdxl/1step_stage1", "sdxl/1step_refl"),
+    ("sit/stage1", "sit/stage2"),
+    ("flux2_klein/rtdmd_stage1", "flux2_klein/rtdmd_stage2"),
+]
 WORDS = ("zero", "one", "two", "three")
 pytestmark = pytest.mark.usefixtures("no_report")
 logging.set_verbosity_error()
@@ -119,7 +141,8 @@ def test_fits_the_published_model(recipe: Path, tmp_path: Path, caplog: pytest.L
     settings = settings_of(recipe, model=str(recipe.parent / "architecture"))
     backend = settings.open_backend(settings.config.model)
     assert not caplog.records
-    assert backend.latent_shape[1:] == (int(settings.family.options["resolution"]) // 8,) * 2
+    side = int(settings.family.options["resolution"]) // PIXELS.get(recipe.parent.name, 8)
+    assert backend.latent_shape[1:] == (side, side)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -144,9 +167,9 @@ def test_trains_a_small_pipeline(recipe: Path, folders: dict[str, Path], digits:
     """A step of each of its stages, with its own objective, rewards, grid, roles and learning rates."""
     lines = trained(recipe, folders, digits, tmp_path)
     given = yaml.safe_load(recipe.read_text())
-    assert [line["stage"] for line in lines] == [1, 2][: bool(given["stage2_steps"]) + 1]
-    names = {"loss/dmd", "loss/fake"} | ({f"loss/{given['rl']}"} if given["rl"] != "none" else set())
-    assert all(abs(lines[-1][name]) < 1e6 for name in names)
+    assert [line["stage"] for line in lines] == [stage for stage in (1, 2) if given[f"stage{stage}_steps"]]
+    objectives = re.findall(r"[a-z]\w*", given["rl"]) if given["rl"] != "none" else []
+    assert all(abs(lines[-1][f"loss/{name}"]) < 1e6 for name in ("dmd", "fake", *objectives))
 
 
 @pytest.mark.parametrize(("first", "second"), TWO_RUNS)
@@ -168,16 +191,19 @@ def trained(
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"a handwritten {word}", "label": i}) + "\n" for i, word in enumerate(WORDS))
     )
-    batch = max(given.get("num_generations", 1), 2)
+    group, passes = (given.get(name, 1) for name in ("num_generations", "gradient_accumulation_steps"))
     small = {
         "model": str(folders[family]), "prompts": str(tmp_path / "prompts.jsonl"), "output_dir": str(tmp_path / "run"),
-        "resolution": 16, "mixed_precision": "no", "optim": "adamw_torch", "per_device_train_batch_size": batch,
+        "resolution": 16, "mixed_precision": "no", "optim": "adamw_torch", "num_generations": min(group, 4),
+        "per_device_train_batch_size": max(min(group, 4), 2), "gradient_accumulation_steps": min(passes, 2),
         "stage1_steps": min(given["stage1_steps"], 1), "stage2_steps": min(given["stage2_steps"], 1),
-        "logging_steps": 1, "fake_updates": 1, "sample_images": 1, "sample_steps": 0, "teacher_steps": 1,
+        "logging_steps": 1, "fake_updates": 1, "rollouts": 1, "sample_images": 1, "sample_steps": 0, "teacher_steps": 1,
         "report_to": "none",
     }  # fmt: skip
     if given.get("quantize") == "nf4" and find_spec("bitsandbytes") is None:
         small["quantize"] = "fp8"  # which needs torchao
+    if "max_sequence_length" in given:
+        small["max_sequence_length"] = FAMILIES[family].settings["max_sequence_length"]
     if "init_student" in more:
         del small["stage1_steps"]
     files = small_files(given, folders[family], digits, tmp_path)
