@@ -121,7 +121,8 @@ class Backend(Protocol):
     `guidance_scale`, ...) is given that setting's value.
 
     It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
-    `GuidanceRule`, `SeveralSizes` and `Shardable`.
+    `GuidanceRule`, `StartsElsewhere`,
+    `SeveralSizes` and `Shardable`.
     """
 
     options: Any
@@ -603,6 +604,14 @@ class TeacherGrid(Protocol):
 
 
 @runtime_checkable
+class StartsElsewhere(Protocol):
+    """A family whose student may start from other weights than the teacher's."""
+
+    def start_student(self) -> None:
+        """Called once after `prepare`, in all processes, unless the student comes from a checkpoint or an export."""
+
+
+@runtime_checkable
 class GuidanceRule(Protocol):
     """A family whose guided answer is another than u + w (c - u), or costs less from other answers than c and u."""
 
@@ -648,7 +657,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "sample_weights": (Stateful,),
     "backends": (
         *(ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceRule, SeveralSizes),
-        Shardable,
+        *(StartsElsewhere, Shardable),
     ),
     "models": (),
 }

@@ -69,6 +69,9 @@ class Latents:
             config.numbers("latents_mean", self.channels)
             config.numbers("latents_std", self.channels, positive=True)
 
+    def adjust(self, vae: Any) -> None:
+        """What has to be changed in a VAE that was just loaded."""
+
     def checkpoint(self, vae: Any) -> None:
         """Let the decoder recompute its blocks for a gradient, which takes less memory."""
         vae.enable_gradient_checkpointing(recomputed)
@@ -126,6 +129,11 @@ class QwenImageLatents(Latents):
         config.numbers("latents_mean", self.channels)
         config.numbers("latents_std", self.channels, positive=True)
 
+    def adjust(self, vae: Any) -> None:
+        """A frame is decoded without caches of those before it: there are none, and with them none is recomputed."""
+        decode = vae.decoder.forward
+        vae.decoder.forward = lambda frame, **caches: decode(frame)
+
     def checkpoint(self, vae: Any) -> None:
         for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):  # of which diffusers knows no checkpoints
             block.forward = partial(recomputed, block.forward)
@@ -133,9 +141,12 @@ class QwenImageLatents(Latents):
     def decode(self, vae: Any, states: Tensor) -> Tensor:
         scale, shift = self._statistics(states)
         frame = (states * scale + shift).to(vae.dtype).unsqueeze(2)
-        # As `vae.decode`, which keeps caches of earlier frames on the module, and whose clamp has no gradient.
-        tiled = vae.use_tiling
-        decoded = vae.tiled_decode(frame, return_dict=False)[0] if tiled else vae.decoder(vae.post_quant_conv(frame))
+        # As `vae.decode`, but for its clamp, which has no gradient.
+        tile = vae.tile_sample_min_height // self.scale, vae.tile_sample_min_width // self.scale
+        if vae.use_tiling and (frame.shape[3] > tile[0] or frame.shape[4] > tile[1]):
+            decoded = vae.tiled_decode(frame, return_dict=False)[0]
+        else:
+            decoded = vae.decoder(vae.post_quant_conv(frame))
         only: Tensor = decoded[:, :, 0]
         return only
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -105,8 +106,11 @@ class PipelineBackend:
         self.start: Source | None = None  # of the student, where that is not the teacher
         if options.teacher:
             self.start, self.source = self.source, Source(options.teacher, None, options.variant)
+            check_there("--teacher", options.teacher)
         self.folder = folder = self.source.folder
         self.index = read_component(self.pipeline_class, self.source)
+        if self.start:
+            self._check_class(self.start)
         self.network_config = read_component(self.network_class, self.source, self.network_name)
         if self.start:
             self._check_start(self.start)
@@ -140,16 +144,17 @@ class PipelineBackend:
             unconditional=options.negative_prompt or "",
         )
 
-    def _check_start(self, start: Source) -> None:
-        """Refuse a student that is no network like the teacher's."""
-        index = read_component(self.pipeline_class, start)
-        network = read_component(self.network_class, start, self.network_name)
-        theirs, cls = self.index["_class_name"], index["_class_name"]
+    def _check_class(self, start: Source) -> None:
+        theirs, cls = self.index["_class_name"], read_component(self.pipeline_class, start)["_class_name"]
         if theirs != cls:
             raise ConfigError(f"--teacher {self.folder} is a {theirs}, but --model {start.folder} is a {cls}")
+
+    def _check_start(self, start: Source) -> None:
+        """Refuse a student that is no network like the teacher's."""
+        network = read_component(self.network_class, start, self.network_name)
         for name in sorted(self.network_config.keys() | network.keys()):
             own, other = (json.dumps(config.get(name)) for config in (self.network_config, network))
-            if own != other and not name.startswith("_"):
+            if own != other and not name.startswith("_") and name != "sample_size":  # which changes no weight
                 what = f"{name} is {own} there and {other} in --model {start.folder}"
                 raise ConfigError(f"--teacher {self.folder} is another architecture: {what}")
 
@@ -293,8 +298,6 @@ class PipelineBackend:
             full_student=options.full_finetune,
             seed=options.seed,
         )
-        if self.start and "student" in roles and self.device.type != "meta":
-            self._start_student(self.start)
         if options.gradient_checkpointing:
             self.latents.checkpoint(self.vae)  # for a reward's gradient
             if self.reward_vae is not self.vae:
@@ -323,18 +326,22 @@ class PipelineBackend:
             shard(each, mesh, dtype=self.dtype)
             copy(network, each)
 
-    def _start_student(self, start: Source) -> None:
-        """Give the student the weights of another network, or the LoRA that is nearest to them."""
-        files, place = weight_files(start, self.network_name), start.place(self.network_name)
+    def start_student(self) -> None:
+        """Give the student the weights of --model where the teacher is another, or the LoRA that is nearest to them."""
+        if self.start is None:
+            return
+        files, place = weight_files(self.start, self.network_name), self.start.place(self.network_name)
         if self.options.full_finetune:
             fill(self.roles.copies["student"], files, place)
             return
-        own = weight_files(self.source, self.network_name)
-        found, lost = low_rank_difference(own, files, self.roles.folded("student"), self.device, place)
-        self.roles.unfold("student", found, place)
         if self.accelerator.is_main_process:
+            own = weight_files(self.source, self.network_name)
+            found, lost = low_rank_difference(own, files, self.roles.folded("student"), self.device, place)
+            self.roles.unfold("student", found, place)
             said = "the student starts from %s: a LoRA of rank %d, which lacks %.0f%% of the difference to %s"
-            logger.info(said, start.folder, self.options.lora_rank, 100 * lost, self.folder)
+            logger.info(said, self.start.folder, self.options.lora_rank, 100 * lost, self.folder)
+        for parameter in self.roles.parameters("student").values():
+            broadcast(parameter.data)
 
     def check_shardable(self) -> None:
         if self.options.quantize:
@@ -413,6 +420,7 @@ class PipelineBackend:
         # whatever the class has as its default: the older ones, which everybody runs in float16, do not have the key.
         upcast = self.dtype == torch.float16 and read_config(cls, source, subfolder).get("force_upcast", False)
         vae = self._load(cls, source, subfolder, torch.float32 if upcast else self.dtype)
+        latents.adjust(vae)
         if self.options.vae_tiling:
             vae.enable_tiling()
         return vae.to("cpu" if self.options.cpu_offload else self.device).requires_grad_(False)
@@ -562,7 +570,7 @@ class PipelineBackend:
 
     def snippet(self, base: str, prompt: str, sampler: Sampler) -> str:
         variants = filter(None, map(self.source.taken, self._saved_parts))
-        given = {"revision": self.options.revision, "variant": self.options.variant or next(variants, None)}
+        given = {"revision": self.source.revision, "variant": self.options.variant or next(variants, None)}
         said = [f"{name}={_literal(value)}" for name, value in given.items() if value]
         left_out = [name for name in self._saved_parts if name.startswith(TEXT) and name not in self.text.components]
         said += [f"{name}=None" for name in left_out if name.isidentifier()]  # a folder's own index is no code

@@ -8,6 +8,7 @@ make the same passes, forward and backward, in the same order.
 
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def shard(
             if parameter not in ours:
                 setattr(module, name, nn.Parameter(parameter.to("meta"), parameter.requires_grad))
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(network).items() if not tensor.is_meta}
+    # What its class keeps in float32 is gathered so: a sum with it would lose digits.
+    exact = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype else set()
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in exact and any(True for _ in module.parameters()):
+            fully_shard(module, mesh=mesh, mp_policy=replace(policy, param_dtype=None), ignored_params=ours)
     for module in (*reversed(blocks_of(network)), network):
         # The root, too, is gathered anew in each pass: what is written to it in between would be ignored otherwise.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=ours)

@@ -74,8 +74,11 @@ def _usual(settings: Settings) -> list[str]:
     """Flags that a model's own pipeline, or a GPU, has usually, where the user has not said them."""
     told = settings.told.typed | settings.told.in_file
     flags = [] if "mixed_precision" in told else ["--mixed_precision", "bf16"]
+    from dmdr.protocols import with_options
+
     if settings.model.cls is None and "guidance_scale" not in told:  # a registered model has a recipe
-        backend = settings.open_backend(settings.config.architecture or settings.config.model)
+        options = with_options(settings.family_options(), guidance_scale=1.0)  # which no model refuses
+        backend = settings.open_backend(settings.config.architecture or settings.config.model, options)
         own = backend.own_guidance() if hasattr(backend, "own_guidance") else None
         flags += [] if own is None else ["--guidance_scale", f"{own:g}"]
     return flags

@@ -155,6 +155,7 @@ def _weightless(job: Job) -> Job:
     options = with_options(
         options,
         teacher=None,
+        revision=None if options.teacher else options.revision,  # which is that of the student's start
         teacher_lora=None,
         student_weights=None,
         attention_backend=None,

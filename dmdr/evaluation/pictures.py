@@ -223,7 +223,8 @@ def pictures_in(place: str | Path) -> Pictures:
 
 def _is_dataset(folder: Path) -> bool:
     """Whether a folder holds tables rather than files of images."""
-    return any(next(folder.glob(f"**/*.{suffix}"), None) for suffix in ("parquet", "arrow"))
+    places = (folder, folder / "data")  # of files as the hub has them, or as `save_to_disk` writes them
+    return any(next(place.glob(f"*.{kind}"), None) for place in places for kind in ("parquet", "arrow"))
 
 
 def batches(pictures: Pictures, own: Sequence[int], size: int) -> Generator[tuple[list[int], Tensor]]:

@@ -34,6 +34,7 @@ tags: [distillation, dmd, {{ "lora" if lora else "full-finetune" }}]
 
 Distilled{% if aligned %} and aligned ({{ aligned }}){% endif %} with DMDR {{ version }}.
 It inherits the licence of {{ name | code }}
+{%- if start %}, and that of {{ start | code }}, from which the student started{% endif %}
 {%- if rewards %}; the rewards it was tuned on have licences of their own{% endif %}.
 
 {{ fence }}python
@@ -59,6 +60,7 @@ def export(
     mixed_precision: str,
     objectives: str,
     rewards: str,
+    start: str = "",
 ) -> Path:
     """Write the student's export, replacing an older one only when the new one is complete.
 
@@ -70,6 +72,7 @@ def export(
         prompt: Example of the model card.
         mixed_precision: Of the run, and of whoever samples it unless they choose another.
         objectives, rewards: Expressions of the run, for the model card; empty if it had none.
+        start: What users call the model that the student started from, where that is not the teacher.
     """
     import jinja2  # only who writes an export waits for it
 
@@ -87,6 +90,7 @@ def export(
         steps=len(sampler.t) - 1,
         aligned=" on ".join(code_span(names) for names in (objectives, rewards) if names) if objectives else "",
         rewards=rewards,
+        start=start,
         version=version("dmdr"),
         snippet=snippet,
         fence="`" * max(3, _longest_run(snippet) + 1),

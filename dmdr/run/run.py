@@ -18,7 +18,7 @@ from dmdr import images
 from dmdr.errors import ConfigError, TrainingError, not_exiting, one_line
 from dmdr.evaluation.names import logged
 from dmdr.evaluation.report import write_report
-from dmdr.protocols import CachesPrompts, Shardable, sizes_of
+from dmdr.protocols import CachesPrompts, Shardable, StartsElsewhere, sizes_of
 from dmdr.run import durable
 from dmdr.run.checkpoint import (
     Progress,
@@ -215,9 +215,13 @@ class Run:
         )
 
     def _load_initial(self) -> None:
-        if self.initial is None or self.resume:
-            return
         backend = self.job.backend
+        if self.resume:
+            return
+        if self.initial is None:
+            if isinstance(backend, StartsElsewhere):
+                backend.start_student()
+            return
         if self.accelerator.is_main_process:
             for what in differences(self.initial, self.plan.num_inference_steps, sizes_of(backend)):
                 logger.warning("--init_student %s %s", self.initial, what)
@@ -391,6 +395,7 @@ class Run:
                 mixed_precision=self.precision,
                 objectives=objectives,
                 rewards=self.config.reward if self.job.rewards else "",
+                start=self.config.model if self.job.teacher != self.config.model else "",
             )
             write_report(self.output)
             logger.info("image grids and evaluations: %s", self.pace.evaluated())

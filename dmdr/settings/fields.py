@@ -54,7 +54,9 @@ class Config(Flags):
 
     # What is trained, on what, towards what
     model: str = flag(
-        "digits", "the teacher: a registered name (some with a file, sit-xl-2:PATH), a pipeline folder, or a hub id"
+        "digits",
+        "the teacher, and what the student starts from: a registered name (some with a file, sit-xl-2:PATH), a "
+        "pipeline folder, or a hub id",
     )
     prompts: str | None = flag(
         None,

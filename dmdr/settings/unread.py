@@ -98,6 +98,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
         (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
+        (c.guidance_scale == 1, "negative_prompt zero_empty_prompt", "with --guidance_scale 1"),
         (OPTIMIZERS[c.optim].unread, " ".join(OPTIMIZERS[c.optim].unread), f"by --optim {c.optim}"),
         # What is written
         (not c.num_eval_samples, EVALUATION, "without --num_eval_samples"),

@@ -62,6 +62,9 @@ class FluxBackend(TokenBackend):
                     f"--{name}: {folder} has no unconditional answers (guidance is an input); leave it out"
                 )
 
+    def own_guidance(self) -> float | None:
+        return super().own_guidance() if self.distilled else 1.0
+
     def other_guidance(self) -> float:
         """The user's scale, where it is an input of the network."""
         return self.options.guidance_scale if self.distilled and self.options.guidance_scale != 1 else 0.0

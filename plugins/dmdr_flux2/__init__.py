@@ -110,6 +110,9 @@ class Flux2KleinBackend(TokenBackend):
         self.text_ids = places(1, 1, 1, self.text_length)
         self.image_ids = {(height, width): places(1, height, width, 1) for _, height, width in self.latent_shapes}
 
+    def own_guidance(self) -> float | None:
+        return 1.0 if self.index["is_distilled"] else super().own_guidance()
+
     def own_grid_shift(self, num_inference_steps: int) -> float:
         if not self.scheduler_config["use_dynamic_shifting"]:
             return self.own_shift()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from dmdr.backends.flow import FlowOptions
 from dmdr.backends.latents import QwenImageLatents
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import cut, padded
+from dmdr.backends.texts import by_length, cut, stacked
 from dmdr.backends.tokens import TokenBackend
 from dmdr.protocols import unread
 
@@ -48,6 +49,9 @@ class Krea2Backend(TokenBackend):
         super().__init__(folder, options)
         self.index.require("patch_size", self.patch_size)
 
+    def own_guidance(self) -> float | None:
+        return 1.0 if self.index["is_distilled"] else super().own_guidance()
+
     def own_shift(self) -> float:
         turbo = self.index["is_distilled"] and self.scheduler_config["use_dynamic_shifting"]
         return math.exp(DISTILLED_MU) if turbo else super().own_shift()
@@ -58,13 +62,17 @@ class Krea2Backend(TokenBackend):
         The pipeline pads in the middle of its template; the network knows no order of these rows.
         """
         states, mask = pipeline.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.text_length)
-        return padded([text[own] for text, own in zip(states, mask, strict=True)], self.text_length)
+        return stacked([text[own] for text, own in zip(states, mask, strict=True)], self.text_length)
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         layers, width = (self.network_config.whole(name) for name in ("num_text_layers", "text_hidden_dim"))
-        return padded([self.blank(self.text_length, layers, width)] * count, self.text_length)
+        return stacked([self.blank(self.text_length, layers, width)] * count, self.text_length)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        ask = partial(self._ask, network)
+        return by_length(ask, x_t, t, cond) if self.options.attention_backend else ask(x_t, t, cond)
+
+    def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         height, width = x_t.shape[2:]
         sequence, mask = cut(cond)
         places = height // self.patch_size, width // self.patch_size

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
@@ -10,7 +11,7 @@ from torch import Tensor
 from dmdr.backends.flow import FlowOptions
 from dmdr.backends.latents import QwenImageLatents
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import cut, padded
+from dmdr.backends.texts import by_length, cut, stacked
 from dmdr.backends.tokens import TokenBackend
 from dmdr.paths import Prediction
 from dmdr.protocols import unread
@@ -72,13 +73,17 @@ class QwenImageBackend(TokenBackend):
         )
         if mask is not None:  # which the pipeline leaves out where all have as many rows
             sequences = [text[own.bool()] for text, own in zip(sequences, mask, strict=True)]
-        return padded(list(sequences), self.text_length)
+        return stacked(list(sequences), self.text_length)
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         width = self.network_config.whole("joint_attention_dim")
-        return padded([self.blank(self.text_length, width)] * count, self.text_length)
+        return stacked([self.blank(self.text_length, width)] * count, self.text_length)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        ask = partial(self._ask, network)
+        return by_length(ask, x_t, t, cond) if self.options.attention_backend else ask(x_t, t, cond)
+
+    def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         height, width = x_t.shape[2:]
         sequence, mask = cut(cond)
         packed: Tensor = network(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import padded
+from dmdr.backends.texts import stacked
 from dmdr.protocols import unread
 
 # All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
@@ -60,11 +60,11 @@ class ZImageBackend(FlowBackend):
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )
-        return padded(sequences, self.text_length)
+        return stacked(sequences, self.text_length)
 
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         width = self.network_config.whole("cap_feat_dim")
-        return padded([self.blank(self.text_length, width)] * count, self.text_length)
+        return stacked([self.blank(self.text_length, width)] * count, self.text_length)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """A chosen attention kernel may take no mask: texts of as many blocks then go through the network together."""

@@ -14,10 +14,12 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import processes
 import sd3
 from dmdr import train
 from dmdr.backends.difference import low_rank_difference
 from dmdr.errors import ConfigError
+from dmdr.run.device import mesh_of
 from dmdr.run.drawing import open_export
 from dmdr.run.export import read_export
 from dmdr.settings import registry
@@ -55,11 +57,12 @@ def distilled(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def backend(model: Path, **options: Any) -> Any:
+def backend(model: Path, sharding: Any = None, **options: Any) -> Any:
     cls = registry.load("backends", "StableDiffusion3Pipeline")
     given = {"lora_rank": 4, "lora_alpha": 12.0, "max_sequence_length": 5} | options
     found = cls(str(model), cls.Options(**given))
-    found.prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
+    found.prepare(Accelerator(cpu=True), roles=("student", "fake_score"), sharding=sharding)
+    found.start_student()
     return found
 
 
@@ -99,6 +102,24 @@ def test_a_lora_is_the_largest_part_of_the_difference(
     torch.testing.assert_close(answers(both, "student"), answers(backend(distilled), "teacher"), rtol=0, atol=1e-4)
 
 
+def share(rank: int, base: Path, distilled: Path, place: Path) -> None:
+    mesh = mesh_of(2, Accelerator(cpu=True))
+    found = {}
+    for full in (True, False):
+        one = backend(distilled, mesh, teacher=str(base), full_finetune=full)
+        found[full] = answers(one, "student", "teacher")
+    torch.save(found, place / f"{rank}.pt")
+
+
+def test_processes_that_share_the_network_start_as_one(base: Path, distilled: Path, tmp_path: Path) -> None:
+    processes.start(share, 2, base, distilled, tmp_path)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for full in (True, False):
+            alone = answers(backend(distilled, teacher=str(base), full_finetune=full), "student", "teacher")
+            torch.testing.assert_close(found[full], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_no_rank_does_better(tmp_path: Path) -> None:
     """The error is the closed form: the singular values that are left out."""
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +148,9 @@ def test_a_run_and_its_export(base: Path, distilled: Path, tmp_path: Path) -> No
     }  # fmt: skip
     run = train(**given, output_dir=str(tmp_path / "run"))
     student, about = run / "student", read_export(run / "student")
-    assert about["base_model"] == str(base) and f'from_pretrained("{base}"' in (student / "README.md").read_text()
+    card = (student / "README.md").read_text()
+    assert about["base_model"] == str(base) and f'from_pretrained("{base}"' in card
+    assert f"It inherits the licence of `{base}`, and that of `{distilled}`, from which the student started" in card
     artist = open_export(student, about)
     torch.testing.assert_close(answers(artist.family, "teacher"), answers(backend(base), "teacher"))
     name = LAYER.removesuffix(".weight")
@@ -155,6 +178,8 @@ def test_what_is_no_student_of_the_teacher_is_refused(base: Path, tmp_path: Path
     for option, value in (("teacher_lora", "a.safetensors"), ("student_weights", "b.safetensors")):
         with pytest.raises(ConfigError, match=f"--teacher and --{option}: .*, or leave one of them out"):
             backend(base, teacher=str(base), full_finetune=option == "student_weights", **{option: value})
+    with pytest.raises(ConfigError, match="--teacher nowhere: no such file or folder"):
+        backend(base, teacher="nowhere")
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
     with pytest.raises(

@@ -97,7 +97,7 @@ def test_contract(folders: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("full_finetune", [False, True])
-@pytest.mark.parametrize("name", ["flux", "z-image"])
+@pytest.mark.parametrize("name", ["flux", "z-image", "flux2-klein", "qwen-image", "krea2"])
 def test_a_chosen_attention_kernel_gets_half_precision(
     folders: dict[str, Path], name: str, full_finetune: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,12 @@ def test_latents_are_the_pipelines_and_saturated_pixels_have_a_gradient(name: st
     torch.testing.assert_close(backend.encode_images(images), (encoded - shift) / scale)
     tiled = ready(name, folders[name], vae_tiling=True)
     torch.testing.assert_close(tiled.decode(latents), backend.decode(latents), rtol=1e-4, atol=1e-4)
+    small = ready(name, folders[name], vae_tiling=True, gradient_checkpointing=True)
+    for one in (small, tiled):
+        one.vae.tile_sample_min_height = one.vae.tile_sample_min_width = 12  # several tiles
+        one.vae.tile_sample_stride_height = one.vae.tile_sample_stride_width = 8
+    gradients = [torch.autograd.grad(one.decode(latents).square().sum(), latents)[0] for one in (small, tiled)]
+    torch.testing.assert_close(*gradients)
     backend.vae.decoder.conv_out.weight.data *= 100
     images = backend.decode(latents)
     saturated = (images - 0.5).abs() > 0.4999

@@ -54,9 +54,15 @@ def answers(
         for name, parameter in network.parameters(role).items():
             if ".lora_" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    exact: set[torch.dtype] = set()  # of modules that their class keeps in float32
+    for each in network.roles.networks:
+        for name, module in each.named_modules():
+            if name.rpartition(".")[2] in (each._keep_in_fp32_modules or ()) and hasattr(module, "weight"):
+                module.register_forward_hook(lambda module, given, answer: exact.add(module.weight.dtype))
     x_t = torch.randn((2, *network.latent_shape), generator=torch.Generator().manual_seed(7))[rows]
     t, cond = torch.tensor([0.4, 0.9])[rows], network.encode(PROMPTS[rows])
     found = {role: getattr(network, role)(x_t, t, cond).value for role in ("teacher", "fake_score", "student")}
+    assert exact <= {torch.float32}
     for _ in range(2):
         network.student(x_t, t, cond).value.square().sum().backward()
     for name, parameter in network.parameters("student").items():
@@ -79,6 +85,13 @@ CASES: dict[str, dict[str, Any]] = {
     "flux2-klein": {"family": "flux2-klein", "resolution": "16", "max_sequence_length": 48},
     "qwen-image": {"family": "qwen-image", "resolution": "16", "max_sequence_length": 232},
     # Some of its modules stay in float32.
+    "krea2, full": {
+        "family": "krea2",
+        "resolution": "16",
+        "max_sequence_length": 232,
+        "precision": "bf16",
+        "full_finetune": True,
+    },
     "krea2": {"family": "krea2", "resolution": "16", "max_sequence_length": 232, "precision": "bf16"},
 }
 

@@ -61,6 +61,13 @@ def test_a_file_to_begin_with(models: Path, init: Callable[..., Any], tmp_path: 
     assert (code, err.count("\n")) == (2, 1) and "--output run.yaml: there is such a file" in err
 
 
+def test_a_distilled_model_is_not_guided(init: Callable[..., Any], tmp_path: Path) -> None:
+    flux2.build(tmp_path / "klein", is_distilled=True)
+    code, _, err = init("--model", "klein", "--max_sequence_length", "48", "--resolution", "16")
+    assert code == 0, err
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["guidance_scale"] == 1.0
+
+
 def test_what_makes_the_run_fit_is_in_the_file(models: Path, init: Callable[..., Any], tmp_path: Path) -> None:
     asked = ["--model", str(models / "sd3"), "--max_sequence_length", "5", "--guidance_scale", "3"]
     code, out, err = init(*asked, "--gpu_memory", "1e-4", "--output=mine.yaml")
