@@ -14,7 +14,6 @@ ELSEWHERE = {
     "model_name_or_path": "--model",
     "model_id": "--model",
     "base_model": "--model",
-    "teacher": "--model",
     "instance_data_dir": "--prompts",
     "train_data_dir": "--prompts",
     "data_dir": "--prompts",

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ import sd3
 from dmdr import train
 from dmdr.backends.difference import low_rank_difference
 from dmdr.errors import ConfigError
-from dmdr.run.device import mesh_of
+from dmdr.run.device import mesh_of, open_accelerator
 from dmdr.run.drawing import open_export
 from dmdr.run.export import read_export
 from dmdr.settings import registry
@@ -61,7 +60,7 @@ def backend(model: Path, sharding: Any = None, **options: Any) -> Any:
     cls = registry.load("backends", "StableDiffusion3Pipeline")
     given = {"lora_rank": 4, "lora_alpha": 12.0, "max_sequence_length": 5} | options
     found = cls(str(model), cls.Options(**given))
-    found.prepare(Accelerator(cpu=True), roles=("student", "fake_score"), sharding=sharding)
+    found.prepare(open_accelerator("no", cpu=True), roles=("student", "fake_score"), sharding=sharding)
     found.start_student()
     return found
 
@@ -103,7 +102,7 @@ def test_a_lora_is_the_largest_part_of_the_difference(
 
 
 def share(rank: int, base: Path, distilled: Path, place: Path) -> None:
-    mesh = mesh_of(2, Accelerator(cpu=True))
+    mesh = mesh_of(2, open_accelerator("no", cpu=True))
     found = {}
     for full in (True, False):
         one = backend(distilled, mesh, teacher=str(base), full_finetune=full)

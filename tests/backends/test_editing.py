@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 import flux2
 from dmdr import train
 from dmdr.backends.pipeline import Network
+from dmdr.run.device import open_accelerator
 from dmdr.types import Condition
 from dmdr_flux2 import Flux2KleinBackend
 
@@ -92,7 +92,7 @@ def stock_step(folder: Path, i: int, guidance: float) -> tuple[Tensor, Tensor, T
 def test_its_teacher_is_the_stock_pipeline(folder: Path, guidance: float) -> None:
     options = KleinEdit.Options(resolution=str(SIZE), max_sequence_length=LENGTH, guidance_scale=GUIDANCE)
     backend = KleinEdit(str(folder), options)
-    backend.prepare(Accelerator(cpu=True), roles=())
+    backend.prepare(open_accelerator("no", cpu=True), roles=())
     cond = backend.encode(PROMPTS, source=[str(folder / f"{i}.png") for i in range(2)])
     steps = [stock_step(folder, i, guidance) for i in range(2)]
     outputs, latents = (

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import Flux2KleinPipeline
 
 import flux2
 from dmdr.errors import ConfigError
+from dmdr.run.device import open_accelerator
 from dmdr.sampling import FewStepSampler
 from dmdr_flux2 import Flux2KleinBackend
 from family import refuses_unread
@@ -50,7 +50,7 @@ def test_the_grid_is_the_pipelines_own_at_each_size_and_length(folder: Path, siz
 
 def test_latents_are_the_pipelines(folder: Path) -> None:
     backend = built(folder)
-    backend.prepare(Accelerator(cpu=True), roles=())
+    backend.prepare(open_accelerator("no", cpu=True), roles=())
     images = torch.rand(2, 3, 16, 16)
     theirs = backend.pipeline._encode_vae_image(images * 2 - 1, None)
     found = backend.encode_images(images)
@@ -60,7 +60,7 @@ def test_latents_are_the_pipelines(folder: Path) -> None:
 
 def test_every_projection_of_attention_has_an_adapter(folder: Path) -> None:
     backend = built(folder)
-    backend.prepare(Accelerator(cpu=True), roles=("student",))
+    backend.prepare(open_accelerator("no", cpu=True), roles=("student",))
     found = {name.rpartition(".attn.")[2] for name in backend.roles.layers}
     assert found == {
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -73,7 +73,7 @@ def test_padding_is_a_part_of_the_text(folder: Path) -> None:
     answers = []
     for length in (48, 64):
         backend = built(folder, max_sequence_length=length)
-        backend.prepare(Accelerator(cpu=True), roles=())
+        backend.prepare(open_accelerator("no", cpu=True), roles=())
         x_t = torch.ones(1, *backend.latent_shape)
         answers.append(backend.teacher(x_t, torch.tensor([0.5]), backend.encode(["a handwritten seven"])).value)
     assert (answers[0] - answers[1]).abs().max() > 1e-3

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import Krea2Pipeline, QwenImagePipeline
 
 import krea2
@@ -17,6 +16,7 @@ import qwen_image
 from dmdr.errors import ConfigError
 from dmdr.matching import teach
 from dmdr.randomness import Random
+from dmdr.run.device import open_accelerator
 from dmdr.settings import registry
 from family import refuses_unread
 
@@ -44,7 +44,7 @@ def built(name: str, folder: Path, **options: Any) -> Any:
 
 def ready(name: str, folder: Path, **options: Any) -> Any:
     backend = built(name, folder, **options)
-    backend.prepare(Accelerator(cpu=True), roles=("student",))
+    backend.prepare(open_accelerator("no", cpu=True), roles=("student",))
     return backend
 
 
