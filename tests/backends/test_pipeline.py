@@ -33,6 +33,7 @@ from dmdr.run.drawing import open_export
 from dmdr.run.export import export, read_export
 from dmdr.run.run import train
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.settings.parse import parse
 from dmdr_sd3 import SD3Backend
 from family import FAMILIES, Stock
 
@@ -365,3 +366,10 @@ def test_checkpointing_the_decoder_keeps_less_and_changes_no_gradient(model: Pat
         kept.append(sum(saved.values()))
     assert torch.equal(*grads)
     assert kept[1] < 0.6 * kept[0]
+
+
+def test_what_guidance_leads_away_from_is_refused_without_guidance(model: Path) -> None:
+    for name, value in (("negative_prompt", "blurry"), ("zero_empty_prompt", True)):
+        settings = {"model": str(model), "prompts": "prompts.txt", "guidance_scale": 1.0, name: value}
+        with pytest.raises(ConfigError, match=f"--{name} is not read with --guidance_scale 1; leave it out"):
+            parse(settings=settings)

@@ -70,7 +70,7 @@ def test_a_distilled_model_is_not_guided(init: Callable[..., Any], tmp_path: Pat
 
 def test_what_makes_the_run_fit_is_in_the_file(models: Path, init: Callable[..., Any], tmp_path: Path) -> None:
     asked = ["--model", str(models / "sd3"), "--max_sequence_length", "5", "--guidance_scale", "3", "--stage2_steps=0"]
-    asked += "--decode_chunk_size=1 --optim=adafactor --vae_tiling=true --quantize=int8".split()  # leaves two to try
+    asked += ["--decode_chunk_size=1", "--optim=adafactor", "--vae_tiling=true", "--quantize=int8"]  # leaves two to try
     code, out, err = init(*asked, "--gpu_memory", "1e-4", "--output=mine.yaml")
     assert code == 0, err
     values = yaml.safe_load((tmp_path / "mine.yaml").read_text())

@@ -155,7 +155,7 @@ def test_every_setting_has_been_thought_of() -> None:
     assert fields - rows == set(ALWAYS.split()) - {"stage2_learning_rate"}
     assert rows - fields == {
         *("objectives", "matchings", "rewards", "eval_rewards", "sample_weights", "benchmarks"),
-        *("reward_vae", "lora_rank", "lora_alpha"),
+        *("reward_vae", "lora_rank", "lora_alpha", "negative_prompt", "zero_empty_prompt"),
     }
 
 
