@@ -62,12 +62,13 @@ def teach(teacher: GuidedDenoiser, renoised: Renoised | Draw, draw: Draw, ctx: C
     """
     x_t, t, cond = renoised.x_t, renoised.t, draw.cond
     c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix)
+    x0 = c.x0
     if ctx.guidance == (1.0, 1.0):
-        return c.x0, torch.zeros_like(c.x0)
+        return x0, torch.zeros_like(x0)
     rule = ctx.backend if isinstance(ctx.backend, GuidanceRule) else None
     other = teacher(x_t, t, cond, guidance=rule.other_guidance() if rule else 0.0, fake_mix=ctx.fake_mix)
     w = ctx.random.uniform("guidance", draw.sample, *ctx.guidance).to(c.value.device)
-    return c.x0, c.x0 - (rule.guided if rule else guided)(c, other, w).x0
+    return x0, x0 - (rule.guided if rule else guided)(c, other, w).x0
 
 
 def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: float) -> Direction:

@@ -121,8 +121,7 @@ class Backend(Protocol):
     `guidance_scale`, ...) is given that setting's value.
 
     It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
-    `GuidanceRule`, `StartsElsewhere`,
-    `SeveralSizes` and `Shardable`.
+    `GuidanceRule`, `StartsElsewhere`, `SeveralSizes` and `Shardable`.
     """
 
     options: Any

@@ -1,14 +1,16 @@
 """A LoRA that starts from other weights than the network's own: the largest part of the difference to them."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dmdr.errors import ConfigError, one_line
 from dmdr.states import refuse_misfits
 
 SPARE = 8  # directions more than are kept, and passes over the matrix: the error is then near the smallest possible
@@ -36,7 +38,7 @@ def low_rank_difference(
         over that of the whole, of all tensors.
 
     Raises:
-        ConfigError: If the other network has other tensors, or of other shapes.
+        ConfigError: If the other network has other tensors, or of other shapes, or a file is damaged.
     """
     refuse_misfits(what, own.keys() - other.keys(), other.keys() - own.keys())
     found, whole, lost = dict[str, Tensor](), 0.0, 0.0
@@ -45,9 +47,12 @@ def low_rank_difference(
         opened: dict[Path, Any] = {}
 
         def read(file: Path, name: str) -> Tensor:
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-            tensor: Tensor = opened[file].get_tensor(name)
+            try:
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                tensor: Tensor = opened[file].get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{file} cannot be read as safetensors: {one_line(error)}") from error
             return tensor.to(device, torch.float32)
 
         for name in own:
@@ -56,6 +61,8 @@ def low_rank_difference(
                 refuse_misfits(what, (), (), [f"{name} {tuple(after.shape)} for {tuple(before.shape)}"])
             rest = after - before
             whole += float(rest.square().sum())
+            if not math.isfinite(whole):
+                raise ConfigError(f"{what}, or the teacher's weights: {name} has numbers that are not finite")
             a, b = (f"{name.removesuffix('.weight')}.lora_{part}.weight" for part in "AB")
             if name.endswith(".weight") and a in adapter:
                 found[a], found[b] = _factors(rest.flatten(1), adapter[a], adapter[b])

@@ -84,10 +84,15 @@ class Latents:
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         """The states [B, *state] float32 of images [B, 3, H, W] in [-1, 1], in the VAE's dtype."""
-        latents = vae.encode(pixels).latent_dist.mode().float()
+        latents = self.encoded(vae, pixels)
         scale, shift = self._statistics(latents)
         states: Tensor = (latents - shift) / scale
         return states
+
+    def encoded(self, vae: Any, pixels: Tensor) -> Tensor:
+        """The VAE's own latents [B, C, h, w] float32 of images, the most likely ones."""
+        latents: Tensor = vae.encode(pixels).latent_dist.mode().float()
+        return latents
 
     def _statistics(self, latents: Tensor) -> tuple[Any, Any]:
         """Scale and shift with VAE latents = states * scale + shift: numbers, or [1, C, 1, 1] each."""
@@ -150,11 +155,8 @@ class QwenImageLatents(Latents):
         only: Tensor = decoded[:, :, 0]
         return only
 
-    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode().float()[:, :, 0]
-        scale, shift = self._statistics(latents)
-        states: Tensor = (latents - shift) / scale
-        return states
+    def encoded(self, vae: Any, pixels: Tensor) -> Tensor:
+        return super().encoded(vae, pixels.unsqueeze(2))[:, :, 0]
 
 
 @torch.no_grad()

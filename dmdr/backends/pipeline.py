@@ -145,6 +145,7 @@ class PipelineBackend:
         )
 
     def _check_class(self, start: Source) -> None:
+        """Refuse a student of another pipeline, whose components have other names."""
         theirs, cls = self.index["_class_name"], read_component(self.pipeline_class, start)["_class_name"]
         if theirs != cls:
             raise ConfigError(f"--teacher {self.folder} is a {theirs}, but --model {start.folder} is a {cls}")

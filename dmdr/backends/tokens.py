@@ -1,5 +1,7 @@
 """Flow-matching families whose network is given latents as a sequence of tokens."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -7,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dmdr.backends.flow import FlowBackend
+from dmdr.backends.pipeline import Network
+from dmdr.backends.texts import by_length, cut
 
 
 class TokenBackend(FlowBackend):
@@ -38,3 +42,28 @@ class TokenBackend(FlowBackend):
         channels, height, width = self.latent_shape
         shape = (count, height * width // self.packing, channels * self.packing)
         return self.unpack(self._randn(shape, torch.float32), height, width)
+
+
+class MaskedTextBackend(TokenBackend):
+    """One whose texts have unequal lengths, `texts.stacked`, and whose network is given a mask (Qwen-Image, Krea 2)."""
+
+    padded = ("sequence",)
+
+    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """A chosen attention kernel may take no mask: texts of one length then go through the network together."""
+        ask = partial(self._ask, network)
+        return by_length(ask, x_t, t, cond) if self.options.attention_backend else ask(x_t, t, cond)
+
+    def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        height, width = x_t.shape[2:]
+        return self.unpack(self.answer(network, x_t, t, *cut(cond)), height, width)
+
+    def answer(self, network: Network, x_t: Tensor, t: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
+        """Raw output in packed layout, [B, tokens, C].
+
+        Args:
+            network, x_t, t: As of `call`.
+            sequence: Texts [B, L, ...].
+            mask: Which of their rows are no padding, [B, L] bool; None if all.
+        """
+        raise NotImplementedError

@@ -195,7 +195,7 @@ def images_of(
         check_columns(chosen, rows)
     if isinstance(flags, CompareFlags):
         benchmarking.require_same_prompts(found)
-    examination.reference()  # what is no reference is refused before networks are loaded
+    _ = examination.reference  # what is none is refused before networks are loaded
     due = [one for one in found if one[0].drawn and not examination.drawn(one[1])]
     if due:  # and what cannot be measured, before hours of drawing
         prepare(flags, copy(benchmark), chosen, first_rows(found), examination.state)
@@ -217,7 +217,7 @@ def measure(
     from dmdr.run.benchmarking import REFERENCE
 
     device = prepare(flags, examination.benchmark, chosen, first_rows(found), examination.state)
-    against = examination.reference()
+    against = examination.reference
     other = examination.ask(REFERENCE, *against, device) if against else None
     stores = [examination.ask(subject.folder, pictures, rows, device) for subject, pictures, rows in found]
     if not examination.state.is_main_process:

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,11 +18,11 @@ dmdr-train init --model FOLDER_OR_ID --gpu_memory 24 [--rl NAME --reward NAME ..
 dmdr-train --config: with the guidance of the model's own pipeline, with what makes the run fit in so many GiB
 (estimated, without weights), and with the settings that are changed most often. All other flags of dmdr-train work.
 """
-OFTEN = """
-model prompts rl reward guidance_scale num_inference_steps stage1_steps stage2_steps resolution learning_rate
-fake_learning_rate lora_rank per_device_train_batch_size gradient_accumulation_steps mixed_precision save_steps
-sample_steps num_eval_samples
-"""
+OFTEN = (
+    *("model", "prompts", "rl", "reward", "guidance_scale", "num_inference_steps", "stage1_steps", "stage2_steps"),
+    *("resolution", "learning_rate", "fake_learning_rate", "lora_rank", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "mixed_precision", "save_steps", "sample_steps", "num_eval_samples"),
+)
 WIDTH = 118
 
 
@@ -42,6 +41,7 @@ def init(arguments: list[str]) -> None:
         raise ConfigError(f"--output {output}: there is such a file, or none can be written there; name another")
     from dmdr.dry_run.estimate import estimate
     from dmdr.dry_run.fit import fitted
+    from dmdr.run.pace import GIB
 
     dry = ["--dry_run", "true"]
     settings = parse([*arguments, *dry])
@@ -52,9 +52,11 @@ def init(arguments: list[str]) -> None:
         fit = fitted(found, settings, lambda flags: estimate(parse([*arguments, *dry, *flags])))
         found, said = fit.estimate, str(fit)
         settings = parse([*arguments, *dry, *fit.flags])
-    images.write_atomically(output, _text(settings, found.what, found.total()).encode())
-    print(said or f"estimated: {found.total() / 2**30:.1f} GiB of a GPU")
-    print(f"written: {output}; go on with\n  {_command(settings, output)}")
+    memory = f"{found.total() / GIB:.1f} GiB of a GPU"
+    images.write_atomically(output, _text(settings, f"{found.what}: {memory}").encode())
+    print(said or f"estimated: {memory}")
+    prompts = "" if settings.config.prompts else " --prompts prompts.txt"
+    print(f"written: {output}; go on with\n  dmdr-train --config {output}{prompts} --output_dir runs/first")
 
 
 def _without_output(arguments: list[str]) -> tuple[list[str], Path]:
@@ -72,24 +74,25 @@ def _without_output(arguments: list[str]) -> tuple[list[str], Path]:
 
 def _usual(settings: Settings) -> list[str]:
     """Flags that a model's own pipeline, or a GPU, has usually, where the user has not said them."""
-    told = settings.told.typed | settings.told.in_file
-    flags = [] if "mixed_precision" in told else ["--mixed_precision", "bf16"]
+    from dmdr.backends.pipeline import PipelineBackend
     from dmdr.protocols import with_options
 
+    told = settings.told.typed | settings.told.in_file
+    flags = [] if "mixed_precision" in told else ["--mixed_precision", "bf16"]
     if settings.model.cls is None and "guidance_scale" not in told:  # a registered model has a recipe
         options = with_options(settings.family_options(), guidance_scale=1.0)  # which no model refuses
         backend = settings.open_backend(settings.config.architecture or settings.config.model, options)
-        own = backend.own_guidance() if hasattr(backend, "own_guidance") else None
+        own = backend.own_guidance() if isinstance(backend, PipelineBackend) else None
         flags += [] if own is None else ["--guidance_scale", f"{own:g}"]
     return flags
 
 
-def _text(settings: Settings, what: str, memory: int) -> str:
+def _text(settings: Settings, what: str) -> str:
     """The file: each setting below its description."""
     values, told = settings.values(), settings.told.typed | settings.told.in_file
-    names = [name for name in dict.fromkeys([*OFTEN.split(), *values]) if name in told or name in OFTEN.split()]
+    names = [name for name in dict.fromkeys([*OFTEN, *values]) if name in told or name in OFTEN]
     described = _descriptions(settings)
-    parts = [f"# {what}: {memory / 2**30:.1f} GiB of a GPU, estimated by dmdr-train --dry_run"]
+    parts = [f"# {what}, estimated by dmdr-train --dry_run"]
     for name in names:
         if name not in values or (values[name] is None and name != "prompts"):
             continue
@@ -106,8 +109,3 @@ def _descriptions(settings: Settings) -> dict[str, str]:
         texts = help_of(plugin.flags)
         found |= {plugin.key(f.name): texts.get(f.name, "") for f in plugin.own_flags}
     return {name: text.replace("%%", "%") for name, text in found.items()}
-
-
-def _command(settings: Settings, output: Path) -> str:
-    prompts: Any = [] if settings.config.prompts else ["--prompts prompts.txt"]
-    return " ".join(["dmdr-train --config", str(output), *prompts, "--output_dir runs/first"])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -348,6 +349,7 @@ class Examination:
                 raise
         return store
 
+    @cached_property
     def reference(self) -> tuple[Pictures, list[Row]] | None:
         """The images that the benchmark compares with, if there are any."""
 

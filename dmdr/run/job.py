@@ -58,7 +58,7 @@ class Job:
     @property
     def teacher(self) -> str:
         """What users call the teacher."""
-        return teacher_of(self.backend) or self.config.model
+        return other_teacher(self.backend) or self.config.model
 
 
 def assemble(settings: Settings, processes: int = 1) -> Job:
@@ -105,7 +105,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     return Job(
         settings,
         plan,
-        folder if bare else teacher_of(backend) or folder,
+        folder if bare else other_teacher(backend) or folder,
         model,
         backend,
         *plan.samplers(backend, config),
@@ -142,7 +142,7 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
     return plan, objectives
 
 
-def teacher_of(backend: Backend) -> str | None:
+def other_teacher(backend: Backend) -> str | None:
     """The teacher that is another than --model."""
     named: str | None = getattr(backend.options, "teacher", None)
     return named

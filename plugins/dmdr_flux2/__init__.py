@@ -59,7 +59,7 @@ class Flux2Latents(Latents):
         return decoded
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents = pixel_unshuffle(vae.encode(pixels).latent_dist.mode().float(), 2)
+        latents = pixel_unshuffle(self.encoded(vae, pixels), 2)
         mean, deviation = self._moments(vae, latents)
         return (latents - mean) / deviation
 

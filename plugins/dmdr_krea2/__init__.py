@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from dmdr.backends.flow import FlowOptions
 from dmdr.backends.latents import QwenImageLatents
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import by_length, cut, stacked
-from dmdr.backends.tokens import TokenBackend
+from dmdr.backends.texts import stacked
+from dmdr.backends.tokens import MaskedTextBackend
 from dmdr.protocols import unread
 
 # All attention projections, of the blocks and of the stage that fuses the text encoder's layers.
@@ -31,7 +30,7 @@ class Krea2Options(FlowOptions):
     reward_vae: None = unread()
 
 
-class Krea2Backend(TokenBackend):
+class Krea2Backend(MaskedTextBackend):
     """Teacher, fake score and student on one Krea 2 transformer (`protocols.Backend`).
 
     Guidance is w in u + w (c - u); the pipeline counts from zero, c + g (c - u), and thus calls the same g = w - 1.
@@ -42,7 +41,6 @@ class Krea2Backend(TokenBackend):
     network_class = Krea2Transformer2DModel
     latents_class = QwenImageLatents
     lora_targets = LORA_TARGETS
-    padded = ("sequence",)
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
 
     def __init__(self, folder: str, options: Krea2Options) -> None:
@@ -68,14 +66,8 @@ class Krea2Backend(TokenBackend):
         layers, width = (self.network_config.whole(name) for name in ("num_text_layers", "text_hidden_dim"))
         return stacked([self.blank(self.text_length, layers, width)] * count, self.text_length)
 
-    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        ask = partial(self._ask, network)
-        return by_length(ask, x_t, t, cond) if self.options.attention_backend else ask(x_t, t, cond)
-
-    def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        height, width = x_t.shape[2:]
-        sequence, mask = cut(cond)
-        places = height // self.patch_size, width // self.patch_size
+    def answer(self, network: Network, x_t: Tensor, t: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
+        places = [size // self.patch_size for size in x_t.shape[2:]]
         packed: Tensor = network(
             hidden_states=self.pack(x_t),
             encoder_hidden_states=sequence,
@@ -84,4 +76,4 @@ class Krea2Backend(TokenBackend):
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
-        return self.unpack(packed, height, width)
+        return packed

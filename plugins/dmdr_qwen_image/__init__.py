@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
@@ -11,8 +10,8 @@ from torch import Tensor
 from dmdr.backends.flow import FlowOptions
 from dmdr.backends.latents import QwenImageLatents
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import by_length, cut, stacked
-from dmdr.backends.tokens import TokenBackend
+from dmdr.backends.texts import stacked
+from dmdr.backends.tokens import MaskedTextBackend
 from dmdr.paths import Prediction
 from dmdr.protocols import unread
 
@@ -34,7 +33,7 @@ class QwenImageOptions(FlowOptions):
     negative_prompt: str = " "
 
 
-class QwenImageBackend(TokenBackend):
+class QwenImageBackend(MaskedTextBackend):
     """Teacher, fake score and student on one Qwen-Image transformer (`protocols.Backend`).
 
     The guided answer is the pipeline's: v = u + w (c - u), of which each token has the norm of c's token.
@@ -45,7 +44,6 @@ class QwenImageBackend(TokenBackend):
     network_class = QwenImageTransformer2DModel
     latents_class = QwenImageLatents
     lora_targets = LORA_TARGETS
-    padded = ("sequence",)
     text_limit = 1024
     unguided: ClassVar[Mapping[str, Any]] = {"true_cfg_scale": 1.0}
 
@@ -79,19 +77,14 @@ class QwenImageBackend(TokenBackend):
         width = self.network_config.whole("joint_attention_dim")
         return stacked([self.blank(self.text_length, width)] * count, self.text_length)
 
-    def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        ask = partial(self._ask, network)
-        return by_length(ask, x_t, t, cond) if self.options.attention_backend else ask(x_t, t, cond)
-
-    def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        height, width = x_t.shape[2:]
-        sequence, mask = cut(cond)
+    def answer(self, network: Network, x_t: Tensor, t: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
+        places = [size // self.patch_size for size in x_t.shape[2:]]
         packed: Tensor = network(
             hidden_states=self.pack(x_t),
             timestep=self.path.timestep(t).to(x_t.dtype) / 1000,  # rounded as in the pipeline
             encoder_hidden_states=sequence,
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, height // self.patch_size, width // self.patch_size)]] * len(x_t),
+            img_shapes=[[(1, *places)]] * len(x_t),
             return_dict=False,
         )[0]
-        return self.unpack(packed, height, width)
+        return packed

@@ -132,6 +132,12 @@ def test_no_rank_does_better(tmp_path: Path) -> None:
     assert lost == pytest.approx(float(singular[8:].norm() / singular.norm()), rel=1e-2)
     rest = after - before - found["m.lora_B.weight"] @ found["m.lora_A.weight"]
     assert float(rest.norm() / (after - before).norm()) == pytest.approx(lost, rel=1e-5)
+    save_file({"m.weight": torch.full((40, 30), torch.nan)}, tmp_path / "nan")
+    (tmp_path / "torn").write_bytes((tmp_path / "b").read_bytes()[:100])
+    for name, said in (("nan", r"m\.weight has numbers that are not finite"), ("torn", "torn cannot be read as safe")):
+        both = ({"m.weight": tmp_path / each} for each in ("a", name))
+        with pytest.raises(ConfigError, match=said):
+            low_rank_difference(*both, adapter, torch.device("cpu"), name)
     with pytest.raises(ConfigError, match=r"1 missing \(m\.weight\)"):
         low_rank_difference({"m.weight": tmp_path / "a"}, {}, adapter, torch.device("cpu"), "b")
 

@@ -27,8 +27,10 @@ LONG, SHORT = "a handwritten seven on a page as long as can be", "a handwritten 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: tmp_path_factory.mktemp(name) for name in BUILD}
-    for name, folder in found.items():
-        BUILD[name](folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, folder in found.items():
+            BUILD[name](folder)
     return found
 
 
