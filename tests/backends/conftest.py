@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import sd3
 from family import Stock
@@ -31,3 +32,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(no_report: None) -> None:
     """None of these tests is about the report."""
+
+
+@pytest.fixture(autouse=True)
+def plain_again() -> Iterator[None]:
+    """The precision of one test, which accelerate keeps for its process, is not that of the next."""
+    yield
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != "no":
+        AcceleratorState._reset_state()
