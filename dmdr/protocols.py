@@ -235,7 +235,7 @@ class Reward(Protocol):
     Optional: `columns: ClassVar[tuple[str, ...]]`, the columns of the prompt rows that it cannot do without;
     `reads_prompts = False`, of one that looks at images only; `printed_times`, the factor of published tables, 100 for
     cosines; `weightless = True`, of one that `prepare` builds on the meta device without its weights, so that --dry_run
-    counts its memory. It may also be `Submits` or a `FeatureReward`.
+    counts its memory. It may also be `Submits`, a `FeatureReward` or a `LatentReward`.
     """
 
     @property
@@ -264,6 +264,22 @@ class FeatureReward(Reward, Protocol):
         """B prompts -> features [B, F]; the score is the sum of both features' products, times a constant."""
 
 
+@runtime_checkable
+class LatentReward(Reward, Protocol):
+    """A reward that can also look at the latents of some families: it then needs no decoder, nor a text encoder."""
+
+    def reads(self, backend: Backend) -> bool:
+        """Whether it can look at the latents and conditions of this family; cheap, and after `prepare`."""
+
+    def score_latents(self, latents: Tensor, cond: Condition) -> Tensor:
+        """Clean latents [B, *latent] float32 -> [B] float32; differentiable in them where `differentiable` says so.
+
+        Args:
+            latents: Of a family that it `reads`.
+            cond: As that family encodes B prompts.
+        """
+
+
 class RewardSum(Reward, Protocol):
     """The run's rewards and their weighted sum, itself a `Reward` (`dmdr.rewards.Rewards`)."""
 
@@ -277,6 +293,15 @@ class RewardSum(Reward, Protocol):
 
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
         """Images [B, 3, H, W] float32 in [0, 1] -> raw scores by name, each [B] float32, before their weights."""
+
+    def each_of(
+        self, latents: Tensor, cond: Condition, backend: Backend, images: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Clean latents [B, *latent] of a family -> `each`; decodes them only if a reward looks at images.
+
+        Args:
+            images: What they decode to, [B, 3, H, W] float32 in [0, 1], where it is known.
+        """
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of what `each` returned, [B] float32; NaN where any part is."""
@@ -651,7 +676,7 @@ class Submits(Protocol):
 
 OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "objectives": (SetsUp, FollowsUpdates, SharesNoise, Stateful, BringsPrompts, BringsLearners),
-    "rewards": (Submits, FeatureReward),
+    "rewards": (Submits, FeatureReward, LatentReward),
     "matchings": (Stateful, BringsLearners),
     "sample_weights": (Stateful,),
     "backends": (

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError, MissingFile, TrainingError
 from dmdr.groups import scored
-from dmdr.protocols import Reward, Submits
+from dmdr.protocols import Backend, LatentReward, Reward, Submits
+from dmdr.types import Condition
 
 
 class RewardError(TrainingError):
@@ -122,7 +123,6 @@ class Rewards:
             if self.there is not None:
                 require_columns(name, reward, self.there)
 
-    @sharing()
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
         """Raw scores, before their weights; rewards that wait for an answer wait side by side.
 
@@ -138,14 +138,51 @@ class Rewards:
             RewardError: If a reward raises, or returns anything but [B] float32.
             ValueError: If prompts or a column are not as many as the images.
         """
-        count = len(images)
         for name, column in {"prompts": prompts, **columns}.items():
-            if len(column) != count:
-                raise ValueError(f"{count} images, but {len(column)} {name}")
+            if len(column) != len(images):
+                raise ValueError(f"{len(images)} images, but {len(column)} {name}")
+        return self._seen(list(self.parts), images, prompts, columns)
+
+    def each_of(
+        self, latents: Tensor, cond: Condition, backend: Backend, images: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`each` of latents, which are decoded only if a reward looks at images.
+
+        Args:
+            latents: Clean ones of the family, [B, *latent] float32; gradients flow back where a part is differentiable.
+            cond: Their condition, as the family encodes it.
+            backend: The family.
+            images: What they decode to, [B, 3, H, W] float32 in [0, 1], where it is known.
+
+        Raises:
+            RewardError: As in `each`.
+        """
+        readers = self.readers(backend)
+        scores = {}
+        for name, reader in readers.items():
+            with _Named(name):
+                scores[name] = _checked(name, reader.score_latents(latents, cond), len(latents))
+        others = [name for name in self.parts if name not in readers]
+        if others:
+            seen = backend.decode(latents) if images is None else images
+            scores |= self._seen(others, seen, cond.prompts, cond.columns)
+        return {name: scores[name] for name in self.parts}
+
+    def readers(self, backend: Backend) -> dict[str, LatentReward]:
+        """The parts that look at the latents of a family, by name."""
+        parts = {name: reward for name, (_, reward) in self.parts.items()}
+        return {name: part for name, part in parts.items() if isinstance(part, LatentReward) and part.reads(backend)}
+
+    @sharing()
+    def _seen(
+        self, names: Sequence[str], images: Tensor, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Tensor]:
+        """Scores of the parts of these names."""
         waiting: dict[str, Future[Tensor]] = {}
         scores: dict[str, Tensor] = {}
         try:
-            for name, (_, reward) in self.parts.items():
+            for name in names:
+                reward = self.parts[name][1]
                 if isinstance(reward, Submits):
                     with _Named(name):
                         answer = reward.submit(images, prompts, **columns)
@@ -153,18 +190,15 @@ class Rewards:
                         what = f"{type(answer).__name__} from submit; expected a concurrent.futures.Future"
                         raise RewardError(f"reward '{name}' returned {what}")
                     waiting[name] = answer
-            for name in [*(name for name in self.parts if name not in waiting), *waiting]:
+            for name in [*(name for name in names if name not in waiting), *waiting]:
                 with _Named(name):
                     local = self.parts[name][1]
                     score = waiting[name].result() if name in waiting else local(images, prompts, **columns)
-                if not isinstance(score, Tensor) or score.shape != (count,) or score.dtype != torch.float32:
-                    got = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
-                    raise RewardError(f"reward '{name}' returned {got}; expected torch.float32 [{count}]")
-                scores[name] = score
+                scores[name] = _checked(name, score, len(images))
         finally:
             for future in waiting.values():
                 future.cancel()
-        return {name: scores[name] for name in self.parts}
+        return {name: scores[name] for name in names}
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of what `each` returned, [B] float32; NaN where any part is."""
@@ -206,6 +240,14 @@ def require_columns(title: str, reward: Any, there: Sequence[str]) -> None:
         if name not in there:
             has = ", ".join(there) or "none"
             raise ConfigError(f"reward '{title}' needs the prompts to have a column '{name}'; they have {has}")
+
+
+def _checked(name: str, score: Any, count: int) -> Tensor:
+    """A reward's answer about so many images, if it is one."""
+    if not isinstance(score, Tensor) or score.shape != (count,) or score.dtype != torch.float32:
+        got = f"{score.dtype} {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        raise RewardError(f"reward '{name}' returned {got}; expected torch.float32 [{count}]")
+    return score
 
 
 @dataclass

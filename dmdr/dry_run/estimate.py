@@ -30,7 +30,7 @@ from dmdr.errors import ConfigError, one_line
 from dmdr.hub import is_hub_id
 from dmdr.paths import Prediction
 from dmdr.prompts import split_columns
-from dmdr.protocols import Role, with_options
+from dmdr.protocols import Backend, LatentReward, Reward, Role, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.device import chosen_precision
 from dmdr.run.folder import choose_folder
@@ -174,7 +174,7 @@ def _on_meta(rewards: Rewards) -> Rewards:
     """The same sum, of rewards on the meta device and stand-ins for those that cannot be there."""
     found = copy(rewards)
     found.parts = {
-        name: (weight, MetaReward(reward) if getattr(reward, "weightless", False) else AnyReward())
+        name: (weight, _meta_reward(reward) if getattr(reward, "weightless", False) else AnyReward())
         for name, (weight, reward) in rewards.parts.items()
     }
     return found
@@ -503,6 +503,22 @@ class MetaReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> Tensor:
         scores: Tensor = self._reward(images.to(META), prompts, **columns).to(CPU)
         return scores + torch.arange(len(images))
+
+
+class MetaLatentReward(MetaReward):
+    """One that can look at latents."""
+
+    def reads(self, backend: Backend) -> bool:
+        found: bool = self._reward.reads(backend)
+        return found
+
+    def score_latents(self, latents: Tensor, cond: Condition) -> Tensor:
+        scores: Tensor = self._reward.score_latents(latents.to(META), cond).to(CPU)
+        return scores + torch.arange(len(latents))
+
+
+def _meta_reward(reward: Reward) -> MetaReward:
+    return MetaLatentReward(reward) if isinstance(reward, LatentReward) else MetaReward(reward)
 
 
 class AnyReward:

@@ -18,7 +18,7 @@ class Scorer(Protocol):
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
         """Raw reward by name, each [B]."""
 
-    def total(self, scores: dict[str, Tensor]) -> Tensor:
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum, [B]."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from dmdr.evaluation.guard import Look, thumbnails
 from dmdr.prompts import Row, split_columns
 from dmdr.protocols import Backend, Denoiser, Judge, TeacherGrid
 from dmdr.randomness import Random
+from dmdr.rewards import Rewards
 from dmdr.run.device import failing_together, on_main_process, share_of, together
 from dmdr.run.examiner import Examiner, numbers
 from dmdr.run.folder import check_there
@@ -45,6 +47,35 @@ class Measurement:
     metrics: dict[str, float]
     errors: dict[str, float]
     look: Look | None = None
+
+
+@dataclass(frozen=True)
+class OfImages:
+    """The rewards of a run, asked about images (`evaluation.evaluate.Scorer`): some look at latents even so.
+
+    Attributes:
+        size: Images that are encoded at a time.
+    """
+
+    rewards: Rewards
+    backend: Backend
+    size: int
+
+    def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
+        """Raw scores by name, each [B] float32, of images [B, 3, H, W]."""
+        if not self.rewards.readers(self.backend):
+            return self.rewards.each(images, prompts, **columns)
+        found = []
+        for start in range(0, len(images), self.size):
+            part = slice(start, start + self.size)
+            cond = self.backend.encode(prompts[part], **{name: column[part] for name, column in columns.items()})
+            latents = self.backend.encode_images(images[part])
+            found.append(self.rewards.each_of(latents, cond, self.backend, images[part]))
+        return {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum, [B]."""
+        return self.rewards.total(scores)
 
 
 ABOUT = "about.json"  # of the teacher's images: what they were drawn from
@@ -189,13 +220,17 @@ class Observer:
         pictures = self.generate(denoiser, sampler, rows, "evaluation", title=f"evaluate {title}")
         prompts, columns = split_columns([rows[index] for index in share_of(self.accelerator, len(rows))])
         everyone = partial(together, self.accelerator, count=len(rows))
+        rewards, eval_rewards = (
+            each and OfImages(each, self.job.backend, self.config.per_device_train_batch_size)
+            for each in (self.job.rewards, self.job.eval_rewards)
+        )
         found = evaluate(
             pictures,
             prompts,
             columns,
             self.judge,
-            self.job.rewards,
-            self.job.eval_rewards,
+            rewards,
+            eval_rewards,
             device=self.accelerator.device,
             together=everyone,
         )

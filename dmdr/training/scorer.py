@@ -13,7 +13,7 @@ from dmdr.groups import scored
 from dmdr.protocols import Backend
 from dmdr.rewards import RewardError, Rewards
 from dmdr.training.phases import gather, phase
-from dmdr.types import Rollout
+from dmdr.types import Condition, Rollout
 
 logger = logging.getLogger("dmdr")
 PATIENCE = 10  # batches in a row without a scored sample, before the run stops: a small one may have none by chance
@@ -65,8 +65,8 @@ class RolloutScorer:
         try:
             for start in range(0, len(rollout.cond), self.micro_batch_size):
                 part = slice(start, start + self.micro_batch_size)
-                images, cond = self.backend.decode(rollout.final[part]), rollout.cond[part]
-                for name, score in self.rewards.each(images, cond.prompts, **cond.columns).items():
+                found = self.rewards.each_of(rollout.final[part], rollout.cond[part], self.backend)
+                for name, score in found.items():
                     scores[name].append(score)
         except RewardError as error:
             failure = error
@@ -110,5 +110,13 @@ class Watched(Rewards):
     @phase("reward")
     def each(self, images: Tensor, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Tensor]:
         scores = super().each(images, prompts, **columns)
+        self.see(scores)
+        return scores
+
+    @phase("reward")
+    def each_of(
+        self, latents: Tensor, cond: Condition, backend: Backend, images: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        scores = super().each_of(latents, cond, backend, images)
         self.see(scores)
         return scores

@@ -1,4 +1,4 @@
-"""ReFL: the gradient of a differentiable reward, straight through the decoder.
+"""ReFL: the gradient of a differentiable reward, straight through the decoder, if the reward looks at images.
 
 Xu et al. 2023 (arXiv 2304.05977), section 3.2; for few-step students DMDR (arXiv 2511.13649, section 3.3), where every
 student step answers with a clean image, so that the gradient needs no later step.
@@ -40,8 +40,7 @@ class ReFL:
         return Needs(reward_grad=True, steps=steps, finished=False)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
-        images = ctx.backend.decode(draw.leaf)
-        scores = ctx.rewards.each(images, draw.cond.prompts, **draw.cond.columns)
+        scores = ctx.rewards.each_of(draw.leaf, draw.cond, ctx.backend)
         parts = (weight * self._loss(scores[name]) for name, (weight, _) in ctx.rewards.parts.items())
         loss = sum(parts, torch.zeros(()))
         total = ctx.rewards.total(scores)
