@@ -17,7 +17,6 @@ class PipelineOptions(RoleOptions):
             1024,1152x896, each update draws one, and the first is that of grids and evaluation. The model's own by
             default.
         max_sequence_length: Tokens of the longest text encoder; the model's own by default.
-        drop_text_encoders: Text encoders to do without, e.g. text_encoder_3 (T5) of SD3.
         negative_prompt: Guidance leads away from this text; the empty prompt by default.
         zero_empty_prompt: Guidance leads away from zeros (true) or the empty prompt (false); as the model says by
             default.
@@ -44,7 +43,6 @@ class PipelineOptions(RoleOptions):
 
     resolution: str | None = None
     max_sequence_length: int | None = None
-    drop_text_encoders: list[str] | None = None
     negative_prompt: str | None = None
     zero_empty_prompt: bool | None = None
     prompt_cache: str | None = None

@@ -76,7 +76,6 @@ class PipelineBackend:
         network_class: Class of the denoising network.
         network_name: The component that it is.
         lora_targets: Modules that get an adapter, as PEFT matches names; a family may set it by its configuration.
-        droppable: Text encoders that the pipeline can do without.
         default_size: Resolution in latent pixels where neither the user nor the network's configuration says one.
         latents_class: Of its VAE and the states that it makes.
         padded: Embeddings [B, text_length, ...] that are zero after each prompt's own `length`, [B] int64.
@@ -88,7 +87,6 @@ class PipelineBackend:
     network_class: ClassVar[Any]
     network_name: ClassVar[str] = "transformer"
     lora_targets: Sequence[str]
-    droppable: ClassVar[Sequence[str]] = ()
     default_size: ClassVar[int] = 128
     latents_class: ClassVar[type[Latents]] = Latents
     padded: ClassVar[Sequence[str]] = ()
@@ -133,7 +131,7 @@ class PipelineBackend:
             raise ConfigError(f"--max_sequence_length {self.text_length}: {folder} takes {self.text_limit} at most")
         self.text = PromptEncoder(
             self.source,
-            text_components(self.index, options.drop_text_encoders or (), self.droppable, folder),
+            text_components(self.index, self.dropped_text_encoders),
             options.prompt_cache,
             options.cpu_offload,
             open_pipeline=self._text_pipeline,
@@ -188,6 +186,11 @@ class PipelineBackend:
     def network_channels(self) -> Mapping[str, int]:
         """What the network's configuration must say, if it does."""
         return dict.fromkeys(("in_channels", "out_channels"), self.latents.channels * self.packing)
+
+    @property
+    def dropped_text_encoders(self) -> Sequence[str]:
+        """Text encoders that are not loaded, of a pipeline that can do without."""
+        return ()
 
     @property
     def text_limit(self) -> int:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dmdr.backends.texts import LENGTH
 from dmdr.errors import ConfigError
 
 SHARD = 64  # prompts encoded at a time and kept in one file
@@ -88,7 +89,7 @@ class PromptCache:
         count = len(next(iter(embeddings.values())))
         rows = [{name: tensor[i] for name, tensor in embeddings.items()} for i in range(count)]
         for row in rows:
-            row |= {name: row[name][: row["length"]] for name in self._padded}
+            row |= {name: row[name][: row[LENGTH]] for name in self._padded}
         return rows
 
     def _whole(self, name: str, stored: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dmdr.backends.loading import (
     read_text_config,
 )
 from dmdr.backends.prompt_cache import PromptCache, Rows
+from dmdr.backends.texts import LENGTH
 from dmdr.cache import cache_folder, fingerprint
 from dmdr.errors import ConfigError
 
@@ -29,16 +30,15 @@ BATCH = 16  # prompts that go through the encoders at a time: language models ke
 Components = Mapping[str, tuple[str, str]]  # name -> library and class
 
 
-def text_components(index: Mapping[str, Any], drop: Sequence[str], droppable: Sequence[str], where: str) -> Components:
-    """Text encoders and tokenizers of a pipeline but those that the user drops.
+def text_components(index: Mapping[str, Any], drop: Sequence[str]) -> Components:
+    """Text encoders and tokenizers of a pipeline.
 
     Args:
         index: The pipeline's `model_index.json`.
-        drop: Encoders to do without, of those that are `droppable`.
-        where: The pipeline's place, for messages.
+        drop: Encoders that are left out, with their tokenizers.
 
     Raises:
-        ConfigError: If an encoder is dropped that is not there, or that the pipeline cannot do without.
+        ConfigError: If one of them is not there.
     """
     there = {
         name: (library, str(cls))
@@ -46,10 +46,9 @@ def text_components(index: Mapping[str, Any], drop: Sequence[str], droppable: Se
         if name.startswith(TEXT) and library is not None
     }
     for name in drop:
-        if name not in there or name not in droppable:
+        if name not in there:
             has = ", ".join(part for part in there if part.startswith("text_encoder")) or "none"
-            why = f"a {index['_class_name']} needs it" if name in there else f"{where} has {has}"
-            raise ConfigError(f"--drop_text_encoders {name}: {why}")
+            raise ConfigError(f"--drop_text_encoders {name}: the pipeline has {has}")
         del there[name]
         there.pop(name.replace("text_encoder", "tokenizer"), None)
     return there
@@ -151,14 +150,19 @@ class PromptEncoder:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def __call__(self, prompts: Sequence[str]) -> Rows:
-        """[B, ...] each on the device, every distinct prompt encoded once."""
+        """[B, ...] each on the device, every distinct prompt encoded once.
+
+        The lengths of texts stay on the CPU: each pass of a network asks for them.
+        """
         distinct = list(dict.fromkeys(prompts))
         found = self.cache(distinct) if self.cache else self.encode(distinct)
         if self._transient:
             self._let_go()
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        chosen = {name: tensor[rows.to(tensor.device)] for name, tensor in found.items()}
         return {
-            name: tensor[rows.to(tensor.device)].to(self.device, non_blocking=True) for name, tensor in found.items()
+            name: tensor if name == LENGTH else tensor.to(self.device, non_blocking=True)
+            for name, tensor in chosen.items()
         }
 
     def fill(self, prompts: Sequence[str]) -> None:

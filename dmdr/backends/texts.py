@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+LENGTH = "length"  # of a text, [B] int64 on the CPU
+
 
 def stacked(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
     """Embeddings of B texts as `sequence` [B, length, ...], zero after each text's own `length` [B] int64.
@@ -16,7 +18,7 @@ def stacked(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
     """
     texts = [text[:length] for text in texts]
     rows = [pad(text, (0, 0) * (text.ndim - 1) + (0, length - len(text))) for text in texts]
-    return {"sequence": torch.stack(rows), "length": torch.tensor([len(text) for text in texts])}
+    return {"sequence": torch.stack(rows), LENGTH: torch.tensor([len(text) for text in texts])}
 
 
 def by_length(
@@ -28,7 +30,7 @@ def by_length(
         call: Of states [B, ...], times [B] and embeddings with the `length` of each.
         x_t, t, cond: For all of them.
     """
-    lengths = cond["length"].tolist()
+    lengths = cond[LENGTH].tolist()
     rows = [[i for i, length in enumerate(lengths) if length == each] for each in dict.fromkeys(lengths)]
     answers = [call(x_t[own], t[own], {name: tensor[own] for name, tensor in cond.items()}) for own in rows]
     order = torch.tensor([i for own in rows for i in own], device=x_t.device).argsort()
@@ -40,8 +42,9 @@ def cut(cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
 
     There is no mask where all have L rows, as some attention kernels take none.
     """
-    lengths = cond["length"].tolist()
+    lengths = cond[LENGTH].tolist()
     sequence = cond["sequence"][:, : max(lengths)]
     if min(lengths) == max(lengths):
         return sequence, None
-    return sequence, torch.arange(max(lengths), device=sequence.device) < cond["length"].to(sequence.device)[:, None]
+    own = cond[LENGTH].to(sequence.device, non_blocking=True)
+    return sequence, torch.arange(max(lengths), device=sequence.device) < own[:, None]

@@ -36,6 +36,7 @@ def overview(
     active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
     trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
     sizes = sizes or sizes_of(backend)
+    start = config.init_student or (config.model if job.teacher != config.model else "the teacher")
     low, high = plan.guidance
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     lines = {
@@ -44,8 +45,8 @@ def overview(
         "family": family.name,
         "trained parameters": ", ".join(f"{name} {_count(parameters):,}" for name, parameters in trained.items()),
         "update": str(plan.batch) + (f", of one of the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""),
-        "student": f"{plan.num_inference_steps} steps, trained at eta {job.sampler.eta:g}, used at eta "
-        f"{job.user_sampler.eta:g}",
+        "student": f"{plan.num_inference_steps} steps, starts from {start}, trained at eta {job.sampler.eta:g}, used "
+        f"at eta {job.user_sampler.eta:g}",
         "matching": f"{config.matching}, {plan.rounds} updates of the fake score and {plan.rollouts} rollouts for each "
         "of the student"
         if plan.matches

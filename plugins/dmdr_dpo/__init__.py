@@ -126,7 +126,7 @@ class DPO:
         best, worst = best_and_worst(reward, draw.group, self.margin)
         (rows, found), (losers, _) = one_at_least(best), one_at_least(worst)
         both = torch.cat([rows, losers])
-        cond = select(draw.cond, both)
+        cond = draw.cond.ordered(both.cpu())
         if self.form_in(ctx) == "transition":
             z = transition(draw.rollout, both, cond, ctx)
         else:
@@ -214,13 +214,3 @@ def one_at_least(rows: Tensor) -> tuple[Tensor, bool]:
 def stochastic_steps(ctx: Context) -> int:
     """Steps of the sampler that have a density: all but the last, or none."""
     return ctx.sampler.num_inference_steps - 1 if ctx.sampler.eta > 0 else 0
-
-
-def select(cond: Condition, rows: Tensor) -> Condition:
-    """The condition of some rows."""
-    index = rows.tolist()
-    return Condition(
-        [cond.prompts[i] for i in index],
-        {name: tensor[rows] for name, tensor in cond.tensors.items()},
-        {name: [column[i] for i in index] for name, column in cond.columns.items()},
-    )

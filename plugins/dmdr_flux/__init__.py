@@ -13,7 +13,7 @@ from dmdr.backends.flow import FlowOptions
 from dmdr.backends.pipeline import Network
 from dmdr.backends.tokens import TokenBackend
 from dmdr.errors import ConfigError
-from dmdr.protocols import Role, unread
+from dmdr.protocols import Role
 from dmdr.types import Condition
 
 # All attention projections: of both streams in the double blocks, and of the single blocks (RTDMD, arXiv 2605.26108).
@@ -28,7 +28,6 @@ class FluxOptions(FlowOptions):
         guidance_scale: What a guidance-distilled network is told.
     """
 
-    drop_text_encoders: None = unread()
     guidance_scale: float = 1.0
 
 

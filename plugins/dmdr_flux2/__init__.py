@@ -35,7 +35,6 @@ class Flux2KleinOptions(FlowOptions):
         guidance_scale: Of the teacher; 1 for a distilled model.
     """
 
-    drop_text_encoders: None = unread()
     negative_prompt: None = unread()
     zero_empty_prompt: None = unread()
     reward_vae: None = unread()

@@ -25,7 +25,6 @@ DISTILLED_MU = 1.15  # of the turbo model's shift, at every size (diffusers' `Kr
 class Krea2Options(FlowOptions):
     """Options of Krea 2."""
 
-    drop_text_encoders: None = unread()
     zero_empty_prompt: None = unread()
     reward_vae: None = unread()
 

@@ -27,7 +27,6 @@ class QwenImageOptions(FlowOptions):
         negative_prompt: Guidance leads away from this text; a space by default, as on the model's card.
     """
 
-    drop_text_encoders: None = unread()
     zero_empty_prompt: None = unread()
     reward_vae: None = unread()
     negative_prompt: str = " "

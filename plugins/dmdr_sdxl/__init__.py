@@ -51,7 +51,6 @@ OWN_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 class UNetOptions(PipelineOptions):
     """Options of a UNet, whose text lengths are fixed, and which needs each of its text encoders."""
 
-    drop_text_encoders: None = unread()
     max_sequence_length: None = unread()
 
 

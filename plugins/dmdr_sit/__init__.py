@@ -43,7 +43,6 @@ class SiTOptions(FlowOptions):
     """Options of SiT, which reads no text: guidance leads away from a null label of its own."""
 
     max_sequence_length: None = unread()
-    drop_text_encoders: None = unread()
     negative_prompt: None = unread()
     zero_empty_prompt: None = unread()
     prompt_cache: None = unread()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import stacked
+from dmdr.backends.texts import LENGTH, stacked
 from dmdr.protocols import unread
 
 # All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
@@ -23,7 +23,6 @@ BLOCK = 32  # tokens: the network fills up texts to a multiple of them
 class ZImageOptions(FlowOptions):
     """Options of Z-Image, which knows no zeros in place of the empty prompt, and has one text encoder."""
 
-    drop_text_encoders: None = unread()
     zero_empty_prompt: None = unread()
 
 
@@ -68,7 +67,7 @@ class ZImageBackend(FlowBackend):
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """A chosen attention kernel may take no mask: texts of as many blocks then go through the network together."""
-        lengths = cond["length"].tolist()
+        lengths = cond[LENGTH].tolist()
         images, times = x_t.unsqueeze(2), (1 - t).to(torch.float32)  # of one frame each; 0 is noise
         negative: dict[int, Tensor] = {}
 
