@@ -40,9 +40,9 @@ FAMILY: dict[str, tuple[int, dict[str, Any]]] = {
     "sd3": (15, {}),
     "flux": (15, {}),
     "flux2-klein": (15, {}),
-    "qwen-image": (31, {}),
-    "krea2": (25, {}),
-    "z-image": (25, {}),  # each call of its network asks for the lengths of the texts
+    "qwen-image": (24, {}),
+    "krea2": (17, {}),
+    "z-image": (18, {}),
     "sit": (16, {"full_finetune": True, "ema_decay": 0.9}),
 }
 
