@@ -6,7 +6,7 @@ import inspect
 import re
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,11 +170,18 @@ class Parser(Refusing, TrlParser):
         self.add_argument_group("settings").add_argument(
             "--config", metavar="YAML", help="settings; flags override them"
         )
+        for action in self._actions:
+            if action.choices and action.default is None:  # TRL lets numbers be none, and no choices
+                action.type = _none_or(action.type)
         if types[0] is Config:
             for action in [action for action in self._actions if action.dest in TOPICS]:
                 self._move(action, "common settings" if action.dest in COMMON else TOPICS[action.dest])
                 if not (whole or action.dest in COMMON):
                     action.help = argparse.SUPPRESS
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if value is not None:
+            super()._check_value(action, value)
 
     def group_by_plugin(self, chosen: Sequence[Chosen]) -> None:
         """Show the flags of each plugin under its name."""
@@ -202,6 +209,11 @@ class Parser(Refusing, TrlParser):
                 group._group_actions.remove(action)
         found = next((group for group in self._action_groups if group.title == title), None)
         (found or self.add_argument_group(title))._group_actions.append(action)
+
+
+def _none_or(read: Any) -> Callable[[str], Any]:
+    """Reads a value that may be none, as a flag says to take a file's value away."""
+    return lambda text: None if text.lower() in ("none", "null") else read(text)
 
 
 def first_look(arguments: Sequence[str], *names: str) -> argparse.Namespace:

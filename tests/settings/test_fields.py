@@ -653,3 +653,14 @@ def test_numbers_of_numpy_are_kept_as_pythons_own() -> None:
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_numbers_of_flags_are_finite_and_not_negative(flag: str, value: str) -> None:
     assert refusal(flag, value).startswith(flag)
+
+
+@pytest.mark.parametrize("word", ["none", "null", "None"])
+def test_a_flag_takes_a_value_of_a_file_away(tmp_path: Path, word: str) -> None:
+    """Of choices as of numbers."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: toy\nrl: none\ntilt_baseline: ema\nstage2_learning_rate: 1.0e-3\n")
+    flags = ["--config", str(file), "--rt_dm_tilt_baseline", word, "--stage2_learning_rate", word, "--reward", "toy"]
+    found = parse(flags)
+    assert found.of("sample_weights")[0].options["tilt_baseline"] is None
+    assert found.config.stage2_learning_rate is None
