@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError
 from dmdr.paths import NoisePath, Prediction
 from dmdr.randomness import Random
 from dmdr.sizes import Size
-from dmdr.types import Condition, Direction, Draw, Renoised, Rollout, Term
+from dmdr.types import Condition, Direction, Draw, Real, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
 # Counts in `Needs`, with the least value of each.
@@ -326,6 +326,7 @@ class Needs:
         matching: It reads the matching gradient (`draw.direction`), which --dmd_weight 0 takes away.
         finished: It looks at finished images: `rollout.final`, `ctx.scores`, or a state after `draw.x_next`. Where
             nothing does, rollouts end at the drawn steps.
+        real_images: It reads real images (`ctx.real`), which --real_images names.
     """
 
     reward: bool = True
@@ -341,6 +342,7 @@ class Needs:
     updates_per_rollout: int = 1
     matching: bool = False
     finished: bool = True
+    real_images: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what nobody could meet.
@@ -348,7 +350,7 @@ class Needs:
         Raises:
             ConfigError: Names the field.
         """
-        for name in ("reward", "reward_grad", "text_features", "log_prob", "matching", "finished"):
+        for name in ("reward", "reward_grad", "text_features", "log_prob", "matching", "finished", "real_images"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"needs.{name} must be True or False, not {getattr(self, name)!r}")
         for name, least in COUNTS.items():
@@ -409,6 +411,15 @@ class Context(Protocol):
     def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
         """`scores` of the global batch, each [N], and the groups [N]; row i is the sample of index i."""
 
+    def real(self, draw: Draw) -> Real:
+        """A real image for each sample of the draw, of its latent shape; drawn with replacement, keyed by sample.
+
+        All calls in one use of a rollout give a sample the same image; other rollouts and uses give it others.
+
+        Raises:
+            TrainingError: If the run has none; it has some for every part that declares `needs.real_images`.
+        """
+
     def gather(self, values: Tensor) -> Tensor:
         """The same tensor of all processes, [B, ...] each, as [N, ...] in the order of the global batch."""
 
@@ -427,7 +438,8 @@ class Matching(Protocol):
     """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default.
 
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
-    Optional: `finished = True`, of one that looks at finished images (`draw.rollout.final`), as in `Needs`.
+    Optional, as in `Needs`: `finished = True`, of one that looks at finished images (`draw.rollout.final`), and
+    `real_images = True`, of one that reads real images (`ctx.real`); each may be a property.
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

@@ -218,6 +218,19 @@ class Direction:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Real:
+    """A real image for each sample of a draw, and what it shows.
+
+    Attributes:
+        x0: Clean latents, [B, *latent] float32.
+        cond: Condition of the images: their own captions, not the draw's prompts.
+    """
+
+    x0: Tensor
+    cond: Condition
+
+
 RESERVED_METRICS = ("coverage", "invalid", "weight")  # what the run logs of every objective beside its own metrics
 
 

@@ -101,6 +101,8 @@ def trainer_of(
     trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
     if not needs.reward:
         trainer.scorer = None
+    if not needs.real_images:
+        trainer.real_images = None
     if on_declared:
         trainer.rollouts.drawn = partial(drawn_declared, trainer)  # type: ignore[method-assign]
     return trained_a_little(trainer)

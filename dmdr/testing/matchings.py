@@ -133,6 +133,8 @@ def matching_bench(build: Build, *, guidance: tuple[float, float] = (2.0, 4.0), 
     """A fresh matching before its first call; `settings` are those of `toy_trainer`."""
     matching = build()
     trainer = trained_a_little(toy_trainer(matching=matching, guidance=guidance, **settings))
+    if not getattr(matching, "real_images", False):
+        trainer.real_images = None
     ctx = trainer.context(0)
     return MatchingBench(matching, trainer, ctx, trainer.rollouts([ctx], finish=False)[0])
 

@@ -71,6 +71,7 @@ def _with_everything(needs: Needs) -> Needs:
         reward_grad=True,
         matching=True,
         log_prob=True,
+        real_images=True,
         roles=tuple({*needs.roles, "reference"}),
         batch_size=max(needs.batch_size, 4),
         group_size=max(needs.group_size, 4),
@@ -103,6 +104,7 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
             "a reward with a gradient: declare reward_grad=True": {"reward": True, "reward_grad": True},
             "draw.direction: declare matching=True": {"matching": True},
             "rollout.log_prob: declare log_prob=True": {"log_prob": True},
+            "real images: declare real_images=True": {"real_images": True},
             "the reference: add it to roles": {"roles": (*needs.roles, "reference")},
             **{
                 f"{size} images: declare batch_size={size}, or group_size={size} where they must be of one prompt": {
@@ -114,7 +116,8 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
         }
         helped = [extra for extra, more in extras.items() if runs(replace(needs, **more))]
         if not helped and runs(_with_everything(needs)):
-            helped = ["several things that it does not declare: log_prob, matching, roles, a reward, larger groups?"]
+            several = "log_prob, matching, real_images, roles, a reward, larger groups"
+            helped = [f"several things that it does not declare: {several}?"]
         if not helped:
             raise
         raise CannotRun(
@@ -135,6 +138,8 @@ def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = Non
         without["matching=True"] = replace(needs, matching=False)
     if needs.log_prob:
         without["log_prob=True"] = replace(needs, log_prob=False)
+    if needs.real_images:
+        without["real_images=True"] = replace(needs, real_images=False)
 
     def answers(needs: Needs) -> Iterator[list[Term]]:
         """At several steps and uses of a rollout: it may be wanted at some of them only."""

@@ -133,6 +133,8 @@ def weight_bench(build: Build, reward: Reward | None = None, *, least: bool = Fa
     )
     if not needs.reward:
         trainer.scorer = None
+    if not needs.real_images:
+        trainer.real_images = None
     return _at_work(weight, trained_a_little(trainer))
 
 

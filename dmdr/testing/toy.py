@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dmdr.backends.toy import PROMPTS, Redness, ToyBackend, ToyOptions
+from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, SampleWeight
+from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.training.learner import Learner
@@ -19,6 +20,13 @@ from dmdr.training.rollouts import Rollouts
 from dmdr.training.schedules import DynaDG, DynaRS, Schedule
 from dmdr.training.scorer import RolloutScorer
 from dmdr.training.trainer import Trainer
+from dmdr.types import Draw, Real
+
+
+def real_points(draw: Draw, random: Random) -> Real:
+    """Points of the mixture itself, of the draw's own prompts."""
+    centre = CENTRES.to(draw.x0.device)[draw.cond.tensors["label"]]
+    return Real(centre + STD * random.normal("real", draw.sample, (2,)), draw.cond)
 
 
 def toy_trainer(
@@ -38,6 +46,8 @@ def toy_trainer(
     seed: int = 0,
 ) -> Trainer:
     """A complete trainer on the toy backend: four prompts, an exact teacher, the reward `Redness` unless given.
+
+    Its real images are points of the same mixture.
 
     Args:
         objectives: The RL half, e.g. `WeightedObjective("mine", 1.0, Mine())`.
@@ -112,4 +122,5 @@ def toy_trainer(
         guidance=guidance,
         scorer=RolloutScorer(Rewards({"toy": (1.0, climbed)}), backend, accelerator, micro),
         sample_weight=sample_weight,
+        real_images=real_points,
     )

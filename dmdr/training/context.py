@@ -1,6 +1,6 @@
 """The running step, as plugins see it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,9 @@ from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
 from dmdr.training.phases import gather
 from dmdr.training.scorer import RolloutScorer, Scores, Watched
-from dmdr.types import Draw, Rollout
+from dmdr.types import Draw, Real, Rollout
+
+RealImages = Callable[[Draw, Random], Real]  # of a draw, by the numbers of its context
 
 
 @dataclass
@@ -23,6 +25,7 @@ class StepContext:
 
     Attributes:
         first_random: The numbers of its first use.
+        real_images: The run's, or None.
         iteration: How often it has been used before.
         scored: The scores of its images, once they were asked for.
         unscored: How many images each reward left without a finite score, of all that it was asked about in this
@@ -39,6 +42,7 @@ class StepContext:
     fake_mix: float
     accelerator: Accelerator
     scaler: torch.amp.GradScaler
+    real_images: RealImages | None = None
     rollout: Rollout | None = None
     iteration: int = 0
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
@@ -105,6 +109,14 @@ class StepContext:
         if self.scorer is None:
             raise TrainingError("a reward was asked for, but the run has none; pass --reward")
         return self.scorer
+
+    def real(self, draw: Draw) -> Real:
+        if self.real_images is None:
+            raise TrainingError(
+                "real images were asked for, but the run has none: what reads them must declare needs.real_images "
+                "(a matching: real_images = True)"
+            )
+        return self.real_images(draw, self.random)
 
     def gather(self, values: Tensor) -> Tensor:
         return gather(self.accelerator, values)

@@ -15,7 +15,7 @@ from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
 from dmdr.training.bad_steps import BadSteps
 from dmdr.training.balance import Balance
-from dmdr.training.context import StepContext, over_the_batch
+from dmdr.training.context import RealImages, StepContext, over_the_batch
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
 from dmdr.training.phases import phase
@@ -44,6 +44,7 @@ class Trainer:
         guidance: Range of the teacher's guidance, drawn per sample.
         scorer: The run's rewards, or None.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
+        real_images: What `ctx.real` gives, or None.
         bad: Counts the steps whose updates are skipped, since a loss or a gradient is not finite.
         step: Steps so far in this stage; `first_step` those before it.
         last_context: Of the last step, for its log line.
@@ -68,6 +69,7 @@ class Trainer:
     guidance: tuple[float, float] = (1.0, 1.0)
     scorer: RolloutScorer | None = None
     sample_weight: SampleWeight | None = None
+    real_images: RealImages | None = None
     bad: BadSteps = field(default_factory=lambda: BadSteps(0))
     first_step: int = 0
     step: int = 0
@@ -153,6 +155,7 @@ class Trainer:
             self.fake_mix(self.step),
             self.accelerator,
             self.scaler,
+            self.real_images,
         )
 
     def draws(self, noted: bool) -> list[tuple[StepContext, Draw]]:

@@ -170,6 +170,11 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
             "rollout.log_prob: declare log_prob=True",
         ),
         (referring, {}, "the reference: add it to roles"),
+        (
+            lambda d, c: Term(((d.leaf - c.real(d).x0) ** 2).mean(1)),
+            {"reward_grad": False},
+            "real images: declare real_images=True",
+        ),
         (lambda d, c: Term(c.backend.student(d.x_t, d.t, d.cond).x0.sum(1)), {}, "no gradient arrives at draw.leaf"),
         (lambda d, c: Term(climb(d, c) - climb(d, c).mean()), {}, "which other groups share its micro-batch"),
         (noisy, {}, "drew from torch's global random generator"),
