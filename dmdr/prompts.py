@@ -231,7 +231,7 @@ class _Source:
     def _select(self, features: Any) -> None:
         """Leave out columns that are neither text nor numbers; pictures would be decoded for nothing."""
         self._require_column(features)
-        kept = [name for name, feature in features.items() if name == self.column or _plain(feature)]
+        kept = [name for name, feature in features.items() if name == self.column or is_plain(feature)]
         if self.column != "prompt" and "prompt" in kept:
             kept.remove("prompt")
         if left_out := [name for name in features if name not in kept]:
@@ -297,14 +297,14 @@ def _open(path: str, column: str, config: str | None, split: str, streaming: boo
     return open_dataset(path, config, split, streaming=streaming or place.is_dir(), how=how)
 
 
-def _plain(feature: Any) -> bool:
-    """Whether a column holds text, numbers, or lists or tables of them."""
+def is_plain(feature: Any) -> bool:
+    """Whether a column of a dataset holds text, numbers, or lists or tables of them, by its feature."""
     from datasets import ClassLabel, LargeList, List, Value
 
     if isinstance(feature, dict):
-        return all(map(_plain, feature.values()))
+        return all(map(is_plain, feature.values()))
     if isinstance(feature, List | LargeList):
-        return _plain(feature.feature)
+        return is_plain(feature.feature)
     return isinstance(feature, Value | ClassLabel) and feature.dtype.startswith(PLAIN)
 
 

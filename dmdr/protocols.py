@@ -722,7 +722,8 @@ class Judge(Protocol):
 class NamedModel(Protocol):
     """A model with a name of its own (`--model digits`): it builds or finds a pipeline folder, and has a recipe.
 
-    Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`).
+    Optional: a classmethod `at(address) -> type`, of one whose name is followed by a file (`--model sit-xl-2:PATH`);
+    `real_images() -> Path`, a folder of real images with captions, as --real_images takes it, for runs that read some.
 
     Attributes:
         recipe: Defaults of settings and of the parts' flags, by name.

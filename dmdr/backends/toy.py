@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dmdr.backends.images import to_unit_range
 from dmdr.cache import cache_folder
 from dmdr.errors import TrainingError
+from dmdr.images import save, to_pil, write_atomically
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
 from dmdr.protocols import Role, Sampler, require
 from dmdr.sampling import time_grid
@@ -204,6 +205,21 @@ class Toy:
 
     def prompts(self) -> list[dict[str, Any]]:
         return [{"prompt": prompt} for prompt in PROMPTS]
+
+    def real_images(self) -> Path:
+        """A folder of 64 points of each mode, as pictures."""
+        folder, side = self.folder() / "points", 8
+        if not (folder / "metadata.jsonl").is_file():
+            generator, rows = torch.Generator().manual_seed(0), []
+            for mode, centre in enumerate(CENTRES):
+                points = centre + STD * torch.randn(side**2, 2, generator=generator)
+                colours = torch.cat([points / 8 + 0.5, torch.full_like(points[:, :1], 0.5)], 1)
+                for i, picture in enumerate(to_pil(colours[:, :, None, None].expand(-1, -1, 4, 4))):
+                    rows.append({"file_name": f"{mode}-{i:02d}.png", "prompt": PROMPTS[mode]})
+                    save(picture, folder / rows[-1]["file_name"])
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(folder / "metadata.jsonl", lines.encode())
+        return folder
 
     def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
         return None

@@ -102,10 +102,14 @@ def _read_index(index: Path, column: str) -> list[Row]:
     return list(rows)
 
 
-def find_images(folder: str) -> list[Path]:
+def find_images(folder: str, *, checked: bool = True) -> list[Path]:
     """The images that lie directly in a folder, by natural order of their names: 2.png before 10.png.
 
-    Images are the files whose suffix Pillow opens, hidden ones aside. Of each no more than the header is read.
+    Images are the files whose suffix Pillow opens, hidden ones aside.
+
+    Args:
+        folder: The folder.
+        checked: Read the header of each.
 
     Raises:
         ConfigError: If there is no such folder, it holds none, or one of them cannot be read.
@@ -117,7 +121,7 @@ def find_images(folder: str) -> list[Path]:
     paths = sorted((path for path in found if not path.name.startswith(".")), key=_natural)
     if not paths:
         raise ConfigError(f"{folder} holds no image")
-    for path in paths:
+    for path in paths if checked else ():
         _open(path, path).close()
     return paths
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from dmdr.errors import ConfigError, one_line
 from dmdr.evaluation.image_folder import find_images, read_image
 from dmdr.hub import is_hub_id, open_dataset
-
-FLAG = "--reference_images"  # which names datasets
+from dmdr.prompts import Row, is_plain
 
 
 class Pictures(Protocol):
@@ -155,30 +154,47 @@ class Archive:
 class Dataset:
     """The images of a dataset: a folder that `datasets` reads or saved, or an id on the hub.
 
+    Attributes:
+        flag: What named it.
+
     Raises:
         ConfigError: If it cannot be read, or has not one column of images.
     """
 
     place: str
     split: str
+    flag: str
 
     @cached_property
-    def _images(self) -> tuple[Any, str]:
-        """The dataset and its column of images, as files."""
+    def _whole(self) -> tuple[Any, str]:
+        """The dataset, and the name of its column of images."""
         try:
-            dataset = open_dataset(self.place, None, self.split, streaming=False, how=(FLAG, "write NAME:SPLIT"))
+            dataset = open_dataset(self.place, None, self.split, streaming=False, how=(self.flag, "write NAME:SPLIT"))
         except ConfigError:
             raise
         except Exception as error:  # of datasets, Arrow, the hub and the network
             what = "cannot be read" if Path(self.place).exists() else "no such folder, and the hub says"
-            raise ConfigError(f"{FLAG}: {self.place}: {what}: {one_line(error)}") from error
+            raise ConfigError(f"{self.flag}: {self.place}: {what}: {one_line(error)}") from error
         from datasets import Image
 
         found = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
         if len(found) != 1:
             what = f"has {len(found) or 'no'} columns of images; it must have one"
-            raise ConfigError(f"{FLAG}: {self.place} {what}: {', '.join(dataset.features)}")
-        return dataset.select_columns(found).cast_column(found[0], Image(decode=False)), found[0]
+            raise ConfigError(f"{self.flag}: {self.place} {what}: {', '.join(dataset.features)}")
+        return dataset, found[0]
+
+    @cached_property
+    def _images(self) -> tuple[Any, str]:
+        """The images as files, and the name of their column."""
+        from datasets import Image
+
+        dataset, column = self._whole
+        return dataset.select_columns([column]).cast_column(column, Image(decode=False)), column
+
+    def rows(self) -> list[Row]:
+        """What the other columns say of each image, in text and numbers."""
+        dataset, _ = self._whole
+        return list(dataset.select_columns([name for name, kind in dataset.features.items() if is_plain(kind)]))
 
     def __len__(self) -> int:
         return len(self._images[0])
@@ -199,12 +215,14 @@ class Dataset:
         return [_stamp(Path(file["filename"])) for file in self._images[0].cache_files]
 
 
-def pictures_in(place: str | Path) -> Pictures:
+def pictures_in(place: str | Path, flag: str = "--reference_images", *, checked: bool = True) -> Pictures:
     """The images of an .npz file, of a folder, of the folders in it, such as one a class, or of a dataset.
 
     Args:
         place: A path, or a dataset: a folder that `datasets` reads or saved, or an id on the hub, where a split other
             than `train` comes after a colon: `owner/name:validation[:5000]`.
+        flag: What named it, for messages.
+        checked: Look at the header of each file.
 
     Raises:
         ConfigError: If there are none, or one is damaged.
@@ -214,11 +232,11 @@ def pictures_in(place: str | Path) -> Pictures:
         return Archive(path)
     name, _, split = str(place).partition(":")
     if _is_dataset(path) or (not path.exists() and (Path(name).is_dir() if split else is_hub_id(name))):
-        return Dataset(name, split or "train")
+        return Dataset(name, split or "train", flag)
     if not path.is_dir():
-        raise ConfigError(f"{FLAG}: no such folder: {place}")
+        raise ConfigError(f"{flag}: no such folder: {place}")
     below = sorted(path for path in path.iterdir() if path.is_dir())
-    return Files(path, [path for folder in below or [path] for path in find_images(str(folder))])
+    return Files(path, [path for folder in below or [path] for path in find_images(str(folder), checked=checked)])
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -243,13 +261,13 @@ def batches(pictures: Pictures, own: Sequence[int], size: int) -> Generator[tupl
     Raises:
         ConfigError: If an image is damaged.
     """
-    with closing(_read_ahead(pictures, own, size)) as images:
+    with closing(read_ahead(pictures, own, size)) as images:
         for _, same in groupby(zip(own, images, strict=True), key=lambda pair: pair[1].shape):
             while part := list(islice(same, size)):
                 yield [index for index, _ in part], torch.stack([image for _, image in part])
 
 
-def _read_ahead(pictures: Pictures, own: Sequence[int], count: int) -> Generator[Tensor]:
+def read_ahead(pictures: Pictures, own: Sequence[int], count: int) -> Generator[Tensor]:
     """The images in order, of which threads decode the next `count` meanwhile."""
     with ThreadPoolExecutor() as pool:
         ahead: deque[Future[Tensor]] = deque()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
+from dmdr.evaluation.captions import Captioned
 from dmdr.prompt_files import is_prompt_file
 from dmdr.prompts import Prompts, Row, Rows, read_prompts, split_columns, stream_prompts
 from dmdr.protocols import Backend, BringsPrompts, ChecksPrompts, Matching, NamedModel, Shardable, with_options
@@ -14,12 +15,13 @@ from dmdr.rewards import Rewards
 from dmdr.run.checkpoint import find_initial
 from dmdr.run.initial import check_kind
 from dmdr.run.plan import Plan
+from dmdr.run.real_images import open_real_images
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.chosen import Chosen, active_weight
 from dmdr.settings.fields import Config
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
-from dmdr.settings.verify import check_columns, check_needs, needs_of
+from dmdr.settings.verify import check_columns, check_needs, needs_of, reads_real_images
 from dmdr.training.objectives import WeightedObjective
 
 
@@ -35,6 +37,7 @@ class Job:
         sampler: The student's in training; `user_sampler` as its users run it.
         eval_rewards: What evaluations measure beside the rewards that are trained on.
         validation: What image grids show in place of the run's first prompts, if the user says it.
+        real_images: Where a part of the run reads some.
     """
 
     settings: Settings
@@ -50,6 +53,7 @@ class Job:
     eval_rewards: Rewards | None
     prompts: Rows
     validation: Prompts | None
+    real_images: Captioned | None = None
 
     @property
     def config(self) -> Config:
@@ -115,6 +119,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         eval_rewards,
         prompts,
         validation_prompts(config, backend),
+        open_real_images(config, model, prompts, backend, readers(plan, config, matching)),
     )
 
 
@@ -140,6 +145,15 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
             batch=plan.batch.whole,
         )
     return plan, objectives
+
+
+def readers(plan: Plan, config: Config, matching: Matching) -> list[str]:
+    """The parts of a run that read real images, as users name them."""
+    parts: list[tuple[str, Any]] = [(f"--matching {config.matching}", matching)] if plan.matches else []
+    for stage in plan.stages:
+        parts += [(f"--rl {term.name}", term.objective) for term in stage.objectives]
+        parts += [(f"--sample_weight {config.sample_weight}", stage.sample_weight)] if stage.sample_weight else []
+    return [who for who, part in parts if reads_real_images(part)]
 
 
 def other_teacher(backend: Backend) -> str | None:

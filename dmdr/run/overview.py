@@ -56,6 +56,8 @@ def overview(
     }
     shared = f", {plan.shards} of which share one copy of the network" if plan.shards > 1 else ""
     lines["processes"] = f"{plan.batch.processes}{shared}"
+    if job.real_images:
+        lines["real images"] = f"{len(job.real_images.rows):,} of {config.real_images or config.model}"
     if device:
         lines["device"] = device
     lines |= {f"stage {stage.number}": _stage(job, stage) for stage in plan.stages}

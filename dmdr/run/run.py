@@ -51,6 +51,7 @@ from dmdr.run.observer import Observer
 from dmdr.run.overview import NOTHING_TO_MEASURE, overview
 from dmdr.run.pace import Pace
 from dmdr.run.plan import Stage
+from dmdr.run.real_images import captions
 from dmdr.run.signals import Interrupts
 from dmdr.run.trainers import Trainers
 from dmdr.run.upload import Upload, open_upload
@@ -58,6 +59,7 @@ from dmdr.run.watch import Watch
 from dmdr.settings.chosen import SUMS
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings, parse
+from dmdr.training.objectives import combined_needs
 from dmdr.training.trainer import Trainer
 from dmdr.types import dtype_of
 
@@ -210,9 +212,16 @@ class Run:
         stream = self.trainers.prompts()
         some = self.plan.batches_read * stream.batch_size < size * stream.group_size
         drawn = stream.first(self.plan.batches_read) if some else self.job.prompts.first(size)
-        return [row["prompt"] for row in (*drawn, *self.observer.rows, *self.observer.eval_rows)] + own_prompts(
-            self.job.objectives
-        )
+        found = [row["prompt"] for row in (*drawn, *self.observer.rows, *self.observer.eval_rows)]
+        return found + own_prompts(self.job.objectives) + self._captions()
+
+    def _captions(self) -> list[str]:
+        """Those of the real images that the run may draw."""
+        if self.job.real_images is None:
+            return []
+        plan, uses = self.plan, combined_needs(self.job.objectives).updates_per_rollout
+        steps = {"seed": self.config.seed, "updates": plan.updates, "rounds": plan.rounds, "uses": uses}
+        return captions(self.job.real_images, **steps, batch=plan.batch.whole)
 
     def _load_initial(self) -> None:
         backend = self.job.backend

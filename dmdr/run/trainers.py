@@ -14,6 +14,7 @@ from dmdr.protocols import OwnLearner
 from dmdr.run.job import Job
 from dmdr.run.learners import described, own_learners
 from dmdr.run.plan import Stage
+from dmdr.run.real_images import RealLatents
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.training.bad_steps import BadSteps
 from dmdr.training.learner import Learner
@@ -71,6 +72,7 @@ class Trainers:
             guidance=plan.guidance,
             scorer=self.scorer,
             sample_weight=stage.sample_weight,
+            real_images=self.real_images,
             bad=BadSteps(config.max_bad_steps),
             first_step=stage.first_step,
             step=step,
@@ -101,6 +103,12 @@ class Trainers:
         """Of the whole run, since it counts batches in a row that no reward could score."""
         job = self.job
         return RolloutScorer(job.rewards, job.backend, self.accelerator, job.plan.batch.micro) if job.rewards else None
+
+    @cached_property
+    def real_images(self) -> RealLatents | None:
+        """Of the whole run, since it keeps latents."""
+        job = self.job
+        return RealLatents(job.real_images, job.backend, self.accelerator.device) if job.real_images else None
 
     @cached_property
     def own_learners(self) -> dict[str, list[OwnLearner]]:

@@ -71,6 +71,15 @@ class Config(Flags):
         "read --prompts while the run goes on, for sets that do not fit into memory: rows are shuffled among 10,000, "
         "duplicates stay, and the text encoders stay in memory",
     )
+    real_images: str | None = flag(
+        None,
+        "real images with captions for the parts that read them, cut to --resolution: a folder (captions in "
+        "metadata.jsonl, metadata.csv or NAME.txt, or a folder for each class) or a dataset (NAME, or NAME:SPLIT); a "
+        "registered model may have images of its own",
+    )
+    caption_column: str | None = flag(
+        None, "column of the captions of --real_images; by default the first of prompt, caption and text"
+    )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag(
         "none",

@@ -13,6 +13,7 @@ from dmdr.settings.fields import TOPICS, Config
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parser import Told
 from dmdr.settings.trackers import trackers_of
+from dmdr.settings.verify import reads_real_images
 
 logger = logging.getLogger("dmdr")
 
@@ -71,6 +72,8 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
     return [
         # What is trained
         (not c.prompts, DATASET, "without --prompts"),
+        (c.real_images and not _read_real(c, plugins), "real_images caption_column", "by any part of the run"),
+        (not c.real_images, "caption_column", "without --real_images"),
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
@@ -114,6 +117,16 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),
     ]
+
+
+def _read_real(c: Config, plugins: Sequence[Chosen]) -> bool:
+    """Whether a part of the run reads real images."""
+    off = {
+        "matchings": not c.dmd_weight,
+        "objectives": not c.rl_weight or not c.stage2_steps,
+        "sample_weights": not c.stage1_steps or bool(c.init_student),
+    }
+    return any(not off.get(plugin.group, True) and reads_real_images(plugin.build()) for plugin in plugins)
 
 
 def _undone(c: Config) -> Iterator[str]:

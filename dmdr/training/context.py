@@ -19,6 +19,11 @@ from dmdr.types import Draw, Real, Rollout
 RealImages = Callable[[Draw, Random], Real]  # of a draw, by the numbers of its context
 
 
+def rollout_random(seed: int, step: int, k: int, iteration: int = 0) -> Random:
+    """The numbers of the k-th rollout of an update, by the number of updates in the run before it."""
+    return Random(seed, step, f"rollout/{k}", iteration)
+
+
 @dataclass
 class StepContext:
     """One rollout of a training step (`protocols.Context`), and what is logged of it.

@@ -11,11 +11,10 @@ from torch import Tensor
 from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream
 from dmdr.protocols import Backend, Context, Denoiser, Matching, Needs, SampleWeight
-from dmdr.randomness import Random
 from dmdr.sampling import FewStepSampler
 from dmdr.training.bad_steps import BadSteps
 from dmdr.training.balance import Balance
-from dmdr.training.context import RealImages, StepContext, over_the_batch
+from dmdr.training.context import RealImages, StepContext, over_the_batch, rollout_random
 from dmdr.training.learner import Learner, update_together
 from dmdr.training.objectives import Objectives
 from dmdr.training.phases import phase
@@ -148,7 +147,7 @@ class Trainer:
             self.backend,
             self.sampler,
             self.scorer,
-            Random(self.seed, self.first_step + self.step, f"rollout/{k}"),
+            rollout_random(self.seed, self.first_step + self.step, k),
             self.step,
             self.renoise(self.step),
             self.guidance,

@@ -95,6 +95,13 @@ class Digits:
 
         return [{"prompt": prompt, "label": label} for label, prompt in enumerate(PROMPTS)]
 
+    def real_images(self) -> Path:
+        """A folder of the scans that the teacher was trained on, with their prompts."""
+        from dmdr_digits.cache import cached
+        from dmdr_digits.data import write_scans
+
+        return cached("scans", write_scans)
+
     def reward_checkpoint(self, reward: str, *, held_out: bool = False) -> Path | None:
         """A folder in the layout of the published checkpoint; None for a reward not known.
 

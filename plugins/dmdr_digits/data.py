@@ -1,10 +1,14 @@
 """The 1,797 real 8x8 scans of scikit-learn, their split, and their prompts."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dmdr.images import to_pil
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a handwritten {word}" for word in WORDS)
@@ -44,6 +48,16 @@ def train_scans() -> Scans:
 def held_out_scans() -> Scans:
     """The other 597, which only rewards that measure (--eval_reward) are trained on."""
     return scans()[TRAIN:]
+
+
+def write_scans(folder: Path) -> None:
+    """The train scans as files, with an index as `datasets` calls an imagefolder's."""
+    train = train_scans()
+    rows = [{"file_name": f"{i:04d}.png", "label": label} for i, label in enumerate(train.labels.tolist())]
+    for row, image in zip(rows, to_pil(train.images), strict=True):
+        image.save(folder / row["file_name"])
+    lines = [json.dumps(row | {"prompt": PROMPTS[row["label"]]}) + "\n" for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def label_of(prompt: str) -> int:
