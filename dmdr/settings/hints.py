@@ -22,7 +22,6 @@ ELSEWHERE = {
     "prompt_file": "--prompts",
     "dataset_config_name": "--dataset_config",
     "dataset_split": "--dataset_train_split",
-    "caption_column": "--prompt_column",
     "reward_model": "--reward",
     "reward_fn": "--reward",
     "num_train_epochs": UPDATES,

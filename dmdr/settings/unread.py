@@ -73,7 +73,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         # What is trained
         (not c.prompts, DATASET, "without --prompts"),
         (c.real_images and not _read_real(c, plugins), "real_images caption_column", "by any part of the run"),
-        (not c.real_images, "caption_column", "without --real_images"),
+        (not c.real_images, "caption_column", "without --real_images (that of --prompts is --prompt_column)"),
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
