@@ -72,8 +72,6 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
     return [
         # What is trained
         (not c.prompts, DATASET, "without --prompts"),
-        (c.real_images and not _read_real(c, plugins), "real_images caption_column", "by any part of the run"),
-        (not c.real_images, "caption_column", "without --real_images (that of --prompts is --prompt_column)"),
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
@@ -97,6 +95,8 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
             "dyna_steps",
             "with --dyna_guidance 0 and --dyna_renoise 1 1",
         ),
+        (c.real_images and not _read_real(c, plugins), "real_images caption_column", "by any part of the run"),
+        (not c.real_images, "caption_column", "without --real_images (that of --prompts is --prompt_column)"),
         # Steps of the student, and guidance of the teacher
         (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
         (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),

@@ -240,8 +240,9 @@ def shortened(command: Command) -> list[str]:
         settings |= {"num_eval_samples": 8, "eval_steps": 1}
     if "grpo" in command.line:
         settings |= {"num_generations": 2}
-    for other, unread in {"--init_student": "stage1_steps", "--dmd_weight": "fake_updates"}.items():
-        if other in given:
+    unread_with = {"--init_student": "stage1_steps", "--stage1_steps 0": "stage1_steps", "--dmd_weight": "fake_updates"}
+    for other, unread in unread_with.items():
+        if other in command.line:
             settings = {name: value for name, value in settings.items() if name != unread}
     if "--resume_from_checkpoint" in given:  # with the settings of its run, but longer
         settings = {"stage2_steps": 2}

@@ -33,6 +33,7 @@ TOY: dict[str, tuple[int, dict[str, Any]]] = {
     "srpo, direct_align": (24, {"rl": "srpo", "direct_align": True} | SRPO),
     "nft": (23, {"rl": "nft", "kl_beta": 0.1}),
     "rwr": (27, {"rl": "rwr"}),
+    "lcm": (26, {"rl": "lcm"}),
 }
 FAMILY: dict[str, tuple[int, dict[str, Any]]] = {
     "sd1": (15, {}),

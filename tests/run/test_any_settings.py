@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import constants
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dmdr.run.run
 from dmdr.cli import train as command
@@ -44,13 +45,15 @@ TINY: dict[str, Any] = {
 # What a run of seconds can be asked for, by setting; beside these come values that cannot be meant.
 SMALL: dict[str, list[Any]] = {
     "model": ["toy", "gone", "a/b"],
-    "rl": ["none", "refl", "0.5*refl + grpo", "rwr", "nft", "refl as a+refl as b", "-1*refl", "1e-3*refl"],
+    "rl": ["none", "refl", "0.5*refl + grpo", "rwr", "nft", "lcm", "refl as a+refl as b", "-1*refl", "1e-3*refl"],
     "reward": ["none", "toy", "0.3*toy", "toy as red+toy", "toy+toy", "clipp", "gone.py:score"],
     "eval_reward": ["none", "toy"],
     "matching": ["dmd", "decoupled", "ac_dmd", "none", "dmd+dmd"],
     "sample_weight": ["none", "rt_dm"],
     "prompts": ["prompts.txt", "rows.csv", "none.txt"],
     "prompt_column": ["prompt", "text", "label"],
+    "real_images": ["photos", "prompts.txt", "none", "photos:test"],
+    "caption_column": ["text", "prompt"],
     "sigmas": [[1.0, 0.5], [1.0], [0.5, 1.0], []],
     "timesteps": [[1000, 500], [1], [0], []],
     "dyna_renoise": [[1.0, 1.0], [4.0, 1.5], [1.0]],
@@ -111,6 +114,9 @@ def room() -> Iterator[Path]:
     before = Path.cwd()
     folder = Path(tempfile.mkdtemp())
     (folder / "prompts.txt").write_text("mode 0\nmode 1\n")
+    (folder / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "photos" / "a.png")
+    (folder / "photos" / "a.txt").write_text("mode 1")
     (folder / "rows.csv").write_text("prompt,text,label\nmode 0,mode 1,1\nmode 2,mode 3,2\n")
     os.chdir(folder)
     try:

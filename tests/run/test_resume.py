@@ -19,6 +19,7 @@ import dmdr.run.run
 import processes
 import sd3
 from dmdr import train
+from dmdr.backends.toy import Toy
 from log_lines import untimed
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -36,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "srpo": {"rl": "srpo", "positive": ["Red"], "negative": ["Green"]},
     "nft": {"rl": "nft", "num_generations": 4, "old_decay_ramp": 0.4},
     "rwr": {"rl": "nft+rwr", "num_generations": 4, "kl_beta": 0.1},
+    "lcm": {"rl": "lcm"},
     "sum": {"rl": "grpo+0.1*refl", "num_generations": 4, "rl_balance": "grad_norm"},
     "decoupled": {"rl": "refl", "matching": "decoupled", "guidance_scale": 3.0},
     "ac_dmd": {"rl": "refl", "matching": "ac_dmd"},
@@ -63,6 +65,7 @@ def test_from_any_step_a_run_goes_on_to_the_same_bits(tmp_path: Path, case: str,
         assert lines(copy) == lines(whole)
 
 
+READ_REAL = ("lcm",)  # the cases whose parts read real images, of which SD3 has none of its own
 KINDS: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 4}, "full": {"full_finetune": True}}
 
 
@@ -72,6 +75,8 @@ def go_on(rank: int, folder: Path, case: str) -> None:
     Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # leaves the group, needed once more
     small = {"model": str(folder / "sd3"), "prompts": str(folder / "prompts.txt"), "resolution": 16}
     small |= {"fake_lora_rank": 4, "num_eval_samples": 0, "save_total_limit": None, "gradient_accumulation_steps": 1}
+    if case in READ_REAL:
+        small["real_images"] = str(Toy().real_images())
     for shard in ("1", "all"):
         for kind, student in KINDS.items():
             settings = SETTINGS | small | CASES[case] | student | {"shard": shard}

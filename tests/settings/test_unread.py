@@ -25,6 +25,8 @@ ALONE = {"init_student": "run"}
 RL_ONLY = ALONE | {"dmd_weight": 0.0, "rl": "refl"}
 CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what they leave unread, and why
     ({}, {"prompt_column": "text"}, "without --prompts"),
+    ({}, {"real_images": "photos"}, "by any part of the run"),
+    ({}, {"caption_column": "text"}, "without --real_images (that of --prompts is --prompt_column)"),
     ({}, {"rl_balance": "grad_norm"}, "with --rl none"),
     ({"reward": "none", "sample_weight": "none"}, {"reward_dtype": "bf16"}, "without a reward"),
     ({}, {"dataset_config": "a"}, "without --prompts"),

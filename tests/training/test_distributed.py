@@ -15,12 +15,14 @@ from dmdr.backends.toy import Redness
 from dmdr.dry_run.memory import Meter
 from dmdr.ema import EMA
 from dmdr.protocols import Needs
+from dmdr.testing.toy import real_points
 from dmdr.training.learner import average
 from dmdr.training.tilt import RewardTilt
 from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
 from dmdr_dpo import DPO
 from dmdr_grpo import GRPO
+from dmdr_lcm import LCM
 from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
 from dmdr_rwr import RWR
@@ -71,6 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rl_weight": 3.0,
     },
     "rwr": {"rewards": Plain(BROKEN), "objectives": [RWR(0.5)], "group_size": 2, "rl_weight": 3.0},
+    "lcm": {"objectives": [LCM(8)], "real_images": real_points, "rl_weight": 3.0},
     "rwr_singles": {"rewards": Plain(BROKEN), "objectives": [RWR()], "rl_weight": 3.0},
     "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
