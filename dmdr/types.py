@@ -116,6 +116,27 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Direction:
+    """Where distribution matching wants the anchor to move from: `total`, and the parts that it is the sum of.
+
+    Attributes:
+        total: [B, *latent] float32, normalised per sample.
+        parts: Named summands of `total`, e.g. `dm` (distribution matching) and `ca` (guidance augmentation).
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, part: slice) -> "Direction":
+        return Direction(self.total[part], {name: value[part] for name, value in self.parts.items()})
+
+    def weighted(self, weight: Tensor) -> "Direction":
+        """Total and parts of each sample times its weight, [B]."""
+        weight = weight.view(-1, *[1] * (self.total.ndim - 1)).to(self.total.dtype)
+        return Direction(weight * self.total, {name: weight * value for name, value in self.parts.items()})
+
+
+@dataclass(frozen=True)
 class Draw:
     """The student step that each sample is trained on.
 
@@ -129,8 +150,8 @@ class Draw:
         rollout: The whole trajectories (of these samples) that the states came from.
         leaf: x0 as a leaf that takes the objective's gradient, [B, *latent]. Only an objective's call has one, and only
             objectives read it, so that its type is a Tensor; elsewhere it is None.
-        direction: Gradient of the distribution-matching loss at the matching's anchor, x0 for DMD, times numel,
-            [B, *latent]; None before it is known.
+        direction: Gradient of the distribution-matching loss at the matching's anchor, x0 for DMD, times numel, after
+            the sample weight, with its parts where an objective declares `needs.matching`; None before it is known.
         iteration: How often this rollout has been used before, 0 at first.
     """
 
@@ -144,7 +165,7 @@ class Draw:
     mask: Tensor
     rollout: Rollout
     leaf: Tensor = ABSENT
-    direction: Tensor | None = None
+    direction: Direction | None = None
     iteration: int = 0
 
     def __len__(self) -> int:
@@ -203,19 +224,6 @@ class Renoised:
     x0: Tensor
     eps: Tensor
     weight: Tensor
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Where distribution matching wants the anchor to move from: `total`, and the parts that it is the sum of.
-
-    Attributes:
-        total: [B, *latent] float32, normalised per sample.
-        parts: Named summands of `total`, e.g. `dm` (distribution matching) and `ca` (guidance augmentation).
-    """
-
-    total: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

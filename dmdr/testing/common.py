@@ -22,7 +22,7 @@ from dmdr.settings.registry import doubts, examine
 from dmdr.states import check_storable
 from dmdr.training.context import StepContext
 from dmdr.training.trainer import Trainer
-from dmdr.types import Condition, Draw, Rollout
+from dmdr.types import Condition, Direction, Draw, Rollout
 
 LATE = 1000  # a step by which whatever is annealed, or sets in with time, has done so
 
@@ -108,13 +108,13 @@ def _given(draw: Draw, ctx: StepContext) -> Iterator[tuple[str, Tensor]]:
             yield f"the {role}'s {name}", parameter
 
 
-def _tensors(part: Draw | Rollout | Condition, name: str = "draw") -> Iterator[tuple[str, Tensor]]:
-    """Its tensors, the rollout's and the condition's, by name."""
+def _tensors(part: Draw | Rollout | Condition | Direction, name: str = "draw") -> Iterator[tuple[str, Tensor]]:
+    """Its tensors, and those of the rollout, the condition and the direction, by name."""
     for entry in fields(part):
         value, path = getattr(part, entry.name), f"{name}.{entry.name}"
         if isinstance(value, Tensor):
             yield path, value
-        elif isinstance(value, Rollout | Condition):
+        elif isinstance(value, Rollout | Condition | Direction):
             yield from _tensors(value, path)
         elif isinstance(value, Mapping):
             yield from ((f"{path}['{key}']", each) for key, each in value.items() if isinstance(each, Tensor))

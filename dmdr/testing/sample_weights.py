@@ -87,10 +87,8 @@ class WeightBench:
         Raises:
             CannotRun: If they are not.
         """
-        whole = self.direction
-        direction = Direction(whole.total[part], {name: value[part] for name, value in whole.parts.items()})
         with torch.no_grad():  # as the trainer asks for them
-            found = self.weight(self.draw[part], direction, self.ctx)
+            found = self.weight(self.draw[part], self.direction[part], self.ctx)
         shape = self.draw.sample[part].shape
         if not isinstance(found, Tensor) or found.shape != shape or found.dtype != torch.float32:
             what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -70,6 +70,7 @@ def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
         log_prob=any(n.log_prob for n in needs),
         roles=tuple(dict.fromkeys(role for n in needs for role in n.roles)),
         updates_per_rollout=max((n.updates_per_rollout for n in needs), default=1),
+        matching=any(n.matching for n in needs),
         finished=any(n.finished for n in needs),
     )
 

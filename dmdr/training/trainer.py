@@ -125,7 +125,7 @@ class Trainer:
                 if not self.matches and not ctx.gather(r.any()[None]).any():
                     continue  # the objectives of all processes have reached the student's parameters themselves
                 prediction = backend.student(part.x_t, part.t, part.cond)
-                matched = (matching.anchor(prediction, part, ctx) * part.direction).sum() / reward_grad.numel()
+                matched = (matching.anchor(prediction, part, ctx) * part.direction.total).sum() / reward_grad.numel()
                 ctx.backward(self.dmd_weight(self.step) * matched + (prediction.x0 * r).sum())
             if balance:
                 self.settle(balance, draw, ctx)
@@ -199,10 +199,10 @@ class Trainer:
 
     @phase("direction")
     @torch.no_grad()
-    def direction(self, draw: Draw, ctx: StepContext) -> Tensor:
-        """The weighted direction of distribution matching at x0, [B, *latent] float32."""
+    def direction(self, draw: Draw, ctx: StepContext) -> Direction:
+        """The weighted direction of distribution matching at the matching's anchor, [B, *latent] float32."""
         if not self.matches:
-            return torch.zeros_like(draw.x0)
+            return Direction(torch.zeros_like(draw.x0))
         found = [
             self.matching.direction(part, self.backend.teacher, self.backend.fake_score, ctx)
             for part in draw.split(self.rollouts.batch_size)
@@ -213,10 +213,9 @@ class Trainer:
         )
         # The value of 0.5 mean((x0 - sg(x0 - g))^2): a monitor; after normalisation it does not tell convergence.
         ctx.log({"loss/dmd": 0.5 * (direction.total**2).mean()})
-        if self.sample_weight is None:
-            return direction.total
-        weight = self.sample_weight(draw, direction, ctx)
-        return weight.view(-1, *[1] * (direction.total.ndim - 1)).to(direction.total.dtype) * direction.total
+        if self.sample_weight is not None:
+            direction = direction.weighted(self.sample_weight(draw, direction, ctx))
+        return direction if self.objectives.needs.matching else Direction(direction.total)  # its parts take memory
 
     def balance(self, noted: bool, ctx: StepContext) -> Balance | None:
         """What compares RL with matching in this step, where both are there."""

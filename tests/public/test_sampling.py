@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, VariancePreserving
 from dmdr.sampling import FewStepSampler, SdeType, shift_times, time_grid, unshift_times
-from dmdr.types import Condition
+from dmdr.types import Condition, Direction
 
 FLOW = RectifiedFlow()
 VP = VariancePreserving(
@@ -429,6 +430,8 @@ def test_split_slices_everything_that_belongs_to_a_sample() -> None:
     sampler = FewStepSampler(FLOW, time_grid(3), 1.0)
     rollout = sampler.rollout(recording(FLOW, []), normal(3, 5, 3), nobody(5), log_prob=True)
     draw = rollout.pick(torch.tensor([2, 0, 1, 2, 0]))
+    direction = Direction(normal(5, 3), {"dm": normal(5, 3, seed=1)})
+    draw = replace(draw, direction=direction)
     parts = list(draw.split(2))
     assert [len(part) for part in parts] == [2, 2, 1]
     for name in ("x_t", "t", "index", "x0", "sample", "group", "mask"):
@@ -438,4 +441,7 @@ def test_split_slices_everything_that_belongs_to_a_sample() -> None:
     for name in ("x_t", "x0", "log_prob"):
         joined = torch.cat([getattr(part.rollout, name) for part in parts], 1)
         assert torch.equal(joined, getattr(rollout, name)), name
-    assert all(part.leaf is None and part.direction is None for part in parts)
+    assert all(part.leaf is None for part in parts)
+    directions = [part.direction for part in parts if part.direction]
+    assert torch.equal(torch.cat([each.total for each in directions]), direction.total)
+    assert torch.equal(torch.cat([each.parts["dm"] for each in directions]), direction.parts["dm"])

@@ -160,7 +160,7 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
             "it runs if it is given a reward: declare reward=True",
         ),
         (
-            lambda d, c: Term(d.leaf.sum(1) * d.direction.sum(1)),
+            lambda d, c: Term(d.leaf.sum(1) * d.direction.total.sum(1)),
             {"reward_grad": False},
             "draw.direction: declare matching=True",
         ),
@@ -209,7 +209,7 @@ def everything_valid(draw: Draw, ctx: Context) -> Term:
         (learning_itself, {}, "ran backward into draw.leaf itself"),
         (own_parameters, {}, "its gradient in the student's parameters"),
         (
-            lambda d, c: Term(d.leaf.sum(1) + d.rollout.log_prob[0] * d.direction.sum(1)),
+            lambda d, c: Term(d.leaf.sum(1) + d.rollout.log_prob[0] * d.direction.total.sum(1)),
             {"reward_grad": False},
             "several things that it does not declare",
         ),
@@ -298,7 +298,7 @@ def clipped_again(draw: Draw, ctx: Context) -> Term:
 
 def against_the_matching(draw: Draw, ctx: Context) -> Term:
     loss = pulling(draw)
-    return Term(loss.detach(), grad=draw.x0 if draw.direction is None else draw.x0 - draw.direction)
+    return Term(loss.detach(), grad=draw.x0 if draw.direction is None else draw.x0 - draw.direction.total)
 
 
 def backwards_itself(draw: Draw, ctx: Context) -> Term:

@@ -78,7 +78,7 @@ def gradient(trainer: Trainer, loss: Callable[[Tensor, Draw], Tensor]) -> Tensor
 def matching_loss(x0: Tensor, draw: Draw) -> Tensor:
     """DMD's loss as it was published: 0.5 mean((x0 - sg(x0 - g))^2)."""
     assert draw.direction is not None
-    return 0.5 * (x0 - (x0 - draw.direction).detach()).square().mean()
+    return 0.5 * (x0 - (x0 - draw.direction.total).detach()).square().mean()
 
 
 @dataclass
@@ -304,10 +304,27 @@ def test_tilt_weighs_each_samples_direction(broken: dict[str, float]) -> None:
     assert weight.unique().numel() > 2
     assert set(weight[~valid].tolist()) <= {1.0}
     x0 = by_hand.backend.student(draw.x_t, draw.t, draw.cond).x0
-    loss = (0.5 * weight[:, None] * (x0 - (x0 - draw.direction).detach()).square()).mean()
+    assert draw.direction is not None
+    loss = (0.5 * weight[:, None] * (x0 - (x0 - draw.direction.total).detach()).square()).mean()
     grads = torch.autograd.grad(loss, list(by_hand.student.parameters.values()))
     found = -step_of(trainer(prepared(DoubleToy), **settings))
     assert_same(found, torch.cat([grad.flatten() for grad in grads]), 1e-10)
+
+
+def test_the_parts_of_the_direction_are_weighed_and_kept_for_those_who_read_them() -> None:
+    settings: dict[str, Any] = {"rewards": Plain(), "guidance": (2.0, 3.0), "objectives": [Spy(Needs(matching=True))]}
+    _, plain = prepare_step(trainer(prepared(DoubleToy), **settings))
+    _, draw = prepare_step(trainer(prepared(DoubleToy), **settings, sample_weight=RewardTilt(1.5)))
+    found, weighted = plain.direction, draw.direction
+    assert found is not None and weighted is not None
+    weight = weighted.total / found.total
+    assert weight.std() > 0.1
+    assert set(weighted.parts) == {"dm", "ca"}
+    for name, part in weighted.parts.items():
+        torch.testing.assert_close(part, weight * found.parts[name], rtol=1e-9, atol=0)
+    _, unread = prepare_step(trainer(prepared(DoubleToy), **settings | {"objectives": [Spy()]}))
+    assert unread.direction is not None and unread.direction.parts == {}
+    assert torch.equal(unread.direction.total, found.total)
 
 
 def test_tilt_does_not_touch_what_the_fake_score_learns() -> None:
