@@ -1,6 +1,7 @@
 """Distribution matching distillation: renoising, the fake score's target, and the direction."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class DMD:
         floor: Lower bound of the normaliser, in latent units.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ("dm", "ca")
     floor: float = 1e-6
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

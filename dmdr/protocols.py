@@ -227,6 +227,12 @@ class Sampler(Protocol):
             TrainingError: If the step of a sample is deterministic.
         """
 
+    def kl(self, i: int | Tensor, prediction: Prediction, reference: Prediction) -> Tensor:
+        """KL divergence of step i, one or [B], by a prediction from that by a reference, [B]: a mean over the elements.
+
+        Both are at the state before the step. Where it is deterministic, half the squared distance of the states after.
+        """
+
 
 @runtime_checkable
 class Reward(Protocol):
@@ -324,6 +330,7 @@ class Needs:
         steps: Student steps it acts on: "any", "last", "stochastic" (all but the last), or explicit indices.
         updates_per_rollout: How often one rollout is used.
         matching: It reads the matching gradient (`draw.direction`), which --dmd_weight 0 takes away.
+        parts: Parts of it that it reads (`draw.direction.parts`). `ca`, what guidance adds, needs a guided teacher.
         finished: It looks at finished images: `rollout.final`, `ctx.scores`, or a state after `draw.x_next`. Where
             nothing does, rollouts end at the drawn steps.
         real_images: It reads real images (`ctx.real`), which --real_images names.
@@ -341,6 +348,7 @@ class Needs:
     steps: Literal["any", "last", "stochastic"] | tuple[int, ...] = "any"
     updates_per_rollout: int = 1
     matching: bool = False
+    parts: tuple[str, ...] = ()
     finished: bool = True
     real_images: bool = False
 
@@ -358,6 +366,8 @@ class Needs:
                 raise ConfigError(
                     f"needs.{name} must be a whole number of at least {least}, not {getattr(self, name)!r}"
                 )
+        if not isinstance(self.parts, tuple) or (self.parts and not self.matching):
+            raise ConfigError(f"needs.parts must be a tuple of names, beside matching=True, not {self.parts!r}")
         roles, steps = get_args(Role), self.steps
         if not isinstance(self.roles, tuple) or not set(self.roles) <= set(roles):
             raise ConfigError(f"needs.roles must be a tuple of {', '.join(roles)}, not {self.roles!r}")
@@ -384,6 +394,10 @@ class Context(Protocol):
         Raises:
             TrainingError: If the run has none; it has one for every part that declares `needs.reward`.
         """
+
+    @property
+    def matching(self) -> "Matching":
+        """How student and teacher are compared; its `anchor` tells what a direction acts on."""
 
     @property
     def random(self) -> Random:
@@ -440,6 +454,7 @@ class Matching(Protocol):
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
     Optional, as in `Needs`: `finished = True`, of one that looks at finished images (`draw.rollout.final`), and
     `real_images = True`, of one that reads real images (`ctx.real`); each may be a property.
+    `parts`, in the class: names of parts that each of its directions has, for objectives that read them (`Needs.parts`).
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

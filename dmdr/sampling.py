@@ -147,6 +147,23 @@ class FewStepSampler:
         log_prob = per_element.flatten(1).double().mean(1)
         return log_prob if mask is None else torch.where(mask, log_prob, 0.0)
 
+    def kl(self, i: int | Tensor, prediction: Prediction, reference: Prediction) -> Tensor:
+        """KL divergence of step i by a prediction from that by a reference, [B], as the mean over the elements.
+
+            (mu - mu_ref)^2 / (2 std^2)        as in Flow-GRPO (arXiv 2505.05470)
+
+        which is exact for Gaussians of one deviation. A step without noise has no density: there std = 1 stands in, so
+        that it is half the squared distance of the two states after the step.
+
+        Args:
+            i: The step, one or [B] of them.
+            prediction: The student's, at the state before the step.
+            reference: Another network's at the same state.
+        """
+        mean, std = self.moments(i, prediction)
+        other, _ = self.moments(i, reference)
+        return ((mean - other) ** 2 / (2 * torch.where(std == 0, 1.0, std) ** 2)).flatten(1).mean(1)
+
     @torch.no_grad()
     def rollout(
         self,

@@ -4,7 +4,7 @@ Legend of shapes: B samples, K student steps, `*latent` the latent's own dimensi
 Times are in [0, 1]; t = 1 is noise, t = 0 is data.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,6 +130,17 @@ class Direction:
     def __getitem__(self, part: slice) -> "Direction":
         return Direction(self.total[part], {name: value[part] for name, value in self.parts.items()})
 
+    def only(self, names: Collection[str]) -> "Direction":
+        """With these of its parts.
+
+        Raises:
+            TrainingError: If it has no part of that name.
+        """
+        for name in names:
+            if name not in self.parts:
+                raise TrainingError(f"the matching's direction has no part '{name}'; it has {list(self.parts)}")
+        return Direction(self.total, {name: self.parts[name] for name in names})
+
     def weighted(self, weight: Tensor) -> "Direction":
         """Total and parts of each sample times its weight, [B]."""
         weight = weight.view(-1, *[1] * (self.total.ndim - 1)).to(self.total.dtype)
@@ -151,7 +162,7 @@ class Draw:
         leaf: x0 as a leaf that takes the objective's gradient, [B, *latent]. Only an objective's call has one, and only
             objectives read it, so that its type is a Tensor; elsewhere it is None.
         direction: Gradient of the distribution-matching loss at the matching's anchor, x0 for DMD, times numel, after
-            the sample weight, with its parts where an objective declares `needs.matching`; None before it is known.
+            the sample weight, with the parts that objectives declare in `needs.parts`; None before it is known.
         iteration: How often this rollout has been used before, 0 at first.
     """
 

@@ -141,6 +141,7 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
             declared,
             settings.config,
             settings.of("rewards"),
+            settings.of("matchings")[0],
             num_inference_steps=plan.num_inference_steps,
             batch=plan.batch.whole,
         )

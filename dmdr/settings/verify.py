@@ -32,7 +32,14 @@ def reads_real_images(part: Any) -> bool:
 
 
 def check_needs(
-    who: str, needs: Needs, config: Config, rewards: Sequence[Chosen], *, num_inference_steps: int, batch: int
+    who: str,
+    needs: Needs,
+    config: Config,
+    rewards: Sequence[Chosen],
+    matching: Chosen,
+    *,
+    num_inference_steps: int,
+    batch: int,
 ) -> None:
     """Refuse a part whose declared needs the run does not meet.
 
@@ -54,6 +61,11 @@ def check_needs(
             raise ConfigError(f"{who} needs a reward with text features, and '{reward.title}' has none")
     if needs.matching and config.dmd_weight == 0:
         raise ConfigError(f"{who} reads the matching gradient: it needs --dmd_weight above 0")
+    for part in needs.parts:
+        if part not in getattr(matching.cls, "parts", ()):
+            raise ConfigError(f"{who} reads the part '{part}' of directions, and --matching {matching.title} has none")
+    if "ca" in needs.parts and config.guidance_scale == 1:
+        raise ConfigError(f"{who} reads what guidance adds to the matching gradient: it needs --guidance_scale above 1")
     if batch < needs.batch_size:
         raise ConfigError(
             f"{who} compares the images of a batch: it needs --per_device_train_batch_size of at least "

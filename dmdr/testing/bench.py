@@ -97,6 +97,8 @@ def trainer_of(
     batch_size = math.ceil(images / needs.group_size) * needs.group_size
     steps = [4, needs.stochastic_steps + 1, *(step + 1 for step in needs.steps if isinstance(step, int))]
     settings["num_inference_steps"] = max(steps)
+    if "ca" in needs.parts:
+        settings["guidance"] = (2.0, 3.0)
     term = WeightedObjective("checked", 1.0, objective)
     trainer = toy_trainer(term, reward=reward, batch_size=batch_size, **settings)
     if not needs.reward:

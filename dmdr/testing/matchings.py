@@ -296,6 +296,16 @@ def state_survives_a_checkpoint(build: Build) -> None:
     )
 
 
+def the_parts_that_it_names_are_there(build: Build) -> None:
+    """Objectives read parts that the class names, and a run looks at the class before it trains."""
+    for _, bench in _benches(build):
+        missing = sorted({*getattr(bench.matching, "parts", ())} - {*bench.direction(bench.draw).parts})
+        assert not missing, (
+            f"its class has parts = {bench.matching.parts}, as each direction is to have, but this one has no "  # type: ignore[attr-defined]
+            f"{' and no '.join(missing)}"
+        )
+
+
 def no_method_is_misspelt(build: Build) -> None:
     """A run calls optional methods by their names in `dmdr.protocols`, and never one whose name is nearly that."""
     spelt("matchings", build())
@@ -313,5 +323,6 @@ MATCHING_CHECKS: tuple[Callable[[Build], None], ...] = (
     bfloat16_predictions_are_enough,
     whole_training_steps_run,
     state_survives_a_checkpoint,
+    the_parts_that_it_names_are_there,
     no_method_is_misspelt,
 )

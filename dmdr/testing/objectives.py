@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmdr.backends.toy import Redness
 from dmdr.errors import TrainingError
+from dmdr.matching import DMD
 from dmdr.protocols import BringsLearners, Needs, Reward, SetsUp
 from dmdr.states import load_strict
 from dmdr.testing.bench import Bench, Build, bench_of, drawn, train, trainer_of, valid_of
@@ -70,6 +71,7 @@ def _with_everything(needs: Needs) -> Needs:
         reward=True,
         reward_grad=True,
         matching=True,
+        parts=DMD.parts,
         log_prob=True,
         real_images=True,
         roles=tuple({*needs.roles, "reference"}),
@@ -103,6 +105,10 @@ def declared_needs_are_honest(build: Build, reward: Reward | None = None) -> Non
             "a reward: declare reward=True": {"reward": True},
             "a reward with a gradient: declare reward_grad=True": {"reward": True, "reward_grad": True},
             "draw.direction: declare matching=True": {"matching": True},
+            **{
+                f"draw.direction.parts['{part}']: declare parts=('{part}',)": {"matching": True, "parts": (part,)}
+                for part in DMD.parts
+            },
             "rollout.log_prob: declare log_prob=True": {"log_prob": True},
             "real images: declare real_images=True": {"real_images": True},
             "the reference: add it to roles": {"roles": (*needs.roles, "reference")},
@@ -134,8 +140,9 @@ def nothing_costly_is_declared_in_vain(build: Build, reward: Reward | None = Non
     """Further roles, log-probabilities and the matching's gradient cost a run memory or time, or users a setting."""
     needs = build().needs
     without = {f"the {role} in roles": replace(needs, roles=tuple({*needs.roles} - {role})) for role in needs.roles}
+    without |= {f"'{part}' in parts": replace(needs, parts=tuple({*needs.parts} - {part})) for part in needs.parts}
     if needs.matching:
-        without["matching=True"] = replace(needs, matching=False)
+        without["matching=True"] = replace(needs, matching=False, parts=())
     if needs.log_prob:
         without["log_prob=True"] = replace(needs, log_prob=False)
     if needs.real_images:
@@ -183,8 +190,8 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
         "the loss reaches neither draw.leaf, the student's answer, nor the student's parameters: is there a detach or "
         "a no_grad on the way, or draw.x0 in place of draw.leaf?"
     )
-    assert climbed or not bench.needs.reward_grad, (
-        "needs.reward_grad is declared, but no gradient arrives at draw.leaf: do not declare it, or a run "
+    assert climbed or not bench.needs.reward_grad or not _learns_from(_Flat(), build), (
+        "needs.reward_grad is declared, but it runs without a gradient of the reward: do not declare it, or a run "
         "refuses rewards without gradient for no reason"
     )
     reached = any(p.grad is not None for p in backend.parameters("fake_score").values())
@@ -193,6 +200,14 @@ def gradient_reaches_the_student_only(build: Build, reward: Reward | None = None
         for name, network in networks(part):
             trained = any(p.grad is not None for p in network.parameters())
             assert not trained, f"the loss reaches the reward's {name}; a reward is frozen in `prepare`"
+
+
+def _learns_from(reward: Any, build: Build) -> bool:
+    """Whether the student has a gradient with this reward."""
+    try:
+        return bench_of(build, reward).reaches_the_student()
+    except Exception:  # whatever it raises for want of another
+        return False
 
 
 def a_sample_does_not_depend_on_its_micro_batch(build: Build, reward: Reward | None = None) -> None:

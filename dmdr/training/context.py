@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dmdr.errors import TrainingError
-from dmdr.protocols import Backend
+from dmdr.protocols import Backend, Matching
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
@@ -40,6 +40,7 @@ class StepContext:
     backend: Backend
     sampler: FewStepSampler
     scorer: RolloutScorer | None
+    matching: Matching
     first_random: Random
     step: int
     renoise: tuple[float, float]

@@ -71,6 +71,7 @@ def combined_needs(objectives: Sequence[WeightedObjective]) -> Needs:
         roles=tuple(dict.fromkeys(role for n in needs for role in n.roles)),
         updates_per_rollout=max((n.updates_per_rollout for n in needs), default=1),
         matching=any(n.matching for n in needs),
+        parts=tuple(dict.fromkeys(part for n in needs for part in n.parts)),
         finished=any(n.finished for n in needs),
     )
 

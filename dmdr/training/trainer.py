@@ -147,6 +147,7 @@ class Trainer:
             self.backend,
             self.sampler,
             self.scorer,
+            self.matching,
             rollout_random(self.seed, self.first_step + self.step, k),
             self.step,
             self.renoise(self.step),
@@ -215,7 +216,7 @@ class Trainer:
         ctx.log({"loss/dmd": 0.5 * (direction.total**2).mean()})
         if self.sample_weight is not None:
             direction = direction.weighted(self.sample_weight(draw, direction, ctx))
-        return direction if self.objectives.needs.matching else Direction(direction.total)  # its parts take memory
+        return direction.only(self.objectives.needs.parts)  # each takes memory
 
     def balance(self, noted: bool, ctx: StepContext) -> Balance | None:
         """What compares RL with matching in this step, where both are there."""

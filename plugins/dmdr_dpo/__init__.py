@@ -6,7 +6,7 @@ few-step student really does: the transitions of its own sampler.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -42,6 +42,11 @@ class DPO:
     Online, w and l are the best and the worst image of each group. Loss and metrics sit in the row of the winner, and
     only the images of a pair pass through the networks; all transitions of a pair are one graph.
 
+    PSO online is the transition form; its authors' code has a loss for each transition (each_transition). It also clips
+    the ratio of the probabilities to 1 +- 0.1, in the mean over the elements. That is left out: so far off, a step has
+    moved by about half a standard deviation in each element, which matching does not allow. PSO offline is the
+    diffusion form with pairs, the rejected image of each drawn by the distilled student itself (dmdr-sample).
+
     Attributes:
         beta: Strength of the preference on the summed log-ratio z, of all D latent elements. Published values are for
             the mean, beta_mean = beta D: 5000 at D = 16384 (Diffusion-DPO) is 0.305 here.
@@ -56,6 +61,9 @@ class DPO:
         pairs: Preferences from a JSONL file instead of a reward, with prompt, chosen and rejected in each line: paths
             of images of the training resolution (the first of several), relative to the file. They are of the diffusion
             form.
+        each_transition: Each transition of a pair is compared on its own, and the loss is the mean of theirs, with one
+            graph at a time; else z is the sum over the transitions. PSO's beta of 50 for the mean of D = 65536 elements
+            is 0.00076 here.
         sync_ref_model: Make the reference what the student is, every ref_model_sync_steps steps. A run has one
             reference: with GRPO beside it, its KL is to the same.
         ref_model_sync_steps: Steps between two such.
@@ -67,6 +75,7 @@ class DPO:
     margin: float = 0.0
     form: Literal["transition", "diffusion"] | None = None
     pairs: str | None = None
+    each_transition: bool = False
     sync_ref_model: bool = False
     ref_model_sync_steps: int = 512
     _pairs: list[Pair] = field(default_factory=list, init=False, repr=False)
@@ -82,6 +91,8 @@ class DPO:
             raise ConfigError(f"dpo: margin must be at least 0, not {self.margin}")
         if self.ref_model_sync_steps < 1:
             raise ConfigError(f"dpo: ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
+        if self.each_transition and (self.form == "diffusion" or self.pairs is not None):
+            raise ConfigError("dpo: each_transition is of the form transition, without pairs")
         if self.pairs is not None:
             if self.form == "transition":
                 raise ConfigError("dpo: form transition cannot use pairs; it needs trajectories of the student")
@@ -93,7 +104,7 @@ class DPO:
             reward=self.pairs is None,
             group_size=2 if self.pairs is None else 1,
             roles=("reference",),
-            stochastic_steps=1 if self.form == "transition" else 0,
+            stochastic_steps=1 if self.form == "transition" or self.each_transition else 0,
         )
 
     def prompts(self) -> list[str]:
@@ -117,7 +128,7 @@ class DPO:
         if self.sync_ref_model and (ctx.step + 1) % self.ref_model_sync_steps == 0:
             ctx.backend.snapshot()
 
-    def __call__(self, draw: Draw, ctx: Context) -> Term:
+    def __call__(self, draw: Draw, ctx: Context) -> Term | Iterator[Term]:
         if self.pairs is not None:
             rows, found = one_at_least((draw.sample % 2 == 0).nonzero().flatten())  # a pair is two images
             z = diffusion(*self.stored_pairs(draw, rows, ctx), None, draw, rows, ctx)
@@ -126,23 +137,32 @@ class DPO:
         best, worst = best_and_worst(reward, draw.group, self.margin)
         (rows, found), (losers, _) = one_at_least(best), one_at_least(worst)
         both = torch.cat([rows, losers])
-        cond = draw.cond.ordered(both.cpu())
+        cond, gap = draw.cond.ordered(both.cpu()), reward[rows] - reward[losers]
         if self.form_in(ctx) == "transition":
-            z = transition(draw.rollout, both, cond, ctx)
+            each, count = transitions(draw.rollout, both, cond, ctx), stochastic_steps(ctx)
+            if self.each_transition:
+                return (self.term(draw, rows, found, z, 1 / count, gap=gap) for z in each)
+            z = torch.stack(list(each)).sum(0)
         else:
             start = draw.rollout.x_t[0, both] if ctx.sampler.num_inference_steps > 1 else None
             z = diffusion(draw.rollout.final[both], cond, start, draw, rows, ctx)
-        return self.term(draw, rows, found, z, gap=reward[rows] - reward[losers])
+        return self.term(draw, rows, found, z, gap=gap)
 
-    def term(self, draw: Draw, rows: Tensor, found: bool, z: Tensor, **metrics: Tensor) -> Term:
-        """Losses and metrics of the pairs, each [P], in the rows of their winners, [B]; valid where they are pairs."""
+    def term(self, draw: Draw, rows: Tensor, found: bool, z: Tensor, share: float = 1.0, **metrics: Tensor) -> Term:
+        """Losses and metrics of the pairs, each [P], in the rows of their winners, [B]; valid where they are pairs.
+
+        Args:
+            found: Whether there are pairs.
+            z: Log-ratio of each.
+            share: What the loss is multiplied with.
+        """
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(len(draw)).index_copy(0, rows, values)
 
         told = {"accuracy": (z > 0).float(), "logit": (self.beta * z).detach().abs(), **metrics}
         valid = torch.zeros_like(draw.mask).index_fill(0, rows, found)
-        loss = torch.where(valid, spread(self.loss(z)), 0.0)
+        loss = torch.where(valid, spread(share * self.loss(z)), 0.0)
         return Term(loss, valid, metrics={name: spread(values) for name, values in told.items()})
 
     def loss(self, z: Tensor) -> Tensor:
@@ -162,14 +182,12 @@ class DPO:
         return latents_of(files, ctx.backend).to(draw.x_t), ctx.backend.encode([pair.prompt for pair in drawn] * 2)
 
 
-def transition(rollout: Rollout, both: Tensor, cond: Condition, ctx: Context) -> Tensor:
-    """z of the transitions that made the images (PSO), [P]; rows `both` are P winners, then their losers."""
-    steps = []
+def transitions(rollout: Rollout, both: Tensor, cond: Condition, ctx: Context) -> Iterator[Tensor]:
+    """z of each transition that made the images (PSO), [P]; rows `both` are P winners, then their losers."""
     for i in range(stochastic_steps(ctx)):
         log_prob = partial(ctx.sampler.log_prob, i, x_next=rollout.x_t[i + 1, both])
         t = rollout.t[i].to(both.device, non_blocking=True).expand(len(both))
-        steps.append(log_ratio(log_prob, rollout.x_t[i, both], t, cond, ctx))
-    return torch.stack(steps).sum(0)
+        yield log_ratio(log_prob, rollout.x_t[i, both], t, cond, ctx)
 
 
 def diffusion(x: Tensor, cond: Condition, start: Tensor | None, draw: Draw, rows: Tensor, ctx: Context) -> Tensor:

@@ -118,10 +118,7 @@ class GRPO:
             loss = balance * torch.maximum(-advantage * rho, -advantage * clipped)
             metrics = {"clip_fraction": (rho != clipped).float(), "log_ratio": log_ratio * draw.x0[0].numel()}
             if self.beta:
-                mean, std = ctx.sampler.moments(i, prediction)
-                with torch.no_grad():
-                    reference, _ = ctx.sampler.moments(i, ctx.backend.reference(x_t, t, draw.cond))
-                kl = ((mean - reference) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                kl = ctx.sampler.kl(i, prediction, ctx.backend.reference(x_t, t, draw.cond))
                 loss, metrics = loss + self.beta * kl, metrics | {"kl": kl}
             # What is not valid has advantage 0, but its KL must not count either.
             loss = torch.where(valid, loss, 0.0) / len(steps)

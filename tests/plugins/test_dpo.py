@@ -22,7 +22,7 @@ from dmdr.training.trainer import Trainer
 from dmdr.types import Draw, Term
 from dmdr_dpo import DPO
 from dmdr_dpo.pairs import best_and_worst
-from toy_trainer import Constant, DoubleToy, EpsToy, Plain, flat, prepared, state, steadily, step_of, trainer
+from toy_trainer import Constant, DoubleToy, EpsToy, Meter, Plain, flat, prepared, state, steadily, step_of, trainer
 
 ROLES = ("student", "fake_score", "reference")
 LN2 = math.log(2)
@@ -216,24 +216,40 @@ def test_gradient_of_the_initial_loss_with_respect_to_the_errors() -> None:
 @pytest.mark.parametrize("eta", [1.0, 0.5])
 @pytest.mark.parametrize("steps", [2, 4])
 def test_transition_is_diffusion_dpo_of_the_transitions_errors(steps: int, eta: float) -> None:
-    """The loss of eq. 14 with e = |x' - mu|^2 / std^2 in the mean over elements, summed over the steps."""
+    """The loss of eq. 14 with e = |x' - mu|^2 / std^2 in the mean over elements: their sum over the steps, or each."""
     backend, beta = prepared(DoubleToy, roles=ROLES), 0.3
+    apart: Any = ask(DPO(beta=beta, each_transition=True), backend, steps=steps, eta=eta)[0]
     term, draw, ctx = ask(DPO(beta=beta), backend, steps=steps, eta=eta)
     assert term.valid is not None
     reward = ctx.rewards.total(ctx.scores(draw.rollout)).view(4, 4)  # type: ignore[union-attr]
     winners, losers = (of(1) + 4 * torch.arange(4) for of in (reward.argmax, reward.argmin))
     rollout, errors = draw.rollout, {}
     for role, network in (("student", backend.student), ("reference", backend.reference)):
-        errors[role] = torch.zeros(16, dtype=torch.float64)
+        errors[role] = torch.zeros(steps - 1, 16, dtype=torch.float64)
         for i in range(steps - 1):
             prediction = network(rollout.x_t[i], rollout.t[i].expand(16), draw.cond)
             mean, std = ctx.sampler.moments(i, prediction)
-            errors[role] += ((rollout.x_t[i + 1] - mean) ** 2 / std**2).mean(1).detach()
+            errors[role][i] = ((rollout.x_t[i + 1] - mean) ** 2 / std**2).mean(1).detach()
     worse = errors["student"] - errors["reference"]
-    expected = -logsigmoid(-0.5 * beta * 2 * (worse[winners] - worse[losers]))
+    z = -0.5 * 2 * (worse[:, winners] - worse[:, losers])
+    expected = -logsigmoid(beta * z.sum(0))
     assert term.valid.nonzero().flatten().tolist() == winners.tolist()
     assert (expected - LN2).abs().min() > 1e-3
     torch.testing.assert_close(term.loss[winners], expected, rtol=0, atol=1e-6)
+    terms = [each.loss[winners] for each in apart]
+    torch.testing.assert_close(torch.stack(terms), -logsigmoid(beta * z) / (steps - 1), rtol=0, atol=1e-6)
+
+
+def test_transitions_that_are_compared_apart_have_a_graph_each() -> None:
+    peaks = []
+    for objective in (DPO(), DPO(each_transition=True)):
+        running = trainer(at_start(), objectives=[objective], batch=16, group_size=4, rewards=Plain())
+        ctx, draw = first_draw(running)
+        (term,) = running.objectives.terms
+        with Meter(running.backend) as meter:
+            running.objectives.gradient_of(term, draw, ctx)
+        peaks.append(meter.peak)
+    assert peaks[1] < 0.4 * peaks[0]  # of three transitions
 
 
 @pytest.mark.parametrize("steps", [4, 1])
@@ -310,6 +326,8 @@ def test_losses_are_those_of_trl() -> None:
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing works only with loss_type sigmoid"),
         ({"margin": -0.1}, "margin must be at least 0"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be at least 1"),
+        ({"each_transition": True, "form": "diffusion"}, "each_transition is of the form transition, without pairs"),
+        ({"each_transition": True, "pairs": "x.jsonl"}, "each_transition is of the form transition, without pairs"),
     ],
 )
 def test_refuses_settings(options: dict[str, Any], says: str) -> None:

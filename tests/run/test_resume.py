@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lcm": {"rl": "lcm"},
     "sum": {"rl": "grpo+0.1*refl", "num_generations": 4, "rl_balance": "grad_norm"},
     "decoupled": {"rl": "refl", "matching": "decoupled", "guidance_scale": 3.0},
+    "draft": {"rl": "draft+refl+dpo", "num_generations": 4, "kl_beta": 0.1, "each_transition": True},
+    "ca_advantage": {"rl": "ca_advantage", "num_generations": 4, "guidance_scale": 3.0, "rl_balance": "grad_norm"},
     "ac_dmd": {"rl": "refl", "matching": "ac_dmd"},
     "tilt": {"rl": "refl", "tilt_baseline": "ema", "tilt_weight": "linear"},
 }

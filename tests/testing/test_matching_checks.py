@@ -114,6 +114,7 @@ def in_whole_batches(own: Any, draw: Draw, *args: Any) -> Any:
         ("direction", total(torch.zeros_like), "two training steps left the student as it was"),
         ("direction", total(lambda x: x + torch.rand_like(x)), "drew from torch's global"),
         ("direction", total(lambda x: x / x.abs().mean()), "direction of a sample must not depend on which others"),
+        ("direction", total(lambda x: x), "as each direction is to have, but this one has no ca and no dm"),
     ],
 )
 def test_a_broken_matching_is_taught(method: str, instead: Callable[..., Any], message: str) -> None:

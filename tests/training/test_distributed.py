@@ -20,11 +20,13 @@ from dmdr.training.learner import average
 from dmdr.training.tilt import RewardTilt
 from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
+from dmdr_decoupled.advantage import CAAdvantage
 from dmdr_dpo import DPO
 from dmdr_grpo import GRPO
 from dmdr_lcm import LCM
 from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
+from dmdr_refl.draft import DRaFT
 from dmdr_rwr import RWR
 from dmdr_srpo import SRPO
 from toy_trainer import Critic, Plain, Policy, prepared, state, trainer
@@ -63,6 +65,16 @@ CASES: dict[str, dict[str, Any]] = {
         "objectives": [DPO(beta=1.0, form="diffusion")],
         "group_size": 4,
         "rl_weight": 3.0,
+    },
+    "dpo_each": {"rewards": Plain(BROKEN), "objectives": [DPO(beta=1.0, each_transition=True)], "group_size": 4},
+    "refl_kl": {"rewards": Plain(BROKEN), "objectives": [ReFL(kl_beta=0.5)], "rl_weight": 2.0},
+    "draft": {"rewards": Plain(BROKEN), "objectives": [DRaFT()], "rl_weight": 2.0},
+    "ca_advantage": {
+        "rewards": Plain(BROKEN),
+        "objectives": [CAAdvantage()],
+        "group_size": 2,
+        "guidance": (2.0, 4.0),
+        "rl_weight": 0.5,
     },
     "srpo": {"rewards": Redness(), "objectives": [SRPO(**WORDS)], "rl_weight": 2.0},
     "srpo_aligned": {"rewards": Redness(), "objectives": [SRPO(direct_align=True, **WORDS)], "rl_weight": 4.0},

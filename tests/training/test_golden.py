@@ -39,9 +39,13 @@ WORDS = {"positive": ["Red"], "negative": ["Green"]}
 CASES: dict[str, dict[str, Any]] = {
     "toy/refl": TOY | {"rl": "refl"},
     "toy/refl last, grad_norm": TOY | {"rl": "refl", "steps": "last", "rl_balance": "grad_norm"},
+    "toy/refl, kl": TOY | {"rl": "refl", "kl_beta": 0.5},
+    "toy/draft": TOY | {"rl": "draft"},
+    "toy/ca_advantage": TOY | {"rl": "ca_advantage", "guidance_scale": 3.0},
     "toy/grpo": TOY | {"rl": "grpo", "policy_steps": "random:2"},
     "toy/grpo again, beta": TOY | {"rl": "grpo", "num_iterations": 2, "grpo_beta": 0.1},
     "toy/dpo": TOY | {"rl": "dpo"},
+    "toy/dpo, each transition": TOY | {"rl": "dpo", "each_transition": True},
     "toy/dpo diffusion": TOY | {"rl": "dpo", "form": "diffusion"},
     "toy/srpo": TOY | {"rl": "srpo", **WORDS},
     "toy/srpo direct_align": TOY | {"rl": "srpo", "direct_align": True, **WORDS},
