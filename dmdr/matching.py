@@ -1,18 +1,47 @@
 """Distribution matching distillation: renoising, the fake score's target, and the direction."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dmdr.paths import Prediction, add_noise, expand, guided
-from dmdr.protocols import Context, Denoiser, GuidanceRule, GuidedDenoiser
+from dmdr.paths import NoisePath, Prediction, add_noise, expand, guided
+from dmdr.protocols import Context, Denoiser, GuidanceRule, GuidedDenoiser, require
+from dmdr.sampling import shift_times, unshift_times
+from dmdr.times import T_MAX, T_MIN
 from dmdr.types import Direction, Draw, Renoised, Term
 
-# Renoise times stay clear of both ends: towards t = 0 the direction is a difference of nearly equal numbers
-# (DMD2 keeps to 2 % .. 98 % of the schedule for the same reason).
-T_MIN, T_MAX = 0.02, 0.98
+TimeWeight = Literal["none", "alpha", "sigma", "sigma3"]
+UNNORMALISED = ("sigma", "sigma3")
+FLOOR = 1e-6  # of normalisers, in latent units
+
+
+def renoise_times(
+    purpose: str,
+    draw: Draw,
+    ctx: Context,
+    *,
+    low: Tensor | float = 0.0,
+    high: Tensor | float = 1.0,
+    shifted: bool = False,
+) -> Tensor:
+    """Times to noise the student's answers to, by the law of the run (--renoise_times), [B] float64.
+
+    They are low + (high - low) u, with u of the law, in times before the shift where the law or the caller shifts them;
+    and they stay within [T_MIN, T_MAX].
+
+    Args:
+        purpose: Names the random numbers; two calls with the same one draw the same.
+        low, high: The interval that they lie in, a number or [B] of them; all times by default.
+        shifted: Shift them as the model's grid is, whatever the law.
+    """
+    share = ctx.renoise.shares(ctx.random, purpose, draw.sample)
+    if not (shifted or ctx.renoise.shifted):
+        return (low + (high - low) * share).clamp(T_MIN, T_MAX)
+    shift = ctx.backend.shift
+    low, high = (unshift_times(torch.as_tensor(end, dtype=torch.float64), shift) for end in (low, high))
+    return shift_times(low + (high - low) * share, shift).clamp(T_MIN, T_MAX)
 
 
 def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
@@ -60,6 +89,9 @@ def teach(teacher: GuidedDenoiser, renoised: Renoised | Draw, draw: Draw, ctx: C
     c is its conditional answer, and the guided one is what the family makes of it (`GuidanceRule`) at guidance w, drawn
     per sample from `ctx.guidance`. Where the rule is the usual u + w (c - u), ca = -(w - 1) (c - u). With `draw` itself
     in place of `renoised` all are at the student's own state. Two passes through a network.
+
+    At times outside of `ctx.guidance_interval` ca is exactly 0 (Kynkäänniemi et al. 2024, arXiv 2404.07724). That saves
+    no pass: which samples are outside is not known to the host, nor the same in all processes.
     """
     x_t, t, cond = renoised.x_t, renoised.t, draw.cond
     c = teacher(x_t, t, cond, guidance=1.0, fake_mix=ctx.fake_mix)
@@ -69,7 +101,9 @@ def teach(teacher: GuidedDenoiser, renoised: Renoised | Draw, draw: Draw, ctx: C
     rule = ctx.backend if isinstance(ctx.backend, GuidanceRule) else None
     other = teacher(x_t, t, cond, guidance=rule.other_guidance() if rule else 0.0, fake_mix=ctx.fake_mix)
     w = ctx.random.uniform("guidance", draw.sample, *ctx.guidance).to(c.value.device)
-    return x0, x0 - (rule.guided if rule else guided)(c, other, w).x0
+    ca = x0 - (rule.guided if rule else guided)(c, other, w).x0
+    low, high = ctx.guidance_interval
+    return x0, torch.where(expand((t >= low) & (t <= high), ca).bool(), ca, 0.0)
 
 
 def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: float) -> Direction:
@@ -84,6 +118,15 @@ def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: fl
     return Direction(dm + ca, {"dm": dm, "ca": ca})
 
 
+def weight_at(t: Tensor, name: TimeWeight, path: NoisePath) -> Tensor:
+    """What `DMD.time_weight` multiplies a difference of x0 with at times t [B], [B].
+
+    A difference of scores is alpha_t / sigma_t^2 times one of x0, and eq. 7 of DMD weighs it by w_t alpha_t.
+    """
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    return {"none": torch.ones_like(alpha), "alpha": alpha, "sigma": alpha / sigma, "sigma3": alpha * sigma}[name]
+
+
 @dataclass(frozen=True)
 class DMD:
     """Reverse KL between student and teacher (Yin et al. 2023, arXiv 2311.18828, eq. 7; normaliser of eq. 8):
@@ -95,19 +138,27 @@ class DMD:
 
     Attributes:
         floor: Lower bound of the normaliser, in latent units.
+        time_weight: Weight of the direction by its renoise time: "none" as in DMD's code; "alpha" is eq. 7 and 8 as
+            they are printed, alpha_t times that. "sigma" and "sigma3" have w_t = sigma_t / alpha_t and
+            sigma_t^3 / alpha_t in eq. 7 in place of eq. 8, which DMD's ablation compares it with: alpha_t / sigma_t and
+            alpha_t sigma_t times the difference, without a normaliser.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("dm", "ca")
-    floor: float = 1e-6
+    floor: float = FLOOR
+    time_weight: TimeWeight = "none"
+
+    def __post_init__(self) -> None:
+        if self.time_weight in UNNORMALISED:
+            require(self, "floor", self.floor == FLOOR, f"left out with --time_weight {self.time_weight}")
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
         """What the direction acts on: the student's clean sample, [B, *latent]."""
         return prediction.x0
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
-        """The student's answers at times t ~ Beta(ctx.renoise); the fake score learns exactly where it is asked."""
-        t = ctx.random.beta("renoise/t", draw.sample, *ctx.renoise).clamp(T_MIN, T_MAX)
-        return (renoised_at(t, "renoise", draw, ctx),)
+        """The student's answers at times of the run's law; the fake score learns exactly where it is asked."""
+        return (renoised_at(renoise_times("renoise/t", draw, ctx), "renoise", draw, ctx),)
 
     def fake_loss(self, draw: Draw, fake: Denoiser, ctx: Context) -> Term:
         """Denoising loss on the student's answers, per sample, in the network's own parameterisation."""
@@ -120,4 +171,32 @@ class DMD:
         (renoised,) = self.renoise(draw, ctx)
         c, ca = teach(teacher, renoised, draw, ctx)
         dm = fake(renoised.x_t, renoised.t, draw.cond).x0 - c
-        return normalised(draw.x0, c - ca, dm, ca, self.floor)
+        return self.scaled(draw.x0, c - ca, dm, ca, renoised.t, ctx)
+
+    def scaled(
+        self,
+        anchor: Tensor,
+        target: Tensor,
+        dm: Tensor,
+        ca: Tensor,
+        t: Tensor,
+        ctx: Context,
+        t_ca: Tensor | None = None,
+    ) -> Direction:
+        """dm + ca in the size that the student's loss has them in; the tensors are those of `normalised`.
+
+        Args:
+            anchor: What moves, [B, *latent].
+            target: What the guided teacher makes of the anchor.
+            dm, ca: The two parts, before they are normalised.
+            t: Times of `dm`, [B].
+            t_ca: Times of `ca`; t by default.
+        """
+        if self.time_weight == "none":
+            return normalised(anchor, target, dm, ca, self.floor)
+        if self.time_weight not in UNNORMALISED:
+            parts = normalised(anchor, target, dm, ca, self.floor).parts
+            dm, ca = parts["dm"], parts["ca"]
+        dm = expand(weight_at(t, self.time_weight, ctx.backend.path), dm) * dm
+        ca = expand(weight_at(t if t_ca is None else t_ca, self.time_weight, ctx.backend.path), ca) * ca
+        return Direction(dm + ca, {"dm": dm, "ca": ca})

@@ -18,6 +18,7 @@ from dmdr.errors import ConfigError
 from dmdr.paths import NoisePath, Prediction
 from dmdr.randomness import Random
 from dmdr.sizes import Size
+from dmdr.times import TimeLaw
 from dmdr.types import Condition, Direction, Draw, Real, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
@@ -408,12 +409,16 @@ class Context(Protocol):
         """Steps so far in this stage; each is one student update, or several on one rollout."""
 
     @property
-    def renoise(self) -> tuple[float, float]:
-        """Beta parameters of the renoise time (DynaRS)."""
+    def renoise(self) -> TimeLaw:
+        """Law of renoise times, which `dmdr.matching.renoise_times` draws from."""
 
     @property
     def guidance(self) -> tuple[float, float]:
         """Range of the teacher's guidance."""
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        """The least and the greatest time at which the teacher is guided (`dmdr.matching.teach`)."""
 
     @property
     def fake_mix(self) -> float:
@@ -453,8 +458,8 @@ class Matching(Protocol):
 
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
     Optional, as in `Needs`: `finished = True`, of one that looks at finished images (`draw.rollout.final`), and
-    `real_images = True`, of one that reads real images (`ctx.real`); each may be a property.
-    `parts`, in the class: names of parts that each of its directions has, for objectives that read them (`Needs.parts`).
+    `real_images = True`, of one that reads real images (`ctx.real`); each may be a property. `parts`, in the class, are
+    the names of parts that each of its directions has, for objectives that read them (`Needs.parts`).
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

@@ -12,8 +12,9 @@ from dmdr.protocols import Backend, ChecksSampler, Role, SampleWeight
 from dmdr.run.checkpoint import read_progress
 from dmdr.sampling import FewStepSampler
 from dmdr.settings.fields import Config
+from dmdr.times import LogitNormal, Uniform
 from dmdr.training.objectives import WeightedObjective, combined_needs
-from dmdr.training.schedules import DynaDG, DynaRS, Schedule
+from dmdr.training.schedules import DynaDG, DynaRS, Schedule, Steady
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Stage:
         objectives: What the RL loss is made of.
         rl_balance: "grad_norm" where rl_weight is a ratio of gradients, "none" where it is the weight of a loss.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
-        fake_mix, renoise: DynaDG and DynaRS.
+        fake_mix, renoise: DynaDG and the law of renoise times.
     """
 
     number: int
@@ -74,7 +75,7 @@ class Stage:
     rl_balance: str
     sample_weight: SampleWeight | None
     fake_mix: DynaDG
-    renoise: DynaRS
+    renoise: DynaRS | Steady
 
     def __str__(self) -> str:
         parts = [f"{self.steps} update{'s' * (self.steps > 1)}", f"learning rate {self.learning_rate}"]
@@ -86,9 +87,7 @@ class Stage:
             parts.append(f"RL ({terms}) x {self.rl_weight}{unit}")
         if self.fake_mix.steps and self.fake_mix.start:
             parts.append(f"DynaDG for {self.fake_mix.steps}")
-        if self.renoise.steps and (self.renoise.alpha, self.renoise.beta) != (1, 1):
-            parts.append(f"DynaRS for {self.renoise.steps}")
-        return ", ".join(parts)
+        return ", ".join(filter(None, [*parts, str(self.renoise)]))
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class Plan:
         rounds: Updates of the fake score per student update.
         rollouts: Rollouts per student update.
         guidance: Range of the teacher's guidance.
+        guidance_interval: The least and the greatest time at which the teacher is guided.
         roles: Roles of the backend that the run needs.
         stages: In order; those without updates are left out.
     """
@@ -116,6 +116,7 @@ class Plan:
     rounds: int
     rollouts: int
     guidance: tuple[float, float]
+    guidance_interval: tuple[float, float]
     roles: tuple[Role, ...]
     stages: tuple[Stage, ...]
 
@@ -153,6 +154,7 @@ class Plan:
             rounds=rounds,
             rollouts=rollouts if config.rollouts is None else config.rollouts,
             guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
+            guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
             roles=("student", "fake_score", *combined_needs(objectives).roles),
             stages=_stages(config, tuple(objectives), sample_weight),
         )
@@ -247,7 +249,7 @@ def _stages(
             rl_balance="none",
             sample_weight=sample_weight,
             fake_mix=DynaDG(config.dyna_guidance, dyna),
-            renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], dyna),
+            renoise=_renoise(config, dyna),
         ),
         Stage(
             number=2,
@@ -261,7 +263,16 @@ def _stages(
             rl_balance=config.rl_balance,
             sample_weight=None,
             fake_mix=DynaDG(0.0, 0),
-            renoise=DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], 0),
+            renoise=_renoise(config, 0),
         ),
     )
     return tuple(stage for stage in stages if stage.steps)
+
+
+def _renoise(config: Config, steps: int) -> DynaRS | Steady:
+    """The law of renoise times; DynaRS anneals the first two in so many steps, the others stay the same."""
+    if config.renoise_times == "uniform":
+        return Steady(Uniform())
+    if config.renoise_times == "logit_normal":
+        return Steady(LogitNormal(config.logit_mean, config.logit_std))
+    return DynaRS(config.dyna_renoise[0], config.dyna_renoise[1], steps, config.renoise_times == "shifted")

@@ -70,6 +70,7 @@ class Trainers:
             fake_mix=stage.fake_mix,
             renoise=stage.renoise,
             guidance=plan.guidance,
+            guidance_interval=plan.guidance_interval,
             scorer=self.scorer,
             sample_weight=stage.sample_weight,
             real_images=self.real_images,

@@ -19,6 +19,7 @@ LIMITS = {  # what is above is a slip, which torch would answer with a traceback
     "sample_images num_eval_samples": MOST_IMAGES,
     "learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate weight_decay": 1000,
     "guidance_scale guidance_jitter": 1000,
+    "logit_mean logit_std": 100,
     "dmd_weight rl_weight": HEAVIEST,
 }
 SHORT = reprlib.Repr()
@@ -129,6 +130,11 @@ class Config(Flags):
     guidance_jitter: float = flag(
         0.5, "each sample gets a guidance scale within guidance_scale +- this value, if guidance_scale is above 1"
     )
+    guidance_interval: list[float] = flag(
+        [0.0, 1.0],
+        "the least and the greatest time, of 0 (data) to 1 (noise), at which matching guides the teacher; outside of "
+        "them it matches the conditional answer",
+    )
     fake_updates: int = flag(5, "updates of the fake score for each update of the student")
     rollouts: int | None = flag(
         None,
@@ -142,6 +148,13 @@ class Config(Flags):
     dyna_renoise: list[float] = flag(
         [4.0, 1.5], "DynaRS: the two parameters of the renoise time's Beta distribution at the start; 1 1 is uniform"
     )
+    renoise_times: Literal["beta", "shifted", "logit_normal", "uniform"] = flag(
+        "beta",
+        "law of the times at which student and teacher are compared: DynaRS's Beta distribution, as it is or shifted "
+        "as the model's times are; or, without DynaRS, logit-normal as for SD3, or uniform from 0.02 to 0.98",
+    )
+    logit_mean: float = flag(0.0, "mean of --renoise_times logit_normal; above 0 towards noise, below 0 towards data")
+    logit_std: float = flag(1.0, "standard deviation of --renoise_times logit_normal")
     sample_weight: str = flag(
         "rt_dm", "method that weighs samples by their reward in stage 1; 'none' weighs all equally"
     )
@@ -266,7 +279,7 @@ class Config(Flags):
         what = f"so small that an update has at most {MOST_IMAGES} images"
         self._require(update <= MOST_IMAGES, "gradient_accumulation_steps", what)
         positive = """learning_rate stage2_learning_rate fake_learning_rate stage2_fake_learning_rate max_grad_norm
-            adam_epsilon gpu_memory"""
+            adam_epsilon logit_std gpu_memory"""
         for name in positive.split():
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         number = self.shard.isdecimal() and int(self.shard) >= 1
@@ -281,6 +294,9 @@ class Config(Flags):
         self._require(
             len(self.dyna_renoise) == 2 and min(self.dyna_renoise) >= 1, "dyna_renoise", "two numbers of at least 1"
         )
+        low_high = self.guidance_interval
+        within = len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1
+        self._require(within, "guidance_interval", "two numbers between 0 and 1, the first below the second")
         self._require(self.dyna_steps is None or self.dyna_steps >= 0, "dyna_steps", "at least 0")
         self._require(
             self.per_device_train_batch_size % self.num_generations == 0,

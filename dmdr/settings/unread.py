@@ -25,7 +25,8 @@ STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_step
     stage2_fake_learning_rate"""
 EVALUATION = """eval_reward eval_rewards eval_benchmark benchmarks reference_images eval_steps eval_images_per_prompt
     on_hacking"""
-MATCHING = "matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance"
+MATCHING = """matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance
+    renoise_times logit_mean logit_std"""
 
 
 def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
@@ -69,6 +70,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
     has_rl = c.rl != "none" and c.rl_weight and c.stage2_steps
     rewarded = has_rl or (not alone and active_weight(plugins))
     times = len(c.sigmas or c.timesteps or ())
+    anneals = c.renoise_times in ("beta", "shifted")
     return [
         # What is trained
         (not c.prompts, DATASET, "without --prompts"),
@@ -90,6 +92,12 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
             "without stage 1 and with --stage2_fake_learning_rate",
         ),
         (c.dyna_steps == 0, "dyna_guidance dyna_renoise", "with --dyna_steps 0"),
+        (not anneals, "dyna_renoise", f"with --renoise_times {c.renoise_times}"),
+        (
+            c.dyna_guidance == 0 and not anneals,
+            "dyna_steps",
+            f"with --dyna_guidance 0 and --renoise_times {c.renoise_times}",
+        ),
         (
             c.dyna_guidance == 0 and c.dyna_renoise == [1, 1],
             "dyna_steps",
@@ -97,11 +105,13 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         ),
         (c.real_images and not _read_real(c, plugins), "real_images caption_column", "by any part of the run"),
         (not c.real_images, "caption_column", "without --real_images (that of --prompts is --prompt_column)"),
+        # Renoise times
+        (c.renoise_times != "logit_normal", "logit_mean logit_std", f"with --renoise_times {c.renoise_times}"),
         # Steps of the student, and guidance of the teacher
         (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
         (not c.eta and c.sample_eta in (None, 0, 1), "sde_type", "with --eta 0"),
         (c.guidance_scale <= 1, "guidance_jitter", "with --guidance_scale of at most 1"),
-        (c.guidance_scale == 1, "negative_prompt zero_empty_prompt", "with --guidance_scale 1"),
+        (c.guidance_scale == 1, "guidance_interval negative_prompt zero_empty_prompt", "with --guidance_scale 1"),
         (OPTIMIZERS[c.optim].unread, " ".join(OPTIMIZERS[c.optim].unread), f"by --optim {c.optim}"),
         # What is written
         (not c.num_eval_samples, EVALUATION, "without --num_eval_samples"),

@@ -12,6 +12,7 @@ from dmdr.protocols import Backend, Matching
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler
+from dmdr.times import TimeLaw
 from dmdr.training.phases import gather
 from dmdr.training.scorer import RolloutScorer, Scores, Watched
 from dmdr.types import Draw, Real, Rollout
@@ -43,8 +44,9 @@ class StepContext:
     matching: Matching
     first_random: Random
     step: int
-    renoise: tuple[float, float]
+    renoise: TimeLaw
     guidance: tuple[float, float]
+    guidance_interval: tuple[float, float]
     fake_mix: float
     accelerator: Accelerator
     scaler: torch.amp.GradScaler

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dmdr.times import Beta, TimeLaw
+
 
 def cosine_decay(step: int, steps: int) -> float:
     """1 at step 0, 0 from `steps` on: (1 + cos(pi step / steps)) / 2. 0 everywhere if `steps` is 0."""
@@ -36,15 +38,39 @@ class DynaRS:
     Attributes:
         alpha, beta: Parameters at step 0, at least 1; published: (4, 1.5).
         steps: Student updates until the times are uniform; 0 switches DynaRS off.
+        shifted: Whether the times are shifted as the model's grid is, after they are drawn.
     """
 
     alpha: float
     beta: float
     steps: int
+    shifted: bool = False
 
-    def __call__(self, step: int) -> tuple[float, float]:
+    def __call__(self, step: int) -> Beta:
         c = cosine_decay(step, self.steps)
-        return 1 + (self.alpha - 1) * c, 1 + (self.beta - 1) * c
+        return Beta(1 + (self.alpha - 1) * c, 1 + (self.beta - 1) * c, self.shifted)
+
+    def __str__(self) -> str:
+        anneals = self.steps and (self.alpha, self.beta) != (1, 1)
+        parts = [f"DynaRS for {self.steps}"] if anneals else []
+        return ", ".join(parts + ["shifted renoise times"] * self.shifted)
+
+
+@dataclass(frozen=True)
+class Steady:
+    """A law of renoise times that stays the same.
+
+    Attributes:
+        law: Which.
+    """
+
+    law: TimeLaw
+
+    def __call__(self, step: int) -> TimeLaw:
+        return self.law
+
+    def __str__(self) -> str:
+        return f"{self.law} renoise times"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream
 from dmdr.protocols import Backend, Context, Denoiser, Matching, Needs, SampleWeight
 from dmdr.sampling import FewStepSampler
+from dmdr.times import TimeLaw
 from dmdr.training.bad_steps import BadSteps
 from dmdr.training.balance import Balance
 from dmdr.training.context import RealImages, StepContext, over_the_batch, rollout_random
@@ -39,8 +40,9 @@ class Trainer:
         rounds: Updates of the fake score per student update, the last of them after it.
         dmd_weight: Weight of the matching loss, a function of the step.
         balances: Whether RL is scaled so that rl_weight is the ratio of its gradient's norm to matching's.
-        fake_mix, renoise: DynaDG and DynaRS, functions of the step.
+        fake_mix, renoise: DynaDG and the law of renoise times, functions of the step.
         guidance: Range of the teacher's guidance, drawn per sample.
+        guidance_interval: The least and the greatest time at which the teacher is guided.
         scorer: The run's rewards, or None.
         sample_weight: Weight of each sample's direction (RT-DM), or None.
         real_images: What `ctx.real` gives, or None.
@@ -63,9 +65,10 @@ class Trainer:
     rounds: int
     dmd_weight: Callable[[int], float]
     fake_mix: Callable[[int], float]
-    renoise: Callable[[int], tuple[float, float]]
+    renoise: Callable[[int], TimeLaw]
     balances: bool = False
     guidance: tuple[float, float] = (1.0, 1.0)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     scorer: RolloutScorer | None = None
     sample_weight: SampleWeight | None = None
     real_images: RealImages | None = None
@@ -152,6 +155,7 @@ class Trainer:
             self.step,
             self.renoise(self.step),
             self.guidance,
+            self.guidance_interval,
             self.fake_mix(self.step),
             self.accelerator,
             self.scaler,

@@ -19,11 +19,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from dmdr.backends.loading import quiet
-from dmdr.matching import T_MAX, T_MIN
 from dmdr.prompts import PromptStream, Row
 from dmdr.randomness import Random
 from dmdr.run.job import assemble
 from dmdr.settings.parse import Settings
+from dmdr.times import T_MAX, T_MIN
 from dmdr.training.phases import phase
 
 from .stock import STOCK, Cond

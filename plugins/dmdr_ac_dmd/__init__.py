@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmdr.matching import DMD, T_MAX, T_MIN, denoising_error, normalised, teach
+from dmdr.matching import DMD, denoising_error, renoise_times, teach
 from dmdr.paths import Prediction, expand
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
+from dmdr.times import T_MIN
 from dmdr.types import Direction, Draw, Renoised, Term
 
 MIN_GAP = 0.01  # least distance between s and a renoise time, and
@@ -60,7 +61,7 @@ class ACDMD(DMD):
         return ctx.sampler.moments(draw.index, prediction)[0]
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
-        """x_s at times t = s + (1 - s) u with u ~ Beta(ctx.renoise), and the pair that the fake score regresses on.
+        """x_s at times t = s + (1 - s) u, with u of the run's law, and the pair that the fake score regresses on.
 
         With a = alpha_t / alpha_s and sigma_ts^2 = sigma_t^2 - a^2 sigma_s^2, x_t = a x_s + sigma_ts eps is what it
         would be had clean data been noised. The noise of x_s is not known, but the score is: E[eps | x_t] / sigma_ts
@@ -74,8 +75,8 @@ class ACDMD(DMD):
         towards s, where the weight min(1 / sigma_ts^2, 10) sigma_ts^2 fades the sample out.
         """
         path, s, x_s = ctx.backend.path, level(draw), state_after(draw, ctx)
-        t = s + (1 - s) * ctx.random.beta("renoise/t", draw.sample, *ctx.renoise)
-        t = torch.maximum(t.clamp(T_MIN, T_MAX), (s + MIN_GAP).clamp(max=1))  # above s even where s exceeds T_MAX
+        t = renoise_times("renoise/t", draw, ctx, low=s)
+        t = torch.maximum(t, (s + MIN_GAP).clamp(max=1))  # above s even where s exceeds T_MAX
         eps = ctx.random.normal("renoise/eps", draw.sample, tuple(x_s.shape[1:])).to(x_s.dtype)
         alpha_s, sigma_s, alpha_t, sigma_t = path.alpha(s), path.sigma(s), path.alpha(t), path.sigma(t)
         a = alpha_t / alpha_s
@@ -130,4 +131,4 @@ class ACDMD(DMD):
 
         c, ca = teach(teacher, renoised, draw, ctx)
         own, conditional, guided = moved(fake(x_t, t, draw.cond).x0), moved(c), moved(c - ca)
-        return normalised(state_after(draw, ctx), guided, own - conditional, conditional - guided, self.floor)
+        return self.scaled(state_after(draw, ctx), guided, own - conditional, conditional - guided, t, ctx)

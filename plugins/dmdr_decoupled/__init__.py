@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from dmdr.matching import DMD, T_MAX, T_MIN, normalised, renoised_at, teach
+from dmdr.matching import DMD, renoise_times, renoised_at, teach
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
 from dmdr.sampling import shift_times, unshift_times
+from dmdr.times import T_MAX, T_MIN
 from dmdr.types import Direction, Draw, Renoised
 
 
@@ -37,8 +38,7 @@ class Decoupled(DMD):
 
     def renoise(self, draw: Draw, ctx: Context) -> tuple[Renoised, ...]:
         """DMD's times, shifted as the grid's are (the authors in Tongyi-MAI/Z-Image, issue 78: both are)."""
-        t = shift_times(ctx.random.beta("renoise/t", draw.sample, *ctx.renoise), ctx.backend.shift)
-        return (renoised_at(t.clamp(T_MIN, T_MAX), "renoise", draw, ctx),)
+        return (renoised_at(renoise_times("renoise/t", draw, ctx, shifted=True), "renoise", draw, ctx),)
 
     def renoise_ca(self, draw: Draw, ctx: Context) -> Renoised:
         """The student's answers at cleaner times than its input: uniform before the timestep shift, as the grid's are.
@@ -60,5 +60,6 @@ class Decoupled(DMD):
         (at_dm,) = self.renoise(draw, ctx)
         c = teacher(at_dm.x_t, at_dm.t, draw.cond, guidance=1.0, fake_mix=ctx.fake_mix).x0
         dm = fake(at_dm.x_t, at_dm.t, draw.cond).x0 - c
-        _, ca = teach(teacher, self.renoise_ca(draw, ctx), draw, ctx)
-        return normalised(draw.x0, c - ca, dm, ca, self.floor)
+        at_ca = self.renoise_ca(draw, ctx)
+        _, ca = teach(teacher, at_ca, draw, ctx)
+        return self.scaled(draw.x0, c - ca, dm, ca, at_dm.t, ctx, at_ca.t)

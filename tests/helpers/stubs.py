@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dmdr.paths import Kind, NoisePath, Prediction, RectifiedFlow, VariancePreserving
 from dmdr.randomness import Random
+from dmdr.times import Beta
 from dmdr.types import Condition, Draw, Rollout
 
 FLOW = RectifiedFlow()
@@ -21,6 +22,7 @@ def context(
     *,
     step: int = 0,
     guidance: tuple[float, float] = (1.0, 1.0),
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     renoise: tuple[float, float] = (1.0, 1.0),
     fake_mix: float = 0.0,
 ) -> Any:
@@ -28,7 +30,8 @@ def context(
         backend=SimpleNamespace(path=path),
         random=Random(0, step, "rollout/0"),
         guidance=guidance,
-        renoise=renoise,
+        guidance_interval=guidance_interval,
+        renoise=Beta(*renoise),
         fake_mix=fake_mix,
     )
 

@@ -16,6 +16,7 @@ from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import BringsLearners, Matching, Needs, OwnLearner, SampleWeight
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.times import Beta
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives, WeightedObjective
 from dmdr.training.rollouts import Rollouts
@@ -160,7 +161,7 @@ def trainer(
     micro = micro_batch or batch
     if rewards is not None and not isinstance(rewards, Rewards):
         rewards = Rewards({"toy": (1.0, rewards)})
-    settings = {"seed": 0, "fake_mix": lambda step: 0.0, "renoise": lambda step: (4.0, 1.5)}
+    settings = {"seed": 0, "fake_mix": lambda step: 0.0, "renoise": lambda step: Beta(4.0, 1.5)}
     return Trainer(
         backend=backend,
         rollouts=Rollouts(

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, ToyBackend, ToyOptions
 from dmdr.errors import TrainingError
-from dmdr.matching import DMD, T_MIN
+from dmdr.matching import DMD
 from dmdr.paths import NoisePath, Prediction
 from dmdr.protocols import Matching
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.settings.parse import parse
+from dmdr.times import T_MIN, Beta
 from dmdr.types import Condition, Draw, Rollout
 from dmdr_ac_dmd import ACDMD, level, state_after
 from stubs import FLOW, VP, Network, context, gaussian_posterior, normal
@@ -477,7 +478,7 @@ def trained(cls: type[ToyBackend], matching: Matching, steps: int = 100) -> tupl
         fake_updates=3,
         eta=0.9,
         grid=torch.tensor([1.0, 0.7, 0.0], dtype=torch.float64),
-        renoise=lambda step: (1.0, 1.0),
+        renoise=lambda step: Beta(1.0, 1.0),
         optimize=quickly(5e-3),
         fake_optimize=quickly(2e-2),
     )

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dmdr.backends.toy import CENTRES, PROMPTS, ToyBackend, ToyOptions
-from dmdr.matching import DMD, T_MAX, T_MIN
+from dmdr.matching import DMD
 from dmdr.paths import NoisePath
 from dmdr.protocols import Context, Matching
 from dmdr.sampling import time_grid, unshift_times
 from dmdr.settings.parse import parse
+from dmdr.times import T_MAX, T_MIN, Beta
 from dmdr.types import Draw, Renoised, Rollout
 from dmdr_decoupled import Decoupled
 from stubs import FLOW, VP, Network, context, draw_of, normal
@@ -219,7 +220,7 @@ def overshoot(matching: Matching, steps: int = 100) -> tuple[float, float]:
         fake_updates=3,
         guidance=(3.0, 3.0),
         eta=0.9,
-        renoise=lambda step: (1.0, 1.0),
+        renoise=lambda step: Beta(1.0, 1.0),
         optimize=quickly(5e-3),
         fake_optimize=quickly(2e-2),
     )

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmdr.matching import DMD, T_MAX, T_MIN
+from dmdr.matching import DMD
 from dmdr.paths import Kind, NoisePath, Prediction, add_noise
+from dmdr.times import T_MAX, T_MIN
 from dmdr.types import Condition
 from stubs import FLOW, VP, Network, Stub, context, draw_of, gaussian_posterior, normal
 

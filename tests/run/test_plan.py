@@ -13,6 +13,7 @@ from dmdr.run.observer import Observer
 from dmdr.run.plan import Plan
 from dmdr.run.run import train
 from dmdr.settings.parse import parse, resolve
+from dmdr.times import Beta
 
 FEW: dict[str, Any] = {
     "model": "toy",
@@ -105,8 +106,8 @@ def test_each_stage_has_what_is_its_own() -> None:
     assert type(first.sample_weight).__name__ == "RewardTilt" and second.sample_weight is None
 
     assert [first.fake_mix(step) for step in range(3)] == pytest.approx([0.5, 0.25, 0])
-    assert [first.renoise(step) for step in (0, 2)] == [(3, 2), (1, 1)]
-    assert second.fake_mix(0) == 0 and second.renoise(0) == (1, 1)
+    assert [first.renoise(step) for step in (0, 2)] == [Beta(3, 2), Beta(1, 1)]
+    assert second.fake_mix(0) == 0 and second.renoise(0) == Beta(1, 1)
 
 
 def test_rates_of_stage_2_may_be_its_own() -> None:

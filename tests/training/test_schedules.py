@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from dmdr.times import Beta
 from dmdr.training.schedules import DynaDG, DynaRS, Schedule, cosine_decay
 
 # Step, cosine, alpha, beta, mean of Beta(alpha, beta), share of the fake score; over 2000 steps from (4, 1.5) and 0.5.
@@ -20,22 +21,23 @@ TABLE = [
 
 @pytest.mark.parametrize(("step", "cosine", "alpha", "beta", "mean", "share"), TABLE)
 def test_table(step: int, cosine: float, alpha: float, beta: float, mean: float, share: float) -> None:
-    a, b = DynaRS(4, 1.5, 2000)(step)
+    law = DynaRS(4, 1.5, 2000)(step)
+    a, b = law.alpha, law.beta
     found = (cosine_decay(step, 2000), a, b, a / (a + b), DynaDG(0.5, 2000)(step))
     assert found == pytest.approx((cosine, alpha, beta, mean, share), abs=5e-5)
 
 
 def test_both_end_exactly() -> None:
     assert DynaDG(0.5, 2000)(0) == 0.5
-    assert DynaRS(4, 1.5, 2000)(0) == (4, 1.5)
+    assert DynaRS(4, 1.5, 2000)(0) == Beta(4, 1.5)
     for step in (2000, 2001, 10**6):
         assert DynaDG(0.5, 2000)(step) == 0.0
-        assert DynaRS(4, 1.5, 2000)(step) == (1.0, 1.0)
+        assert DynaRS(4, 1.5, 2000)(step) == Beta(1.0, 1.0)
 
 
 def test_no_steps_switch_both_off() -> None:
     assert [DynaDG(0.5, 0)(step) for step in (0, 1, 100)] == [0.0] * 3
-    assert [DynaRS(4, 1.5, 0)(step) for step in (0, 1, 100)] == [(1.0, 1.0)] * 3
+    assert [DynaRS(4, 1.5, 0)(step) for step in (0, 1, 100)] == [Beta(1.0, 1.0)] * 3
 
 
 def test_learning_rate_is_constant() -> None:

@@ -18,6 +18,7 @@ from dmdr.randomness import Random
 from dmdr.rewards import RewardError, Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.testing import toy_trainer
+from dmdr.times import Beta
 from dmdr.training.context import StepContext
 from dmdr.training.objectives import WeightedObjective, combined_needs
 from dmdr.training.schedules import DynaDG, DynaRS
@@ -189,7 +190,7 @@ def test_schedules_follow_the_stage_and_random_numbers_the_run() -> None:
     running = trainer(fake_mix=DynaDG(0.5, 10), renoise=DynaRS(4, 1.5, 10), guidance=(2.0, 3.0), first_step=100)
     running.step = 5
     ctx = running.context(2)
-    assert (ctx.step, ctx.fake_mix, ctx.renoise, ctx.guidance) == (5, 0.25, (2.5, 1.25), (2.0, 3.0))
+    assert (ctx.step, ctx.fake_mix, ctx.renoise, ctx.guidance) == (5, 0.25, Beta(2.5, 1.25), (2.0, 3.0))
     assert ctx.random == Random(0, 105, "rollout/2")
 
 

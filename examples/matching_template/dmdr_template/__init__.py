@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dmdr.matching import DMD
+from dmdr.matching import DMD, TimeWeight
 from dmdr.paths import expand
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
 from dmdr.types import Direction, Draw
@@ -24,7 +24,8 @@ class UnitDMD(DMD):
     """
 
     length: float = 1.0
-    floor: float = field(default=1e-6, init=False)  # a flag of DMD; with init=False it is none here
+    floor: float = field(default=1e-6, init=False)  # flags of DMD; with init=False they are none here
+    time_weight: TimeWeight = field(default="none", init=False)
 
     @torch.no_grad()
     def direction(self, draw: Draw, teacher: GuidedDenoiser, fake: Denoiser, ctx: Context) -> Direction:
