@@ -25,6 +25,7 @@ def renoise_times(
     low: Tensor | float = 0.0,
     high: Tensor | float = 1.0,
     shifted: bool = False,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Times to noise the student's answers to, by the law of the run (--renoise_times), [B] float64.
 
@@ -35,13 +36,31 @@ def renoise_times(
         purpose: Names the random numbers; two calls with the same one draw the same.
         low, high: The interval that they lie in, a number or [B] of them; all times by default.
         shifted: Shift them as the model's grid is, whatever the law.
+        keys: What each time belongs to, [B] int64; the sample by default.
     """
-    share = ctx.renoise.shares(ctx.random, purpose, draw.sample)
+    share = ctx.renoise.shares(ctx.random, purpose, draw.sample if keys is None else keys)
     if not (shifted or ctx.renoise.shifted):
         return (low + (high - low) * share).clamp(T_MIN, T_MAX)
     shift = ctx.backend.shift
     low, high = (unshift_times(torch.as_tensor(end, dtype=torch.float64), shift) for end in (low, high))
     return shift_times(low + (high - low) * share, shift).clamp(T_MIN, T_MAX)
+
+
+def level(draw: Draw) -> Tensor:
+    """Time s at which each sample's drawn step ends, [B] float64; 0 for the last step."""
+    return draw.rollout.t.to(draw.index.device, non_blocking=True)[draw.index + 1]
+
+
+def state_after(draw: Draw, ctx: Context) -> Tensor:
+    """x_s, the state after the drawn step as the student takes it now, with the noise of the rollout, [B, *latent]."""
+    if not draw.iteration:
+        return draw.x_next
+
+    def mean(x0: Tensor) -> Tensor:
+        return ctx.sampler.moments(draw.index, Prediction(x0, "x0", draw.x_t, draw.t, ctx.backend.path))[0]
+
+    then = draw.rollout.pick(draw.index).x0
+    return draw.x_next - mean(then) + mean(draw.x0)
 
 
 def renoised_at(t: Tensor, purpose: str, draw: Draw, ctx: Context) -> Renoised:
@@ -171,7 +190,7 @@ class DMD:
         (renoised,) = self.renoise(draw, ctx)
         c, ca = teach(teacher, renoised, draw, ctx)
         dm = fake(renoised.x_t, renoised.t, draw.cond).x0 - c
-        return self.scaled(draw.x0, c - ca, dm, ca, renoised.t, ctx)
+        return self.scaled(draw.x0, c - ca, dm, ca, renoised.t, draw, ctx)
 
     def scaled(
         self,
@@ -180,6 +199,7 @@ class DMD:
         dm: Tensor,
         ca: Tensor,
         t: Tensor,
+        draw: Draw,
         ctx: Context,
         t_ca: Tensor | None = None,
     ) -> Direction:

@@ -33,6 +33,25 @@ def add_noise(path: NoisePath, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return expand(path.alpha(t), x0) * x0 + expand(path.sigma(t), x0) * eps
 
 
+def add_noise_from(path: NoisePath, x: Tensor, s: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = a x_s + sigma_ts eps on a path, of samples that have the noise of times s already.
+
+    With a = alpha_t / alpha_s and sigma_ts^2 = sigma_t^2 - a^2 sigma_s^2, x_t is what it would be had clean data been
+    noised.
+
+    Args:
+        x: States at times s [B], [B, *latent].
+        eps: Unit noise, [B, *latent].
+        t: Later times, [B].
+
+    Returns:
+        x_t [B, *latent] and sigma_ts^2 [B], which is at least 1e-12.
+    """
+    a = path.alpha(t) / path.alpha(s)
+    variance = (path.sigma(t) ** 2 - (a * path.sigma(s)) ** 2).clamp_min(1e-12)
+    return expand(a, x) * x + expand(variance.sqrt(), x) * eps, variance
+
+
 @dataclass(frozen=True)
 class RectifiedFlow:
     """The straight path of flow matching: alpha = 1 - t, sigma = t (SD3, FLUX, SiT)."""

@@ -91,6 +91,8 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     if bare:  # an architecture stands in for teacher and student
         options = with_options(options, teacher=None)
     backend: Backend = settings.open_backend(folder, options)
+    if config.renoise_times == "shifted" and backend.shift == 1:
+        raise ConfigError("--renoise_times shifted: the times of this model are not shifted; use beta")
     if plan.shards > 1:
         if not isinstance(backend, Shardable) or "sharding" not in signature(backend.prepare).parameters:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
@@ -131,9 +133,12 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
     """
     objectives = tuple(WeightedObjective(p.label, p.weight, p.build()) for p in settings.of("objectives"))
     name, weight = active_weight(settings.plugins) or ("", None)
+    matching = settings.of("matchings")[0].build()
     needs = {f"--rl {term.name}": needs_of(f"--rl {term.name}", term.objective) for term in objectives}
     if hasattr(weight, "needs"):
         needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
+    if settings.config.dmd_weight and hasattr(matching, "needs"):
+        needs[f"--matching {settings.config.matching}"] = needs_of(f"--matching {settings.config.matching}", matching)
     plan = Plan.of(settings.config, objectives, weight, processes)
     for who, declared in needs.items():
         check_needs(

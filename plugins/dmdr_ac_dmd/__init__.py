@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmdr.matching import DMD, denoising_error, renoise_times, teach
-from dmdr.paths import Prediction, expand
+from dmdr.matching import DMD, denoising_error, level, renoise_times, state_after, teach
+from dmdr.paths import Prediction, add_noise_from, expand
 from dmdr.protocols import Context, Denoiser, GuidedDenoiser
 from dmdr.times import T_MIN
 from dmdr.types import Direction, Draw, Renoised, Term
@@ -21,23 +21,6 @@ from dmdr.types import Direction, Draw, Renoised, Term
 MIN_GAP = 0.01  # least distance between s and a renoise time, and
 MAX_WEIGHT = 10.0  # greatest 1 / sigma_ts^2 that the fake loss makes good for; both as published
 STEP_MIN, STEP_MAX = 0.001, 0.2  # how far the consistency term goes back in time, as published
-
-
-def level(draw: Draw) -> Tensor:
-    """Time s at which each sample's drawn step ends, [B] float64; 0 for the last step."""
-    return draw.rollout.t.to(draw.index.device, non_blocking=True)[draw.index + 1]
-
-
-def state_after(draw: Draw, ctx: Context) -> Tensor:
-    """x_s, the state after the drawn step as the student takes it now, with the noise of the rollout, [B, *latent]."""
-    if not draw.iteration:
-        return draw.x_next
-
-    def mean(x0: Tensor) -> Tensor:
-        return ctx.sampler.moments(draw.index, Prediction(x0, "x0", draw.x_t, draw.t, ctx.backend.path))[0]
-
-    then = draw.rollout.pick(draw.index).x0
-    return draw.x_next - mean(then) + mean(draw.x0)
 
 
 @dataclass(frozen=True)
@@ -78,11 +61,9 @@ class ACDMD(DMD):
         t = renoise_times("renoise/t", draw, ctx, low=s)
         t = torch.maximum(t, (s + MIN_GAP).clamp(max=1))  # above s even where s exceeds T_MAX
         eps = ctx.random.normal("renoise/eps", draw.sample, tuple(x_s.shape[1:])).to(x_s.dtype)
-        alpha_s, sigma_s, alpha_t, sigma_t = path.alpha(s), path.sigma(s), path.alpha(t), path.sigma(t)
-        a = alpha_t / alpha_s
-        variance = (sigma_t**2 - (a * sigma_s) ** 2).clamp_min(1e-12)
-        std = variance.sqrt()
-        x_t = expand(a, x_s) * x_s + expand(std, x_s) * eps
+        x_t, variance = add_noise_from(path, x_s, s, eps, t)
+        alpha_s, sigma_s, sigma_t, std = path.alpha(s), path.sigma(s), path.sigma(t), variance.sqrt()
+        a = path.alpha(t) / alpha_s
         x0 = expand(1 / alpha_s, x_s) * x_s - expand(a * sigma_s**2 / (alpha_s * std), x_s) * eps
         weight = (MAX_WEIGHT * variance).clamp(max=1).float()
         return (Renoised(x_t, t, x0, expand(sigma_t / std, x_s) * eps, weight),)
@@ -131,4 +112,4 @@ class ACDMD(DMD):
 
         c, ca = teach(teacher, renoised, draw, ctx)
         own, conditional, guided = moved(fake(x_t, t, draw.cond).x0), moved(c), moved(c - ca)
-        return self.scaled(state_after(draw, ctx), guided, own - conditional, conditional - guided, t, ctx)
+        return self.scaled(state_after(draw, ctx), guided, own - conditional, conditional - guided, t, draw, ctx)

@@ -62,4 +62,4 @@ class Decoupled(DMD):
         dm = fake(at_dm.x_t, at_dm.t, draw.cond).x0 - c
         at_ca = self.renoise_ca(draw, ctx)
         _, ca = teach(teacher, at_ca, draw, ctx)
-        return self.scaled(draw.x0, c - ca, dm, ca, at_dm.t, ctx, at_ca.t)
+        return self.scaled(draw.x0, c - ca, dm, ca, at_dm.t, draw, ctx, at_ca.t)

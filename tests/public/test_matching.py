@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmdr.matching import DMD
+from dmdr.errors import ConfigError
+from dmdr.matching import DMD, TimeWeight, renoise_times
 from dmdr.paths import Kind, NoisePath, Prediction, add_noise
-from dmdr.times import T_MAX, T_MIN
+from dmdr.sampling import shift_times, unshift_times
+from dmdr.times import T_MAX, T_MIN, Beta
 from dmdr.types import Condition
 from stubs import FLOW, VP, Network, Stub, context, draw_of, gaussian_posterior, normal
 
@@ -24,6 +26,30 @@ def test_renoise_times_follow_the_beta_law() -> None:
     (renoised,) = DMD().renoise(draw_of(normal(4000, 1)), context(renoise=(4, 1.5)))
     error = (6 / (5.5**2 * 6.5) / 4000) ** 0.5
     assert abs(renoised.t.mean().item() - 4 / 5.5) < 3 * error + 2e-3  # the clamp at 0.98 costs less than 2e-3
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_of_an_interval_stay_in_it_and_are_its_share_before_the_shift(shift: float) -> None:
+    draw, ctx = draw_of(normal(500, 3)), context(renoise=(4, 1.5))
+    ctx.backend.shift = shift
+    low = torch.linspace(0.1, 0.5, 500, dtype=torch.float64)
+    t = renoise_times("renoise/t", draw, ctx, low=low, high=0.9, shifted=True)
+    assert ((t > low) & (t < 0.9)).all()
+    bounds = (unshift_times(end, shift) for end in (t, low, torch.tensor(0.9, dtype=torch.float64)))
+    before, least, most = bounds
+    share = ctx.random.beta("renoise/t", draw.sample, 4, 1.5)
+    torch.testing.assert_close((before - least) / (most - least), share, rtol=0, atol=1e-12)
+
+
+def test_a_law_says_itself_whether_its_times_are_shifted() -> None:
+    draw, ctx = draw_of(normal(500, 3)), context()
+    ctx.backend.shift = 3.0
+    plain = renoise_times("renoise/t", draw, ctx)
+    ctx.renoise = Beta(1.0, 1.0, shifted=True)
+    shifted = renoise_times("renoise/t", draw, ctx)
+    assert torch.equal(shifted, renoise_times("renoise/t", draw, ctx, shifted=True))  # once, whoever asks for it
+    inside = (plain > T_MIN) & (shifted < T_MAX)
+    torch.testing.assert_close(shifted[inside], shift_times(plain, 3.0)[inside], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("path", [FLOW, VP])
@@ -139,6 +165,51 @@ def test_guided_direction_is_the_sum_of_matching_and_guidance(guidance: tuple[fl
     torch.testing.assert_close(direction.parts["dm"] * distance, own - c, rtol=0, atol=1e-12)
     torch.testing.assert_close(direction.parts["ca"] * distance, -(w - 1) * (c - u), rtol=0, atol=1e-12)
     assert torch.equal(direction.parts["dm"] + direction.parts["ca"], direction.total)
+
+
+def test_outside_of_its_interval_guidance_is_exactly_nothing() -> None:
+    draw, fake, teacher = draw_of(normal(200, 3)), Network(1), Network(2)
+    always = DMD().direction(draw, teacher, fake, context(guidance=(4.0, 4.0)))
+    plain = DMD().direction(draw, teacher, fake, context())
+    ctx = context(guidance=(4.0, 4.0), guidance_interval=(0.3, 0.6))
+    found = DMD().direction(draw, teacher, fake, ctx)
+    (renoised,) = DMD().renoise(draw, ctx)
+    inside = (renoised.t >= 0.3) & (renoised.t <= 0.6)
+    assert 30 < inside.sum() < 90
+    assert torch.equal(found.total[inside], always.total[inside])
+    assert torch.equal(found.total[~inside], plain.total[~inside])
+    assert not found.parts["ca"][~inside].any()
+
+
+# --- Weight by time ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [FLOW, VP])
+@pytest.mark.parametrize("name", ["alpha", "sigma", "sigma3"])
+def test_time_weights_are_those_of_the_published_gradient(name: TimeWeight, path: NoisePath) -> None:
+    """w_t alpha_t (s_fake - s_teacher), with scores s = -(x_t - alpha x0) / sigma^2 and the published w_t."""
+    kind: Kind = "velocity" if path is FLOW else "eps"
+    draw, fake, teacher = draw_of(normal(6, 3)), Network(1, path, kind), Network(2, path, kind)
+    ctx = context(path, guidance=(2.0, 6.0))
+    found = DMD(time_weight=name).direction(draw, teacher, fake, ctx)
+    (r,) = DMD().renoise(draw, ctx)
+    w = ctx.random.uniform("guidance", draw.sample, 2.0, 6.0)[:, None]
+    c, u = (teacher(r.x_t, r.t, draw.cond, guidance=g).x0 for g in (1.0, 0.0))
+    real, own = u + w * (c - u), fake(r.x_t, r.t, draw.cond).x0
+    alpha, sigma = path.alpha(r.t)[:, None], path.sigma(r.t)[:, None]
+    scores = [-(r.x_t - alpha * x0) / sigma**2 for x0 in (own, real)]
+    weight = {
+        "alpha": sigma**2 / alpha / (draw.x0 - real).abs().mean(1, keepdim=True),  # eq. 8
+        "sigma": sigma / alpha,
+        "sigma3": sigma**3 / alpha,
+    }[name]
+    torch.testing.assert_close(found.total, weight * alpha * (scores[0] - scores[1]), rtol=1e-9, atol=1e-9)
+    assert torch.equal(found.parts["dm"] + found.parts["ca"], found.total)
+
+
+def test_a_floor_without_a_normaliser_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--floor must be left out with --time_weight sigma3, not"):
+        DMD(floor=0.1, time_weight="sigma3")
 
 
 def test_no_gradient_reaches_teacher_or_fake_score() -> None:

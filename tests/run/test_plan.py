@@ -13,7 +13,7 @@ from dmdr.run.observer import Observer
 from dmdr.run.plan import Plan
 from dmdr.run.run import train
 from dmdr.settings.parse import parse, resolve
-from dmdr.times import Beta
+from dmdr.times import Beta, LogitNormal, Uniform
 
 FEW: dict[str, Any] = {
     "model": "toy",
@@ -108,6 +108,19 @@ def test_each_stage_has_what_is_its_own() -> None:
     assert [first.fake_mix(step) for step in range(3)] == pytest.approx([0.5, 0.25, 0])
     assert [first.renoise(step) for step in (0, 2)] == [Beta(3, 2), Beta(1, 1)]
     assert second.fake_mix(0) == 0 and second.renoise(0) == Beta(1, 1)
+
+
+def test_renoise_times_follow_the_chosen_law_in_both_stages() -> None:
+    laws = {
+        "shifted": (Beta(4, 1.5, True), Beta(1, 1, True), "DynaRS for 4, shifted renoise times"),
+        "uniform": (Uniform(), Uniform(), "uniform renoise times"),
+        "logit_normal": (LogitNormal(0.5, 2), LogitNormal(0.5, 2), "logit-normal (0.5, 2) renoise times"),
+    }
+    for name, (start, end, text) in laws.items():
+        own = {"logit_mean": 0.5, "logit_std": 2.0} if name == "logit_normal" else {}
+        first, second = plan(renoise_times=name, dyna_guidance=0.0, stage1_steps=4, **own).stages
+        assert [first.renoise(0), first.renoise(4), second.renoise(0)] == [start, end, end]
+        assert str(first).endswith(text)
 
 
 def test_rates_of_stage_2_may_be_its_own() -> None:

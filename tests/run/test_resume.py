@@ -44,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ca_advantage": {"rl": "ca_advantage", "num_generations": 4, "guidance_scale": 3.0, "rl_balance": "grad_norm"},
     "ac_dmd": {"rl": "refl", "matching": "ac_dmd"},
     "tilt": {"rl": "refl", "tilt_baseline": "ema", "tilt_weight": "linear"},
+    "tdm": {"rl": "refl", "matching": "tdm", "eta": 0.0, "renoise_times": "logit_normal", "guidance_scale": 3.0},
+    "gndm": {"rl": "refl", "matching": "gndm", "num_generations": 2, "sample_weight": "gdmd"},
 }
 
 

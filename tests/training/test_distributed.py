@@ -22,6 +22,8 @@ from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
 from dmdr_decoupled.advantage import CAAdvantage
 from dmdr_dpo import DPO
+from dmdr_gdmd import GDMD
+from dmdr_gndm import GNDM
 from dmdr_grpo import GRPO
 from dmdr_lcm import LCM
 from dmdr_nft import DiffusionNFT
@@ -29,6 +31,7 @@ from dmdr_refl import ReFL
 from dmdr_refl.draft import DRaFT
 from dmdr_rwr import RWR
 from dmdr_srpo import SRPO
+from dmdr_tdm import TDM
 from toy_trainer import Critic, Plain, Policy, prepared, state, trainer
 
 BATCH, STEPS = 8, 2
@@ -89,6 +92,9 @@ CASES: dict[str, dict[str, Any]] = {
     "rwr_singles": {"rewards": Plain(BROKEN), "objectives": [RWR()], "rl_weight": 3.0},
     "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
+    "tdm": {"matching": TDM(), "eta": 0.0, "guidance": (2.0, 4.0), "guidance_interval": (0.2, 0.7)},
+    "gndm": {"matching": GNDM(), "group_size": 4},
+    "gdmd": {"rewards": Plain(BROKEN), "sample_weight": GDMD()},
     "policy": {"rewards": Plain(), "objectives": [Policy(Needs(steps="stochastic"))], "rl_weight": 0.1},
     "critic": {"rewards": Plain(BROKEN), "objectives": [Critic()], "rl_weight": 2.0},
     "refl_balanced": {"rewards": Plain(), "objectives": [ReFL()], "rl_weight": 2.0, "balances": True},
