@@ -427,6 +427,12 @@ class Context(Protocol):
     def scores(self, rollout: Rollout) -> dict[str, Tensor]:
         """Raw reward of the finished images by name, each [B] float32; decoded and scored once per rollout."""
 
+    def score(self, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Raw reward of other latents for the prompts of a draw, [B, *latent], by name, each [B] float32.
+
+        A few at a time are decoded and scored, without a gradient, in each call; all processes must call it together.
+        """
+
     def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
         """`scores` of the global batch, each [N], and the groups [N]; row i is the sample of index i."""
 

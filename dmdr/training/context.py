@@ -76,6 +76,11 @@ class StepContext:
         rows = rollout.sample - self.rollout.sample[0]
         return {name: score[rows] for name, score in scores.items()}
 
+    def score(self, latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+        scores = self._scorer()(replace(draw.rollout, x0=latents[None], finished=True)).own
+        self._count_unscored(scores)
+        return scores
+
     def global_scores(self) -> tuple[dict[str, Tensor], Tensor]:
         scores = self.all_scores()
         return scores.everyone, scores.group

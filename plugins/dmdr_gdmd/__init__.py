@@ -16,8 +16,6 @@ from dmdr.groups import advantages
 from dmdr.protocols import Context, Needs, require
 from dmdr.types import Direction, Draw
 
-AT_ONCE = 8  # images that are decoded and scored together: a weight sees all images of a process in an update
-
 
 @dataclass
 class GDMD:
@@ -48,25 +46,14 @@ class GDMD:
         return Needs(batch_size=2, finished=False)
 
     def __call__(self, draw: Draw, direction: Direction, ctx: Context) -> Tensor:
-        scores = score(draw.x0 - direction.total, draw, ctx)
+        scores = ctx.score(draw.x0 - direction.total, draw)
         if self.gain:
-            before = score(draw.x0, draw, ctx)
+            before = ctx.score(draw.x0, draw)
             scores = {name: found - before[name] for name, found in scores.items()}
-        everyone = {name: ctx.gather(found) for name, found in scores.items()}
-        group = ctx.gather(draw.group)
+        everyone = {name: ctx.gather(found).cpu() for name, found in scores.items()}
+        group = ctx.gather(draw.group).cpu()
         if len(group.unique()) == len(group):
             group = torch.zeros_like(group)
         advantage, _ = advantages(everyone, ctx.rewards.weights, group)
         weights = 1 + (advantage / self.limit).clamp(-1, 1)
-        return (weights / weights.mean()).float()[draw.sample]
-
-
-def score(latents: Tensor, draw: Draw, ctx: Context) -> dict[str, Tensor]:
-    """Raw rewards of latents [B, *latent] by name, each [B] float32."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ctx.rewards.parts}
-    for start in range(0, len(draw), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        images, cond = ctx.backend.decode(latents[part]), draw.cond[part]
-        for name, scores in ctx.rewards.each(images, cond.prompts, **cond.columns).items():
-            found[name].append(scores)
-    return {name: torch.cat(scores) for name, scores in found.items()}
+        return (weights / weights.mean()).float().to(draw.sample.device, non_blocking=True)[draw.sample]

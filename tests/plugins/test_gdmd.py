@@ -10,33 +10,22 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.types import Direction, Draw
-from dmdr_gdmd import AT_ONCE, GDMD
-from stubs import draw_of, normal
+from dmdr_gdmd import GDMD
+from stubs import draw_of
 
 NAN = float("nan")
 
 
 def context(unscored: int | None = None) -> Any:
-    """A step whose images are latents, and whose reward is their first element; `asked` keeps the sizes of passes."""
-    asked: list[int] = []
+    """A step whose reward is the first element of latents."""
 
-    def each(images: Tensor, prompts: Any, **columns: Any) -> dict[str, Tensor]:
-        assert len(prompts) == len(images)
-        asked.append(len(images))
-        return {"first": images[:, 0].float()}
-
-    def decode(latents: Tensor) -> Tensor:
+    def score(latents: Tensor, draw: Draw) -> dict[str, Tensor]:
+        scores = latents[:, 0].float()
         if unscored is not None:
-            latents = latents.clone()
-            latents[unscored] = NAN
-        return latents
+            scores[unscored] = NAN
+        return {"first": scores}
 
-    return SimpleNamespace(
-        backend=SimpleNamespace(decode=decode),
-        rewards=SimpleNamespace(parts={"first": (1.0, None)}, weights={"first": 1.0}, each=each),
-        gather=lambda values: values,
-        asked=asked,
-    )
+    return SimpleNamespace(rewards=SimpleNamespace(weights={"first": 1.0}), score=score, gather=lambda values: values)
 
 
 def of(x0: list[float], g: list[float]) -> tuple[Draw, Direction]:
@@ -76,12 +65,6 @@ def test_a_missing_score_weighs_as_the_mean() -> None:
 def test_equal_rewards_weigh_exactly_one() -> None:
     draw, direction = of([0.3] * 5, [0.0] * 5)
     assert GDMD()(draw, direction, context()).tolist() == [1.0] * 5
-
-
-def test_few_images_are_decoded_together() -> None:
-    ctx = context()
-    GDMD()(draw_of(normal(2 * AT_ONCE + 1, 3)), Direction(normal(2 * AT_ONCE + 1, 3, seed=1)), ctx)
-    assert ctx.asked == [AT_ONCE, AT_ONCE, 1]
 
 
 def test_a_limit_of_nothing_is_refused() -> None:
