@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -210,7 +211,10 @@ def processes_weigh_their_own_share_of_one_batch(build: Build, reward: Reward | 
 
         def everyones(values: Tensor, part: slice = part, left: Iterator[Tensor] = left) -> Tensor:
             everyone = next(left, None)
-            assert everyone is not None and same(everyone[part], values), ALIKE_IN_ALL
+            assert everyone is not None, ALIKE_IN_ALL
+            exact = not values.is_floating_point()  # else up to the rounding of other passes through a network
+            close = torch.equal if exact else partial(torch.allclose, rtol=1e-4, atol=1e-5, equal_nan=True)
+            assert everyone[part].shape == values.shape and close(everyone[part], values), ALIKE_IN_ALL
             return everyone
 
         bench.ctx.gather = everyones  # type: ignore[method-assign]
