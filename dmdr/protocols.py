@@ -466,7 +466,7 @@ class Matching(Protocol):
     Optional, as in `Needs`: `finished = True`, of one that looks at finished images (`draw.rollout.final`), and
     `real_images = True`, of one that reads real images (`ctx.real`); each may be a property. `parts`, in the class, are
     the names of parts that each of its directions has, for objectives that read them (`Needs.parts`).
-    `needs`, as of an objective, where it requires more of the run.
+    `needs`, as of an objective, for what the run must have, such as several images per prompt.
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

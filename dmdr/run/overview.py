@@ -39,6 +39,8 @@ def overview(
     start = config.init_student or (config.model if job.teacher != config.model else "the teacher")
     low, high = plan.guidance
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
+    if plan.guidance_interval != (0.0, 1.0):
+        guidance += ", at times from {:g} to {:g}".format(*plan.guidance_interval)
     lines = {
         "model": config.model,
         **({"teacher": job.teacher} if job.teacher != config.model else {}),

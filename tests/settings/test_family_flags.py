@@ -13,6 +13,7 @@ import yaml
 
 from dmdr.backends.quantized import Format
 from dmdr.errors import ConfigError
+from dmdr.matching import DMD
 from dmdr.settings import models, registry
 from dmdr.settings.parse import Settings, parse
 from family import READERS, refuses_unread
@@ -199,7 +200,8 @@ def test_the_toy_has_no_adapters(flag: str, value: str) -> None:
 
 def test_flags_of_another_matching_or_weight_say_so() -> None:
     said = "unknown argument --ac_steps (matching with this flag: ac_dmd; this run uses dmd)"
-    name = next(f.name for f in dataclasses.fields(registry.load("matchings", "ac_dmd")) if f.name != "floor")
+    common = {f.name for f in dataclasses.fields(DMD)}
+    name = next(f.name for f in dataclasses.fields(registry.load("matchings", "ac_dmd")) if f.name not in common)
     assert refusal("--model", "toy", f"--{name}", "1") == said.replace("ac_steps", name)
     said = "unknown argument --tilt_weight (sample weight with this flag: rt_dm; this run uses none)"
     assert refusal("--model", "toy", "--sample_weight", "none", "--tilt_weight", "rank") == said

@@ -253,7 +253,7 @@ def test_a_step_index_in_yaml_needs_no_quotes(file: Path) -> None:
 def test_names_that_are_taken_need_their_prefix() -> None:
     settings = toy("--rl", "climb", "--climb_floor", "1", "--dmd_floor", "2", "--climb_eta", "3", "--eta", "0.5")
     assert settings.of("objectives")[0].options == {"temperature": 0.5, "floor": 1.0, "eta": 3.0}
-    assert settings.of("matchings")[0].options == {"floor": 2.0}
+    assert settings.of("matchings")[0].options == {"floor": 2.0, "time_weight": "none"}
     assert settings.config.eta == 0.5
     assert refusal("--rl", "climb", "--floor", "1") == "unknown argument --floor (write --climb_floor or --dmd_floor)"
     assert refusal("--rl", "climb", floor=1) == "unknown setting 'floor' (write --climb_floor or --dmd_floor)"
@@ -337,7 +337,7 @@ def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
         "dry_run", "gpu_memory", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
     }  # fmt: skip
     tilt = {"reward_tilt", "tilt_weight", "tilt_divergence", "tilt_baseline", "tilt_clip"}
-    own = {"refl_steps", "refl_hinge", "dmd_floor", "shift", *(f"rt_dm_{name}" for name in tilt)}
+    own = {"refl_steps", "refl_hinge", "dmd_floor", "dmd_time_weight", "shift", *(f"rt_dm_{name}" for name in tilt)}
     assert written.keys() - names == own
 
 
