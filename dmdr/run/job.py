@@ -17,11 +17,11 @@ from dmdr.run.initial import check_kind
 from dmdr.run.plan import Plan
 from dmdr.run.real_images import open_real_images
 from dmdr.sampling import FewStepSampler
-from dmdr.settings.chosen import Chosen, active_weight
+from dmdr.settings.chosen import Chosen, active_weight, reads_real_images
 from dmdr.settings.fields import Config
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
-from dmdr.settings.verify import check_columns, check_needs, needs_of, reads_real_images
+from dmdr.settings.verify import check_columns, check_needs, needs_of
 from dmdr.training.objectives import WeightedObjective
 
 

@@ -139,6 +139,11 @@ def active_weight(chosen: Iterable[Chosen]) -> tuple[str, Any] | None:
     return next(((label, weight) for label, weight in built if not getattr(weight, "idle", False)), None)
 
 
+def reads_real_images(part: Any) -> bool:
+    """Whether a matching, an objective or a sample weight does; a matching says it itself."""
+    return bool(getattr(getattr(part, "needs", part), "real_images", False))
+
+
 def flags_of_all(group: str) -> dict[str, list[Any]]:
     """The flags of each plugin of a group that works, as dataclass fields; imports them all."""
     every = registry.plugins(group)

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from dmdr.errors import ConfigError
-from dmdr.settings.chosen import Chosen, active_weight
+from dmdr.settings.chosen import Chosen, active_weight, reads_real_images
 from dmdr.settings.fields import TOPICS, Config
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parser import Told
 from dmdr.settings.trackers import trackers_of
-from dmdr.settings.verify import reads_real_images
 
 logger = logging.getLogger("dmdr")
 

@@ -26,11 +26,6 @@ def needs_of(who: str, part: Any) -> Needs:
     return needs
 
 
-def reads_real_images(part: Any) -> bool:
-    """Whether a matching, an objective or a sample weight does; a matching says it itself."""
-    return bool(getattr(getattr(part, "needs", part), "real_images", False))
-
-
 def check_needs(
     who: str,
     needs: Needs,
