@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmdr.matching import DMD, renoised_to_grid
+from dmdr.matching import DMD, TimeWeight, renoised_to_grid
 from dmdr.protocols import OwnLearner
 from dmdr.testing import check_matching
 from dmdr.types import Direction, Draw, Term
@@ -142,8 +142,9 @@ class ToTheGrid(DMD):
 class WithHeads:
     """A matching with a learner of its own and a state, and what may be wrong with them."""
 
-    anchor, renoise, direction = DMD.anchor, DMD.renoise, DMD.direction
+    anchor, renoise, direction, scaled = DMD.anchor, DMD.renoise, DMD.direction, DMD.scaled
     floor: float = 1e-6
+    time_weight: TimeWeight = "none"
     flaw: str = ""
     late: bool = field(default=False, init=False)
 

@@ -56,12 +56,17 @@ CASES: dict[str, dict[str, Any]] = {
     "toy/dmd, ema tilt": TOY | {"tilt_baseline": "ema", "num_generations": 1, "stage1_steps": 10, "stage2_steps": 0},
     "toy/decoupled": TOY | {"rl": "refl", "matching": "decoupled"},
     "toy/ac_dmd, ema": TOY | {"rl": "grpo", "matching": "ac_dmd", "eta": 0.9, "ema_decay": 0.9},
+    "toy/tdm": TOY | {"rl": "refl", "matching": "tdm", "eta": 0.0},
+    "toy/gndm, gdmd": TOY
+    | {"rl": "none", "matching": "gndm", "sample_weight": "gdmd", "stage1_steps": 10, "stage2_steps": 0},
     "sd3/refl": SD3 | {"rl": "refl"},
     "sd3/grpo again": SD3 | {"rl": "grpo", "num_iterations": 2},
     "sd3/dpo": SD3 | {"rl": "dpo"},
     "sd3/nft": SD3 | {"rl": "nft"},
     "sd3/ac_dmd": SD3 | {"rl": "none", "matching": "ac_dmd", "eta": 0.9},
     "sd3/decoupled": SD3 | {"rl": "none", "matching": "decoupled"},
+    "sd3/dmd, times": SD3
+    | {"rl": "none", "renoise_times": "shifted", "time_weight": "alpha", "guidance_interval": [0.2, 0.7]},
 }
 
 
