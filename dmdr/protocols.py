@@ -38,7 +38,7 @@ class GuidedDenoiser(Protocol):
 
     `guidance` 1 is the conditional prediction c, 0 the unconditional u, and w is u + w (c - u), or what the family
     makes of them (`GuidanceRule`). `fake_mix` is the share of the fake score's adapter that is mixed in (DynaDG): 0 is
-    the pure teacher, 1 the fake score.
+    the pure teacher, 1 the fake score. Of a fake score that is a full network, nothing between them is asked for.
     """
 
     def __call__(
@@ -57,6 +57,7 @@ class RoleOptions:
         fake_lora_alpha: Alpha of the fake score's LoRA.
         lora_target_modules: Modules that get a LoRA; the family's own choice by default.
         full_finetune: Train a full copy of the network as the student instead of a LoRA.
+        fake_score: Train the fake score as a LoRA, or as a full copy of the network.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         seed: Of the adapters' initial values.
 
@@ -70,6 +71,7 @@ class RoleOptions:
     fake_lora_alpha: float = 64.0
     lora_target_modules: list[str] | None = None
     full_finetune: bool = False
+    fake_score: Literal["lora", "full"] = "lora"
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -78,6 +80,12 @@ class RoleOptions:
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_alpha", "fake_lora_alpha"):
             require(self, name, getattr(self, name) > 0, "above 0")
+
+    @property
+    def full_roles(self) -> tuple[Role, ...]:
+        """The trained roles that are full copies of the network."""
+        full: dict[Role, bool] = {"student": self.full_finetune, "fake_score": self.fake_score == "full"}
+        return tuple(role for role, is_full in full.items() if is_full)
 
 
 def unread() -> Any:

@@ -1,5 +1,7 @@
 """Roles as LoRA adapters of one frozen network: teacher (adapters off), fake score, student, reference.
 
+Student and fake score may each be a full copy of the network instead.
+
 PEFT's own `set_adapter` flips `requires_grad` of every adapter, so that switching the role between a forward and its
 backward loses gradients without a word. Here every adapter keeps its `requires_grad` for good, and a role is only the
 choice of adapter and scale that the LoRA layers apply. With gradient checkpointing the recomputation happens during
@@ -8,7 +10,7 @@ backward, when another role may be active; the checkpoint function therefore re-
 
 import logging
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.protocols import Role
 from dmdr.states import load_strict, own_rows, rows_of
 
@@ -66,7 +68,7 @@ class LoRARoles:
         roles: Roles to create; "reference" is a frozen copy of the student, refreshed by `snapshot`.
         rank, alpha: LoRA rank and alpha per role; the adapter's strength is alpha / rank.
         target_modules: Module names that get an adapter, as PEFT matches them.
-        full_student: Train a full copy of the network as the student instead of an adapter.
+        full: Trained roles that are full copies of the network instead of adapters; the reference is as the student.
         seed: Seed of the adapters' initial values.
 
     Raises:
@@ -81,17 +83,15 @@ class LoRARoles:
         rank: dict[Role, int],
         alpha: dict[Role, float],
         target_modules: Sequence[str],
-        full_student: bool = False,
+        full: Collection[Role] = (),
         seed: int = 0,
     ) -> None:
         self.network = network.requires_grad_(False).eval()
-        self.copies: dict[Role, Any] = {}
         self.roles = tuple(roles)
         self._active: Active = (None, 0.0)
         self._choice = Choice()
-        if full_student:
-            self.copies = {role: _full_copy(network) for role in roles if role != "fake_score"}
-            self.copies["student"].requires_grad_(True)
+        copied = [role for role in roles if ("student" if role == "reference" else role) in full]
+        self.copies: dict[Role, Any] = {role: _full_copy(network) for role in copied}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for role in roles:
@@ -153,8 +153,14 @@ class LoRARoles:
             self._switch(before)
 
     def __call__(self, role: Role | None, *args: Any, share: float = 1.0, **kwargs: Any) -> Any:
-        """Forward pass of a role; None, or share 0, is the teacher. `share` scales the role's adapter."""
+        """Forward pass of a role; None, or share 0, is the teacher. `share` scales the role's adapter.
+
+        Raises:
+            TrainingError: For a share of a full copy.
+        """
         if role in self.copies:
+            if share != 1:
+                raise TrainingError(f"the {role} is a full network, and no adapter that could be scaled by {share:g}")
             return self.copies[role](*args, **kwargs)
         with self._as((role, share) if role is not None and share != 0 else (None, 0.0)):
             return self.network(*args, **kwargs)

@@ -76,8 +76,9 @@ class PipelineOptions(RoleOptions):
             raise ConfigError("--student_weights needs --full_finetune, because it holds a full network")
         if self.zero_empty_prompt and self.negative_prompt is not None:
             raise ConfigError("--zero_empty_prompt and --negative_prompt: guidance leads away from one of them")
-        if self.quantize and self.full_finetune:
-            raise ConfigError("--quantize needs a LoRA student: leave out --full_finetune, which trains every weight")
+        if self.quantize and self.full_roles:
+            what, flag = ("student", "full_finetune") if self.full_finetune else ("fake score", "fake_score full")
+            raise ConfigError(f"--quantize needs a LoRA {what}: leave out --{flag}, which trains every weight")
 
     def sizes(self) -> tuple[Size, ...]:
         """Those of `resolution`; none where the model's own is meant."""

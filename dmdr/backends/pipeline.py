@@ -299,7 +299,7 @@ class PipelineBackend:
                 "fake_score": options.fake_lora_alpha,
             },
             target_modules=options.lora_target_modules or self.lora_targets,
-            full_student=options.full_finetune,
+            full=options.full_roles,
             seed=options.seed,
         )
         if options.gradient_checkpointing:
@@ -320,7 +320,7 @@ class PipelineBackend:
             load_strict(self.roles.copies["student"].state_dict(), given, options.student_weights)
 
     def _share(self, mesh: DeviceMesh) -> None:
-        """Spread the network, and a full student like it, over processes, and read the weights."""
+        """Spread the network, and its full copies like it, over processes, and read the weights."""
         network, copies = self.roles.network, self.roles.copies
         adapters = [p for role in self.roles.roles if role not in copies for p in self.parameters(role).values()]
         shard(network, mesh, adapters)

@@ -1,7 +1,7 @@
 """A network spread over processes block by block, by torch's FSDP2, and filled from safetensors files.
 
 Adapters stay whole and plain in every process: their gradients, averages, checkpoints and exports are those of a
-network that is not sharded. What is trained of a sharded network itself, a full student, gets its gradients averaged
+network that is not sharded. What is trained of a sharded network itself, a full copy, gets its gradients averaged
 over all processes as they arrive. Every pass through the network gathers its blocks, so all processes of a mesh must
 make the same passes, forward and backward, in the same order.
 """

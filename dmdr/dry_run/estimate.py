@@ -73,7 +73,7 @@ class Estimate:
         parameters: Number of parameters of each part that has any.
         phases: Bytes by part when each phase of the run needs most, by phase. Gradients and activations are those that
             are alive at that moment, not their own peaks.
-        backbones: Full networks that the run keeps: one, or more with a full student.
+        backbones: Full networks that the run keeps: one, or more with a full student or fake score.
         backbone: Bytes of one frozen network in the run's precision, or of a process's share of it.
         uncounted: Rewards and benchmarks whose networks are not part of it.
     """
@@ -253,7 +253,7 @@ def _simulated(job: Job, sizes: Sequence[Size]) -> Estimate:
 
 
 class Shares:
-    """What several processes share (--shard): the frozen network, and a full student like it.
+    """What several processes share (--shard): the frozen network, and its full copies like it.
 
     Attributes:
         count: Processes that share a copy; 1 if each has its own.

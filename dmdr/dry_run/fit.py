@@ -78,6 +78,7 @@ def switches(settings: Settings) -> Iterator[list[str]]:
         yield ["--per_device_train_batch_size", str(least), "--gradient_accumulation_steps", str(passes)]
     if options.get("vae_tiling") is False:
         yield ["--vae_tiling", "true"]
-    packable = "quantize" in options and not options.get("full_finetune") and config.shard == "1"
+    full = options.get("full_finetune") or options.get("fake_score") == "full"
+    packable = "quantize" in options and not full and config.shard == "1"
     if packable and options["quantize"] is None:
         yield from (["--quantize", "int8"], ["--quantize", "nf4"])

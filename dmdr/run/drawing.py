@@ -39,6 +39,7 @@ UNUSED: Mapping[str, Any] = {  # what only training needs, and may be gone by no
     "prompt_cache": "off",
     "cpu_offload": False,
     "quantize": None,
+    "fake_score": "lora",
 }
 
 

@@ -9,6 +9,8 @@ from dmdr.run.export import is_export, read_export, resolution_of
 from dmdr.settings.parse import read_yaml
 from dmdr.sizes import Size, join_sizes, parse_sizes
 
+KINDS = {True: "a full network", False: "a LoRA"}
+
 
 def differences(initial: Path, steps: int, sizes: Sequence[Size]) -> list[str]:
     """How the run that a student comes from used it otherwise.
@@ -51,7 +53,7 @@ def _whole(value: Any) -> int | None:
 
 
 def check_kind(initial: Path, options: Any) -> None:
-    """Refuse to start a full student from a LoRA, or a LoRA from a full student.
+    """Refuse to start a full student from a LoRA, or a LoRA from a full student; of a checkpoint, the fake score, too.
 
     Args:
         initial: Its export, or a checkpoint in its run's folder.
@@ -64,9 +66,17 @@ def check_kind(initial: Path, options: Any) -> None:
     full, wanted = given.get("full_finetune"), getattr(options, "full_finetune", None)
     both = not full and any(initial.glob("*/*.safetensors"))  # an export of a LoRA with the network that it makes
     if None not in (full, wanted) and full != wanted and not both:
-        kinds = ("a full network", "a LoRA") if full else ("a LoRA", "a full network")
         cure = f"set --full_finetune {str(full).lower()}"
-        raise ConfigError(f"--init_student {initial} is {kinds[0]}, but this run trains {kinds[1]}: {cure}")
+        raise ConfigError(
+            f"--init_student {initial} is {KINDS[bool(full)]}, but this run trains {KINDS[bool(wanted)]}: {cure}"
+        )
+    if is_export(initial) or not given:
+        return
+    held, fake = (said == "full" for said in (given.get("fake_score"), getattr(options, "fake_score", None)))
+    if held != fake:
+        cure = f"set --fake_score {'full' if held else 'lora'}, or start from the export of that run"
+        what = f"the fake score of --init_student {initial} is {KINDS[held]}"
+        raise ConfigError(f"{what}, but this run trains {KINDS[fake]}: {cure}")
 
 
 def _settings_of(checkpoint: Path) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """The parts of a run, built from its settings. Nothing heavy is loaded; what does not fit together is refused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,10 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
         if not isinstance(backend, Shardable) or "sharding" not in signature(backend.prepare).parameters:
             raise ConfigError(f"--shard: the processes cannot share a model of {type(backend).__name__}; leave it out")
         backend.check_shardable()
-        if not OPTIMIZERS[config.optim].shares and getattr(backend.options, "full_finetune", False):
-            raise ConfigError(f"--shard: --optim {config.optim} cannot train a shared full student; use adamw_torch")
+        full = getattr(backend.options, "full_roles", ())
+        if full and not OPTIMIZERS[config.optim].shares:
+            what = full[0].replace("_", " ")
+            raise ConfigError(f"--shard: --optim {config.optim} cannot train a shared full {what}; use adamw_torch")
     if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(prompts.first(prompts.size or 1))  # of a stream nobody has seen the rest
         backend.check_prompts(texts, **columns)
@@ -139,12 +141,15 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
         needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
     if settings.config.dmd_weight and hasattr(matching, "needs"):
         needs[f"--matching {settings.config.matching}"] = needs_of(f"--matching {settings.config.matching}", matching)
-    plan = Plan.of(settings.config, objectives, weight, processes)
+    config = settings.config
+    if settings.family.options.get("fake_score") == "full":
+        config = replace(config, dyna_guidance=0.0)  # the paper mixes in an adapter: of a full network there is none
+    plan = Plan.of(config, objectives, weight, processes)
     for who, declared in needs.items():
         check_needs(
             who,
             declared,
-            settings.config,
+            config,
             settings.of("rewards"),
             settings.of("matchings")[0],
             num_inference_steps=plan.num_inference_steps,

@@ -74,10 +74,10 @@ class Keeper:
         """Write what a failing run has learned so far; of the others this process knows nothing."""
         if not progress.total or not self.trainers.accelerator.is_main_process:
             return  # before the first update there is nothing to go on with
-        if any(map(is_shared, trainer.student.parameters.values())):
+        if any(is_shared(each) for learner in trainer.learners.values() for each in learner.parameters.values()):
             how = self.how_to_go_on()
             logger.warning(
-                "one process cannot save a student that all share; go on from the last checkpoint with %s", how
+                "one process cannot save a network that all share; go on from the last checkpoint with %s", how
             )
             return
         try:

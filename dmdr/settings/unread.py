@@ -64,6 +64,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
 
     family = next(plugin for plugin in plugins if plugin.group == "backends")
     roles = family.options if issubclass(family.flags, RoleOptions) else {}
+    full_fake = roles.get("fake_score") == "full"
     trackers = trackers_of(c.report_to).values()
     alone = not c.stage1_steps or c.init_student  # stage 2
     has_rl = c.rl != "none" and c.rl_weight and c.stage2_steps
@@ -80,6 +81,14 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (not rewarded and not c.num_eval_samples, "reward rewards", "without RL, sample weights and evaluation"),
         (roles and not rewarded, "reward_vae", "without a reward that is trained on"),
         (roles.get("full_finetune"), "lora_rank lora_alpha", "with --full_finetune"),
+        (full_fake, "fake_lora_rank fake_lora_alpha", "with --fake_score full"),
+        (full_fake, "dyna_guidance", "with --fake_score full, which has no adapter to mix into the teacher"),
+        (full_fake and c.dyna_renoise == [1, 1], "dyna_steps", "with --fake_score full and --dyna_renoise 1 1"),
+        (
+            full_fake and roles["full_finetune"],
+            "lora_target_modules",
+            "with --full_finetune and --fake_score full: nothing is a LoRA",
+        ),
         # Stages
         (not c.stage1_steps, STAGE1, "with --stage1_steps 0"),
         (c.init_student, f"stage1_steps {STAGE1}", "with --init_student, which skips stage 1"),

@@ -89,10 +89,13 @@ def states(backend: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x_t, torch.tensor([0.35, 0.8], dtype=torch.float64)
 
 
-def test_contract(folders: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_contract(folders: dict[str, Path], name: str, full: bool) -> None:
+    """With LoRAs, and with a full student and a full fake score."""
     folder, family = folders[name], FAMILIES[name]
     cls = registry.load("backends", pipeline_class(str(folder)))
     given = {"lora_rank": 4, "fake_lora_rank": 4, "guidance_scale": family.guidance} | family.settings
+    given |= {"full_finetune": True, "fake_score": "full"} if full else {}
     check_backend(cls(str(folder), with_options(cls.Options(), **given)), family.prompts[:2])
 
 
@@ -436,21 +439,21 @@ def test_an_old_policy_answers_on_the_students_own_network(
 
 
 @pytest.mark.parametrize("role", ["student", "fake_score"])
-@pytest.mark.parametrize("full_finetune", [False, True])
+@pytest.mark.parametrize("full", [False, True])
 def test_gradients_with_checkpointing_are_those_without(
-    folders: dict[str, Path], name: str, role: str, full_finetune: bool
+    folders: dict[str, Path], name: str, role: str, full: bool
 ) -> None:
     """While another role is active at another strength when the recomputation runs."""
     family, found = FAMILIES[name], []
     for gradient_checkpointing in (False, True):
-        options = {"gradient_checkpointing": gradient_checkpointing, "full_finetune": full_finetune}
-        if full_finetune and role == "fake_score":
-            options["full_finetune"] = False
+        options: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing}
+        if full:
+            options |= {"full_finetune": True} if role == "student" else {"fake_score": "full"}
         backend = shaken(prepared(folders[name], family, **options))
         x_t, t = states(backend)
         cond = backend.encode(family.prompts)
         loss = getattr(backend, role)(x_t, t, cond).x0.square().mean()
-        backend.teacher(x_t, t, cond, fake_mix=0.5)
+        backend.teacher(x_t, t, cond, fake_mix=0.0 if full and role == "fake_score" else 0.5)
         with backend.roles._as(("fake_score" if role == "student" else "student", 0.3)):
             loss.backward()
         found.append({key: p.grad for key, p in backend.parameters(role).items() if p.grad is not None})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from dmdr.backends.lora import LoRARoles, joined, parted
-from dmdr.errors import ConfigError
+from dmdr.errors import ConfigError, TrainingError
 from dmdr.protocols import Role
 from dmdr_sd3 import LORA_TARGETS
 
@@ -18,6 +18,7 @@ ROLES: tuple[Role, ...] = ("student", "fake_score", "reference")
 RANK: dict[Role, int] = {"student": 4, "fake_score": 2, "reference": 4}
 ALPHA: dict[Role, float] = {"student": 8, "fake_score": 2.5, "reference": 8}
 CASES: list[tuple[Role, float]] = [("student", 1.0), ("student", 0.5), ("fake_score", 1.0), ("fake_score", 0.5)]
+FULL: list[tuple[Role, ...]] = [(), ("student",), ("fake_score",), ("student", "fake_score")]
 
 
 def network(layers: int = 2) -> SD3Transformer2DModel:
@@ -207,16 +208,16 @@ def test_the_stock_checkpoint_function_would_recompute_another_role() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("full_student", [False, True])
-def test_no_switch_changes_what_is_trained(full_student: bool) -> None:
-    roles = trained(checkpointing=True, full_student=full_student)
+@pytest.mark.parametrize("full", FULL)
+def test_no_switch_changes_what_is_trained(full: tuple[Role, ...]) -> None:
+    roles = trained(checkpointing=True, full=full)
 
     def trains() -> list[dict[str, bool]]:
         return [{name: p.requires_grad for name, p in net.named_parameters()} for net in roles.networks]
 
     before = trains()
     for role, share in [*CASES, (None, 1.0), ("reference", 1.0)]:
-        output = run(roles, role, share)
+        output = run(roles, role, 1.0 if role in full else share)
         assert trains() == before
         if output.requires_grad:
             output.sum().backward()
@@ -230,8 +231,8 @@ def test_no_switch_changes_what_is_trained(full_student: bool) -> None:
 
 @pytest.mark.parametrize("roles", [("student",), ("student", "fake_score"), ROLES])
 def test_the_network_is_frozen_and_drops_nothing_out(roles: tuple[Role, ...]) -> None:
-    for full_student in (False, True):
-        made = make(network().train(), full_student=full_student, roles=roles)
+    for full in FULL:
+        made = make(network().train(), full=full, roles=roles)
         assert not any(p.requires_grad for name, p in made.network.named_parameters() if "lora" not in name)
         dropouts = [m for net in made.networks for m in net.modules() if isinstance(m, nn.Dropout)]
         assert dropouts and not any(dropout.training for dropout in dropouts)
@@ -270,11 +271,15 @@ def test_three_roles_share_one_network() -> None:
     assert bare + adapters <= size(roles.networks) <= 1.15 * (bare + adapters)
 
 
-def test_a_full_student_costs_one_copy() -> None:
+@pytest.mark.parametrize("full", FULL)
+def test_a_full_role_costs_one_copy(full: tuple[Role, ...]) -> None:
     bare = size([network()])
-    roles = make(full_student=True, roles=("student", "fake_score"))
-    adapters = sum(p.numel() * 4 for p in roles.parameters("fake_score").values())
-    assert 2 * bare + adapters <= size(roles.networks) <= 1.05 * (2 * bare + adapters)
+    roles = make(full=full, roles=("student", "fake_score"))
+    adapters = sum(
+        p.numel() * 4 for role in {"student", "fake_score"} - {*full} for p in roles.parameters(role).values()
+    )
+    whole = (1 + len(full)) * bare + adapters
+    assert whole <= size(roles.networks) <= (1.05 if full else 1.15) * whole
 
 
 def test_creating_roles_leaves_the_global_generator_alone() -> None:
@@ -292,45 +297,60 @@ def flat(roles: LoRARoles, role: Role = "student") -> Tensor:
     return torch.cat([p.detach().flatten() for p in roles.parameters(role).values()])
 
 
-# --- Full student -----------------------------------------------------------------------------------------------------
+# --- Full copies ------------------------------------------------------------------------------------------------------
 
 
-def test_full_student_is_a_copy_of_its_own() -> None:
-    roles = make(full_student=True)
-    assert list(roles.parameters("student")) == [name for name, _ in network().named_parameters()]
-    assert all("lora" in name for name in roles.parameters("fake_score"))
+@pytest.mark.parametrize(("role", "full"), [(role, full) for full in FULL for role in full])
+def test_a_full_role_is_a_copy_of_its_own(role: Role, full: tuple[Role, ...]) -> None:
+    """Training it changes nothing else by a bit."""
+    roles = make(full=full)
+    assert list(roles.parameters(role)) == [name for name, _ in network().named_parameters()]
+    assert all(
+        ("lora" in name) == (other not in full)
+        for other in ("student", "fake_score")
+        for name in roles.parameters(other)
+    )
     with torch.no_grad():
         teacher = run(roles, None)
-        torch.testing.assert_close(run(roles, "student"), teacher, rtol=0, atol=1e-6)
-    loss = run(roles, "student").square().sum()
+        torch.testing.assert_close(run(roles, role), teacher, rtol=0, atol=1e-6)
+        before = {other: run(roles, other) for other in (None, *ROLES)}
+    weights = {name: tensor.clone() for name, tensor in roles.network.state_dict().items()}
+    loss = run(roles, role).square().sum()
     loss.backward()
-    assert all(p.grad is None for p in roles.network.parameters())
-    assert all(p.grad is None for p in roles.parameters("reference").values())
+    assert all(p.grad is None for net in roles.networks if net is not roles.copies[role] for p in net.parameters())
     with torch.no_grad():
-        for parameter in roles.parameters("student").values():
+        for parameter in roles.parameters(role).values():
             if parameter.grad is not None:
                 parameter -= 0.01 * parameter.grad
-        assert not torch.allclose(run(roles, "student"), teacher, atol=1e-3)
-        for role in (None, "fake_score", "reference"):
-            assert torch.equal(run(roles, role), teacher)
+        for other, answer in before.items():
+            found = run(roles, other)
+            assert not torch.allclose(found, answer, atol=1e-3) if other == role else torch.equal(found, answer)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in roles.network.state_dict().items())
 
 
-def test_checkpointing_changes_no_gradient_of_a_full_student() -> None:
-    plain, checkpointed = (trained(value, full_student=True) for value in (False, True))
+@pytest.mark.parametrize(("role", "full"), [(role, full) for full in FULL for role in full])
+def test_checkpointing_changes_no_gradient_of_a_full_role(role: Role, full: tuple[Role, ...]) -> None:
+    plain, checkpointed = (trained(value, full=full) for value in (False, True))
     for roles in (plain, checkpointed):
-        loss = run(roles, "student").square().sum()
-        run(roles, "fake_score")
+        loss = run(roles, role).square().sum()
+        run(roles, "fake_score" if role == "student" else "student")
         loss.backward()
-    for name, parameter in plain.parameters("student").items():
-        other = checkpointed.parameters("student")[name]
+    for name, parameter in plain.parameters(role).items():
+        other = checkpointed.parameters(role)[name]
         assert (parameter.grad is None) == (other.grad is None)
         if parameter.grad is not None:
             torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("full_student", [False, True])
-def test_snapshot_makes_the_reference_the_student(full_student: bool) -> None:
-    roles = trained(full_student=full_student)
+def test_a_full_role_has_no_shares() -> None:
+    """Which DynaDG would mix into the teacher: published of an adapter alone."""
+    with pytest.raises(TrainingError, match="the fake_score is a full network, and no adapter that could be scaled by"):
+        run(make(full=("fake_score",)), "fake_score", 0.5)
+
+
+@pytest.mark.parametrize("full", FULL)
+def test_snapshot_makes_the_reference_the_student(full: tuple[Role, ...]) -> None:
+    roles = trained(full=full)
     with torch.no_grad():
         assert not torch.allclose(run(roles, "reference"), run(roles, "student"), atol=1e-2)
         roles.snapshot()

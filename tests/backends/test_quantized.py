@@ -1,6 +1,7 @@
 """Frozen networks in 4 or 8 bits; nf4 is skipped where bitsandbytes is missing."""
 
 import json
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from dmdr.backends.quantized import PACKAGES, Format, QuantizedLinear, quantize
 from dmdr.cli.sample import arguments
 from dmdr.dry_run.estimate import estimate
 from dmdr.errors import ConfigError
-from dmdr.run.drawing import open_export
+from dmdr.run.drawing import UNUSED, open_export
 from dmdr.settings.parse import parse
 from dmdr_sd3 import SD3Backend
 from family import FAMILIES
@@ -166,6 +167,7 @@ def test_a_run_trains_exports_and_samples(model: Path, tmp_path: Path, to: Forma
     ("given", "said"),
     [
         ({"full_finetune": True}, "--quantize needs a LoRA student: leave out --full_finetune"),
+        ({"fake_score": "full"}, "--quantize needs a LoRA fake score: leave out --fake_score full"),
         ({"shard": "all"}, "--shard: a network with --quantize cannot be shared; leave one of them out"),
     ],
 )
@@ -183,6 +185,11 @@ def test_refused(
     }
     with pytest.raises(ConfigError, match=said):
         estimate(parse(settings=settings))
+
+
+def test_a_student_that_had_a_full_fake_score_can_be_sampled_packed() -> None:
+    trained = asdict(SD3Backend.Options(fake_score="full"))
+    assert SD3Backend.Options(**{**trained, **UNUSED, "quantize": "int8"}).quantize == "int8"
 
 
 def test_dmdr_sample_knows_the_same_formats() -> None:

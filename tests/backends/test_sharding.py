@@ -47,7 +47,7 @@ def backend(folder: Path, sharding: Any = None, precision: str = "no", **options
 def answers(
     folder: Path, rows: slice, sharding: Any = None, *, family: str = "sd3", **options: Any
 ) -> dict[str, Tensor]:
-    """What each role says of some samples, and the gradient of the student."""
+    """What each role says of some samples, and the gradients of student and fake score."""
     network = backend(folder / family, sharding, **options)
     for role in ("student", "fake_score"):
         generator = torch.Generator().manual_seed(5)
@@ -63,13 +63,14 @@ def answers(
     t, cond = torch.tensor([0.4, 0.9])[rows], network.encode(PROMPTS[rows])
     found = {role: getattr(network, role)(x_t, t, cond).value for role in ("teacher", "fake_score", "student")}
     assert exact <= {torch.float32}
-    for _ in range(2):
-        network.student(x_t, t, cond).value.square().sum().backward()
-    for name, parameter in network.parameters("student").items():
-        if parameter.grad is None:  # the last block's text stream reaches nothing
-            continue
-        assert is_shared(parameter.grad) == (sharding is not None and "full_finetune" in options)
-        found[name] = whole(parameter.grad)
+    for role in ("student", "fake_score"):
+        for _ in range(2):
+            getattr(network, role)(x_t, t, cond).value.square().sum().backward()
+        for name, parameter in network.parameters(role).items():
+            if parameter.grad is None:  # the last block's text stream reaches nothing
+                continue
+            assert is_shared(parameter.grad) == (sharding is not None and role in network.options.full_roles)
+            found[f"{role}.{name}"] = whole(parameter.grad)
     shards = [p for each in network.roles.networks for p in each.parameters() if is_shared(p)]
     found["local"] = torch.tensor(sum(own_rows(p).numel() for p in shards))
     found["all"] = torch.tensor(sum(p.numel() for p in shards))
@@ -79,7 +80,8 @@ def answers(
 CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"gradient_checkpointing": True},
     "full": {"full_finetune": True, "gradient_checkpointing": True},
-    "half": {"full_finetune": True, "gradient_checkpointing": True, "precision": "bf16"},
+    "full fake score": {"fake_score": "full", "gradient_checkpointing": True},
+    "half": {"full_finetune": True, "fake_score": "full", "gradient_checkpointing": True, "precision": "bf16"},
     "merged": {"teacher_lora": "lora.safetensors"},
     "compiled": {"torch_compile": True},
     "flux2-klein": {"family": "flux2-klein", "resolution": "16", "max_sequence_length": 48},
@@ -105,13 +107,13 @@ def red(images, prompts):
 """
 RUN: dict[str, Any] = {
     "num_generations": 2, "stage1_steps": 1, "stage2_steps": 2, "fake_updates": 1, "eta": 0.9, "resolution": 16,
-    "learning_rate": 1e-3, "fake_lora_rank": 4, "gradient_checkpointing": True, "report_to": "none",
+    "learning_rate": 1e-3, "gradient_checkpointing": True, "report_to": "none",
     "logging_steps": 1, "sample_images": 3, "save_steps": 2, "teacher_steps": 2, "mixed_precision": "no",
     "adam_epsilon": 1e-3,  # well above what is left by rounding where a gradient is zero
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "LoRA": {"rl": "dpo+grpo", "lora_rank": 4, "num_eval_samples": 5, "eval_steps": 2},
-    "full": {"rl": "grpo+nft", "full_finetune": True, "ema_decay": 0.5, "num_eval_samples": 0},
+    "LoRA": {"rl": "dpo+grpo", "lora_rank": 4, "fake_lora_rank": 4, "num_eval_samples": 5, "eval_steps": 2},
+    "full": {"rl": "grpo+nft", "full_finetune": True, "fake_score": "full", "ema_decay": 0.5, "num_eval_samples": 0},
 }
 ONE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # the batch of one process, and of several
 SEVERAL = {"shard": "node", "per_device_train_batch_size": 2}
@@ -169,7 +171,8 @@ def test_processes_that_share_a_network_answer_as_one_that_has_it_whole(
         assert alone[rank].keys() == found.keys()
         for name in found.keys() - {"local", "all"}:
             wanted = alone[rank][name]
-            if "full_finetune" in given and "." in name:  # a gradient, averaged as it arrived
+            full = given.get("full_finetune") if name.startswith("student") else given.get("fake_score")
+            if full and "." in name:  # a gradient, averaged as it arrived
                 wanted = (alone[0][name] + alone[1][name]) / 2
             # The last bits differ with the kind of processor, and a gradient through softmax loses two digits more.
             limit = 2e-2 if given.get("precision") == "bf16" else 2e-5 if "." in name else 5e-6
@@ -227,7 +230,7 @@ def test_a_run_whose_processes_share_a_network_trains_as_one_process(
 ) -> None:
     _, kind, other = shared
     one = alone(kind)
-    roles = ("student", "ema") if kind == "full" else ("student",)
+    roles = ("student", "fake_score", *(("ema",) if kind == "full" else ()))
     for step, role in product((1, 2, 3), roles):
         found, wanted = weights(other, step, role), weights(one, step, role)
         for name, tensor in wanted.items():
@@ -291,6 +294,10 @@ def test_another_number_of_processes_goes_on_with_it(
         (
             {"shard": "all", "full_finetune": True, "optim": "adamw_bnb_8bit"},
             "--optim adamw_bnb_8bit cannot train a shared full student",
+        ),
+        (
+            {"shard": "all", "fake_score": "full", "optim": "adamw_bnb_8bit"},
+            "--optim adamw_bnb_8bit cannot train a shared full fake score",
         ),
         ({"shard": "3"}, "2 processes cannot be split into groups of 3"),
     ],

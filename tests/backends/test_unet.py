@@ -164,11 +164,12 @@ def test_student_weights(built: Callable[..., Path], tmp_path: Path) -> None:
     folder, file = built(sdxl.build), tmp_path / "ode.bin"
     weights = sdxl.unet().state_dict()
     torch.save(weights, file)
-    options = {"full_finetune": True, "student_weights": str(file)}
+    options = {"full_finetune": True, "fake_score": "full", "student_weights": str(file)}
     backend = prepared(folder, FAMILIES["sdxl"], **options)
     published = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
-    student = backend.roles.copies["student"].state_dict()
+    student, fake = (backend.roles.copies[role].state_dict() for role in ("student", "fake_score"))
     assert all(torch.equal(student[name], value) for name, value in weights.items())
+    assert all(torch.equal(fake[name], value) for name, value in published.items())
     teacher = {name.replace("base_layer.", ""): value for name, value in backend.roles.network.state_dict().items()}
     assert all(torch.equal(teacher[name], value) for name, value in published.items())
 

@@ -189,6 +189,8 @@ def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
         {},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
         {"full_finetune": True, "ema_decay": 0.9},
+        {"fake_score": "full", "gradient_checkpointing": True},
+        {"full_finetune": True, "fake_score": "full"},
         {"rl": "refl", "decode_chunk_size": 1, "gradient_checkpointing": True},
         {"rl": "grpo", "num_generations": 2},
     ],
@@ -215,11 +217,13 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
     static = {name: size for name, size in found.phases[phase].items() if name not in ("gradients", "activations")}
     student, fake = (sum(p.nbytes for p in backend.parameters(r).values()) for r in ("student", "fake_score"))
     assert static["optimizer states"] == 2 * (student + fake)  # two moments
-    if "full_finetune" in given:
-        assert static["student, full"] == student + sum(b.nbytes for b in backend.roles.copies["student"].buffers())
-        assert static["average of the student"] == student
-    else:
-        assert static["student, LoRA"] == student and static["fake score, LoRA"] == fake
+    for role, name, size in (("student", "student", student), ("fake_score", "fake score", fake)):
+        if role in backend.options.full_roles:
+            assert static[f"{name}, full"] == size + sum(b.nbytes for b in backend.roles.copies[role].buffers())
+        else:
+            assert static[f"{name}, LoRA"] == size
+    assert static.get("average of the student", 0) == ("ema_decay" in given) * student
+    assert found.backbones == 1 + len(backend.options.full_roles)
     allocated = highest(lambda: trainer.train_step(noted=True))  # as in a step that is logged
     assert sum(found.phases[phase].values()) - sum(static.values()) == pytest.approx(allocated, rel=0.02)
 
@@ -308,23 +312,22 @@ def test_states_of_each_optimizer(
     assert least * trained <= found[OPTIMIZER] <= most * trained + 1000  # some numbers of a parameter each
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [[], ["student"], ["student", "fake score"]])
 def test_what_processes_share_is_counted_in_shares(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: list[str]
 ) -> None:
-    """Of a full student, the gradients and the optimizer's states, too."""
+    """Of a full copy, the gradients and the optimizer's states, too."""
     given = {
-        "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": full, "stage2_steps": 0,
+        "model": str(folders["sd3"]), "max_sequence_length": 5, "full_finetune": bool(full), "stage2_steps": 0,
         "resolution": 8, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "ema_decay": 0.9,
-        "fake_lora_rank": 1,
-    }  # fmt: skip
+    } | ({"fake_score": "full"} if "fake score" in full else {"fake_lora_rank": 1})  # fmt: skip
     alone = dry(given, tmp_path).phases["stage 1"]
     monkeypatch.setenv("WORLD_SIZE", "8")
     found = dry(given | {"shard": "all"}, tmp_path)
     shared = found.phases["stage 1"]
-    divided = [NETWORK, *(["student, full", AVERAGE, OPTIMIZER] if full else [])]
+    divided = [NETWORK, *(f"{role}, full" for role in full), *([AVERAGE, OPTIMIZER] if full else [])]
     for name in divided:
-        assert alone[name] / 8 <= shared[name] < alone[name] / 4  # buffers and the fake score are whole
+        assert alone[name] / 8 <= shared[name] < alone[name] / 4  # buffers and adapters are whole
     for name in alone.keys() - set(divided) - {GRADIENTS, "activations"}:
         assert shared[name] == alone[name]
     # Two blocks of 2, what is in none, and the gradients of one.

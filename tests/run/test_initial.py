@@ -9,9 +9,10 @@ import pytest
 
 import dmdr.run.run
 from dmdr.errors import ConfigError
+from dmdr.protocols import RoleOptions
 from dmdr.run.checkpoint import find_initial
 from dmdr.run.export import read_export
-from dmdr.run.initial import differences
+from dmdr.run.initial import check_kind, differences
 from dmdr.run.run import train
 from dmdr.sizes import parse_sizes
 
@@ -74,6 +75,25 @@ def test_another_resolution(copy: Path) -> None:
     change(copy / "student", "options", about["options"] | {"resolution": "640x384,512"})
     assert differences(copy / "student", 2, several) == []  # in another order
     assert len(differences(copy / "student", 2, SQUARE)) == 1
+
+
+@pytest.mark.parametrize(("held", "wanted"), [("full", "lora"), ("lora", "full"), (None, "full")])
+def test_a_checkpoint_with_a_fake_score_of_the_other_kind_is_refused(copy: Path, held: str | None, wanted: str) -> None:
+    """An older run does not say it, and had a LoRA. From an export the fake score starts as the teacher."""
+    with (copy / "config.yaml").open("a") as file:
+        file.write(f"fake_score: {held}\n" if held else "")
+    checkpoint = find_initial(str(copy))
+    with pytest.raises(ConfigError) as error:
+        check_kind(checkpoint, RoleOptions(fake_score=wanted))  # type: ignore[arg-type]
+    kinds = {"full": "a full network", "lora": "a LoRA"}
+    assert str(error.value) == (
+        f"the fake score of --init_student {checkpoint} is {kinds[held or 'lora']}, but this run trains "
+        f"{kinds[wanted]}: set --fake_score {held or 'lora'}, or start from the export of that run"
+    )
+    check_kind(checkpoint, RoleOptions(fake_score=held or "lora"))  # type: ignore[arg-type]
+    check_kind(copy / "student", RoleOptions(fake_score=wanted))  # type: ignore[arg-type]
+    (copy / "config.yaml").unlink()
+    check_kind(checkpoint, RoleOptions(fake_score=wanted))  # type: ignore[arg-type]  # nobody knows
 
 
 def test_a_run_says_what_differs(

@@ -143,6 +143,14 @@ def test_what_is_switched_off_is_not_there() -> None:
     assert plan(rl="none", reward="none").stages[0].sample_weight is None
 
 
+def test_a_full_fake_score_has_no_adapter_to_mix_into_the_teacher(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    for fake, mix in (("lora", 0.25), ("full", 0.0)):
+        stage, _ = plan(model=str(tmp_path), fake_score=fake, prompts="prompts.txt").stages
+        assert stage.fake_mix(0) == mix and stage.renoise(0) == (4.0, 1.5)
+        assert ("DynaDG" in str(stage)) == (fake == "lora")
+
+
 def test_a_stage_says_what_it_does() -> None:
     first, second = plan(rl_weight_schedule="cosine", rl_warmup_steps=2, stage2_learning_rate=1e-4).stages
     assert str(first) == "1 update, learning rate 0.001, DMD x 1, DynaDG for 1, DynaRS for 1"

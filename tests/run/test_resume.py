@@ -70,7 +70,11 @@ def test_from_any_step_a_run_goes_on_to_the_same_bits(tmp_path: Path, case: str,
 
 
 READ_REAL = ("lcm",)  # the cases whose parts read real images, of which SD3 has none of its own
-KINDS: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 4}, "full": {"full_finetune": True}}
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"lora_rank": 4, "fake_lora_rank": 4},
+    "full": {"full_finetune": True, "fake_score": "full"},
+    "full fake score": {"lora_rank": 4, "fake_score": "full"},
+}
 
 
 def go_on(rank: int, folder: Path, case: str) -> None:
@@ -78,12 +82,12 @@ def go_on(rank: int, folder: Path, case: str) -> None:
     dmdr.run.run.write_report = lambda folder: folder  # plots take most of the time
     Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # leaves the group, needed once more
     small = {"model": str(folder / "sd3"), "prompts": str(folder / "prompts.txt"), "resolution": 16}
-    small |= {"fake_lora_rank": 4, "num_eval_samples": 0, "save_total_limit": None, "gradient_accumulation_steps": 1}
+    small |= {"num_eval_samples": 0, "save_total_limit": None, "gradient_accumulation_steps": 1}
     if case in READ_REAL:
         small["real_images"] = str(Toy().real_images())
     for shard in ("1", "all"):
-        for kind, student in KINDS.items():
-            settings = SETTINGS | small | CASES[case] | student | {"shard": shard}
+        for kind, roles in KINDS.items():
+            settings = SETTINGS | small | CASES[case] | roles | {"shard": shard}
             whole = folder / f"{kind}-{shard}"
             train(**settings, output_dir=str(whole))
             for step in range(1, 5):
@@ -109,7 +113,8 @@ def test_several_processes_go_on_to_the_same_bits(tmp_path: Path, case: str) -> 
     for kind, shard in product(KINDS, ("1", "all")):
         whole, last = tmp_path / f"{kind}-{shard}", "checkpoints/step-000005"
         wanted = saved(whole / last)
-        assert any(name.startswith("student/") for name in wanted) == (shard == "all" and kind == "full")
+        for role, is_full in {"student": kind == "full", "fake_score": "full" in kind}.items():
+            assert any(name.startswith(f"{role}/") for name in wanted) == (shard == "all" and is_full)
         for step in range(1, 5):
             other = whole.with_suffix(f".{step}")
             found = saved(other / last)

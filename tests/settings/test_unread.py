@@ -92,6 +92,23 @@ FAMILY: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"reward_vae": "x"}, "without a reward that is trained on"),
     ({"full_finetune": True}, {"lora_rank": 3}, "with --full_finetune"),
     ({"full_finetune": True}, {"lora_alpha": 3.0}, "with --full_finetune"),
+    ({"fake_score": "full"}, {"fake_lora_rank": 3}, "with --fake_score full"),
+    ({"fake_score": "full"}, {"fake_lora_alpha": 3.0}, "with --fake_score full"),
+    (
+        {"fake_score": "full"},
+        {"dyna_guidance": 0.5},
+        "with --fake_score full, which has no adapter to mix into the teacher",
+    ),
+    (
+        {"fake_score": "full", "dyna_renoise": [1, 1]},
+        {"dyna_steps": 3},
+        "with --fake_score full and --dyna_renoise 1 1",
+    ),
+    (
+        {"fake_score": "full", "full_finetune": True},
+        {"lora_target_modules": ["to_q"]},
+        "with --full_finetune and --fake_score full: nothing is a LoRA",
+    ),
 ]
 WITH_MODEL = [("toy", *case) for case in CASES] + [("sd3", *case) for case in FAMILY]
 each_case = pytest.mark.parametrize(
@@ -167,6 +184,7 @@ def test_every_setting_has_been_thought_of() -> None:
     assert rows - fields == {
         *("objectives", "matchings", "rewards", "eval_rewards", "sample_weights", "benchmarks"),
         *("reward_vae", "lora_rank", "lora_alpha", "negative_prompt", "zero_empty_prompt"),
+        *("fake_lora_rank", "fake_lora_alpha", "lora_target_modules"),
     }
 
 

@@ -1,6 +1,6 @@
 """Two processes of B images against one of 2B, for each objective, matching and weight, on a small real network.
 
-Plain and with shares of the network (`--shard all`), a LoRA and a full student, with checkpointing and without.
+Plain and with shares of the network (`--shard all`), LoRAs and full copies, with checkpointing and without.
 """
 
 import math
@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
 KINDS = {
     f"{'full' if full else 'LoRA'}, {'checkpointed' if saving else 'not'}": {
         "full_finetune": full,
+        "fake_score": "full" if full else "lora",
         "gradient_checkpointing": saving,
     }
     for full, saving in product((False, True), (False, True))
@@ -103,7 +104,8 @@ def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1)
         **{"eta": 0.9, **deepcopy(CASES[case])},
     )
     running.student.ema = EMA(running.student.parameters, 0.5)
-    assert any(map(is_shared, running.student.parameters.values())) == (shards > 1 and "full" in kind)
+    for role in (running.student, running.fake_learners[0]):
+        assert any(map(is_shared, role.parameters.values())) == (shards > 1 and "full" in kind)
     lines = [running.train_step(noted=True) for _ in range(STEPS)]
     roles = {role: backend.parameters(role) for role in ("student", "fake_score")} | {
         "ema": running.student.ema.average
