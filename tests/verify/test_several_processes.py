@@ -24,10 +24,12 @@ from dmdr.states import is_shared, whole
 from dmdr.training.tilt import RewardTilt
 from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
+from dmdr_decoupled.advantage import CAAdvantage
 from dmdr_dpo import DPO
 from dmdr_grpo import GRPO
 from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
+from dmdr_refl.draft import DRaFT
 from dmdr_rwr import RWR
 from dmdr_sd3 import SD3Backend
 from dmdr_srpo import SRPO
@@ -46,6 +48,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rt_dm": {"rewards": Plain(BROKEN), "sample_weight": RewardTilt(1.5)},
     "refl": {"rewards": Plain(BROKEN), "objectives": [ReFL()]},
     "refl_balanced": {"rewards": Plain(), "objectives": [ReFL()], "balances": True},
+    "draft": {"rewards": Plain(BROKEN), "objectives": [DRaFT()]},
+    "ca_advantage": {
+        "rewards": Plain(BROKEN),
+        "objectives": [CAAdvantage()],
+        "group_size": 2,
+        "guidance": (2.0, 4.0),
+    },
     "grpo": {"rewards": Plain(BROKEN), "objectives": [GRPO()], "group_size": 2},
     "dpo": {"rewards": Plain(BROKEN), "objectives": [DPO(beta=1.0)], "group_size": 4},
     "srpo": {"rewards": Redness(), "objectives": [SRPO(**WORDS)]},
