@@ -471,10 +471,9 @@ class Matching(Protocol):
     """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default.
 
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
-    Optional, as in `Needs`: `finished = True`, of one that looks at finished images (`draw.rollout.final`), and
-    `real_images = True`, of one that reads real images (`ctx.real`); each may be a property. `parts`, in the class, are
-    the names of parts that each of its directions has, for objectives that read them (`Needs.parts`).
-    `needs`, as of an objective, for what the run must have, such as several images per prompt.
+    Optional: `needs`, as of an objective, where it requires anything of the run, such as finished or real images, or
+    several images of a prompt (`matching_needs`). `parts`, in the class, are the names of parts that each of its
+    directions has, for objectives that read them (`Needs.parts`).
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
@@ -488,6 +487,12 @@ class Matching(Protocol):
 
     def direction(self, draw: Draw, teacher: GuidedDenoiser, fake: Denoiser, ctx: Context) -> Direction:
         """Where the anchor shall move from, as `teacher` and `fake` tell: [B, *latent], without a graph."""
+
+
+def matching_needs(matching: object) -> Needs:
+    """What a matching requires of the run: what it says, or nothing."""
+    found: Needs = getattr(matching, "needs", Needs(reward=False, finished=False))
+    return found
 
 
 class SampleWeight(Protocol):

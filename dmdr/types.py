@@ -89,8 +89,7 @@ class Rollout:
         """
         if not self.finished:
             raise TrainingError(
-                "this rollout ends at the drawn steps: what looks at finished images must declare needs.finished "
-                "(a matching: finished = True)"
+                "this rollout ends at the drawn steps: what looks at finished images must declare needs.finished"
             )
         return self.x0[-1]
 

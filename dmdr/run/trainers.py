@@ -10,7 +10,7 @@ from torch import nn
 
 from dmdr.ema import EMA
 from dmdr.prompts import PromptStream
-from dmdr.protocols import OwnLearner
+from dmdr.protocols import OwnLearner, matching_needs
 from dmdr.run.job import Job
 from dmdr.run.learners import described, own_learners
 from dmdr.run.plan import Stage
@@ -82,7 +82,7 @@ class Trainers:
     def rollouts(self) -> Rollouts:
         """From the first prompts on."""
         job, plan = self.job, self.job.plan
-        finished = getattr(job.matching, "finished", False)
+        finished = matching_needs(job.matching).finished
         passes = AT_ONCE * plan.batch.micro
         return Rollouts(
             job.backend, job.sampler, self.prompts(), self.accelerator, plan.rollouts, passes, finished, plan.shards

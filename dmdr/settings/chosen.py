@@ -140,8 +140,8 @@ def active_weight(chosen: Iterable[Chosen]) -> tuple[str, Any] | None:
 
 
 def reads_real_images(part: Any) -> bool:
-    """Whether a matching, an objective or a sample weight does; a matching says it itself."""
-    return bool(getattr(getattr(part, "needs", part), "real_images", False))
+    """Whether a matching, an objective or a sample weight does."""
+    return bool(getattr(getattr(part, "needs", None), "real_images", False))
 
 
 def flags_of_all(group: str) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.paths import add_noise
-from dmdr.protocols import BringsLearners, Matching, Needs
+from dmdr.protocols import BringsLearners, Matching, matching_needs
 from dmdr.states import load_strict
 from dmdr.testing.common import (
     LATE,
@@ -132,17 +132,13 @@ def _fitting(name: str, found: Any, shape: torch.Size, dtype: torch.dtype | None
 def matching_bench(build: Build, *, guidance: tuple[float, float] = (2.0, 4.0), **settings: Any) -> MatchingBench:
     """A fresh matching before its first call; `settings` are those of `toy_trainer`."""
     matching = build()
-    settings["group_size"] = group_size_of(matching)
+    needs = matching_needs(matching)
+    settings["group_size"] = needs.group_size
     trainer = trained_a_little(toy_trainer(matching=matching, guidance=guidance, **settings))
-    if not getattr(matching, "real_images", False):
+    if not needs.real_images:
         trainer.real_images = None
     ctx = trainer.context(0)
     return MatchingBench(matching, trainer, ctx, trainer.rollouts([ctx], finish=False)[0])
-
-
-def group_size_of(matching: Matching) -> int:
-    """How many images of a prompt it declares."""
-    return int(getattr(matching, "needs", Needs(reward=False)).group_size)
 
 
 def _benches(build: Build) -> Iterator[tuple[str, MatchingBench]]:
@@ -245,7 +241,7 @@ def a_sample_does_not_depend_on_its_micro_batch(build: Build) -> None:
     """Neither the company of other groups nor the order of the calls changes what is answered for one."""
     bench = matching_bench(build)
     together = bench.answers(bench.draw)
-    for size in (len(bench.draw) // 2, group_size_of(bench.matching)):
+    for size in (len(bench.draw) // 2, matching_needs(bench.matching).group_size):
         for order in (slice(None), slice(None, None, -1)):
             bench = matching_bench(build, micro_batch_size=size)
             parts = list(bench.draw.split(size))

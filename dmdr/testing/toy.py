@@ -10,7 +10,7 @@ from torch import nn
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, SampleWeight
+from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, SampleWeight, matching_needs
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
@@ -104,7 +104,7 @@ def toy_trainer(
             accelerator,
             count=2 if dmd_weight else 1,
             batch_size=micro,
-            always_finished=getattr(matching, "finished", False),
+            always_finished=matching_needs(matching).finished,
         ),
         student=student,
         fake_learners=fake_learners,

@@ -126,8 +126,7 @@ class StepContext:
     def real(self, draw: Draw) -> Real:
         if self.real_images is None:
             raise TrainingError(
-                "real images were asked for, but the run has none: what reads them must declare needs.real_images "
-                "(a matching: real_images = True)"
+                "real images were asked for, but the run has none: what reads them must declare needs.real_images"
             )
         return self.real_images(draw, self.random)
 

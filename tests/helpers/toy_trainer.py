@@ -13,7 +13,7 @@ from dmdr.backends.toy import PROMPTS, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.paths import Prediction, VariancePreserving, expand
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import BringsLearners, Matching, Needs, OwnLearner, SampleWeight
+from dmdr.protocols import BringsLearners, Matching, Needs, OwnLearner, SampleWeight, matching_needs
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.times import Beta
@@ -177,7 +177,7 @@ def trainer(
             accelerator,
             count=rollouts or (fake_updates if dmd_weight else 1),
             batch_size=micro,
-            always_finished=getattr(matching, "finished", False),
+            always_finished=matching_needs(matching).finished,
         ),
         student=student,
         fake_learners=[fake_score],

@@ -35,14 +35,15 @@ FAST: dict[str, Any] = {
 MATCHING = """
 from dataclasses import dataclass
 from dmdr.matching import DMD
+from dmdr.protocols import Needs
 
 @dataclass(frozen=True)
 class Pulled(DMD):
     pull: float = 0.1
 
     @property
-    def real_images(self):
-        return self.pull > 0
+    def needs(self):
+        return Needs(reward=False, finished=False, real_images=self.pull > 0)
 
     def fake_loss(self, draw, fake, ctx):
         if self.pull:

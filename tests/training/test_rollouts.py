@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
+from dmdr.protocols import Needs
 from dmdr.sizes import parse_sizes
 from dmdr.training.rollouts import Rollouts, Wanted, shares
 from dmdr.training.trainer import Trainer
@@ -92,7 +93,7 @@ def test_to_finish_it_changes_no_bit_of_the_draws() -> None:
 
 
 class Late(DMD):
-    finished = True
+    needs = Needs(reward=False)
 
 
 @pytest.mark.parametrize(
