@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.evaluation.image_folder import find_index
+from dmdr.evaluation.image_folder import check_headers, find_index
 from dmdr.evaluation.pictures import Archive, Dataset, Files, Pictures, pictures_in
 from dmdr.prompt_files import TEXT, Row, TextFile, likely_column, refuse_arguments, suffix_of
 
@@ -43,6 +43,8 @@ def captioned(place: str, column: str | None, by_label: Mapping[Any, Row], *, ch
         paths = [Path(place) / row.pop("file_name") for row in told]
         if missing := next((path for path in paths if not path.is_file()), None):
             raise ConfigError(f"{FLAG}: {index} names {missing}, which is not there")
+        if checked:
+            check_headers(paths)
         return Captioned(Files(Path(place), paths), _rows(told, column, by_label, str(index)))
     pictures = pictures_in(place, FLAG, checked=checked)
     if isinstance(pictures, Dataset):

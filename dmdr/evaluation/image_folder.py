@@ -6,7 +6,7 @@ The index is the metadata file of the `imagefolder` layout of `datasets`, which 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,9 +121,19 @@ def find_images(folder: str, *, checked: bool = True) -> list[Path]:
     paths = sorted((path for path in found if not path.name.startswith(".")), key=_natural)
     if not paths:
         raise ConfigError(f"{folder} holds no image")
-    for path in paths if checked else ():
-        _open(path, path).close()
+    if checked:
+        check_headers(paths)
     return paths
+
+
+def check_headers(paths: Iterable[Path]) -> None:
+    """Refuse files that are no images, by their headers.
+
+    Raises:
+        ConfigError: Names the first one.
+    """
+    for path in paths:
+        _open(path, path).close()
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:

@@ -121,6 +121,7 @@ class RealLatents:
 
     def __init__(self, images: Captioned, backend: Backend, device: torch.device, kept: int = KEPT) -> None:
         self.images, self.backend, self.device, self._most = images, backend, device, kept
+        self._sizes = dict(zip(getattr(backend, "latent_shapes", ()), getattr(backend, "sizes", ()), strict=True))
         self._kept: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
         self._bytes = 0
 
@@ -147,10 +148,9 @@ class RealLatents:
         return [found[row] for row in rows]
 
     def _encode(self, row: int, picture: Tensor, shape: tuple[int, ...]) -> Tensor:
-        sizes = dict(zip(getattr(self.backend, "latent_shapes", ()), sizes_of(self.backend), strict=True))
         image = picture.float() / 255
-        if shape in sizes:
-            image = covering(image, sizes[shape])
+        if shape in self._sizes:
+            image = covering(image, self._sizes[shape])
         latent = self.backend.encode_images(image[None].to(self.device))[0].float().cpu()
         if tuple(latent.shape) != shape:
             name, found = self.images.pictures.name(row), f"a latent of {list(latent.shape)}, not {list(shape)}"

@@ -80,8 +80,9 @@ def test_labels_stand_for_the_prompts_of_the_run(tmp_path: Path) -> None:
     assert captioned(saved(tmp_path, label=(1, 0, 1)), None, LABELS).rows == [LABELS[1], LABELS[0], LABELS[1]]
 
 
-def test_headers_are_read_unless_nobody_asks(tmp_path: Path) -> None:
-    place = beside(tmp_path)
+@pytest.mark.parametrize("layout", [csv, beside])
+def test_headers_are_read_unless_nobody_asks(tmp_path: Path, layout: Any) -> None:
+    place = layout(tmp_path)
     (tmp_path / "2.png").write_text("no image")
     assert len(captioned(place, None, {}, checked=False).rows) == 3
     with pytest.raises(ConfigError, match=r"2\.png is no image"):
