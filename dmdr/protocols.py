@@ -22,6 +22,7 @@ from dmdr.times import TimeLaw
 from dmdr.types import Condition, Direction, Draw, Real, Renoised, Rollout, Term
 
 Role = Literal["student", "fake_score", "reference"]
+FeatureRole = Literal["teacher", "fake_score"]
 # Counts in `Needs`, with the least value of each.
 COUNTS = {"group_size": 1, "batch_size": 1, "updates_per_rollout": 1, "student_steps": 1, "stochastic_steps": 0}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in an export: the name that load_lora_weights looks for
@@ -130,7 +131,7 @@ class Backend(Protocol):
     `guidance_scale`, ...) is given that setting's value.
 
     It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
-    `GuidanceRule`, `StartsElsewhere`, `SeveralSizes` and `Shardable`.
+    `GuidanceRule`, `StartsElsewhere`, `SeveralSizes`, `GivesFeatures` and `Shardable`.
     """
 
     options: Any
@@ -713,6 +714,31 @@ class SeveralSizes(Protocol):
     latent_shapes: Sequence[tuple[int, ...]]
 
 
+@runtime_checkable
+class GivesFeatures(Protocol):
+    """A family that shows what its denoising network computes inside, for discriminators.
+
+    Attributes:
+        feature_widths: Channels C of each layer that it can show, in the order of the computation.
+    """
+
+    feature_widths: Sequence[int]
+
+    def features(
+        self, role: FeatureRole, x_t: Tensor, t: Tensor, cond: Condition, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """What layers answer on the way to a conditional prediction, each [B, N, C] float32: N places of the image.
+
+        There is a graph into x_t and, of the fake score, into its parameters. Costs a pass through the network.
+
+        Args:
+            role: "teacher" (without the fake score's adapter) or "fake_score".
+            x_t, t: States [B, *latent] at times t [B].
+            cond: Their condition.
+            layers: Indices into `feature_widths`, ascending.
+        """
+
+
 def sizes_of(backend: Backend) -> Sequence[Size]:
     """The image sizes of a run; none where the family does not say them."""
     return backend.sizes if isinstance(backend, SeveralSizes) else ()
@@ -733,7 +759,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "sample_weights": (Stateful,),
     "backends": (
         *(ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceRule, SeveralSizes),
-        *(StartsElsewhere, Shardable),
+        *(GivesFeatures, StartsElsewhere, Shardable),
     ),
     "models": (),
 }

@@ -1,6 +1,7 @@
 """Other kernels for a network: diffusers' attention backends, and compiled blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,3 +63,28 @@ def compile_blocks(network: Any) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
         block.compile()
+
+
+@contextmanager
+def answers_of(blocks: Sequence[nn.Module]) -> Iterator[list[list[Any]]]:
+    """What each of these blocks answers inside, in the order of its calls, with its graph.
+
+    A forward hook would not do: torch leaves those that come later out of a compiled block.
+    """
+    answers: list[list[Any]] = [[] for _ in blocks]
+    before = [block._compiled_call_impl for block in blocks]
+
+    def kept(call: Callable[..., Any], answered: list[Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            answered.append(call(*args, **kwargs))
+            return answered[-1]
+
+        return called
+
+    try:
+        for block, compiled, answered in zip(blocks, before, answers, strict=True):
+            block._compiled_call_impl = kept(compiled or block._call_impl, answered)
+        yield answers
+    finally:
+        for block, compiled in zip(blocks, before, strict=True):
+            block._compiled_call_impl = compiled

@@ -165,6 +165,10 @@ class LoRARoles:
         with self._as((role, share) if role is not None and share != 0 else (None, 0.0)):
             return self.network(*args, **kwargs)
 
+    def network_of(self, role: Role | None) -> Any:
+        """The network whose forward pass is that of a role; None is the teacher."""
+        return self.network if role is None else self.copies.get(role, self.network)
+
     @property
     def networks(self) -> list[Any]:
         """The shared network, and the full copies if there are any."""

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dmdr.backends.component import parts_of, read_component
 from dmdr.backends.difference import low_rank_difference
 from dmdr.backends.images import recomputed, to_unit_range
-from dmdr.backends.kernels import compile_blocks, set_attention_backend
+from dmdr.backends.kernels import answers_of, compile_blocks, set_attention_backend
 from dmdr.backends.latents import Latents, TinyLatents, refuse_other_latents
 from dmdr.backends.loading import (
     Source,
@@ -39,10 +39,11 @@ from dmdr.backends.lora_files import read_lora
 from dmdr.backends.options import PipelineOptions
 from dmdr.backends.prompt_encoder import TEXT, PromptEncoder, text_components
 from dmdr.backends.quantized import check_quantize, quantize
-from dmdr.backends.sharding import copy, fill, shard, stored
+from dmdr.backends.sharding import copy, fill, gather_in_backward, shard, stored
+from dmdr.backends.texts import LENGTH, alike, in_order
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Kind, NoisePath, Prediction, guided
-from dmdr.protocols import LORA_FILE, Role, Sampler
+from dmdr.protocols import LORA_FILE, FeatureRole, Role, Sampler
 from dmdr.sizes import Size
 from dmdr.states import load_strict, own_rows, read_tensors, refuse_infinite, whole
 from dmdr.types import Condition, dtype_of
@@ -80,6 +81,9 @@ class PipelineBackend:
         latents_class: Of its VAE and the states that it makes.
         padded: Embeddings [B, text_length, ...] that are zero after each prompt's own `length`, [B] int64.
         text_length: Tokens of the longest text encoder, where the pipeline's call asks for them; 0 where it does not.
+        text_unit: The network fills texts up to a multiple of so many tokens, and masks what one has less than another;
+            0 if all texts have as many.
+        feature_blocks: Modules of the network, or lists of them, whose answers are the layers of `features`.
     """
 
     Options: ClassVar[type[PipelineOptions]] = PipelineOptions
@@ -90,6 +94,8 @@ class PipelineBackend:
     default_size: ClassVar[int] = 128
     latents_class: ClassVar[type[Latents]] = Latents
     padded: ClassVar[Sequence[str]] = ()
+    text_unit: ClassVar[int] = 0
+    feature_blocks: ClassVar[Sequence[str]] = ("transformer_blocks",)
     kind: Kind = "velocity"
     path: NoisePath
     shift: float = 1.0
@@ -183,6 +189,11 @@ class PipelineBackend:
         return 1
 
     @property
+    def feature_width(self) -> int:
+        """Channels of each layer of `features`."""
+        return self.network_config.whole("num_attention_heads") * self.network_config.whole("attention_head_dim")
+
+    @property
     def network_channels(self) -> Mapping[str, int]:
         """What the network's configuration must say, if it does."""
         return dict.fromkeys(("in_channels", "out_channels"), self.latents.channels * self.packing)
@@ -216,6 +227,14 @@ class PipelineBackend:
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Raw output [B, *latent] for states x_t [B, *latent] in the network's dtype, times t [B] and embeddings."""
         raise NotImplementedError
+
+    def image_places(self, answer: Any, x_t: Tensor) -> Tensor:
+        """Those of the image, [B, N, C], in what a block answers for states [B, *latent].
+
+        Here of a transformer, that answers tokens of the image alone, behind a text's, or as the last of a tuple.
+        """
+        tokens: Tensor = answer[-1] if isinstance(answer, tuple) else answer
+        return tokens[:, -(x_t[0, 0].numel() // self.patch_size**2) :]
 
     def scheduler(self, sampler: Sampler) -> Any:
         """The stock scheduler that takes the sampler's steps.
@@ -509,6 +528,32 @@ class PipelineBackend:
             return answer(guidance)
         w = torch.full((len(cond),), guidance, device=self.device)
         return self.guided(answer(1.0), answer(other), w)
+
+    def together(self, cond: Mapping[str, Tensor]) -> list[list[int]]:
+        """The rows of embeddings [B, ...] that go through the network at once: a chosen kernel may take no mask."""
+        if self.text_unit and self.options.attention_backend:
+            return alike(cond[LENGTH].tolist(), self.text_unit)
+        return [list(range(len(next(iter(cond.values())))))]
+
+    def _feature_blocks(self, network: Any) -> list[nn.Module]:
+        found = [getattr(network, name) for name in self.feature_blocks]
+        return [block for each in found for block in (each if isinstance(each, nn.ModuleList) else [each])]
+
+    @property
+    def feature_widths(self) -> Sequence[int]:
+        """Channels of the layers that `features` can show; known after `prepare`."""
+        return (self.feature_width,) * len(self._feature_blocks(self.roles.network))
+
+    def features(
+        self, role: FeatureRole, x_t: Tensor, t: Tensor, cond: Condition, layers: Sequence[int]
+    ) -> list[Tensor]:
+        network, asked = self.roles.network_of(None if role == "teacher" else role), self.asked(cond, 1.0)
+        blocks = self._feature_blocks(network)
+        with answers_of([blocks[layer] for layer in layers]) as answers:
+            self._predict(None if role == "teacher" else role, x_t, t, asked)
+        places = [torch.cat([self.image_places(answer, x_t) for answer in each]) for each in answers]
+        gather_in_backward(network, places)
+        return [in_order(each.float(), self.together(asked)) for each in places]
 
     def other_guidance(self) -> float:
         return 0.0

@@ -6,7 +6,7 @@ over all processes as they arrive. Every pass through the network gathers its bl
 make the same passes, forward and backward, in the same order.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dmdr.backends.kernels import blocks_of
 from dmdr.errors import ConfigError, one_line
@@ -57,6 +57,20 @@ def shard(
     with torch.no_grad():
         for name, tensor in kept.items():
             own[name].copy_(tensor)
+
+
+def gather_in_backward(network: nn.Module, answers: Iterable[Tensor]) -> None:
+    """Let a backward pass that begins at blocks of a sharded network gather what is in no block.
+
+    The network itself does so where the gradient of its own answer arrives.
+
+    Args:
+        answers: Of the blocks, [B, ...] each.
+    """
+    if isinstance(network, FSDPModule):
+        for answer in answers:
+            if answer.requires_grad:
+                answer.register_hook(lambda gradient: network.unshard())
 
 
 def fill(network: nn.Module, files: Mapping[str, Path], what: str) -> None:

@@ -21,20 +21,37 @@ def stacked(texts: Sequence[Tensor], length: int) -> dict[str, Tensor]:
     return {"sequence": torch.stack(rows), LENGTH: torch.tensor([len(text) for text in texts])}
 
 
-def by_length(
-    call: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor], x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]
+def alike(lengths: Sequence[int], unit: int = 1) -> list[list[int]]:
+    """Rows of texts that fill as many units of tokens, group by group."""
+    units = [-(-length // unit) for length in lengths]
+    return [[row for row, each in enumerate(units) if each == number] for number in dict.fromkeys(units)]
+
+
+def in_groups(
+    call: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor],
+    groups: Sequence[Sequence[int]],
+    x_t: Tensor,
+    t: Tensor,
+    cond: Mapping[str, Tensor],
 ) -> Tensor:
-    """What a network answers, asked about texts of one length at a time: for kernels that take no mask.
+    """What a network answers, asked about one group of rows at a time.
 
     Args:
-        call: Of states [B, ...], times [B] and embeddings with the `length` of each.
+        call: Of states [B, ...], times [B] and embeddings.
+        groups: All rows, each in one group.
         x_t, t, cond: For all of them.
     """
-    lengths = cond[LENGTH].tolist()
-    rows = [[i for i, length in enumerate(lengths) if length == each] for each in dict.fromkeys(lengths)]
-    answers = [call(x_t[own], t[own], {name: tensor[own] for name, tensor in cond.items()}) for own in rows]
-    order = torch.tensor([i for own in rows for i in own], device=x_t.device).argsort()
-    return torch.cat(answers)[order]
+    if len(groups) == 1:
+        return call(x_t, t, cond)
+    answers = [call(x_t[rows], t[rows], {name: tensor[rows] for name, tensor in cond.items()}) for rows in groups]
+    return in_order(torch.cat(answers), groups)
+
+
+def in_order(answers: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Answers that came group by group, [B, ...], in the order of the rows."""
+    if len(groups) == 1:
+        return answers
+    return answers[torch.tensor([row for rows in groups for row in rows], device=answers.device).argsort()]
 
 
 def cut(cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

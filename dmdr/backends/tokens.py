@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dmdr.backends.flow import FlowBackend
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import by_length, cut
+from dmdr.backends.texts import cut, in_groups
 
 
 class TokenBackend(FlowBackend):
@@ -48,11 +48,10 @@ class MaskedTextBackend(TokenBackend):
     """One whose texts have unequal lengths, `texts.stacked`, and whose network is given a mask (Qwen-Image, Krea 2)."""
 
     padded = ("sequence",)
+    text_unit = 1
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """A chosen attention kernel may take no mask: texts of one length then go through the network together."""
-        ask = partial(self._ask, network)
-        return by_length(ask, x_t, t, cond) if self.options.attention_backend else ask(x_t, t, cond)
+        return in_groups(partial(self._ask, network), self.together(cond), x_t, t, cond)
 
     def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         height, width = x_t.shape[2:]

@@ -21,13 +21,14 @@ from dmdr.cache import cache_folder
 from dmdr.errors import TrainingError
 from dmdr.images import save, to_pil, write_atomically
 from dmdr.paths import NoisePath, Prediction, RectifiedFlow, expand
-from dmdr.protocols import Role, Sampler, require
+from dmdr.protocols import FeatureRole, Role, Sampler, require
 from dmdr.sampling import time_grid
 from dmdr.states import load_strict, read_tensors
 from dmdr.types import Condition
 
 CENTRES = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]])
 STD = 0.3
+WIDTH = 64
 PROMPTS = tuple(f"mode {k}" for k in range(len(CENTRES)))
 
 
@@ -62,7 +63,7 @@ def mixture_mean(x_t: Tensor, t: Tensor, path: NoisePath, centres: Tensor, std: 
 class Residual(nn.Module):
     """What a trained role adds to the teacher's velocity; zero at first."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         last = nn.Linear(width, 2)
         nn.init.zeros_(last.weight)
@@ -72,8 +73,14 @@ class Residual(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Velocity [B, 2] for states x_t [B, 2], times t [B] and labels [B] int64."""
+        return self.net[4](self.hidden(x_t, t, label)[-1])
+
+    def hidden(self, x_t: Tensor, t: Tensor, label: Tensor) -> list[Tensor]:
+        """What its two hidden layers answer, each [B, width]."""
         t = t.to(x_t.dtype)[:, None]
-        return self.net(torch.cat([x_t, t, t**2, nn.functional.one_hot(label, len(CENTRES)).to(x_t.dtype)], 1))
+        given = torch.cat([x_t, t, t**2, nn.functional.one_hot(label, len(CENTRES)).to(x_t.dtype)], 1)
+        first = self.net[:2](given)
+        return [first, self.net[2:4](first)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,7 @@ class ToyBackend:
     """The mixture as a model family (`protocols.Backend`)."""
 
     Options = ToyOptions
+    feature_widths: Sequence[int] = (WIDTH, WIDTH)
 
     def __init__(self, folder: str, options: ToyOptions) -> None:
         self.path: NoisePath = RectifiedFlow()
@@ -110,6 +118,8 @@ class ToyBackend:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
             self.residuals = {role: Residual().to(self.device) for role in roles}
+        if "fake_score" in roles:
+            self._untrained = deepcopy(self.residuals["fake_score"]).requires_grad_(False)
         if "reference" in roles:
             self.residuals["reference"].requires_grad_(False)
             self.snapshot()
@@ -165,6 +175,14 @@ class ToyBackend:
         if fake_mix:
             velocity = velocity + fake_mix * self.residuals["fake_score"](x_t, t, cond.tensors["label"])
         return Prediction(velocity, "velocity", x_t, t, self.path)
+
+    def features(
+        self, role: FeatureRole, x_t: Tensor, t: Tensor, cond: Condition, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Hidden layers of the fake score's residual; of the teacher, those that it had before training."""
+        network = self._untrained if role == "teacher" else self.residuals[role]
+        hidden = network.hidden(x_t, t, cond.tensors["label"])
+        return [hidden[layer][:, None].float() for layer in layers]
 
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:
         return dict(self.residuals[role].named_parameters()) if role in self.residuals else {}

@@ -30,7 +30,7 @@ from dmdr.errors import ConfigError, one_line
 from dmdr.hub import is_hub_id
 from dmdr.paths import Prediction
 from dmdr.prompts import split_columns
-from dmdr.protocols import Backend, LatentReward, Reward, Role, with_options
+from dmdr.protocols import Backend, FeatureRole, LatentReward, Reward, Role, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.device import chosen_precision
 from dmdr.run.folder import choose_folder
@@ -480,6 +480,12 @@ class Bridge:
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
     ) -> Prediction:
         return self._predict("teacher", x_t, t, cond, guidance=guidance, fake_mix=fake_mix)
+
+    def features(
+        self, role: FeatureRole, x_t: Tensor, t: Tensor, cond: Condition, layers: Sequence[int]
+    ) -> list[Tensor]:
+        found = self._backend.features(role, x_t.to(META), t.to(META), cond, layers)
+        return [each.to(CPU) for each in found]
 
     def decode(self, latents: Tensor, *, exact: bool = False) -> Tensor:
         return self._backend.decode(latents.to(META), exact=exact).to(CPU)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.paths import add_noise, guided
-from dmdr.protocols import Backend, GuidanceRule, Role, SeveralSizes
+from dmdr.protocols import Backend, FeatureRole, GivesFeatures, GuidanceRule, Role, SeveralSizes
 from dmdr.sampling import FewStepSampler
 from dmdr.testing.common import spelt, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition
@@ -267,6 +267,46 @@ def gradients_reach_their_own_role(trial: BackendTrial) -> None:
                 parameter.grad = None
 
 
+def features_are_of_their_own_role(trial: BackendTrial) -> None:
+    """Features (`GivesFeatures`) are [B, N, C] float32 of each layer; the fake score's are the teacher's at first.
+
+    Their gradient reaches x_t and, of the fake score, its parameters, and nothing else; asking for them changes no
+    prediction.
+    """
+    backend, (x_t, t, cond) = trial.prepared, trial.state
+    if not isinstance(backend, GivesFeatures):
+        return
+    widths, layers = list(backend.feature_widths), range(len(backend.feature_widths))
+    prediction, teachers = trial.answer("fake_score"), backend.features("teacher", x_t, t, cond, layers)
+    for each, width in zip(teachers, widths, strict=True):
+        shape = list(each.shape)
+        assert len(shape) == 3 and [shape[0], shape[2]] == [len(cond), width] and each.dtype == torch.float32, (
+            f"features are [B, N, C] float32 with the C of feature_widths, {width}, not {shape} {each.dtype}"
+        )
+    (last,) = backend.features("teacher", x_t[-1:], t[-1:], cond[-1:], [layers[-1]])
+    assert torch.allclose(last[0], teachers[-1][-1], atol=1e-4), "a sample's features depend on the rest of the batch"
+    for mine, theirs in zip(backend.features("fake_score", x_t, t, cond, layers), teachers, strict=True):
+        assert torch.equal(mine, theirs), "before training the fake score's features are the teacher's, to the bit"
+    with trial.trained("fake_score"):
+        moved = backend.features("fake_score", x_t, t, cond, layers)
+        assert not _alike(moved[-1], teachers[-1]), "training the fake score must change its features"
+        again = backend.features("teacher", x_t, t, cond, layers)
+        assert _alike(again[-1], teachers[-1]), "training the fake score must not change the teacher's features"
+    both: tuple[FeatureRole, ...] = ("teacher", "fake_score")
+    for role in both:
+        x = x_t.clone().requires_grad_()
+        found = backend.features(role, x, t, cond, layers)[-1].square().mean()
+        if found.requires_grad:
+            found.backward()
+        assert x.grad is not None and bool(x.grad.any()), f"the features of the {role} have no graph into x_t"
+        reached = [other for other in ROLES if any(p.grad is not None for p in backend.parameters(other).values())]
+        for parameter in [p for other in ROLES for p in backend.parameters(other).values()]:
+            parameter.grad = None
+        wanted = ["fake_score"] if role == "fake_score" else []
+        assert reached == wanted, f"the features of the {role} reach {' and '.join(reached) or 'no parameters'}"
+    assert torch.equal(trial.answer("fake_score"), prediction), "asking for features changes a later prediction"
+
+
 def decoded_images_are_differentiable(trial: BackendTrial) -> None:
     """`decode` makes [B, 3, H, W] float32 in [0, 1], with a finite gradient in the latents."""
     latents = trial.x0.clone().requires_grad_()
@@ -365,6 +405,7 @@ BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     rows_do_not_depend_on_the_batch,
     a_prompt_does_not_depend_on_its_company,
     gradients_reach_their_own_role,
+    features_are_of_their_own_role,
     decoded_images_are_differentiable,
     images_are_encoded_to_latents,
     every_size_is_taken,

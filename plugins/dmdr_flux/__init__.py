@@ -49,6 +49,7 @@ class FluxBackend(TokenBackend):
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
     lora_targets = LORA_TARGETS
+    feature_blocks = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, folder: str, options: FluxOptions) -> None:
         super().__init__(folder, options)

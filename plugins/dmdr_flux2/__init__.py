@@ -83,6 +83,7 @@ class Flux2KleinBackend(TokenBackend):
     pipeline_class = Flux2KleinPipeline
     network_class = Flux2Transformer2DModel
     latents_class = Flux2Latents
+    feature_blocks = ("transformer_blocks", "single_transformer_blocks")
     default_size = 64
     patch_size = 1
 

@@ -66,6 +66,7 @@ class UNetBackend(PipelineBackend):
     network_name = "unet"
     lora_targets = LORA_TARGETS
     needed: ClassVar[Sequence[str]] = ("text_encoder",)
+    feature_blocks = ("mid_block",)  # as in DMD2
 
     def __init__(self, folder: str, options: UNetOptions) -> None:
         super().__init__(folder, options)
@@ -178,6 +179,13 @@ class UNetBackend(PipelineBackend):
     def blank_embeddings(self, count: int) -> dict[str, Tensor]:
         width = self.network_config.whole("cross_attention_dim")
         return {"sequence": self.blank(count, self.text.clip_length(), width)}
+
+    @property
+    def feature_width(self) -> int:
+        return self.network_config.wholes("block_out_channels")[-1]
+
+    def image_places(self, answer: Tensor, x_t: Tensor) -> Tensor:
+        return answer.flatten(2).mT
 
     def added(self, x_t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """What the network is told beside time and prompt."""

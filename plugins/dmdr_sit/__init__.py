@@ -60,6 +60,7 @@ class SiTBackend(FlowBackend):
     network_class = SiTTransformer2DModel
     lora_targets = LORA_TARGETS
     latents_class = Latents
+    feature_blocks = ("blocks",)
 
     def __init__(self, folder: str, options: SiTOptions) -> None:
         super().__init__(folder, options)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmdr.backends.flow import FlowBackend, FlowOptions
 from dmdr.backends.pipeline import Network
-from dmdr.backends.texts import LENGTH, stacked
+from dmdr.backends.texts import LENGTH, in_groups, stacked
 from dmdr.protocols import unread
 
 # All attention projections, of the blocks and of both refiners (diffusers' DreamBooth example for Z-Image).
@@ -37,6 +37,8 @@ class ZImageBackend(FlowBackend):
     network_class = ZImageTransformer2DModel
     lora_targets = LORA_TARGETS
     padded = ("sequence",)
+    text_unit = BLOCK
+    feature_blocks = ("layers",)
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     patch_size = 2  # the network's own default, of those that it has
 
@@ -45,6 +47,10 @@ class ZImageBackend(FlowBackend):
         for name, taken in (("all_patch_size", self.patch_size), ("all_f_patch_size", 1)):
             if taken not in self.network_config.wholes(name):
                 raise self.network_config.refused(name, f"a list with {taken}")
+
+    @property
+    def feature_width(self) -> int:
+        return self.network_config.whole("dim")
 
     @property
     def text_limit(self) -> int:
@@ -66,24 +72,22 @@ class ZImageBackend(FlowBackend):
         return stacked([self.blank(self.text_length, width)] * count, self.text_length)
 
     def call(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """A chosen attention kernel may take no mask: texts of as many blocks then go through the network together."""
-        lengths = cond[LENGTH].tolist()
-        images, times = x_t.unsqueeze(2), (1 - t).to(torch.float32)  # of one frame each; 0 is noise
-        negative: dict[int, Tensor] = {}
+        return in_groups(partial(self._ask, network), self.together(cond), x_t, t, cond)
 
-        def blocks(row: int) -> int:
-            return -(-lengths[row] // BLOCK) if self.options.attention_backend else 0
+    def _ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        texts = zip(cond["sequence"], cond[LENGTH].tolist(), strict=True)
+        negative = network(
+            x=list(x_t.unsqueeze(2)),  # of one frame each
+            t=(1 - t).to(torch.float32),  # 0 is noise
+            cap_feats=[text[:length] for text, length in texts],
+            return_dict=False,
+        )[0]
+        return -torch.stack(list(negative)).squeeze(2)
 
-        for _, group in groupby(sorted(range(len(lengths)), key=blocks), key=blocks):
-            rows = list(group)
-            answers = network(
-                x=[images[row] for row in rows],
-                t=torch.stack([times[row] for row in rows]),
-                cap_feats=[cond["sequence"][row, : lengths[row]] for row in rows],
-                return_dict=False,
-            )[0]
-            negative |= zip(rows, answers, strict=True)
-        return -torch.stack([negative[row] for row in range(len(lengths))]).squeeze(2)
+    def image_places(self, answer: Any, x_t: Tensor) -> Tensor:
+        """The text comes behind the image, whose tokens are filled up, too."""
+        places: Tensor = answer[:, : x_t[0, 0].numel() // self.patch_size**2]
+        return places
 
     def draw_noise(self, step: int, count: int) -> Tensor:
         """All in float32."""

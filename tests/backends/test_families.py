@@ -487,11 +487,56 @@ def test_compiled_blocks_are_the_same_in_every_role(
         for role in (backend.student, backend.fake_score):
             values.append(role(x_t, t, cond).value)
             values[-1].square().mean().backward()
+        values += backend.features("fake_score", x_t, t, cond, [0, 1])
+        (values[-1] + values[-2]).square().mean().backward()
         grads = [p.grad for role in ROLES for p in backend.parameters(role).values() if p.grad is not None]
         found.append([*values, *grads])
     assert compiled
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_what_the_prediction_is_made_of(folders: dict[str, Path], name: str) -> None:
+    """Of the places of the image, and of nothing else, in what the last block answers."""
+    family = FAMILIES[name]
+    backend = shaken(prepared(folders[name], family))
+    (x_t, t), cond = states(backend), backend.encode(family.prompts)
+    blocks = [module for part in backend.feature_blocks for module in [getattr(backend.roles.network, part)]]
+    last = blocks[-1][-1] if isinstance(blocks[-1], torch.nn.ModuleList) else blocks[-1]
+    seen: list[Any] = []
+    handle = last.register_forward_hook(lambda module, given, answer: seen.append(answer))
+    prediction = backend.fake_score(x_t, t, cond).value
+    handle.remove()
+    whole = seen[0][-1] if isinstance(seen[0], tuple) else seen[0]
+    (reached,) = torch.autograd.grad(prediction.square().sum(), whole)
+    if whole.ndim == 4:  # a UNet's, [B, C, h, w]
+        whole, reached = whole.flatten(2).mT, reached.flatten(2).mT
+    layers = range(len(backend.feature_widths))
+    found = backend.features("fake_score", x_t, t, cond, layers)
+    assert [each.shape[2] for each in found] == list(backend.feature_widths)
+    assert found[-1].shape[1] in (x_t[0, 0].numel(), x_t[0, 0].numel() // 4)
+    places = reached.abs().sum(2) > 0
+    assert (places.sum(1) == found[-1].shape[1]).all()
+    torch.testing.assert_close(found[-1], whole[places].view(found[-1].shape), rtol=0, atol=0)
+
+
+def test_features_with_checkpointing_have_the_same_gradients(folders: dict[str, Path], name: str) -> None:
+    """At x_t and in the fake score, while another role is active when the recomputation runs."""
+    family, found = FAMILIES[name], []
+    for gradient_checkpointing in (False, True):
+        backend = shaken(prepared(folders[name], family, gradient_checkpointing=gradient_checkpointing))
+        x_t, t = states(backend)
+        x_t.requires_grad_()
+        cond = backend.encode(family.prompts)
+        layers = backend.features("fake_score", x_t, t, cond, range(len(backend.feature_widths)))
+        loss = torch.stack([each.square().mean() for each in layers]).sum()
+        with backend.roles._as(("student", 0.3)):
+            loss.backward()
+        grads = {name: p.grad for name, p in backend.parameters("fake_score").items() if p.grad is not None}
+        found.append([loss.detach(), x_t.grad, *grads.values()])
+        assert x_t.grad is not None and x_t.grad.any() and any(grad.any() for grad in grads.values())
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()) + 1e-9)
 
 
 def test_half_precision_stays_within_the_networks(folders: dict[str, Path], tmp_path: Path, name: str) -> None:

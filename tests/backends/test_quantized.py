@@ -119,12 +119,17 @@ def test_a_network_is_the_one_of_its_unpacked_weights_in_every_role(model: Path,
     x, t = torch.randn(2, *packed.latent_shape), torch.tensor([0.3, 0.9])
     answers = []
     for backend in (plain, packed):
-        for parameter in backend.parameters("student").values():
-            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        for role in ("student", "fake_score"):
+            for parameter in backend.parameters(role).values():
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
         cond = backend.encode(["a handwritten seven", "a handwritten two"])
         teacher, student = backend.teacher(x, t, cond, guidance=3.0).value, backend.student(x, t, cond).value
         student.square().mean().backward()
-        answers.append([teacher, student, *(p.grad for p in backend.parameters("student").values())])
+        y = x.clone().requires_grad_()
+        features = torch.stack(backend.features("fake_score", y, t, cond, [0, 1]))
+        features.square().mean().backward()
+        grads = [y.grad, *(p.grad for p in backend.parameters("student").values())]
+        answers.append([teacher, student, features, *grads])
     torch.testing.assert_close(*answers)
 
 

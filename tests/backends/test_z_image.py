@@ -28,15 +28,17 @@ def built(folder: Path, **options: Any) -> ZImageBackend:
 def test_texts_of_unequal_length_go_together(folder: Path, attention_backend: str | None) -> None:
     """Also with a kernel that takes no mask of what pads the shorter ones."""
     backend = built(folder, attention_backend=attention_backend)
-    backend.prepare(Accelerator(cpu=True), roles=("student",))
+    backend.prepare(Accelerator(cpu=True), roles=("student", "fake_score"))
     prompts = ["a handwritten seven on a page as long as can be", "", "a handwritten two on one that is as long"]
     cond = backend.encode(prompts)
     assert cond.tensors["sequence"].shape[:2] == (3, 60) and cond.tensors["length"].tolist() == [60, 19, 59]
     x_t, t = torch.randn(3, *backend.latent_shape), torch.tensor([0.6, 0.9, 0.3])
-    together = backend.student(x_t, t, cond).value
+    together, (features,) = backend.student(x_t, t, cond).value, backend.features("teacher", x_t, t, cond, [0])
     for i, prompt in enumerate(prompts):
-        alone = backend.student(x_t[i : i + 1], t[i : i + 1], backend.encode([prompt])).value
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+        asked = x_t[i : i + 1], t[i : i + 1], backend.encode([prompt])
+        torch.testing.assert_close(together[i : i + 1], backend.student(*asked).value, rtol=1e-5, atol=1e-5)
+        (alone,) = backend.features("fake_score", *asked, [0])
+        torch.testing.assert_close(features[i : i + 1], alone, rtol=1e-5, atol=1e-5)
     assert (together[1] - backend.student(x_t[1:2], t[1:2], backend.encode(prompts[:1])).value).abs().max() > 1e-3
 
 

@@ -635,6 +635,10 @@ def overshooting(b: ToyBackend, own: Any, *state: Any, guidance: float = 1.0, fa
     return own(*state, guidance=guidance + (guidance == 3), fake_mix=fake_mix)
 
 
+def on_the_students_way(b: ToyBackend, own: Any, *asked: Any) -> list[Tensor]:
+    return [f + 0 * b.residuals["student"].net[0].weight.sum() for f in own(*asked)]
+
+
 def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
     own(directory)
     b.residuals["fake_score"].load_state_dict(b.residuals["student"].state_dict())
@@ -667,6 +671,13 @@ def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
         ("teacher", overshooting, r"guidance w is u \+ w \(c - u\)"),
         ("_exact", lambda b, own, *x: own(*x) - own(*x).mean(0), "must not depend on the rest of the batch"),
         ("encode", as_the_longest, "the prediction for a prompt depends on the other prompts that are encoded with it"),
+        ("features", lambda b, own, *x: [f[:, 0] for f in own(*x)], r"features are \[B, N, C\] float32"),
+        ("features", lambda b, own, *x: [f - f.mean(0) for f in own(*x)], "features depend on the rest of the batch"),
+        ("features", lambda b, own, role, *x: own("teacher", *x), "training the fake score must change its features"),
+        ("features", lambda b, own, role, *x: own("fake_score", *x), "must not change the teacher's features"),
+        ("features", torch.no_grad()(lambda b, own, *x: own(*x)), "of the teacher have no graph into x_t"),
+        ("features", lambda b, own, role, x, *y: own(role, x.detach(), *y), "of the teacher have no graph into x_t"),
+        ("features", on_the_students_way, "the features of the teacher reach student"),
         ("decode", lambda b, own, x, **k: own(x) * 2, r"images are float32 in \[0, 1\]"),
         ("decode", lambda b, own, x, **k: own(x)[:, :1], r"images are \[B, 3, H, W\]"),
         ("decode", lambda b, own, x, **k: own(x).detach(), "decode must be differentiable"),
@@ -949,7 +960,7 @@ def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
     code, out = check(
         pytester, "--dmdr-plugin=ToyPipeline", "--dmdr-model=.", "--dmdr-prompt=mode 1", "--dmdr-prompt=mode 2"
     )
-    assert code == 0 and "17 passed" in out, out
+    assert code == 0 and "18 passed" in out, out
 
 
 DEEP = """
