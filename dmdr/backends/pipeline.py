@@ -547,10 +547,11 @@ class PipelineBackend:
     def features(
         self, role: FeatureRole, x_t: Tensor, t: Tensor, cond: Condition, layers: Sequence[int]
     ) -> list[Tensor]:
-        network, asked = self.roles.network_of(None if role == "teacher" else role), self.asked(cond, 1.0)
+        own: Role | None = None if role == "teacher" else role
+        network, asked = self.roles.network_of(own), self.asked(cond, 1.0)
         blocks = self._feature_blocks(network)
         with answers_of([blocks[layer] for layer in layers]) as answers:
-            self._predict(None if role == "teacher" else role, x_t, t, asked)
+            self._predict(own, x_t, t, asked)
         places = [torch.cat([self.image_places(answer, x_t) for answer in each]) for each in answers]
         gather_in_backward(network, places)
         return [in_order(each.float(), self.together(asked)) for each in places]

@@ -118,8 +118,8 @@ class ToyBackend:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
             self.residuals = {role: Residual().to(self.device) for role in roles}
-        if "fake_score" in roles:
-            self._untrained = deepcopy(self.residuals["fake_score"]).requires_grad_(False)
+            untrained = deepcopy(self.residuals["fake_score"]) if "fake_score" in roles else Residual()
+        self._untrained = untrained.to(self.device).requires_grad_(False)
         if "reference" in roles:
             self.residuals["reference"].requires_grad_(False)
             self.snapshot()

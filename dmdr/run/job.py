@@ -1,7 +1,7 @@
 """The parts of a run, built from its settings. Nothing heavy is loaded; what does not fit together is refused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -141,15 +141,13 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
         needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
     if settings.config.dmd_weight and hasattr(matching, "needs"):
         needs[f"--matching {settings.config.matching}"] = needs_of(f"--matching {settings.config.matching}", matching)
-    config = settings.config
-    if settings.family.options.get("fake_score") == "full":
-        config = replace(config, dyna_guidance=0.0)  # the paper mixes in an adapter: of a full network there is none
-    plan = Plan.of(config, objectives, weight, processes)
+    kind = settings.family.options.get("fake_score", "lora") if getattr(matching, "compares_scores", True) else None
+    plan = Plan.of(settings.config, objectives, weight, processes, kind)
     for who, declared in needs.items():
         check_needs(
             who,
             declared,
-            config,
+            settings.config,
             settings.of("rewards"),
             settings.of("matchings")[0],
             num_inference_steps=plan.num_inference_steps,

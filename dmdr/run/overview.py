@@ -31,13 +31,14 @@ def overview(
     """
     config, plan, family, backend = job.config, job.plan, job.settings.family, job.backend
     trained = {"student": backend.parameters("student")}
-    if plan.matches:
+    if plan.matches and "fake_score" in plan.roles:
         trained["fake score"] = backend.parameters("fake_score")
     active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
     trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
     sizes = sizes or sizes_of(backend)
     start = config.init_student or (config.model if job.teacher != config.model else "the teacher")
     low, high = plan.guidance
+    learns = "the fake score" if "fake_score" in plan.roles else "its learners"
     guidance = f"{low:g}" if low == high else f"{low:g} to {high:g}, drawn for each sample"
     if plan.guidance_interval != (0.0, 1.0):
         guidance += ", at times from {:g} to {:g}".format(*plan.guidance_interval)
@@ -49,7 +50,7 @@ def overview(
         "update": str(plan.batch) + (f", of one of the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""),
         "student": f"{plan.num_inference_steps} steps, starts from {start}, trained at eta {job.sampler.eta:g}, used "
         f"at eta {job.user_sampler.eta:g}",
-        "matching": f"{config.matching}, {plan.rounds} updates of the fake score and {plan.rollouts} rollouts for each "
+        "matching": f"{config.matching}, {plan.rounds} updates of {learns} and {plan.rollouts} rollouts for each "
         "of the student"
         if plan.matches
         else "none: RL only",

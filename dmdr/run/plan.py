@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -127,6 +128,7 @@ class Plan:
         objectives: Sequence[WeightedObjective] = (),
         sample_weight: SampleWeight | None = None,
         processes: int = 1,
+        fake_score: Literal["lora", "full"] | None = "lora",
     ) -> "Plan":
         """The plan of a run.
 
@@ -134,7 +136,9 @@ class Plan:
             objectives: Of stage 2.
             sample_weight: Of stage 1.
             processes: Processes that work side by side.
+            fake_score: What it is; a matching may do without.
         """
+        compared: tuple[Role, ...] = ("student", "fake_score") if fake_score else ("student",)
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
         rounds = config.fake_updates if config.dmd_weight else 1
@@ -155,8 +159,8 @@ class Plan:
             rollouts=rollouts if config.rollouts is None else config.rollouts,
             guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
             guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
-            roles=("student", "fake_score", *combined_needs(objectives).roles),
-            stages=_stages(config, tuple(objectives), sample_weight),
+            roles=(*compared, *combined_needs(objectives).roles),
+            stages=_stages(config, tuple(objectives), sample_weight, mixes=fake_score == "lora"),
         )
 
     @property
@@ -225,9 +229,14 @@ def _shards(wanted: str, processes: int) -> int:
 
 
 def _stages(
-    config: Config, objectives: tuple[WeightedObjective, ...], sample_weight: SampleWeight | None
+    config: Config, objectives: tuple[WeightedObjective, ...], sample_weight: SampleWeight | None, *, mixes: bool
 ) -> tuple[Stage, ...]:
-    """The stages that a run goes through; a given student needs no stage 1."""
+    """The stages that a run goes through; a given student needs no stage 1.
+
+    Args:
+        config, objectives, sample_weight: As of `Plan.of`.
+        mixes: Whether there is an adapter of the fake score, which DynaDG mixes into the teacher.
+    """
     first = 0 if config.init_student else config.stage1_steps
     second = config.stage2_steps
     rate, fake_rate = config.learning_rate, config.fake_learning_rate
@@ -248,7 +257,7 @@ def _stages(
             objectives=(),
             rl_balance="none",
             sample_weight=sample_weight,
-            fake_mix=DynaDG(config.dyna_guidance, dyna),
+            fake_mix=DynaDG(config.dyna_guidance if mixes else 0.0, dyna),
             renoise=_renoise(config, dyna),
         ),
         Stage(

@@ -237,7 +237,11 @@ class Run:
         if (self.initial / "progress.json").is_file():
             role = "ema" if holds(self.initial, "ema") else "student"  # what its users got
             load_parameters(self.initial, role, backend.parameters("student"))
-            load_parameters(self.initial, "fake_score", backend.parameters("fake_score"))
+            if "fake_score" in self.plan.roles:
+                load_parameters(self.initial, "fake_score", backend.parameters("fake_score"))
+            for own in self.trainers.own_learners.get("", ()):  # the matching's
+                if holds(self.initial, own.name):
+                    load_parameters(self.initial, own.name, own.parameters)
         else:
             backend.load_export(self.initial)
 

@@ -48,8 +48,9 @@ class Trainers:
         if config.ema_decay:
             student.ema = EMA(student.parameters, config.ema_decay)
         own = {owner: self._own(owner, learners, step) for owner, learners in self.own_learners.items()}
-        fake_score = self.learner("fake_score", roles["fake_score"], stage.fake_learning_rate, step)
-        fake_learners = [fake_score, *own.pop("", ())]
+        fake_learners = own.pop("", [])
+        if "fake_score" in roles:
+            fake_learners.insert(0, self.learner("fake_score", roles["fake_score"], stage.fake_learning_rate, step))
         active = {term.name: own[term.name] for term in stage.objectives if term.name in own}
         micro = plan.batch.micro
         return Trainer(

@@ -24,6 +24,8 @@ STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_step
     stage2_fake_learning_rate"""
 EVALUATION = """eval_reward eval_rewards eval_benchmark benchmarks reference_images eval_steps eval_images_per_prompt
     on_hacking"""
+SCORES = """fake_score fake_learning_rate stage2_fake_learning_rate fake_lora_rank fake_lora_alpha guidance_jitter
+    guidance_interval dyna_steps dyna_guidance dyna_renoise renoise_times logit_mean logit_std"""
 MATCHING = """matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance
     renoise_times logit_mean logit_std"""
 
@@ -77,6 +79,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
+        (not _compares_scores(plugins), SCORES, f"by --matching {c.matching}, which has no fake score"),
         (c.reward == c.eval_reward == "none", "reward_dtype", "without a reward"),
         (not rewarded and not c.num_eval_samples, "reward rewards", "without RL, sample weights and evaluation"),
         (roles and not rewarded, "reward_vae", "without a reward that is trained on"),
@@ -135,6 +138,11 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (not c.output_dir, "overwrite_output_dir", "without --output_dir, because the folder is new then"),
         (c.resume_from_checkpoint, "overwrite_output_dir", "with --resume_from_checkpoint"),
     ]
+
+
+def _compares_scores(plugins: Sequence[Chosen]) -> bool:
+    """Whether the matching of the run does."""
+    return all(getattr(each.cls, "compares_scores", True) for each in plugins if each.group == "matchings")
 
 
 def _read_real(c: Config, plugins: Sequence[Chosen]) -> bool:

@@ -207,8 +207,8 @@ def trained_a_little(trainer: Trainer) -> Trainer:
     """The toy run, in which student and fake score have left reference and teacher."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for role in (trainer.student, trainer.fake_learners[0]):
-            for parameter in role.parameters.values():
+        for role in (trainer.student, *trainer.fake_learners):
+            for parameter in () if role.owner else role.parameters.values():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return trainer
 

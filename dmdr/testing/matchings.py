@@ -112,7 +112,7 @@ class MatchingBench:
     def reached(self) -> list[str]:
         """Names of what has got a gradient since this was last asked; all are cleared."""
         owned = {role: self.trainer.backend.parameters(role) for role in ("student", "fake_score")}
-        owned |= {learner.name: learner.parameters for learner in self.trainer.fake_learners[1:]}
+        owned |= {learner.name: learner.parameters for learner in self.trainer.brought}
         found = [name for name, own in owned.items() if any(p.grad is not None for p in own.values())]
         for own in owned.values():
             for parameter in own.values():
@@ -288,7 +288,7 @@ def state_survives_a_checkpoint(build: Build) -> None:
         trainer.train_step()
     if isinstance(other, BringsLearners):  # the run saves and loads their parameters
         brought = other.learners(trainer.backend, torch.device("cpu"))
-        for own, learner in zip(brought, trainer.fake_learners[1:], strict=True):
+        for own, learner in zip(brought, trainer.brought, strict=True):
             load_strict(own.parameters, learner.parameters, own.name)
     brings_back_its_state(bench.matching, other)
     answers = [replace(bench, matching=each).answers(bench.draw) for each in (bench.matching, other)]

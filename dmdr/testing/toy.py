@@ -10,7 +10,7 @@ from torch import nn
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, Redness, ToyBackend, ToyOptions
 from dmdr.matching import DMD
 from dmdr.prompts import Prompts, PromptStream
-from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, SampleWeight, matching_needs
+from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, Role, SampleWeight, matching_needs
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
@@ -67,8 +67,10 @@ def toy_trainer(
     climbed: Any = Redness() if reward is None else reward
     accelerator = Accelerator(cpu=True)
     backend = ToyBackend("", ToyOptions(seed=seed))
-    roles = [role for term in objectives for role in term.objective.needs.roles]
-    backend.prepare(accelerator, roles=("student", "fake_score", *dict.fromkeys(roles)))
+    roles: list[Role] = [role for term in objectives for role in term.objective.needs.roles]
+    matching = matching or DMD()
+    compares: list[Role] = ["fake_score"] if getattr(matching, "compares_scores", True) else []
+    backend.prepare(accelerator, roles=tuple(dict.fromkeys(["student", *compares, *roles])))
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 
     def learner(name: str, parameters: Mapping[str, nn.Parameter], rate: float, owner: str = "") -> Learner:
@@ -83,9 +85,8 @@ def toy_trainer(
         return [learner(each.name, each.parameters, each.learning_rate, owner) for each in brought]
 
     student = learner("student", backend.parameters("student"), learning_rate)
-    fake_score = learner("fake_score", backend.parameters("fake_score"), learning_rate)
-    matching = matching or DMD()
-    fake_learners = [fake_score, *own_of(matching, "the matching")]
+    fake_learners = [learner(role, backend.parameters(role), learning_rate) for role in compares]
+    fake_learners += own_of(matching, "the matching")
     own = {term.name: own_of(term.objective, f"objective '{term.name}'") for term in objectives}
     micro = micro_batch_size or batch_size // accelerator.num_processes
     return Trainer(

@@ -32,7 +32,7 @@ class Trainer:
         backend: Prepared model family.
         rollouts: The student's trajectories, of its sampler and the stream of prompts.
         student: The learner that all of this is about.
-        fake_learners: The fake score, and what the matching trains beside it.
+        fake_learners: The fake score, if there is one, and what the matching trains itself.
         matching: How the distributions are compared.
         objectives: The RL half of the loss.
         micro_batch_size: Samples per forward and backward pass.
@@ -96,6 +96,11 @@ class Trainer:
     def learners(self) -> Mapping[str, Learner]:
         """All that is trained, by name."""
         return {each.name: each for each in (self.student, *self.fake_learners, *self.objectives.own_learners)}
+
+    @property
+    def brought(self) -> list[Learner]:
+        """What the matching trains itself."""
+        return [each for each in self.fake_learners if each.owner]
 
     @property
     def trained(self) -> list[Learner]:
@@ -190,7 +195,7 @@ class Trainer:
         means = over_the_batch(metrics, everyone, ctx, "the matching's fake_loss")
         ctx.log({f"fake/{name}": value for name, value in means.items()})
         ctx.log({"loss/fake": total})
-        for learner in self.fake_learners[1:]:
+        for learner in self.brought:
             if not ctx.gather(draw.mask.new_tensor([learner.reached])).any():
                 raise TrainingError(f"{learner.owner}: its learner '{learner.name}' got no gradient from fake_loss")
         self.update(self.fake_learners, ctx)

@@ -149,15 +149,15 @@ def trainer(
     weighted = [term if isinstance(term, tuple) else (1.0, term) for term in objectives]
     terms = [WeightedObjective(type(o).__name__.lower(), w, o) for w, o in weighted] if rl_weight else []
     student = learner("student", backend.parameters("student"), optimize)
-    fake_score = learner("fake_score", backend.parameters("fake_score"), fake_optimize or optimize)
-    own = {
-        term.name: [
-            learner(each.name, each.parameters, optimize, f"objective '{term.name}'")
-            for each in term.objective.learners(backend, accelerator.device)
-        ]
-        for term in terms
-        if isinstance(term.objective, BringsLearners)
-    }
+    compares = ["fake_score"] if getattr(matching, "compares_scores", True) else []
+    fake_learners = [learner(role, backend.parameters(role), fake_optimize or optimize) for role in compares]
+
+    def own_of(part: Any, owner: str) -> list[Learner]:
+        brought = part.learners(backend, accelerator.device) if isinstance(part, BringsLearners) else ()
+        return [learner(each.name, each.parameters, optimize, owner) for each in brought]
+
+    own = {term.name: own_of(term.objective, f"objective '{term.name}'") for term in terms}
+    fake_learners += own_of(matching, "the matching")
     micro = micro_batch or batch
     if rewards is not None and not isinstance(rewards, Rewards):
         rewards = Rewards({"toy": (1.0, rewards)})
@@ -180,9 +180,9 @@ def trainer(
             always_finished=matching_needs(matching).finished,
         ),
         student=student,
-        fake_learners=[fake_score],
+        fake_learners=fake_learners,
         matching=matching or DMD(),
-        objectives=Objectives(terms, Schedule(rl_weight), student, [fake_score], micro, own),
+        objectives=Objectives(terms, Schedule(rl_weight), student, fake_learners, micro, own),
         accelerator=accelerator,
         scaler=scaler,
         micro_batch_size=micro,
