@@ -48,7 +48,7 @@ SMALL: dict[str, list[Any]] = {
     "rl": ["none", "refl", "0.5*refl + grpo", "rwr", "nft", "lcm", "refl as a+refl as b", "-1*refl", "1e-3*refl"],
     "reward": ["none", "toy", "0.3*toy", "toy as red+toy", "toy+toy", "clipp", "gone.py:score"],
     "eval_reward": ["none", "toy"],
-    "matching": ["dmd", "decoupled", "ac_dmd", "tdm", "gndm", "none", "dmd+dmd"],
+    "matching": ["dmd", "decoupled", "ac_dmd", "tdm", "gndm", "dmd2", "ladd", "none", "dmd+dmd"],
     "sample_weight": ["none", "rt_dm", "gdmd"],
     "prompts": ["prompts.txt", "rows.csv", "none.txt"],
     "prompt_column": ["prompt", "text", "label"],

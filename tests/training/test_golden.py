@@ -60,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
     "toy/tdm": TOY | {"rl": "refl", "matching": "tdm", "eta": 0.0},
     "toy/gndm, gdmd": TOY
     | {"rl": "none", "matching": "gndm", "sample_weight": "gdmd", "stage1_steps": 10, "stage2_steps": 0},
+    "toy/dmd2": TOY | {"rl": "none", "matching": "dmd2", "gan_r1_weight": 10.0},
+    "toy/ladd": TOY | {"rl": "refl", "matching": "ladd"},
     "sd3/refl": SD3 | {"rl": "refl"},
     "sd3/grpo again": SD3 | {"rl": "grpo", "num_iterations": 2},
     "sd3/dpo": SD3 | {"rl": "dpo"},
@@ -90,7 +92,7 @@ def trajectory(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     found = [{key: value for key, value in line.items() if key.startswith(kept)} for line in lines]
     last = max((folder / "checkpoints").iterdir())
     weights = {}
-    for role in ("student", "fake_score"):
+    for role in ("student", "fake_score" if settings.get("matching") != "ladd" else "discriminator"):
         flat = torch.cat([tensor.flatten() for _, tensor in sorted(load_file(last / f"{role}.safetensors").items())])
         probe = torch.cos(torch.arange(len(flat), dtype=torch.float64))
         weights[role] = [flat.double().norm().item(), (flat.double() @ probe).item()]
