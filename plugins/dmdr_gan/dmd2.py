@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dmdr.matching import DMD
-from dmdr.protocols import Backend, Context, Denoiser, GuidedDenoiser, OwnLearner, require
+from dmdr.protocols import Backend, Context, Denoiser, GuidedDenoiser, Needs, OwnLearner, require
 from dmdr.sampling import shift_times
 from dmdr.types import Direction, Draw, Term
 from dmdr_gan.discriminator import Discriminator, check_layers, gradient
@@ -44,7 +44,7 @@ class DMD2(DMD):
             latents get a little noise, beside the discriminator's loss; 100 is usual. 0 leaves out its pass.
     """
 
-    real_images: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(reward=False, finished=False, real_images=True)
     gan_weight: float = 5e-3
     gan_cls_weight: float = 1e-2
     gan_learning_rate: float = 1e-4
@@ -55,6 +55,7 @@ class DMD2(DMD):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gan_weight", "gan_cls_weight", "gan_learning_rate"):
             require(self, name, getattr(self, name) > 0, "above 0")
         require(self, "gan_r1_weight", self.gan_r1_weight >= 0, "at least 0")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmdr.matching import DMD, renoised_at
-from dmdr.protocols import Backend, Context, Denoiser, GuidedDenoiser, OwnLearner, require
+from dmdr.protocols import Backend, Context, Denoiser, GuidedDenoiser, Needs, OwnLearner, require
 from dmdr.types import Direction, Draw, Renoised, Term
 from dmdr_gan.discriminator import Discriminator, check_layers, gradient
 
@@ -33,7 +33,7 @@ class LADD:
         noise_std: Standard deviation of the times before the sigmoid; published is 1.
     """
 
-    real_images: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(reward=False, finished=False, real_images=True)
     compares_scores: ClassVar[bool] = False
     gan_learning_rate: float = 1e-4
     gan_layers: list[int] | None = None
