@@ -376,7 +376,7 @@ def test_a_step_takes_the_gradient_at_the_state_after_the_step() -> None:
     ctx = by_hand.context(0)
     draw = by_hand.rollouts.pick(by_hand.rollouts.whole(ctx), ctx)
     assert len(draw.index.unique()) > 2
-    g = by_hand.direction(draw, ctx)
+    g = by_hand.direction(draw, ctx).total
     s, noise = column(level(draw)), math.cos(0.45 * math.pi)
     prediction = by_hand.backend.student(draw.x_t, draw.t, draw.cond)
     x_s = (1 - s) * prediction.x0 + s * noise * prediction.eps

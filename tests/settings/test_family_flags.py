@@ -139,6 +139,7 @@ def example(hint: Any) -> tuple[list[str], Any]:
         str: (["32"], "32"),  # a size, too
         list[str]: (["some", "more"], ["some", "more"]),
         Format: (["int8"], "int8"),
+        "lora": (["full"], "full"),
     }
     return examples[kinds[0]]
 

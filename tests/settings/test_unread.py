@@ -184,7 +184,7 @@ def test_every_setting_has_been_thought_of() -> None:
     assert rows - fields == {
         *("objectives", "matchings", "rewards", "eval_rewards", "sample_weights", "benchmarks"),
         *("reward_vae", "lora_rank", "lora_alpha", "negative_prompt", "zero_empty_prompt"),
-        *("fake_lora_rank", "fake_lora_alpha", "lora_target_modules"),
+        *("fake_score", "fake_lora_rank", "fake_lora_alpha", "lora_target_modules"),
     }
 
 

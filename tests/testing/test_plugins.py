@@ -25,7 +25,7 @@ COLUMNS = {
     "text": ["seven", "zero", "three", "nine"],
     "vqa_list": [[["Is it a seven?", "Yes"]]] * 4,
 }
-ELSEWHERE = ("http", "https", "remote", "vlm")  # rewards that a server computes: tests/remote, tests/plugins
+ELSEWHERE = ("http", "https", "remote", "vlm", "dina")  # of a server, or a pipeline: tests/remote, tests/plugins
 # Models whose name is all that they need; the others are followed by a file (`classmethod at`).
 MODELS = [name for name in registry.plugins("models") if not name.startswith("sit-")]
 

@@ -690,8 +690,8 @@ def test_flags() -> None:
         ),
         ({"tilt_divergence": "kl"}, "--rt_dm_tilt_divergence must be one of forward_kl, js,"),
         (
-            {"tilt_baseline": "none"},
-            "--rt_dm_tilt_baseline must be one of batch, prompt_group, ema or null, not 'none'",
+            {"tilt_baseline": "never"},
+            "--rt_dm_tilt_baseline must be one of batch, prompt_group, ema or null, not 'never'",
         ),
     ],
 )
