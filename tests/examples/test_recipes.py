@@ -14,6 +14,7 @@ import transformers
 import yaml
 from diffusers import AutoencoderTiny
 from diffusers.utils import logging
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -222,7 +223,17 @@ def small_files(given: Mapping[str, Any], folder: Path, digits: Digits, tmp_path
     if "reward_vae" in given:
         tiny_decoder().save_pretrained(tmp_path / "tiny")
         files["reward_vae"] = str(tmp_path / "tiny")
+    if given.get("matching") == "dmd2":
+        files["real_images"] = str(photos(tmp_path / "photos"))
     return files
+
+
+def photos(folder: Path) -> Path:
+    """Real images: of the first class in a folder of its own, so that prompts with labels say what they show."""
+    (folder / "0").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (20, 16), (90 * number, 40, 200)).save(folder / "0" / f"{number}.png")
+    return folder
 
 
 def tiny_decoder() -> nn.Module:

@@ -41,6 +41,15 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
     (RL_ONLY, {"fake_updates": 2}, "with --dmd_weight 0"),
     (RL_ONLY, {"fake_learning_rate": 0.1}, "with --dmd_weight 0"),
     (RL_ONLY, {"stage2_fake_learning_rate": 0.1}, "with --dmd_weight 0"),
+    *(
+        ({"matching": "ladd"}, {name: value}, "by --matching ladd, which has no fake score")
+        for name, value in {
+            **dict.fromkeys(["fake_learning_rate", "stage2_fake_learning_rate", "guidance_jitter"], 0.1),
+            "dyna_steps": 3,
+            "dyna_guidance": 0.1,
+            "dyna_renoise": [2.0, 1.0],
+        }.items()
+    ),
     (ALONE, {"reward": "2*toy"}, "without RL, sample weights and evaluation"),
     ({"sample_weight": "none"}, {"reward": "clip"}, "without RL, sample weights and evaluation"),
     ({"reward_tilt": 0.0}, {"reward": "clip"}, "without RL, sample weights and evaluation"),
@@ -109,6 +118,8 @@ FAMILY: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"lora_target_modules": ["to_q"]},
         "with --full_finetune and --fake_score full: nothing is a LoRA",
     ),
+    ({"matching": "ladd"}, {"fake_lora_rank": 3}, "by --matching ladd, which has no fake score"),
+    ({"matching": "ladd"}, {"fake_lora_alpha": 3.0}, "by --matching ladd, which has no fake score"),
 ]
 WITH_MODEL = [("toy", *case) for case in CASES] + [("sd3", *case) for case in FAMILY]
 each_case = pytest.mark.parametrize(
