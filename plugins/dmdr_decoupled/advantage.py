@@ -19,6 +19,9 @@ class CAAdvantage:
     images get more guidance and bad ones less, or the opposite. No reward's gradient, no likelihood, and any number of
     steps. weight is --rl_weight over --dmd_weight, times the weight in --rl.
 
+    To first order the mean reward changes by weight times the covariance of A with what guidance adds to the reward: it
+    falls where guidance helps bad images more than good ones.
+
     The authors of DMDR describe it in words (issues of vvvvvjdy/dmdr): the DM part as regulariser, the CA part times
     the advantage, no separate GRPO loss. Whether A replaces the factor 1 or joins it is not said. It joins it here, so
     that images of equal reward are matched as ever. As every objective it is a mean over the samples that could be

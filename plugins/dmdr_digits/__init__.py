@@ -68,10 +68,12 @@ class Digits:
         "sample_images": 40,
         "num_eval_samples": 640,
         "objectives": {
+            "draft": {"rl_weight": 0.15},
             "grpo": {"num_generations": 8, "rl_weight": 1.0},
             "dpo": {"num_generations": 8, "rl_weight": 0.2},
             "nft": {"num_generations": 8, "rl_weight": 3.0},
             "rwr": {"num_generations": 8, "rl_weight": 0.2, "rwr_temperature": 0.2},
+            "ca_advantage": {"num_generations": 8, "rl_weight": 1.0, "guidance_scale": 1.5},
             # These small rewards know no control words: the bare prompt is set against words that they never saw.
             "srpo": {"srpo_positive": [""], "srpo_k": 1.0},
         },

@@ -178,7 +178,7 @@ PLUGINS = ("dmdr_refl", "dmdr_rewards", "dmdr_sd3", "dmdr_digits", "dmdr.backend
     [
         (
             ("dmdr-train", "--help"),
-            ["objectives: dpo", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl TEXT"],
+            ["objectives: ca_advantage", "refl", "hps", "StableDiffusion3Pipeline", "digits", "--rl TEXT"],
         ),
         (("dmdr-sample", "--help"), ["--prompt", "--num_images"]),
         (("dmdr-plugins", "--help"), ["usage: dmdr-plugins"]),

@@ -193,6 +193,7 @@ def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
         {"full_finetune": True, "fake_score": "full"},
         {"rl": "refl", "decode_chunk_size": 1, "gradient_checkpointing": True},
         {"rl": "grpo", "num_generations": 2},
+        {"rl": "draft"},
     ],
     ids=lambda given: " ".join(given) or "plain",
 )

@@ -178,7 +178,7 @@ def test_model_and_plugins_may_be_named_in_yaml(file: Path) -> None:
         ("sample_weights", "rt_dm", 1.0),
         ("backends", "ToyPipeline", 1.0),
     ]
-    assert settings.of("objectives")[0].options == {"steps": "any", "hinge": 0.7}
+    assert settings.of("objectives")[0].options == {"steps": "any", "kl_beta": 0.0, "hinge": 0.7}
 
 
 def test_a_recipe_may_differ_by_objective() -> None:
@@ -337,7 +337,8 @@ def test_the_resolved_yaml_holds_every_setting_but_where_to_write() -> None:
         "dry_run", "gpu_memory", "architecture", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
     }  # fmt: skip
     tilt = {"reward_tilt", "tilt_weight", "tilt_divergence", "tilt_baseline", "tilt_clip"}
-    own = {"refl_steps", "refl_hinge", "dmd_floor", "dmd_time_weight", "shift", *(f"rt_dm_{name}" for name in tilt)}
+    own = {"refl_steps", "refl_kl_beta", "refl_hinge", "dmd_floor", "dmd_time_weight", "shift"}
+    own |= {f"rt_dm_{name}" for name in tilt}
     assert written.keys() - names == own
 
 

@@ -202,7 +202,9 @@ def test_optional_methods_are_called_with_the_context(install: Install) -> None:
 def test_a_name_of_another_kind_says_so() -> None:
     assert "unknown objective 'hps' (there is a reward of this name: --reward hps)" in error_of("objectives", "hps")
     assert error_of("objectives", "best.py") == "--rl best.py: add the name of the objective, as in my_file.py:NAME"
-    assert error_of("objectives", "dmdr:refll").startswith("dmdr has no objective of that name; it has dmdr:dpo")
+    assert error_of("objectives", "dmdr:refll").startswith(
+        "dmdr has no objective of that name; it has dmdr:ca_advantage"
+    )
 
 
 def test_what_looks_like_another_kind_says_so(tmp_path: Path) -> None:

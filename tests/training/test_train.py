@@ -313,11 +313,8 @@ def test_tilt_weighs_each_samples_direction(broken: dict[str, float]) -> None:
 
 
 def test_the_parts_of_the_direction_are_weighed_and_kept_for_those_who_read_them() -> None:
-    settings: dict[str, Any] = {
-        "rewards": Plain(),
-        "guidance": (2.0, 3.0),
-        "objectives": [Spy(Needs(matching=True, parts=("dm", "ca")))],
-    }
+    reader = Spy(Needs(matching=True, parts=("dm", "ca")))
+    settings: dict[str, Any] = {"rewards": Plain(), "guidance": (2.0, 3.0), "objectives": [reader]}
     _, plain = prepare_step(trainer(prepared(DoubleToy), **settings))
     _, draw = prepare_step(trainer(prepared(DoubleToy), **settings, sample_weight=RewardTilt(1.5)))
     found, weighted = plain.direction, draw.direction
