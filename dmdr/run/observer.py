@@ -103,7 +103,7 @@ class Observer:
         asked = job.prompts.first(math.ceil(config.num_eval_samples / again)) if config.num_eval_samples else []
         self.eval_rows = [row for row in asked for _ in range(again)][: config.num_eval_samples]
         self.examiner: Examiner | None = None
-        for plugin in job.settings.of("benchmarks"):
+        for plugin in job.settings.of("benchmarks") if self.eval_rows else ():
             benchmark = plugin.called(plugin.cls, plugin.values(config))
             self.examiner = Examiner(benchmark, plugin.title, accelerator, self.eval_rows, self.draw_reference)
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import dmdr.run.run
 from dmdr import images, train
+from dmdr.cli import train as train_command
 from dmdr.errors import ConfigError
 from dmdr.evaluation.image_folder import read_image
 from processes import start
@@ -180,3 +182,15 @@ def test_images_to_compare_with_name_the_benchmark(room: Path) -> None:
     images.save(images.to_pil(torch.rand(1, 3, 8, 8))[0], room / "real" / "0.png")
     with pytest.raises(ConfigError, match="dinov2 none is no folder"):
         train(**SETTINGS, reference_images="real", dinov2="none", output_dir="run")
+
+
+def test_what_a_file_says_of_evaluations_that_are_not_made_stops_no_run(
+    room: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dmdr.run.run, "write_report", lambda folder: None)
+    left = {name: value for name, value in SETTINGS.items() if name not in ("num_eval_samples", "eval_steps")}
+    (room / "run.yaml").write_text(yaml.dump(left | {"reference_images": "gone", "output_dir": "run"}))
+    with caplog.at_level(logging.WARNING, "dmdr"):
+        train_command.run(["--config", "run.yaml"])
+    assert "the file sets reference_images: not read without --num_eval_samples" in caplog.text
+    assert (room / "run" / "student").is_dir()
