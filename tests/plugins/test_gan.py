@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu, softplus
 
 import sd3
+from dmdr import train
 from dmdr.backends.toy import CENTRES, PROMPTS, STD
 from dmdr.errors import ConfigError
 from dmdr.matching import DMD
@@ -266,6 +268,24 @@ def test_ladd_has_no_fake_score() -> None:
     assert list(run.learners) == ["student", "discriminator"]
     assert torch.equal(flat(state(run, "fake_score")), before)
     assert "grad_norm/fake_score" not in lines[0] and lines[0]["grad_norm/discriminator"] > 0
+
+
+def test_a_second_run_goes_on_with_the_discriminator(tmp_path: Path, no_report: None) -> None:
+    """Of the stage 1 that its student comes from; its own rate is too low to move the heads."""
+    small: dict[str, Any] = {"model": "toy", "matching": "dmd2", "per_device_train_batch_size": 4, "fake_updates": 1}
+    small |= {"sample_steps": 0, "sample_images": 1, "teacher_steps": 1, "report_to": "none"}
+    heads = []
+    for name, settings in (
+        ("first", {"stage1_steps": 3, "stage2_steps": 0, "gan_learning_rate": 1e-2}),
+        ("second", {"init_student": str(tmp_path / "first"), "stage2_steps": 1, "gan_learning_rate": 1e-12}),
+        ("fresh", {"stage1_steps": 1, "stage2_steps": 0, "gan_learning_rate": 1e-12}),
+    ):
+        run = train(**small | settings, output_dir=str(tmp_path / name))
+        (last,) = (run / "checkpoints").iterdir()
+        heads.append(flat(load_file(last / "discriminator.safetensors")))
+    first, second, fresh = heads
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-6)
+    assert (fresh - first).abs().max() > 1e-3
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
