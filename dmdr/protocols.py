@@ -131,7 +131,7 @@ class Backend(Protocol):
     `guidance_scale`, ...) is given that setting's value.
 
     It may also be any of `ChecksPrompts`, `CachesPrompts`, `ChecksSampler`, `DrawsNoise`, `TeacherGrid`,
-    `GuidanceRule`, `StartsElsewhere`, `SeveralSizes`, `GivesFeatures` and `Shardable`.
+    `GuidanceRule`, `StartsElsewhere`, `SeveralSizes`, `GivesFeatures`, `AddsRoles` and `Shardable`.
     """
 
     options: Any
@@ -611,6 +611,26 @@ class BringsLearners(Protocol):
 
 
 @runtime_checkable
+class AddsRoles(Protocol):
+    """A family whose network can take further trained roles, which an objective brings as learners (`BringsLearners`).
+
+    They are for training alone: no export holds them.
+    """
+
+    def add_role(self, name: str, *, rank: int, alpha: float) -> Mapping[str, nn.Parameter]:
+        """A LoRA that starts as the teacher, or the one of this name that is there already; called in `learners`.
+
+        Returns: Its parameters by name, float32, which require gradients.
+        """
+
+    def ask_role(self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str, guidance: float = 1.0) -> Prediction:
+        """The prediction of an added role for x_t [B, *latent] at times t [B], float32, with a graph.
+
+        `guidance` is as in `GuidedDenoiser`.
+        """
+
+
+@runtime_checkable
 class ChecksPrompts(Protocol):
     """A family that cannot encode just any text."""
 
@@ -760,7 +780,7 @@ OPTIONAL: Mapping[str, tuple[type, ...]] = {  # by group of plugins
     "sample_weights": (Stateful,),
     "backends": (
         *(ChecksPrompts, CachesPrompts, ChecksSampler, DrawsNoise, TeacherGrid, GuidanceRule, SeveralSizes),
-        *(GivesFeatures, StartsElsewhere, Shardable),
+        *(GivesFeatures, StartsElsewhere, Shardable, AddsRoles),
     ),
     "models": (),
 }

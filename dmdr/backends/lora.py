@@ -49,6 +49,12 @@ class ChosenLinear(lora.Linear):
 
     choice: Choice
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; PEFT would give it the shape of a process's rows where the network is shared."""
+        base: Any = self.get_base_layer()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        super().update_layer(*args, **kwargs)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Inputs x [B, ..., in] to outputs [B, ..., out]."""
         out: Tensor = self.base_layer(x, *args, **kwargs)
@@ -87,36 +93,48 @@ class LoRARoles:
         seed: int = 0,
     ) -> None:
         self.network = network.requires_grad_(False).eval()
-        self.roles = tuple(roles)
+        self.roles: tuple[str, ...] = tuple(roles)
         self._active: Active = (None, 0.0)
         self._choice = Choice()
+        self._targets, self._seed = list(target_modules), seed
         copied = [role for role in roles if ("student" if role == "reference" else role) in full]
-        self.copies: dict[Role, Any] = {role: _full_copy(network) for role in copied}
+        self.copies: dict[str, Any] = {role: _full_copy(network) for role in copied}
+        self._strength: dict[str, float] = {}
+        self._inject({role: (rank[role], alpha[role]) for role in roles if role not in self.copies})
+
+    def add(self, role: str, rank: int, alpha: float) -> None:
+        """A further adapter, which is trained as the fake score's is; nothing if there is such a role."""
+        if role not in self.roles:
+            self.roles = (*self.roles, role)
+            self._inject({role: (rank, alpha)})
+
+    def _inject(self, adapters: Mapping[str, tuple[int, float]]) -> None:
+        """Create adapters of a rank and an alpha each."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for role in roles:
-                if role not in self.copies:
-                    self._inject(role, rank[role], alpha[role], target_modules)
-        self.layers = {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer)}
+            torch.manual_seed(self._seed)
+            for role, (rank, alpha) in adapters.items():
+                self._inject_one(role, rank, alpha)
+                self._strength[role] = alpha / rank
+        self.layers = {name: m for name, m in self.network.named_modules() if isinstance(m, LoraLayer)}
         self._others = []  # layers of PEFT's own, which each have to be told
         for layer in self.layers.values():
             if isinstance(layer, ChosenLinear):
                 layer.choice = self._choice
             else:
                 self._others.append(layer)
-        for role in roles:
+        for role in self.roles:  # of all: PEFT changes who takes gradients
             for parameter in self.parameters(role).values():
-                parameter.data = parameter.data.float()  # adapters train in float32
+                if role in adapters:
+                    parameter.data = parameter.data.float()  # they train in float32
                 parameter.requires_grad_(role != "reference")
-        self._strength = {role: alpha[role] / rank[role] for role in roles if role not in self.copies}
         self._switch((None, 0.0))
 
-    def _inject(self, role: Role, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
+    def _inject_one(self, role: str, rank: int, alpha: float) -> None:
         # PEFT accepts a fractional alpha, though it is annotated as an integer.
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
-            target_modules=list(target_modules),
+            target_modules=self._targets,
             init_lora_weights="gaussian",
         )
         config._register_custom_module({nn.Linear: ChosenLinear})
@@ -127,11 +145,11 @@ class LoRARoles:
                 blank = any(parameter.is_meta for parameter in self.network.parameters())
                 inject_adapter_in_model(config, self.network, adapter_name=role, low_cpu_mem_usage=blank)
         except ValueError as error:
-            raise ConfigError(f"--lora_target_modules {' '.join(target_modules)}: {error}") from error
+            raise ConfigError(f"--lora_target_modules {' '.join(self._targets)}: {error}") from error
 
     def _switch(self, active: Active) -> None:
         adapter, share = active
-        factor = 0.0 if adapter is None else share * self._strength[adapter]  # type: ignore[index]
+        factor = 0.0 if adapter is None else share * self._strength[adapter]
         self._choice.adapter, self._choice.factor = adapter, factor
         for layer in self._others:
             layer._disable_adapters = adapter is None
@@ -152,7 +170,7 @@ class LoRARoles:
         finally:
             self._switch(before)
 
-    def __call__(self, role: Role | None, *args: Any, share: float = 1.0, **kwargs: Any) -> Any:
+    def __call__(self, role: str | None, *args: Any, share: float = 1.0, **kwargs: Any) -> Any:
         """Forward pass of a role; None, or share 0, is the teacher. `share` scales the role's adapter.
 
         Raises:
@@ -188,7 +206,7 @@ class LoRARoles:
 
         return function
 
-    def parameters(self, role: Role) -> dict[str, nn.Parameter]:
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """Named parameters of a role: an adapter's `<module>.lora_A.weight`, or the full copy's own names."""
         if role in self.copies:
             return dict(self.copies[role].named_parameters())

@@ -341,7 +341,7 @@ class PipelineBackend:
     def _share(self, mesh: DeviceMesh) -> None:
         """Spread the network, and its full copies like it, over processes, and read the weights."""
         network, copies = self.roles.network, self.roles.copies
-        adapters = [p for role in self.roles.roles if role not in copies for p in self.parameters(role).values()]
+        adapters = [p for role in self.roles.roles if role not in copies for p in self.roles.parameters(role).values()]
         shard(network, mesh, adapters)
         fill(network, weight_files(self.source, self.network_name), self.source.place(self.network_name))
         merge(stored(network), self._teacher_lora, f"--teacher_lora {self.options.teacher_lora}")
@@ -496,7 +496,7 @@ class PipelineBackend:
     # --- Roles -------------------------------------------------------------------------------------------------------
 
     def _predict(
-        self, role: Role | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], share: float = 1.0
+        self, role: str | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], share: float = 1.0
     ) -> Prediction:
         if role and role not in self.roles.roles:
             raise TrainingError(f"this run has no {role}: an objective must name it in needs.roles")
@@ -519,9 +519,22 @@ class PipelineBackend:
     def teacher(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0
     ) -> Prediction:
+        return self._guided("fake_score" if fake_mix else None, x_t, t, cond, guidance, fake_mix)
+
+    def add_role(self, name: str, *, rank: int, alpha: float) -> Mapping[str, nn.Parameter]:
+        self.roles.add(name, rank, alpha)
+        if self.device.type == "meta":
+            self.roles.network.to(self.device)  # as in `prepare`
+        return self.roles.parameters(name)
+
+    def ask_role(self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str, guidance: float = 1.0) -> Prediction:
+        return self._guided(role, x_t, t, cond, guidance)
+
+    def _guided(
+        self, role: str | None, x_t: Tensor, t: Tensor, cond: Condition, guidance: float, share: float = 1.0
+    ) -> Prediction:
         def answer(scale: float) -> Prediction:
-            role: Role | None = "fake_score" if fake_mix else None
-            return self._predict(role, x_t, t, self.asked(cond, scale), share=fake_mix)
+            return self._predict(role, x_t, t, self.asked(cond, scale), share=share)
 
         other = self.other_guidance()
         if guidance in (1.0, other):

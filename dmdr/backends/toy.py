@@ -110,19 +110,28 @@ class ToyBackend:
         self.latent_shape: tuple[int, ...] = (2,)
         self.shift = options.shift or 1.0
         self.options = options
-        self.residuals: dict[Role, Residual] = {}
+        self.residuals: dict[str, Residual] = {}
 
     def prepare(self, accelerator: Any, *, roles: Sequence[Role]) -> None:
         self.device = accelerator.device
         self.centres = CENTRES.to(self.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed)
-            self.residuals = {role: Residual().to(self.device) for role in roles}
-            untrained = deepcopy(self.residuals["fake_score"]) if "fake_score" in roles else Residual()
-        self._untrained = untrained.to(self.device).requires_grad_(False)
+        self.residuals = {}
+        self._create(*roles, *([] if "fake_score" in roles else ["untrained"]))
+        untrained = self.residuals["fake_score"] if "fake_score" in roles else self.residuals.pop("untrained")
+        self._untrained = deepcopy(untrained).requires_grad_(False)
         if "reference" in roles:
             self.residuals["reference"].requires_grad_(False)
             self.snapshot()
+
+    def _create(self, *roles: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed)
+            self.residuals |= {role: Residual().to(self.device) for role in roles}
+
+    def add_role(self, name: str, *, rank: int, alpha: float) -> Mapping[str, nn.Parameter]:
+        if name not in self.residuals:
+            self._create(name)
+        return dict(self.residuals[name].named_parameters())
 
     def grid(self, num_inference_steps: int) -> Tensor:
         return time_grid(num_inference_steps, self.shift)
@@ -152,10 +161,10 @@ class ToyBackend:
             c = u + guidance * (c - u)
         return (x_t - c) / expand(t, x_t).to(x_t.dtype)
 
-    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition, role: Role, share: float = 1.0) -> Prediction:
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Condition, role: str, guidance: float = 1.0) -> Prediction:
         if role not in self.residuals:
             raise TrainingError(f"this run has no {role}: an objective must name it in needs.roles")
-        velocity = self._exact(x_t, t, cond, 1.0) + share * self.residuals[role](x_t, t, cond.tensors["label"])
+        velocity = self._exact(x_t, t, cond, guidance) + self.residuals[role](x_t, t, cond.tensors["label"])
         return Prediction(velocity, "velocity", x_t, t, self.path)
 
     def student(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
@@ -183,6 +192,9 @@ class ToyBackend:
         network = self._untrained if role == "teacher" else self.residuals[role]
         hidden = network.hidden(x_t, t, cond.tensors["label"])
         return [hidden[layer][:, None].float() for layer in layers]
+
+    def ask_role(self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str, guidance: float = 1.0) -> Prediction:
+        return self._predict(x_t, t, cond, role, guidance)
 
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:
         return dict(self.residuals[role].named_parameters()) if role in self.residuals else {}

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,12 @@ def _simulated(job: Job, sizes: Sequence[Size]) -> Estimate:
         plan = replace(job.plan, rounds=few, rollouts=few, batch=batch)
         dry = replace(job, plan=plan, backend=Bridge(backend, meter))
         trainers = DryTrainers(dry, Process(CPU), torch.amp.GradScaler("cpu", enabled=False), job.plan)
+        for own in chain(*trainers.own_learners.values()):
+            parts[own.name] = [each for each in own.parameters.values() if each.is_meta]
+            meter.label(own.name, parts[own.name])
+            for each in parts[own.name]:
+                each.register_post_accumulate_grad_hook(partial(_label_gradient, meter, shares))
+        parameters |= _count(parts)
         trainer: Trainer | None = None
         for stage in job.plan.stages:
             trainer = None
@@ -457,12 +464,12 @@ class Bridge:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def _predict(self, role: str, x_t: Tensor, t: Tensor, cond: Condition, **options: float) -> Prediction:
+    def _predict(self, method: str, x_t: Tensor, t: Tensor, cond: Condition, **options: Any) -> Prediction:
         backend, x, times = self._backend, x_t.to(META), t.to(META)
-        answer: Callable[[], Tensor] = lambda: getattr(backend, role)(x, times, cond, **options).value  # noqa: E731
+        answer: Callable[[], Tensor] = lambda: getattr(backend, method)(x, times, cond, **options).value  # noqa: E731
         if not torch.is_grad_enabled():
             of = tuple((name, tensor.shape) for name, tensor in cond.tensors.items())
-            value = self._meter.passed((role, x.shape, of, *options.items()), answer)
+            value = self._meter.passed((method, x.shape, of, *options.items()), answer)
         else:
             value = answer()
         return Prediction(value.to(CPU), backend.kind, x_t, t, backend.path)
@@ -475,6 +482,9 @@ class Bridge:
 
     def reference(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         return self._predict("reference", x_t, t, cond)
+
+    def ask_role(self, x_t: Tensor, t: Tensor, cond: Condition, *, role: str, guidance: float = 1.0) -> Prediction:
+        return self._predict("ask_role", x_t, t, cond, role=role, guidance=guidance)
 
     def teacher(
         self, x_t: Tensor, t: Tensor, cond: Condition, *, guidance: float = 1.0, fake_mix: float = 0.0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.paths import add_noise, guided
-from dmdr.protocols import Backend, FeatureRole, GivesFeatures, GuidanceRule, Role, SeveralSizes
+from dmdr.protocols import AddsRoles, Backend, FeatureRole, GivesFeatures, GuidanceRule, Role, SeveralSizes
 from dmdr.sampling import FewStepSampler
 from dmdr.testing.common import spelt, taken_by_a_run, untouched_global_rng
 from dmdr.types import Condition
@@ -307,6 +307,45 @@ def features_are_of_their_own_role(trial: BackendTrial) -> None:
     assert torch.equal(trial.answer("fake_score"), prediction), "asking for features changes a later prediction"
 
 
+def an_added_role_moves_alone(trial: BackendTrial) -> None:
+    """A role of `AddsRoles` starts as the teacher, guided or not; its gradient and its training change nothing else."""
+    backend = trial.copy()
+    if not isinstance(backend, AddsRoles):
+        return
+    names: tuple[str, ...] = ("teacher", *ROLES)
+    before = {name: trial.answer(name, of=backend) for name in names}
+    others = [p for role in ROLES for p in backend.parameters(role).values()]
+    trains = [p.requires_grad for p in others]
+    added = backend.add_role("further", rank=2, alpha=4.0)
+    again = backend.add_role("further", rank=2, alpha=4.0)
+    assert added and all(again.get(name) is p for name, p in added.items()), (
+        "add_role gives the parameters of the role of this name that is there already, where there is one"
+    )
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in added.values()), (
+        "an added role has float32 parameters that require gradients"
+    )
+    assert trains == [p.requires_grad for p in others], "add_role must not change what is trained of the other roles"
+
+    def asked(guidance: float = 1.0) -> Tensor:
+        return backend.ask_role(*trial.state, role="further", guidance=guidance).value
+
+    for guidance in (1.0, 3.0):
+        teacher = trial.answer("teacher", of=backend, guidance=guidance)
+        assert _alike(asked(guidance).detach(), teacher), (
+            f"before training an added role is the teacher, also at guidance {guidance:g}"
+        )
+    assert asked().requires_grad, "an added role answers with a graph"
+    asked().square().mean().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in added.values()), "its gradient misses an added role"
+    assert not any(p.grad is not None and bool(p.grad.any()) for p in others), "its gradient reaches another role"
+    with torch.no_grad():
+        for p in added.values():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+        assert not _alike(asked(), before["teacher"]), "training an added role must change its answer"
+    for name, answer in before.items():
+        assert _alike(trial.answer(name, of=backend), answer), f"training an added role changed the {name}"
+
+
 def decoded_images_are_differentiable(trial: BackendTrial) -> None:
     """`decode` makes [B, 3, H, W] float32 in [0, 1], with a finite gradient in the latents."""
     latents = trial.x0.clone().requires_grad_()
@@ -406,6 +445,7 @@ BACKEND_CHECKS: tuple[Callable[[BackendTrial], None], ...] = (
     a_prompt_does_not_depend_on_its_company,
     gradients_reach_their_own_role,
     features_are_of_their_own_role,
+    an_added_role_moves_alone,
     decoded_images_are_differentiable,
     images_are_encoded_to_latents,
     every_size_is_taken,

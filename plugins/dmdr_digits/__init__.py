@@ -74,6 +74,7 @@ class Digits:
             "nft": {"num_generations": 8, "rl_weight": 3.0},
             "rwr": {"num_generations": 8, "rl_weight": 0.2, "rwr_temperature": 0.2},
             "ca_advantage": {"num_generations": 8, "rl_weight": 1.0, "guidance_scale": 1.5},
+            "tdm_r1": {"num_generations": 8, "rl_weight": 0.2},
             # These small rewards know no control words: the bare prompt is set against words that they never saw.
             "srpo": {"srpo_positive": [""], "srpo_k": 1.0},
         },

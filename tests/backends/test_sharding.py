@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,14 @@ def backend(folder: Path, sharding: Any = None, precision: str = "no", **options
 def answers(
     folder: Path, rows: slice, sharding: Any = None, *, family: str = "sd3", **options: Any
 ) -> dict[str, Tensor]:
-    """What each role says of some samples, and the gradients of student and fake score."""
+    """What each role says of some samples, and the gradients of those that are trained, one of them added later."""
     network = backend(folder / family, sharding, **options)
-    for role in ("student", "fake_score"):
+    trained = {role: network.parameters(role) for role in ("student", "fake_score")}
+    trained["further"] = network.add_role("further", rank=2, alpha=4.0)
+    asked = {role: getattr(network, role, partial(network.ask_role, role=role)) for role in ("teacher", *trained)}
+    for parameters in trained.values():
         generator = torch.Generator().manual_seed(5)
-        for name, parameter in network.parameters(role).items():
+        for name, parameter in parameters.items():
             if ".lora_" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     exact: set[torch.dtype] = set()  # of modules that their class keeps in float32
@@ -61,7 +64,7 @@ def answers(
                 module.register_forward_hook(lambda module, given, answer: exact.add(module.weight.dtype))
     x_t = torch.randn((2, *network.latent_shape), generator=torch.Generator().manual_seed(7))[rows]
     t, cond = torch.tensor([0.4, 0.9])[rows], network.encode(PROMPTS[rows])
-    found = {role: getattr(network, role)(x_t, t, cond).value for role in ("teacher", "fake_score", "student")}
+    found = {role: ask(x_t, t, cond).value for role, ask in asked.items()}
     assert exact <= {torch.float32}
     layers = range(len(network.feature_widths) - 1)  # the blocks after the last of them get no gradient
     y = x_t.clone().requires_grad_()
@@ -74,10 +77,10 @@ def answers(
     found["gradients of the fake score"] = torch.cat(grads)
     for parameter in network.parameters("fake_score").values():
         parameter.grad = None
-    for role in ("student", "fake_score"):
+    for role, parameters in trained.items():
         for _ in range(2):
-            getattr(network, role)(x_t, t, cond).value.square().sum().backward()
-        for name, parameter in network.parameters(role).items():
+            asked[role](x_t, t, cond).value.square().sum().backward()
+        for name, parameter in parameters.items():
             if parameter.grad is None:  # the last block's text stream reaches nothing
                 continue
             assert is_shared(parameter.grad) == (sharding is not None and role in network.options.full_roles)
@@ -182,8 +185,8 @@ def test_processes_that_share_a_network_answer_as_one_that_has_it_whole(
         assert alone[rank].keys() == found.keys()
         for name in found.keys() - {"local", "all"}:
             wanted = alone[rank][name]
-            full = given.get("full_finetune") if name.startswith("student") else given.get("fake_score")
-            if full and "." in name:  # a gradient, averaged as it arrived
+            full = {"student": given.get("full_finetune"), "fake_score": given.get("fake_score")}
+            if full.get(name.partition(".")[0]) and "." in name:  # a gradient, averaged as it arrived
                 wanted = (alone[0][name] + alone[1][name]) / 2
             # The last bits differ with the kind of processor, and a gradient through softmax loses two digits more.
             limit = 2e-2 if given.get("precision") == "bf16" else 2e-5 if "." in name or "of" in name else 5e-6

@@ -194,6 +194,7 @@ def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
         {"rl": "refl", "decode_chunk_size": 1, "gradient_checkpointing": True},
         {"rl": "grpo", "num_generations": 2},
         {"rl": "draft"},
+        {"rl": "tdm_r1", "num_generations": 2, "rank": 2},
     ],
     ids=lambda given: " ".join(given) or "plain",
 )
@@ -217,7 +218,11 @@ def test_the_estimate_is_what_the_allocator_hands_out(middling: Path, tmp_path: 
 
     static = {name: size for name, size in found.phases[phase].items() if name not in ("gradients", "activations")}
     student, fake = (sum(p.nbytes for p in backend.parameters(r).values()) for r in ("student", "fake_score"))
-    assert static["optimizer states"] == 2 * (student + fake)  # two moments
+    own = sum(
+        p.nbytes for learners in run.trainers.own_learners.values() for own in learners for p in own.parameters.values()
+    )
+    assert static["optimizer states"] == 2 * (student + fake + own)  # two moments
+    assert static.get("surrogate", 0) == own
     for role, name, size in (("student", "student", student), ("fake_score", "fake score", fake)):
         if role in backend.options.full_roles:
             assert static[f"{name}, full"] == size + sum(b.nbytes for b in backend.roles.copies[role].buffers())

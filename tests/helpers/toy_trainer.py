@@ -55,10 +55,10 @@ def steadily(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 class DoubleToy(ToyBackend):
     """The toy in float64; only images and rewards stay in float32."""
 
-    def prepare(self, accelerator: Any, *, roles: Sequence[Any]) -> None:
-        super().prepare(accelerator, roles=roles)
-        for residual in self.residuals.values():
-            residual.double()
+    def _create(self, *roles: str) -> None:
+        super()._create(*roles)
+        for role in roles:
+            self.residuals[role].double()
 
     def _exact(self, x_t: Tensor, t: Tensor, cond: Any, guidance: float) -> Tensor:
         return super()._exact(x_t.double(), t, cond, guidance)

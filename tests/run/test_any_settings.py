@@ -45,7 +45,18 @@ TINY: dict[str, Any] = {
 # What a run of seconds can be asked for, by setting; beside these come values that cannot be meant.
 SMALL: dict[str, list[Any]] = {
     "model": ["toy", "gone", "a/b"],
-    "rl": ["none", "refl", "0.5*refl + grpo", "rwr", "nft", "lcm", "refl as a+refl as b", "-1*refl", "1e-3*refl"],
+    "rl": [
+        "none",
+        "refl",
+        "0.5*refl + grpo",
+        "rwr",
+        "nft",
+        "lcm",
+        "tdm_r1",
+        "refl as a+refl as b",
+        "-1*refl",
+        "1e-3*refl",
+    ],
     "reward": ["none", "toy", "0.3*toy", "toy as red+toy", "toy+toy", "clipp", "gone.py:score"],
     "eval_reward": ["none", "toy"],
     "matching": ["dmd", "decoupled", "ac_dmd", "tdm", "gndm", "dmd2", "ladd", "none", "dmd+dmd"],

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nft": {"rl": "nft", "num_generations": 4, "old_decay_ramp": 0.4},
     "rwr": {"rl": "nft+rwr", "num_generations": 4, "kl_beta": 0.1},
     "lcm": {"rl": "lcm"},
+    "tdm_r1": {"rl": "tdm_r1", "num_generations": 4},
     "sum": {"rl": "grpo+0.1*refl", "num_generations": 4, "rl_balance": "grad_norm"},
     "decoupled": {"rl": "refl", "matching": "decoupled", "guidance_scale": 3.0},
     "draft": {"rl": "draft+refl+dpo", "num_generations": 4, "kl_beta": 0.1, "each_transition": True},

@@ -639,6 +639,12 @@ def on_the_students_way(b: ToyBackend, own: Any, *asked: Any) -> list[Tensor]:
     return [f + 0 * b.residuals["student"].net[0].weight.sum() for f in own(*asked)]
 
 
+def anew(b: ToyBackend, own: Any, name: str, **like: Any) -> Mapping[str, Any]:
+    b.residuals.pop(name, None)
+    found: Mapping[str, Any] = own(name, **like)
+    return found
+
+
 def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
     own(directory)
     b.residuals["fake_score"].load_state_dict(b.residuals["student"].state_dict())
@@ -686,6 +692,11 @@ def into_the_fake_score(b: ToyBackend, own: Any, directory: Any) -> None:
             lambda b, own, images: own(images)[:, :1],
             r"makes \[B, \*latent\] of what decode makes, \[4, 2\]",
         ),
+        ("add_role", anew, "where there is one"),
+        ("add_role", lambda b, own, name, **k: own(name, **k) and b.parameters("student"), "misses an added role"),
+        ("ask_role", lambda b, own, *x, role, guidance: own(*x, role=role), "is the teacher, also at guidance 3"),
+        ("ask_role", lambda b, own, *x, role, guidance: b.teacher(*x, guidance=guidance), "answers with a graph"),
+        ("ask_role", lambda b, own, *x, **k: plus(own(*x, **k), of_the_fake(b, x)), "reaches another role"),
         ("export", lambda b, own, *x: own(*x) | {"sigmas": torch.ones(4)}, "for a JSON file"),
         ("snippet", lambda b, own, *x: None, "snippet returns Python code"),
         ("load_export", lambda b, own, directory: None, "must bring back the student"),

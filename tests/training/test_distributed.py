@@ -33,6 +33,7 @@ from dmdr_refl.draft import DRaFT
 from dmdr_rwr import RWR
 from dmdr_srpo import SRPO
 from dmdr_tdm import TDM
+from dmdr_tdm_r1 import TDMR1
 from toy_trainer import Critic, Plain, Policy, prepared, state, trainer
 
 BATCH, STEPS = 8, 2
@@ -90,6 +91,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "rwr": {"rewards": Plain(BROKEN), "objectives": [RWR(0.5)], "group_size": 2, "rl_weight": 3.0},
     "lcm": {"objectives": [LCM(8)], "real_images": real_points, "rl_weight": 3.0},
+    "tdm_r1": {"rewards": Plain(BROKEN), "objectives": [TDMR1()], "group_size": 4, "rl_weight": 3.0},
     "rwr_singles": {"rewards": Plain(BROKEN), "objectives": [RWR()], "rl_weight": 3.0},
     "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},

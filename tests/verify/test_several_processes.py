@@ -33,6 +33,7 @@ from dmdr_refl.draft import DRaFT
 from dmdr_rwr import RWR
 from dmdr_sd3 import SD3Backend
 from dmdr_srpo import SRPO
+from dmdr_tdm_r1 import TDMR1
 from toy_trainer import Plain, trainer
 
 pytestmark = pytest.mark.verify
@@ -60,6 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     "srpo": {"rewards": Redness(), "objectives": [SRPO(**WORDS)]},
     "nft": {"rewards": Plain(BROKEN), "objectives": [DiffusionNFT(kl_beta=0.1)], "group_size": 4},
     "rwr": {"rewards": Plain(BROKEN), "objectives": [RWR(0.5)], "group_size": 2},
+    "tdm_r1": {"rewards": Plain(BROKEN), "objectives": [TDMR1()], "group_size": 4},
     "grpo + refl": {
         "rewards": Plain(),
         "objectives": [GRPO(num_iterations=2, beta=0.1), (0.1, ReFL(steps="last"))],
