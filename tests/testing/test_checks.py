@@ -971,7 +971,7 @@ def test_a_backend_is_checked_on_a_pipeline(pytester: pytest.Pytester) -> None:
     code, out = check(
         pytester, "--dmdr-plugin=ToyPipeline", "--dmdr-model=.", "--dmdr-prompt=mode 1", "--dmdr-prompt=mode 2"
     )
-    assert code == 0 and "18 passed" in out, out
+    assert code == 0 and "19 passed" in out, out
 
 
 DEEP = """

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "toy/srpo direct_align": TOY | {"rl": "srpo", "direct_align": True, **WORDS},
     "toy/nft": TOY | {"rl": "nft", "kl_beta": 0.1},
     "toy/rwr": TOY | {"rl": "rwr"},
+    "toy/tdm_r1": TOY | {"rl": "tdm_r1"},
     "toy/lcm": TOY | {"rl": "lcm"},
     "toy/grpo+refl": TOY | {"rl": "grpo+0.1*refl", "refl_steps": "last", "rl_weight_schedule": "cosine"},
     "toy/dmd": TOY | {"rl": "none", "stage1_steps": 10, "stage2_steps": 0},
