@@ -180,7 +180,7 @@ RUN = {  # title of a section: programs of its commands in order; commands and f
     ),
     "A matching": (
         ["dmdr-train", "pytest"],
-        {f"pytest --dmdr-plugin {UNIT}": ["12 passed"], "runs/unit/config.yaml": ["unit_py_Unit_length: 0.5"]},
+        {f"pytest --dmdr-plugin {UNIT}": ["13 passed"], "runs/unit/config.yaml": ["unit_py_Unit_length: 0.5"]},
     ),
     "A reward": (["pytest"], {f"pytest --dmdr-plugin {INK}": ["9 passed"]}),
     "A sample weight": (
