@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dmdr.paths import Kind, NoisePath, Prediction, RectifiedFlow, VariancePreserving
 from dmdr.randomness import Random
+from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.times import Beta
 from dmdr.types import Condition, Draw, Rollout
 
@@ -71,3 +72,25 @@ def gaussian_posterior(x_t: Tensor, t: Tensor, mean: Tensor | float, std: Tensor
     """E[x0 | x_t] of rectified flow for x0 ~ N(mean, std^2), [B, D]."""
     alpha, sigma = 1 - t[:, None], t[:, None]
     return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
+
+
+def kind_of(path: NoisePath) -> Kind:
+    return "velocity" if path is FLOW else "eps"
+
+
+def rolled(
+    path: NoisePath = FLOW, *, eta: float = 0.0, count: int = 8, grid: Tensor | None = None, **settings: Any
+) -> tuple[Draw, Any]:
+    """Real trajectories of a student in float64, every step drawn in turn, and the context of the running step."""
+    sampler = FewStepSampler(path, time_grid(4) if grid is None else grid, eta)
+    steps = sampler.num_inference_steps
+    noise = torch.stack([normal(count, 3, seed=seed) for seed in range(steps)])
+    rollout = sampler.rollout(Network(3, path, kind_of(path)), noise, Condition([""] * count))
+    ctx = context(path, **settings)
+    ctx.sampler = sampler
+    return rollout.pick(torch.arange(count) % steps), ctx
+
+
+def networks(path: NoisePath = FLOW) -> tuple[Network, Network]:
+    """Teacher and fake score."""
+    return Network(2, path, kind_of(path)), Network(1, path, kind_of(path))

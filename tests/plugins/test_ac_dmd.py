@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import stubs
 from dmdr.backends.toy import CENTRES, PROMPTS, STD, ToyBackend, ToyOptions
 from dmdr.errors import TrainingError
 from dmdr.matching import DMD
@@ -17,35 +19,14 @@ from dmdr.protocols import Matching
 from dmdr.sampling import FewStepSampler, time_grid
 from dmdr.settings.parse import parse
 from dmdr.times import T_MIN, Beta
-from dmdr.types import Condition, Draw, Rollout
+from dmdr.types import Condition, Rollout
 from dmdr_ac_dmd import ACDMD, level, state_after
-from stubs import FLOW, VP, Network, context, gaussian_posterior, normal
+from stubs import FLOW, VP, context, gaussian_posterior, networks, normal
 from toy_trainer import DoubleToy, EpsToy, adam, cpu, flat, prepared, state, step_of, trainer
 
 PLAIN = ACDMD(consistency=0.0)
 PATHS = [FLOW, VP]
-
-
-def kind_of(path: NoisePath) -> Any:
-    return "velocity" if path is FLOW else "eps"
-
-
-def rolled(
-    path: NoisePath = FLOW, *, eta: float = 0.9, count: int = 8, grid: Tensor | None = None, **settings: Any
-) -> tuple[Draw, Any]:
-    """Real trajectories of a student in float64, every step drawn in turn, and the context of the running step."""
-    sampler = FewStepSampler(path, time_grid(4) if grid is None else grid, eta)
-    steps = sampler.num_inference_steps
-    noise = torch.stack([normal(count, 3, seed=seed) for seed in range(steps)])
-    rollout = sampler.rollout(Network(3, path, kind_of(path)), noise, Condition([""] * count))
-    ctx = context(path, **settings)
-    ctx.sampler = sampler
-    return rollout.pick(torch.arange(count) % steps), ctx
-
-
-def networks(path: NoisePath = FLOW) -> tuple[Network, Network]:
-    """Teacher and fake score."""
-    return Network(2, path, kind_of(path)), Network(1, path, kind_of(path))
+rolled = partial(stubs.rolled, eta=0.9)
 
 
 def column(values: Tensor) -> Tensor:

@@ -1,42 +1,18 @@
 """TDM: segments of time, the states there, and the fake score's weights, against closed forms."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from dmdr.matching import DMD, level, renoise_times, state_after
 from dmdr.paths import NoisePath, add_noise
-from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.sampling import time_grid
 from dmdr.times import T_MAX, T_MIN
-from dmdr.types import Condition, Draw, Rollout
+from dmdr.types import Condition, Rollout
 from dmdr_tdm import TDM
-from stubs import FLOW, VP, Network, context, gaussian_posterior, normal
+from stubs import FLOW, VP, Network, context, gaussian_posterior, kind_of, networks, normal, rolled
 
 PATHS = [FLOW, VP]
-
-
-def kind_of(path: NoisePath) -> Any:
-    return "velocity" if path is FLOW else "eps"
-
-
-def rolled(
-    path: NoisePath = FLOW, *, eta: float = 0.0, count: int = 8, grid: Tensor | None = None, **settings: Any
-) -> tuple[Draw, Any]:
-    """Real trajectories of a student in float64, every step drawn in turn, and the context of the running step."""
-    sampler = FewStepSampler(path, time_grid(4) if grid is None else grid, eta)
-    steps = sampler.num_inference_steps
-    noise = torch.stack([normal(count, 3, seed=seed) for seed in range(steps)])
-    rollout = sampler.rollout(Network(3, path, kind_of(path)), noise, Condition([""] * count))
-    ctx = context(path, **settings)
-    ctx.sampler = sampler
-    return rollout.pick(torch.arange(count) % steps), ctx
-
-
-def networks(path: NoisePath = FLOW) -> tuple[Network, Network]:
-    """Teacher and fake score."""
-    return Network(2, path, kind_of(path)), Network(1, path, kind_of(path))
 
 
 def test_each_step_has_the_times_of_its_segment() -> None:
