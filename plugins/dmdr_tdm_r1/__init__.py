@@ -32,7 +32,7 @@ class TDMR1:
 
     with e and e_R the denoising errors of surrogate and teacher for a finished image at one noise level, and A its
     advantage within its group (`dmdr.groups.advantages`). x0_S and x0_R are guided as in matching, at a noise level of
-    the student's answer. At 1 the weight is that of DMD's direction, whose normaliser is alike.
+    the student's answer. With `rl_weight 1` this weighs as much as DMD's direction, whose normaliser is alike.
 
     A sample teaches no more where e is further from e_R than `limit`, and on the side that its advantage asks for.
 
