@@ -55,6 +55,8 @@ class Digits:
         "fake_lora_rank": 64,
         "fake_lora_alpha": 256.0,
         "fake_learning_rate": 3e-4,
+        "gan_learning_rate": 5e-3,
+        "noise_mean": -0.5,  # of LADD: latents of 4 x 4 are gone at noise that one of 128 x 128 is seen through
         "learning_rate": 1.2e-3,
         "stage2_learning_rate": 3e-4,
         "lr_scheduler_type": "cosine",

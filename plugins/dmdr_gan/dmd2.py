@@ -27,7 +27,8 @@ class DMD2(DMD):
 
     x_t and real_t are answers and real images after noise, at times of their own that are uniform before the timestep
     shift. The discriminator's loss trains the heads and the fake score. The student's loss reaches x0 alone; it is the
-    part `gan` of the direction. Three more passes of the fake score for each of its updates, and one for the student's.
+    part `gan` of the direction. DMD2 takes two more passes of the fake score in each of its updates, whose graphs are
+    alive together with that of the denoising loss, and one in the student's.
 
     The published head makes one logit of SDXL's middle block; ours makes one for each place of it, and the mean is over
     their losses, so that all networks and sizes will do. The paper's other part, several updates of the fake score for
