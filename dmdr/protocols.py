@@ -472,10 +472,11 @@ class Matching(Protocol):
     """How the student's distribution is compared with the teacher's; `dmdr.matching.DMD` is the default.
 
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
-    Optional: `needs`, as of an objective, where it requires anything of the run, such as finished or real images, or
-    several images of a prompt (`matching_needs`). `parts`, in the class, are the names of parts that each of its
-    directions has, for objectives that read them (`Needs.parts`). `compares_scores = False`, in the class, is of one
-    that does without scores, as a GAN: the run has no fake score, and `fake` answers nothing.
+    Optional: `needs`, where it requires anything of the run: a reward, finished or real images, or several images of a
+    prompt; such as `Needs(reward=False, finished=False, real_images=True)` (`matching_needs`). `parts`, in the class, are
+    the names of parts that each of its directions has, for objectives that read them (`Needs.parts`). `compares_scores =
+    False`, in the class, is of one that does without scores, as a GAN: the run has no fake score, and `fake` must not be
+    asked.
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

@@ -119,7 +119,8 @@ class Direction:
     """Where distribution matching wants the anchor to move from: `total`, and the parts that it is the sum of.
 
     Attributes:
-        total: [B, *latent] float32, normalised per sample.
+        total: [B, *latent] float32, a gradient times the number of elements of a sample; most matchings normalise it
+            per sample.
         parts: Named summands of `total`, e.g. `dm` (distribution matching) and `ca` (guidance augmentation).
     """
 

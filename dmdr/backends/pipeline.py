@@ -499,7 +499,7 @@ class PipelineBackend:
         self, role: str | None, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor], share: float = 1.0
     ) -> Prediction:
         if role and role not in self.roles.roles:
-            raise TrainingError(f"this run has no {role}: an objective must name it in needs.roles")
+            raise TrainingError(f"this run has no {role}: who asks for it must declare it in needs.roles")
         network = partial(self.roles, role, share=share)
         with self.accelerator.autocast():
             value = self.call(network, x_t.to(self.dtype), t, cond)

@@ -163,7 +163,7 @@ class ToyBackend:
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Condition, role: str, guidance: float = 1.0) -> Prediction:
         if role not in self.residuals:
-            raise TrainingError(f"this run has no {role}: an objective must name it in needs.roles")
+            raise TrainingError(f"this run has no {role}: who asks for it must declare it in needs.roles")
         velocity = self._exact(x_t, t, cond, guidance) + self.residuals[role](x_t, t, cond.tensors["label"])
         return Prediction(velocity, "velocity", x_t, t, self.path)
 

@@ -456,13 +456,37 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Bridge:
-    """A backend on the meta device, as a trainer on the CPU sees it; conditions stay on the meta device."""
+    """A backend on the meta device, as a trainer on the CPU sees it; conditions stay on the meta device.
+
+    What makes it an optional protocol is written out: from Python 3.12 on, `isinstance` does not ask `__getattr__`.
+    """
 
     def __init__(self, backend: PipelineBackend, meter: Meter) -> None:
         self._backend, self._meter = backend, meter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+    @property
+    def feature_widths(self) -> Sequence[int]:
+        return self._backend.feature_widths
+
+    @property
+    def sizes(self) -> Sequence[Size]:
+        return self._backend.sizes
+
+    @property
+    def latent_shapes(self) -> Sequence[tuple[int, ...]]:
+        return self._backend.latent_shapes
+
+    def other_guidance(self) -> float:
+        return self._backend.other_guidance()
+
+    def guided(self, c: Prediction, other: Prediction, w: Tensor) -> Prediction:
+        return self._backend.guided(c, other, w)
+
+    def add_role(self, name: str, *, rank: int, alpha: float) -> Mapping[str, nn.Parameter]:
+        return self._backend.add_role(name, rank=rank, alpha=alpha)
 
     def _predict(self, method: str, x_t: Tensor, t: Tensor, cond: Condition, **options: Any) -> Prediction:
         backend, x, times = self._backend, x_t.to(META), t.to(META)
@@ -509,6 +533,10 @@ class MetaReward:
 
     def __init__(self, reward: Any) -> None:
         self._reward = reward
+        self.differentiable: bool = reward.differentiable
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._reward.prepare(device, dtype)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._reward, name)

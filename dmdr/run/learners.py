@@ -50,7 +50,7 @@ def described(owner: str) -> str:
 
 
 def _parts(job: Job) -> Iterator[tuple[str, BringsLearners]]:
-    if isinstance(job.matching, BringsLearners):
+    if job.plan.matches and isinstance(job.matching, BringsLearners):
         yield "", job.matching
     for term in job.objectives:
         if isinstance(term.objective, BringsLearners):

@@ -33,7 +33,8 @@ def overview(
     trained = {"student": backend.parameters("student")}
     if plan.matches and "fake_score" in plan.roles:
         trained["fake score"] = backend.parameters("fake_score")
-    active = {"", *(term.name for stage in plan.stages for term in stage.objectives)}
+    active = {term.name for stage in plan.stages for term in stage.objectives} | ({""} if plan.matches else set())
+    asks_teacher = "fake_score" in plan.roles or any(stage.objectives for stage in plan.stages)
     trained |= {each.name: dict(each.parameters) for owner in own if owner in active for each in own[owner]}
     sizes = sizes or sizes_of(backend)
     start = config.init_student or (config.model if job.teacher != config.model else "the teacher")
@@ -54,7 +55,7 @@ def overview(
         "of the student"
         if plan.matches
         else "none: RL only",
-        "teacher's guidance": guidance,
+        **({"teacher's guidance": guidance} if asks_teacher else {}),
         "precision": precision,
     }
     shared = f", {plan.shards} of which share one copy of the network" if plan.shards > 1 else ""

@@ -160,7 +160,7 @@ class Plan:
             guidance=(config.guidance_scale - jitter, config.guidance_scale + jitter),
             guidance_interval=(config.guidance_interval[0], config.guidance_interval[1]),
             roles=(*compared, *combined_needs(objectives).roles),
-            stages=_stages(config, tuple(objectives), sample_weight, mixes=fake_score == "lora"),
+            stages=_stages(config, tuple(objectives), sample_weight, fake_score),
         )
 
     @property
@@ -229,18 +229,20 @@ def _shards(wanted: str, processes: int) -> int:
 
 
 def _stages(
-    config: Config, objectives: tuple[WeightedObjective, ...], sample_weight: SampleWeight | None, *, mixes: bool
+    config: Config,
+    objectives: tuple[WeightedObjective, ...],
+    sample_weight: SampleWeight | None,
+    fake_score: Literal["lora", "full"] | None,
 ) -> tuple[Stage, ...]:
-    """The stages that a run goes through; a given student needs no stage 1.
+    """The stages that a run goes through, as of `Plan.of`; a given student needs no stage 1.
 
-    Args:
-        config, objectives, sample_weight: As of `Plan.of`.
-        mixes: Whether there is an adapter of the fake score, which DynaDG mixes into the teacher.
+    DynaDG mixes an adapter of the fake score into the teacher. Without a fake score there is no DynaRS, either.
     """
     first = 0 if config.init_student else config.stage1_steps
     second = config.stage2_steps
     rate, fake_rate = config.learning_rate, config.fake_learning_rate
     dyna = min(config.stage1_steps if config.dyna_steps is None else config.dyna_steps, config.stage1_steps)
+    dyna = dyna if fake_score else 0
 
     def student_rate(value: float, steps: int) -> Schedule:
         return Schedule(value, config.lr_scheduler_type, steps, config.warmup_steps)
@@ -257,7 +259,7 @@ def _stages(
             objectives=(),
             rl_balance="none",
             sample_weight=sample_weight,
-            fake_mix=DynaDG(config.dyna_guidance if mixes else 0.0, dyna),
+            fake_mix=DynaDG(config.dyna_guidance if fake_score == "lora" else 0.0, dyna),
             renoise=_renoise(config, dyna),
         ),
         Stage(

@@ -24,10 +24,10 @@ STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_step
     stage2_fake_learning_rate"""
 EVALUATION = """eval_reward eval_rewards eval_benchmark benchmarks reference_images eval_steps eval_images_per_prompt
     on_hacking"""
-SCORES = """fake_score fake_learning_rate stage2_fake_learning_rate fake_lora_rank fake_lora_alpha guidance_jitter
-    guidance_interval dyna_steps dyna_guidance dyna_renoise renoise_times logit_mean logit_std"""
-MATCHING = """matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance
-    renoise_times logit_mean logit_std"""
+SCORES = """fake_score fake_learning_rate stage2_fake_learning_rate fake_lora_rank fake_lora_alpha
+    dyna_steps dyna_guidance dyna_renoise"""
+MATCHING = "matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance"
+TEACHER = "guidance_jitter guidance_interval renoise_times logit_mean logit_std"  # objectives may ask it, too
 
 
 def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
@@ -79,6 +79,12 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
+        (not c.dmd_weight and not has_rl, TEACHER, "with --dmd_weight 0 and without RL"),
+        (
+            not _compares_scores(plugins) and not has_rl,
+            TEACHER,
+            f"by --matching {c.matching}, which does not ask the teacher",
+        ),
         (not _compares_scores(plugins), SCORES, f"by --matching {c.matching}, which has no fake score"),
         (c.reward == c.eval_reward == "none", "reward_dtype", "without a reward"),
         (not rewarded and not c.num_eval_samples, "reward rewards", "without RL, sample weights and evaluation"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr.errors import TrainingError
 from dmdr.prompts import PromptStream
-from dmdr.protocols import Backend, Context, Denoiser, Matching, Needs, SampleWeight
+from dmdr.protocols import Backend, BringsLearners, Context, Denoiser, Matching, Needs, SampleWeight
 from dmdr.sampling import FewStepSampler
 from dmdr.times import TimeLaw
 from dmdr.training.bad_steps import BadSteps
@@ -213,9 +213,11 @@ class Trainer:
         """The weighted direction of distribution matching at the matching's anchor, [B, *latent] float32."""
         if not self.matches:
             return Direction(torch.zeros_like(draw.x0))
+        # What learns beside the fake score may be asked for a gradient, which takes the memory of one.
+        size = self.micro_batch_size if isinstance(self.matching, BringsLearners) else self.rollouts.batch_size
         found = [
             self.matching.direction(part, self.backend.teacher, self.backend.fake_score, ctx)
-            for part in draw.split(self.rollouts.batch_size)
+            for part in draw.split(size)
         ]
         names = found[0].parts
         direction = Direction(

@@ -59,7 +59,8 @@ class DiNa:
     place it looks at images: the VAE and the text encoders of `backbone` are then loaded at the first call.
 
     It looks at latents with some noise, which is the same for all images, so that a score is the same each time; the
-    authors draw it anew.
+    authors draw it anew. They train with 128 tokens of T5, which it reads where it looks at images; a run's embeddings
+    are of --max_sequence_length tokens.
 
     Attributes:
         checkpoint: Folder or hub id in the authors' layout: `config.json`, `checkpoint/backbone_lora`,

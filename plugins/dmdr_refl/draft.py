@@ -50,7 +50,7 @@ class DRaFT:
         with torch.no_grad():  # the student that made the rollout has answered already
             final = self.walked(draw, ctx) if draw.iteration else draw.rollout.final
         leaf = final.detach().requires_grad_()
-        score = ctx.rewards(ctx.backend.decode(leaf), draw.cond.prompts, **draw.cond.columns)
+        score = ctx.rewards.total(ctx.rewards.each_of(leaf, draw.cond, ctx.backend))
         valid = score.isfinite()
         slope = ctx.grad(-torch.where(valid, score, 0.0).sum(), leaf)
         slope = torch.where(valid.view(-1, *[1] * (slope.ndim - 1)), slope, 0.0)
