@@ -473,10 +473,10 @@ class Matching(Protocol):
 
     It may also be `Stateful`, and bring learners (`BringsLearners`), whose losses are then part of `fake_loss`.
     Optional: `needs`, where it requires anything of the run: a reward, finished or real images, or several images of a
-    prompt; such as `Needs(reward=False, finished=False, real_images=True)` (`matching_needs`). `parts`, in the class, are
-    the names of parts that each of its directions has, for objectives that read them (`Needs.parts`). `compares_scores =
-    False`, in the class, is of one that does without scores, as a GAN: the run has no fake score, and `fake` must not be
-    asked.
+    prompt; such as `Needs(reward=False, finished=False, real_images=True)` (`matching_needs`). `parts`, in the class,
+    are the names of parts that each of its directions has, for objectives that read them (`Needs.parts`).
+    `compares_scores = False`, in the class, is of one that does without scores, as a GAN: the run has no fake score,
+    and `fake` must not be asked.
     """
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
