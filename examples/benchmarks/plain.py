@@ -23,7 +23,7 @@ from dmdr.prompts import PromptStream, Row
 from dmdr.randomness import Random
 from dmdr.run.job import assemble
 from dmdr.settings.parse import Settings
-from dmdr.times import T_MAX, T_MIN
+from dmdr.times import T_MAX, T_MIN, Beta
 from dmdr.training.phases import phase
 
 from .stock import STOCK, Cond
@@ -181,7 +181,9 @@ class Plain:
         return states, answers
 
     def renoised(self, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        t, eps = draws.time(*self.stage.renoise(self.steps)), draws.normal("renoise/eps", *self.latent)
+        law = self.stage.renoise(self.steps)
+        assert isinstance(law, Beta)  # of --renoise_times beta
+        t, eps = draws.time(law.alpha, law.beta), draws.normal("renoise/eps", *self.latent)
         alpha, sigma = self.scales(t)
         return alpha * x0 + sigma * eps, t, eps
 

@@ -51,7 +51,9 @@ def test_guidance_is_a_line_through_the_networks_own_answers(folder: Path, own: 
     backend.student(x_t, t, cond)
     assert told == [1.0]
     told.clear()
-    ctx = SimpleNamespace(backend=backend, guidance=(4.0, 4.0), fake_mix=0.0, random=Random(0, 0, "test"))
+    ctx = SimpleNamespace(
+        backend=backend, guidance=(4.0, 4.0), guidance_interval=(0.0, 1.0), fake_mix=0.0, random=Random(0, 0, "test")
+    )
     draw = SimpleNamespace(cond=cond, sample=torch.zeros(1, dtype=torch.int64))
     c0, ca = teach(backend.teacher, SimpleNamespace(x_t=x_t, t=t), draw, ctx)  # type: ignore[arg-type]
     assert told == ([1.0, own] if own != 1 else [1.0, 1.0])  # of matching, too

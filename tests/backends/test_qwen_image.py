@@ -58,7 +58,9 @@ def test_matching_meets_the_guided_teacher(folders: dict[str, Path]) -> None:
     tokens = [backend.pack(answer.value).norm(dim=-1) for answer in (c, guided)]
     torch.testing.assert_close(*tokens)
     assert ((u.value + 4 * (c.value - u.value)) - guided.value).abs().max() > 1e-2
-    ctx = SimpleNamespace(backend=backend, guidance=(4.0, 4.0), fake_mix=0.0, random=Random(0, 0, "test"))
+    ctx = SimpleNamespace(
+        backend=backend, guidance=(4.0, 4.0), guidance_interval=(0.0, 1.0), fake_mix=0.0, random=Random(0, 0, "test")
+    )
     draw = SimpleNamespace(cond=cond, sample=torch.arange(2))
     c0, ca = teach(backend.teacher, SimpleNamespace(x_t=x_t, t=t), draw, ctx)  # type: ignore[arg-type]
     torch.testing.assert_close(c0, c.x0)

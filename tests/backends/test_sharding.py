@@ -73,8 +73,8 @@ def answers(
         if x is y:
             (found["gradient of features"],) = torch.autograd.grad(found["features"].square().mean(), y)
     found["features"].square().mean().backward()
-    grads = [p.grad.flatten() for p in network.parameters("fake_score").values() if p.grad is not None]
-    found["gradients of the fake score"] = torch.cat(grads)
+    grads = [whole(p.grad).flatten() for p in network.parameters("fake_score").values() if p.grad is not None]
+    found["fake_score.gradients of features"] = torch.cat(grads)
     for parameter in network.parameters("fake_score").values():
         parameter.grad = None
     for role, parameters in trained.items():

@@ -147,7 +147,7 @@ def test_a_full_fake_score_has_no_adapter_to_mix_into_the_teacher(tmp_path: Path
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
     for fake, mix in (("lora", 0.25), ("full", 0.0)):
         stage, _ = plan(model=str(tmp_path), fake_score=fake, prompts="prompts.txt").stages
-        assert stage.fake_mix(0) == mix and stage.renoise(0) == (4.0, 1.5)
+        assert stage.fake_mix(0) == mix and stage.renoise(0) == Beta(4.0, 1.5)
         assert ("DynaDG" in str(stage)) == (fake == "lora")
 
 
