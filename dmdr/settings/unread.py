@@ -79,7 +79,6 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
-        (not c.dmd_weight and not has_rl, TEACHER, "with --dmd_weight 0 and without RL"),
         (
             not _compares_scores(plugins) and not has_rl,
             TEACHER,

@@ -44,7 +44,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
     *(
         ({"matching": "ladd"}, {name: value}, "by --matching ladd, which has no fake score")
         for name, value in {
-            **dict.fromkeys(["fake_learning_rate", "stage2_fake_learning_rate", "guidance_jitter"], 0.1),
+            **dict.fromkeys(["fake_learning_rate", "stage2_fake_learning_rate"], 0.1),
             "dyna_steps": 3,
             "dyna_guidance": 0.1,
             "dyna_renoise": [2.0, 1.0],
@@ -79,7 +79,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
         "with --dyna_guidance 0 and --renoise_times logit_normal",
     ),
     ({"renoise_times": "shifted"}, {"logit_mean": 0.5}, "with --renoise_times shifted"),
-    (RL_ONLY, {"renoise_times": "uniform"}, "with --dmd_weight 0"),
+    ({"matching": "ladd"}, {"guidance_jitter": 0.1}, "by --matching ladd, which does not ask the teacher"),
     ({"sigmas": [1.0, 0.5]}, {"num_inference_steps": 3}, "with --sigmas or --timesteps"),
     ({"eta": 0.0}, {"sde_type": "ddim"}, "with --eta 0"),
     ({"guidance_scale": 1.0}, {"guidance_jitter": 0.1}, "with --guidance_scale of at most 1"),
