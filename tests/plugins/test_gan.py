@@ -320,7 +320,7 @@ def test_a_family_without_features_is_refused() -> None:
         LADD().learners(Blind(), torch.device("cpu"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["fake_learning_rate", "dyna_guidance", "guidance_jitter"])
+@pytest.mark.parametrize("name", ["fake_learning_rate", "dyna_guidance"])
 def test_ladd_refuses_what_belongs_to_scores(name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{name} is not read by --matching ladd, which has no fake score"):
         parse(["--model", "toy", "--matching", "ladd", f"--{name}", "0.1"])
