@@ -125,18 +125,6 @@ def teach(teacher: GuidedDenoiser, renoised: Renoised | Draw, draw: Draw, ctx: C
     return x0, torch.where(expand((t >= low) & (t <= high), ca).bool(), ca, 0.0)
 
 
-def normalised(anchor: Tensor, target: Tensor, dm: Tensor, ca: Tensor, floor: float) -> Direction:
-    """dm + ca over mean|anchor - target| of each sample (DMD, eq. 8); all are [B, *latent].
-
-    Args:
-        target: What the guided teacher makes of the anchor.
-        floor: Lower bound of the normaliser, in latent units.
-    """
-    distance = (anchor - target).abs().flatten(1).mean(1).clamp_min(floor)
-    dm, ca = dm / expand(distance, dm), ca / expand(distance, ca)
-    return Direction(dm + ca, {"dm": dm, "ca": ca})
-
-
 def weight_at(t: Tensor, name: TimeWeight, path: NoisePath) -> Tensor:
     """What `DMD.time_weight` multiplies a difference of x0 with at times t [B], [B].
 
@@ -192,6 +180,10 @@ class DMD:
         dm = fake(renoised.x_t, renoised.t, draw.cond).x0 - c
         return self.scaled(draw.x0, c - ca, dm, ca, renoised.t, draw, ctx)
 
+    def distance(self, anchor: Tensor, target: Tensor, draw: Draw) -> Tensor:
+        """What a direction is divided by (eq. 8), [B]: mean|anchor - target| of each sample, at least `floor`."""
+        return (anchor - target).abs().flatten(1).mean(1).clamp_min(self.floor)
+
     def scaled(
         self,
         anchor: Tensor,
@@ -203,7 +195,7 @@ class DMD:
         ctx: Context,
         t_ca: Tensor | None = None,
     ) -> Direction:
-        """dm + ca in the size that the student's loss has them in; the tensors are those of `normalised`.
+        """dm + ca in the size that the student's loss has them in.
 
         Args:
             anchor: What moves, [B, *latent].
@@ -212,11 +204,11 @@ class DMD:
             t: Times of `dm`, [B].
             t_ca: Times of `ca`; t by default.
         """
-        if self.time_weight == "none":
-            return normalised(anchor, target, dm, ca, self.floor)
         if self.time_weight not in UNNORMALISED:
-            parts = normalised(anchor, target, dm, ca, self.floor).parts
-            dm, ca = parts["dm"], parts["ca"]
-        dm = expand(weight_at(t, self.time_weight, ctx.backend.path), dm) * dm
-        ca = expand(weight_at(t if t_ca is None else t_ca, self.time_weight, ctx.backend.path), ca) * ca
+            distance = self.distance(anchor, target, draw)
+            dm, ca = dm / expand(distance, dm), ca / expand(distance, ca)
+        if self.time_weight != "none":
+            path = ctx.backend.path
+            dm = expand(weight_at(t, self.time_weight, path), dm) * dm
+            ca = expand(weight_at(t if t_ca is None else t_ca, self.time_weight, path), ca) * ca
         return Direction(dm + ca, {"dm": dm, "ca": ca})

@@ -344,6 +344,8 @@ class Needs:
         finished: It looks at finished images: `rollout.final`, `ctx.scores`, or a state after `draw.x_next`. Where
             nothing does, rollouts end at the drawn steps.
         real_images: It reads real images (`ctx.real`), which --real_images names.
+        times: It draws renoise times (`dmdr.matching.renoise_times`), as --renoise_times says.
+        guided: It asks the guided teacher (`dmdr.matching.teach`). All matchings that compare scores do both.
     """
 
     reward: bool = True
@@ -361,6 +363,8 @@ class Needs:
     parts: tuple[str, ...] = ()
     finished: bool = True
     real_images: bool = False
+    times: bool = False
+    guided: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what nobody could meet.
@@ -368,7 +372,7 @@ class Needs:
         Raises:
             ConfigError: Names the field.
         """
-        for name in ("reward", "reward_grad", "text_features", "log_prob", "matching", "finished", "real_images"):
+        for name in (each.name for each in fields(self) if each.type is bool):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"needs.{name} must be True or False, not {getattr(self, name)!r}")
         for name, least in COUNTS.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
+from dmdr.run.checkpoint import holds
 from dmdr.run.export import is_export, read_export, resolution_of
 from dmdr.settings.parse import read_yaml
 from dmdr.sizes import Size, join_sizes, parse_sizes
@@ -52,12 +53,13 @@ def _whole(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def check_kind(initial: Path, options: Any) -> None:
+def check_kind(initial: Path, options: Any, *, scores: bool = True) -> None:
     """Refuse to start a full student from a LoRA, or a LoRA from a full student; of a checkpoint, the fake score, too.
 
     Args:
         initial: Its export, or a checkpoint in its run's folder.
         options: Of the model family.
+        scores: Whether this run has a fake score.
 
     Raises:
         ConfigError: If it is of the other kind.
@@ -70,7 +72,7 @@ def check_kind(initial: Path, options: Any) -> None:
         raise ConfigError(
             f"--init_student {initial} is {KINDS[bool(full)]}, but this run trains {KINDS[bool(wanted)]}: {cure}"
         )
-    if is_export(initial) or not given:
+    if is_export(initial) or not given or not scores or not holds(initial, "fake_score"):
         return
     held, fake = (said == "full" for said in (given.get("fake_score"), getattr(options, "fake_score", None)))
     if held != fake:

@@ -17,11 +17,11 @@ from dmdr.run.initial import check_kind
 from dmdr.run.plan import Plan
 from dmdr.run.real_images import open_real_images
 from dmdr.sampling import FewStepSampler
-from dmdr.settings.chosen import Chosen, active_weight, reads_real_images
+from dmdr.settings.chosen import Chosen, active_weight, compares_scores, declares
 from dmdr.settings.fields import Config
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parse import Settings
-from dmdr.settings.verify import check_columns, check_needs, needs_of
+from dmdr.settings.verify import check_columns, check_needs, check_no_objective, needs_of
 from dmdr.training.objectives import WeightedObjective
 
 
@@ -141,9 +141,11 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
         needs[f"--sample_weight {name}"] = needs_of(f"--sample_weight {name}", weight)
     if settings.config.dmd_weight and hasattr(matching, "needs"):
         needs[f"--matching {settings.config.matching}"] = needs_of(f"--matching {settings.config.matching}", matching)
-    kind = settings.family.options.get("fake_score", "lora") if getattr(matching, "compares_scores", True) else None
+    kind = settings.family.options.get("fake_score", "lora") if compares_scores(matching) else None
     plan = Plan.of(settings.config, objectives, weight, processes, kind)
     for who, declared in needs.items():
+        if not who.startswith("--rl"):
+            check_no_objective(who, declared)
         check_needs(
             who,
             declared,
@@ -162,7 +164,7 @@ def readers(plan: Plan, config: Config, matching: Matching) -> list[str]:
     for stage in plan.stages:
         parts += [(f"--rl {term.name}", term.objective) for term in stage.objectives]
         parts += [(f"--sample_weight {config.sample_weight}", stage.sample_weight)] if stage.sample_weight else []
-    return [who for who, part in parts if reads_real_images(part)]
+    return [who for who, part in parts if declares(part, "real_images")]
 
 
 def other_teacher(backend: Backend) -> str | None:
@@ -249,11 +251,11 @@ def find_start(settings: Settings, resume: Path | None, processes: int) -> Path 
     Raises:
         ConfigError: If there is none, or it or the checkpoint does not fit the settings.
     """
+    start = settings.config.init_student
     if resume:
         planned(settings, processes)[0].check_resumable(resume)
+    if resume or not start:
         return None
-    if not settings.config.init_student:
-        return None
-    initial = find_initial(settings.config.init_student)
-    check_kind(initial, settings.family_options())
+    initial, plan = find_initial(start), planned(settings, processes)[0]
+    check_kind(initial, settings.family_options(), scores="fake_score" in plan.roles)
     return initial

@@ -81,10 +81,10 @@ class Stage:
     def __str__(self) -> str:
         parts = [f"{self.steps} update{'s' * (self.steps > 1)}", f"learning rate {self.learning_rate}"]
         if self.dmd_weight.value:
-            parts.append(f"DMD x {self.dmd_weight}")
+            parts.append(f"matching x {self.dmd_weight}")
         if self.objectives:
             terms = " + ".join(f"{term.weight:g} {term.name}" for term in self.objectives)
-            unit = " of DMD's gradient norm" if self.rl_balance == "grad_norm" else ""
+            unit = " of the matching's gradient norm" if self.rl_balance == "grad_norm" else ""
             parts.append(f"RL ({terms}) x {self.rl_weight}{unit}")
         if self.fake_mix.steps and self.fake_mix.start:
             parts.append(f"DynaDG for {self.fake_mix.steps}")

@@ -19,6 +19,7 @@ from dmdr.hub import is_hub_id
 from dmdr.prompts import Rows, split_columns
 from dmdr.protocols import Backend, ChecksPrompts, NamedModel, sizes_of
 from dmdr.randomness import Random
+from dmdr.run.device import failing_together
 from dmdr.settings.fields import Config
 from dmdr.sizes import Size
 from dmdr.training.context import rollout_random
@@ -127,7 +128,9 @@ class RealLatents:
 
     def __call__(self, draw: Draw, random: Random) -> Real:
         rows = drawn(random, draw.sample.cpu(), len(self.images.rows))
-        x0 = torch.stack(self.latents(rows, tuple(draw.x0.shape[1:])))
+        with failing_together():
+            found = self.latents(rows, tuple(draw.x0.shape[1:]))
+        x0 = torch.stack(found)
         prompts, columns = split_columns([self.images.rows[row] for row in rows])
         return Real(x0.to(self.device, non_blocking=True), self.backend.encode(prompts, **columns))
 

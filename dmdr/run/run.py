@@ -237,8 +237,10 @@ class Run:
         if (self.initial / "progress.json").is_file():
             role = "ema" if holds(self.initial, "ema") else "student"  # what its users got
             load_parameters(self.initial, role, backend.parameters("student"))
-            if "fake_score" in self.plan.roles:
+            if "fake_score" in self.plan.roles and holds(self.initial, "fake_score"):
                 load_parameters(self.initial, "fake_score", backend.parameters("fake_score"))
+            elif "fake_score" in self.plan.roles:
+                logger.warning("--init_student %s has no fake score: it starts as the teacher", self.initial)
             for own in self.trainers.own_learners.get("", ()):  # the matching's
                 if holds(self.initial, own.name):
                     load_parameters(self.initial, own.name, own.parameters)

@@ -139,9 +139,14 @@ def active_weight(chosen: Iterable[Chosen]) -> tuple[str, Any] | None:
     return next(((label, weight) for label, weight in built if not getattr(weight, "idle", False)), None)
 
 
-def reads_real_images(part: Any) -> bool:
-    """Whether a matching, an objective or a sample weight does."""
-    return bool(getattr(getattr(part, "needs", None), "real_images", False))
+def declares(part: Any, name: str) -> bool:
+    """Whether a matching, an objective or a sample weight has a need of this name (`protocols.Needs`)."""
+    return bool(getattr(getattr(part, "needs", None), name, False))
+
+
+def compares_scores(matching: Any) -> bool:
+    """Whether a matching, or its class, does, so that its run has a fake score (`protocols.Matching`)."""
+    return bool(getattr(matching, "compares_scores", True))
 
 
 def flags_of_all(group: str) -> dict[str, list[Any]]:

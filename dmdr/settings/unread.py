@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from dmdr.errors import ConfigError
-from dmdr.settings.chosen import Chosen, active_weight, reads_real_images
+from dmdr.settings.chosen import Chosen, active_weight, compares_scores, declares
 from dmdr.settings.fields import TOPICS, Config
 from dmdr.settings.optimizers import OPTIMIZERS
 from dmdr.settings.parser import Told
@@ -22,12 +22,12 @@ DATASET = "prompt_column dataset_config dataset_train_split dataset_streaming"
 STAGE1 = "dyna_steps dyna_guidance dyna_renoise sample_weight sample_weights"
 STAGE2 = """rl objectives rl_weight rl_balance rl_weight_schedule rl_warmup_steps stage2_learning_rate
     stage2_fake_learning_rate"""
+NOBODY = "by any part of the run"
 EVALUATION = """eval_reward eval_rewards eval_benchmark benchmarks reference_images eval_steps eval_images_per_prompt
     on_hacking"""
 SCORES = """fake_score fake_learning_rate stage2_fake_learning_rate fake_lora_rank fake_lora_alpha
     dyna_steps dyna_guidance dyna_renoise"""
 MATCHING = "matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance"
-TEACHER = "guidance_jitter guidance_interval renoise_times logit_mean logit_std"  # objectives may ask it, too
 
 
 def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
@@ -72,6 +72,8 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
     has_rl = c.rl != "none" and c.rl_weight and c.stage2_steps
     rewarded = has_rl or (not alone and active_weight(plugins))
     times = len(c.sigmas or c.timesteps or ())
+    scores = all(compares_scores(plugin.cls) for plugin in plugins if plugin.group == "matchings")
+    compared = c.dmd_weight and scores
     anneals = c.renoise_times in ("beta", "shifted")
     return [
         # What is trained
@@ -79,12 +81,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (c.rl == "none", "rl_weight rl_balance rl_weight_schedule rl_warmup_steps", "with --rl none"),
         (not c.rl_weight, "rl objectives rl_balance rl_weight_schedule rl_warmup_steps", "with --rl_weight 0"),
         (not c.dmd_weight, MATCHING, "with --dmd_weight 0"),
-        (
-            not _compares_scores(plugins) and not has_rl,
-            TEACHER,
-            f"by --matching {c.matching}, which does not ask the teacher",
-        ),
-        (not _compares_scores(plugins), SCORES, f"by --matching {c.matching}, which has no fake score"),
+        (not scores, SCORES, f"by --matching {c.matching}, which has no fake score"),
         (c.reward == c.eval_reward == "none", "reward_dtype", "without a reward"),
         (not rewarded and not c.num_eval_samples, "reward rewards", "without RL, sample weights and evaluation"),
         (roles and not rewarded, "reward_vae", "without a reward that is trained on"),
@@ -93,7 +90,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (full_fake, "dyna_guidance", "with --fake_score full, which has no adapter to mix into the teacher"),
         (full_fake and c.dyna_renoise == [1, 1], "dyna_steps", "with --fake_score full and --dyna_renoise 1 1"),
         (
-            full_fake and roles["full_finetune"],
+            full_fake and roles["full_finetune"] and not _brings_learners(c, plugins),
             "lora_target_modules",
             "with --full_finetune and --fake_score full: nothing is a LoRA",
         ),
@@ -119,9 +116,11 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
             "dyna_steps",
             "with --dyna_guidance 0 and --dyna_renoise 1 1",
         ),
-        (c.real_images and not _read_real(c, plugins), "real_images caption_column", "by any part of the run"),
+        (c.real_images and not _declared(c, plugins, "real_images"), "real_images caption_column", NOBODY),
         (not c.real_images, "caption_column", "without --real_images (that of --prompts is --prompt_column)"),
-        # Renoise times
+        # Renoise times, and what else a comparison of scores asks for
+        (not compared and not _declared(c, plugins, "times"), "renoise_times logit_mean logit_std", NOBODY),
+        (not compared and not _declared(c, plugins, "guided"), "guidance_jitter guidance_interval", NOBODY),
         (c.renoise_times != "logit_normal", "logit_mean logit_std", f"with --renoise_times {c.renoise_times}"),
         # Steps of the student, and guidance of the teacher
         (times and times != c.num_inference_steps, "num_inference_steps", "with --sigmas or --timesteps"),
@@ -145,19 +144,19 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
     ]
 
 
-def _compares_scores(plugins: Sequence[Chosen]) -> bool:
-    """Whether the matching of the run does."""
-    return all(getattr(each.cls, "compares_scores", True) for each in plugins if each.group == "matchings")
-
-
-def _read_real(c: Config, plugins: Sequence[Chosen]) -> bool:
-    """Whether a part of the run reads real images."""
+def _declared(c: Config, plugins: Sequence[Chosen], need: str) -> bool:
+    """Whether a part of the run has a need of this name."""
     off = {
         "matchings": not c.dmd_weight,
         "objectives": not c.rl_weight or not c.stage2_steps,
         "sample_weights": not c.stage1_steps or bool(c.init_student),
     }
-    return any(not off.get(plugin.group, True) and reads_real_images(plugin.build()) for plugin in plugins)
+    return any(not off.get(plugin.group, True) and declares(plugin.build(), need) for plugin in plugins)
+
+
+def _brings_learners(c: Config, plugins: Sequence[Chosen]) -> bool:
+    """Whether an objective of the run does, which may be a LoRA (`AddsRoles`)."""
+    return c.rl != "none" and any(hasattr(each.cls, "learners") for each in plugins if each.group == "objectives")
 
 
 def _undone(c: Config) -> Iterator[str]:

@@ -26,6 +26,18 @@ def needs_of(who: str, part: Any) -> Needs:
     return needs
 
 
+def check_no_objective(who: str, needs: Needs) -> None:
+    """Refuse needs of a matching or a sample weight that a run meets for objectives alone.
+
+    Raises:
+        ConfigError: Names them.
+    """
+    usual = Needs()
+    names = ("roles", "log_prob", "steps", "updates_per_rollout", "matching", "parts", "reward_grad", "text_features")
+    if found := [name for name in names if getattr(needs, name) != getattr(usual, name)]:
+        raise ConfigError(f"{who}: needs of {', '.join(found)} are for objectives; leave them out")
+
+
 def check_needs(
     who: str,
     needs: Needs,

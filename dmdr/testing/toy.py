@@ -14,6 +14,7 @@ from dmdr.protocols import BringsLearners, Matching, OwnLearner, Reward, Role, S
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.settings.chosen import compares_scores
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives, WeightedObjective
 from dmdr.training.rollouts import Rollouts
@@ -69,7 +70,7 @@ def toy_trainer(
     backend = ToyBackend("", ToyOptions(seed=seed))
     roles: list[Role] = [role for term in objectives for role in term.objective.needs.roles]
     matching = matching or DMD()
-    compares: list[Role] = ["fake_score"] if getattr(matching, "compares_scores", True) else []
+    compares: list[Role] = ["fake_score"] if compares_scores(matching) else []
     backend.prepare(accelerator, roles=tuple(dict.fromkeys(["student", *compares, *roles])))
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
 

@@ -98,7 +98,7 @@ def measure(root: Path, seeds: list[int], only: set[str]) -> Cells:
     for seed in seeds:
         found = {title: (folder, stage) for title, folder, stage in cells(root, seed, only)}
         places = {title: folder for title, (folder, _) in found.items()}
-        both = {"teacher": Path("teacher"), "student": root / f"stage1-seed{seed}"}
+        both = {"student": root / f"stage1-seed{seed}", "teacher": Path("teacher")}  # that of the run
         steps = ["--num_inference_steps", "28", "4"]
         teachers = measured(root / f"methods-teacher-seed{seed}", both, *steps, seed=seed)
         for title in ("teacher-28", "teacher-4"):

@@ -8,6 +8,7 @@ nothing that is not finite is replaced.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ class ACDMD(DMD):
 
     Attributes:
         floor: Lower bound of the normaliser, in latent units.
+        time_weight: Weight of the direction by its renoise time: "none" as in DMD's code, or "alpha", alpha_t.
         consistency: Weight of the fake score's consistency term, published as 0.01; costs two more passes of the fake
             score. 0 leaves it out.
     """
 
+    time_weight: Literal["none", "alpha"] = "none"
     consistency: float = 0.01
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:

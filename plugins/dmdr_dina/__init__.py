@@ -98,13 +98,7 @@ class DiNa:
         known = meta and not Path(place.folder).is_dir()
         config = _checked(dict(CONFIG) if known else _read_config(place), place.folder)
         self._source = Source(self.backbone or config["backbone_model_id"])
-        transformer: Any
-        scheduler: Any
-        if meta and not Path(self._source.folder).is_dir():
-            with torch.device("meta"):
-                transformer = SD3Transformer2DModel(**BACKBONE)
-        else:
-            transformer = load_network(SD3Transformer2DModel, self._source, "transformer", dtype, meta=meta)
+        transformer, scheduler = _of_architecture(self._source, dtype) if meta else _of_files(self._source, dtype)
         if config["use_lora"] and not meta:
             files = [_fetch(place, f"checkpoint/backbone_lora/adapter_{name}") for name in ("config.json", WEIGHTS)]
             folder = str(files[0].parent)
@@ -115,14 +109,6 @@ class DiNa:
             load_strict(model.reward_head.state_dict(), read_weights(str(file)), str(file))
         self._model = model.to(device, dtype).eval().requires_grad_(False)
         self._dtype = dtype
-        if meta and not Path(self._source.folder).is_dir():
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        else:
-            with refusing(f"{self._source.place('scheduler')} has no readable configuration"):
-                own = FlowMatchEulerDiscreteScheduler.from_pretrained(
-                    self._source.folder, **self._source.files("scheduler")
-                )
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)
         nearest = (scheduler.sigmas - self.noise).abs().argmin()  # the authors look at its times only
         self._sigma, self._timestep = float(scheduler.sigmas[nearest]), float(scheduler.timesteps[nearest])
 
@@ -229,6 +215,23 @@ class Network(nn.Module):
         seen, read = [images[index] for index in self.image_layers], [texts[index] for index in self.text_layers]
         score: Tensor = self.reward_head(seen, read, time)
         return score
+
+
+def _of_files(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Transformer and scheduler of a pipeline."""
+    with refusing(f"{source.place('scheduler')} has no readable configuration"):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source.folder, **source.files("scheduler"))
+    return load_network(SD3Transformer2DModel, source, "transformer", dtype), scheduler
+
+
+def _of_architecture(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The same on the meta device; the published ones where the pipeline is not on this machine."""
+    if Path(source.folder).is_dir():
+        network = load_network(SD3Transformer2DModel, source, "transformer", dtype, meta=True)
+    else:
+        with torch.device("meta"):
+            network = SD3Transformer2DModel(**BACKBONE)
+    return network, FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def _read_config(place: Source) -> dict[str, Any]:

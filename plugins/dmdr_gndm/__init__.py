@@ -9,13 +9,11 @@ for this implementation. The paper's sum with rewards and its importance samplin
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from dmdr.matching import DMD, renoise_times, renoised_at
-from dmdr.paths import expand
 from dmdr.protocols import Context, Needs
-from dmdr.types import Direction, Draw, Renoised
+from dmdr.types import Draw, Renoised
 
 
 @dataclass(frozen=True)
@@ -40,22 +38,8 @@ class GNDM(DMD):
         t = renoise_times("renoise/t", draw, ctx, keys=draw.group)
         return (renoised_at(t, "renoise", draw, ctx),)
 
-    def scaled(
-        self,
-        anchor: Tensor,
-        target: Tensor,
-        dm: Tensor,
-        ca: Tensor,
-        t: Tensor,
-        draw: Draw,
-        ctx: Context,
-        t_ca: Tensor | None = None,
-    ) -> Direction:
-        """DMD's direction, with the normaliser of each sample replaced by that of its group."""
-        found = super().scaled(anchor, target, dm, ca, t, draw, ctx, t_ca)
+    def distance(self, anchor: Tensor, target: Tensor, draw: Draw) -> Tensor:
+        """The mean over each sample's group of DMD's."""
         own = (anchor - target).abs().flatten(1).mean(1)
         together = draw.group[:, None] == draw.group  # [B, B]; a micro-batch holds whole groups
-        mean = (together * own).sum(1) / together.sum(1)
-        ratio = expand(own.clamp_min(self.floor) / mean.clamp_min(self.floor), dm)
-        parts = {name: ratio * part for name, part in found.parts.items()}
-        return Direction(torch.stack([*parts.values()]).sum(0), parts)
+        return ((together * own).sum(1) / together.sum(1)).clamp_min(self.floor)

@@ -45,7 +45,7 @@ class LCM:
 
     @property
     def needs(self) -> Needs:
-        return Needs(reward=False, real_images=True, finished=False)
+        return Needs(reward=False, real_images=True, guided=True, finished=False)
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         backend, real = ctx.backend, ctx.real(draw)

@@ -69,7 +69,7 @@ class TDMR1:
 
     @property
     def needs(self) -> Needs:
-        return Needs(group_size=2)
+        return Needs(group_size=2, times=True, guided=True)
 
     def learners(self, backend: Backend, device: torch.device) -> Sequence[OwnLearner]:
         if not isinstance(backend, AddsRoles):

@@ -40,6 +40,8 @@ TOY: dict[str, tuple[int, dict[str, Any]]] = {
     "nft": (23, {"rl": "nft", "kl_beta": 0.1}),
     "rwr": (27, {"rl": "rwr"}),
     "lcm": (26, {"rl": "lcm"}),
+    "dmd2": (37, {"rl": "none", "matching": "dmd2"}),
+    "ladd": (31, {"rl": "none", "matching": "ladd"}),
 }
 FAMILY: dict[str, tuple[int, dict[str, Any]]] = {
     "sd1": (15, {}),

@@ -16,6 +16,7 @@ from dmdr.prompts import Prompts, PromptStream
 from dmdr.protocols import BringsLearners, Matching, Needs, OwnLearner, SampleWeight, matching_needs
 from dmdr.rewards import Rewards
 from dmdr.sampling import FewStepSampler, time_grid
+from dmdr.settings.chosen import compares_scores
 from dmdr.times import Beta
 from dmdr.training.learner import Learner
 from dmdr.training.objectives import Objectives, WeightedObjective
@@ -149,7 +150,7 @@ def trainer(
     weighted = [term if isinstance(term, tuple) else (1.0, term) for term in objectives]
     terms = [WeightedObjective(type(o).__name__.lower(), w, o) for w, o in weighted] if rl_weight else []
     student = learner("student", backend.parameters("student"), optimize)
-    compares = ["fake_score"] if getattr(matching, "compares_scores", True) else []
+    compares = ["fake_score"] if compares_scores(matching) else []
     fake_learners = [learner(role, backend.parameters(role), fake_optimize or optimize) for role in compares]
 
     def own_of(part: Any, owner: str) -> list[Learner]:

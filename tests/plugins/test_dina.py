@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -81,8 +82,6 @@ def prepared(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) 
 
 @pytest.fixture(scope="module")
 def family(backbone: Path) -> SD3Backend:
-    from accelerate import Accelerator
-
     backend = SD3Backend(str(backbone), with_options(SD3Backend.Options, max_sequence_length=128))
     backend.prepare(Accelerator(cpu=True), roles=("student",))
     return backend

@@ -153,8 +153,10 @@ def test_a_full_fake_score_has_no_adapter_to_mix_into_the_teacher(tmp_path: Path
 
 def test_a_stage_says_what_it_does() -> None:
     first, second = plan(rl_weight_schedule="cosine", rl_warmup_steps=2, stage2_learning_rate=1e-4).stages
-    assert str(first) == "1 update, learning rate 0.001, DMD x 1, DynaDG for 1, DynaRS for 1"
-    assert str(second) == "6 updates, learning rate 0.0001, DMD x 1, RL (0.5 refl) x 0.6, warm-up of 2, cosine to 0"
+    assert str(first) == "1 update, learning rate 0.001, matching x 1, DynaDG for 1, DynaRS for 1"
+    assert (
+        str(second) == "6 updates, learning rate 0.0001, matching x 1, RL (0.5 refl) x 0.6, warm-up of 2, cosine to 0"
+    )
 
 
 # --- The weight of the objectives over a run ------------------------------------------------------------------------

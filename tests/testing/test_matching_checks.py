@@ -142,7 +142,8 @@ class ToTheGrid(DMD):
 class WithHeads:
     """A matching with a learner of its own and a state, and what may be wrong with them."""
 
-    anchor, renoise, direction, scaled = DMD.anchor, DMD.renoise, DMD.direction, DMD.scaled
+    anchor, renoise, direction = DMD.anchor, DMD.renoise, DMD.direction
+    distance, scaled = DMD.distance, DMD.scaled
     floor: float = 1e-6
     time_weight: TimeWeight = "none"
     flaw: str = ""
