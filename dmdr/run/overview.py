@@ -7,6 +7,7 @@ from torch import nn
 from dmdr.protocols import OwnLearner, sizes_of
 from dmdr.run.job import Job
 from dmdr.run.plan import Stage
+from dmdr.run.real_images import Blank
 from dmdr.sizes import Size
 
 NOTHING_TO_MEASURE = "there is no reward, no judge, and no --reference_images to compare with"
@@ -60,7 +61,7 @@ def overview(
     }
     shared = f", {plan.shards} of which share one copy of the network" if plan.shards > 1 else ""
     lines["processes"] = f"{plan.batch.processes}{shared}"
-    if job.real_images:
+    if job.real_images and not isinstance(job.real_images.pictures, Blank):
         lines["real images"] = f"{len(job.real_images.rows):,} of {config.real_images or config.model}"
     if device:
         lines["device"] = device

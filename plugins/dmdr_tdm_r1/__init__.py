@@ -44,7 +44,7 @@ class TDMR1:
     slow copy of the surrogate that bounds its steps, without which the digits end at the same figures.
 
     Attributes:
-        beta: Sharpness of the preference; published 10 for SD3.5.
+        beta: Sharpness of the preference; 10 in the recipe of SD3.5.
         reference_weight: Of the squared distance to the teacher's error.
         limit: Of the square of e - e_R.
         learning_rate: Of the surrogate.

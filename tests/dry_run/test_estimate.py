@@ -1,6 +1,7 @@
 """`--dry_run` against what really happens: sizes of what is loaded, bytes that the allocator hands out in a step."""
 
 import gc
+import inspect
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -44,13 +46,15 @@ from dmdr.dry_run.estimate import (
     NETWORK,
     OPTIMIZER,
     AnyReward,
+    Bridge,
     Estimate,
+    MetaLatentReward,
     Process,
     estimate,
 )
 from dmdr.dry_run.memory import Blockwise, GPUKernels, Meter, attention, autocast
 from dmdr.errors import ConfigError
-from dmdr.protocols import with_options
+from dmdr.protocols import AddsRoles, GivesFeatures, GuidanceRule, LatentReward, Reward, SeveralSizes, with_options
 from dmdr.rewards import Rewards
 from dmdr.run.job import assemble
 from dmdr.run.run import Run
@@ -59,7 +63,10 @@ from dmdr.settings.models import pipeline_class
 from dmdr.settings.parse import parse, resolve
 from dmdr.training.objectives import combined_needs
 from dmdr_digits import Digits
+from dmdr_dina import DiNa
 from family import FAMILIES
+
+BACKENDS = (GivesFeatures, AddsRoles, GuidanceRule, SeveralSizes)  # which parts of a step ask for
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -678,3 +685,18 @@ def test_the_numbers_of_the_guide() -> None:
     guide = (root / "examples" / "guides" / "memory.md").read_text()
     row = next(line for line in guide.splitlines() if line.startswith("| `sit/stage2`"))
     assert [f"{found.total(n) / 2**30:.1f}" for n in (2, 3)] == [cell.strip() for cell in row.split("|")[5:7]]
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "protocols"),
+    [
+        (Bridge(SimpleNamespace(feature_widths=(), sizes=(), latent_shapes=()), Meter()), BACKENDS),  # type: ignore[arg-type]
+        (MetaLatentReward(DiNa()), (Reward, LatentReward)),
+    ],
+)
+def test_stand_ins_are_what_they_stand_for_in_every_python(stand_in: object, protocols: tuple[type, ...]) -> None:
+    """From Python 3.12 on, `isinstance` with a protocol looks at what is written, and not at `__getattr__`."""
+    for protocol in protocols:
+        members = {name for name in vars(protocol) if not name.startswith("_")} | protocol.__annotations__.keys()
+        for name in members:
+            inspect.getattr_static(stand_in, name)

@@ -225,8 +225,16 @@ def test_it_reads_families_of_its_latents_and_embeddings(folder: Path, family: S
     assert not reward.reads(other)
 
 
-def test_a_run_climbs_it(folder: Path, backbone: Path, tmp_path: Path) -> None:
-    """Joint DMD and ReFL, with an evaluation before and after."""
+@pytest.mark.parametrize("rl", ["refl", "draft"])
+def test_a_run_climbs_it(
+    folder: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rl: str
+) -> None:
+    """It is never given images, in no evaluation either."""
+
+    def refuse(*given: Any, **columns: Any) -> None:
+        raise AssertionError("it was given images")
+
+    monkeypatch.setattr(DiNa, "__call__", refuse)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a seven\na cat\n")
     run = dmdr.train(
@@ -234,7 +242,7 @@ def test_a_run_climbs_it(folder: Path, backbone: Path, tmp_path: Path) -> None:
         prompts=str(prompts),
         output_dir=str(tmp_path / "run"),
         reward="dina",
-        rl="refl",
+        rl=rl,
         dina_checkpoint=str(folder),
         stage1_steps=0,
         stage2_steps=4,

@@ -120,3 +120,15 @@ def test_a_damaged_export(copy: Path, key: str, value: Any, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         read_export(copy / "student")
     assert str(error.value) == f"{copy / 'student' / 'sampling.json'} is damaged: {said}"
+
+
+def test_a_fake_score_begins_anew_where_a_checkpoint_has_none(
+    tmp_path: Path, no_report: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of LADD, which compares no scores; the other way round nobody asks for the kind of the one that is there."""
+    trained = train(**FAST | {"matching": "ladd", "sample_weight": "none"}, output_dir=str(tmp_path / "ladd"))
+    second = {name: value for name, value in FAST.items() if name != "stage1_steps"}
+    train(**second, init_student=str(trained), output_dir=str(tmp_path / "dmd"))
+    assert any(said.endswith("has no fake score: it starts as the teacher") for said in caplog.messages)
+    checkpoint = find_initial(str(trained))
+    check_kind(checkpoint, RoleOptions(fake_score="full"))

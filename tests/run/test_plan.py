@@ -205,3 +205,13 @@ def test_a_sampler_that_a_family_does_not_know() -> None:
         assemble(parse(settings=FEW | {"sde_type": "ddim", "eta": 0.9, "sample_eta": 0.5}))
     with pytest.raises(ConfigError, match="this model family supports"):  # where training needs no sde_type
         assemble(parse(settings=FEW | {"sde_type": "ddim", "eta": 0.0, "sample_eta": 0.5}))
+
+
+def test_needs_that_only_objectives_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("asking.py").write_text(
+        "from dataclasses import dataclass\nfrom dmdr.matching import DMD\nfrom dmdr.protocols import Needs\n\n"
+        '@dataclass(frozen=True)\nclass Asking(DMD):\n    needs = Needs(reward=False, roles=("reference",))\n'
+    )
+    with pytest.raises(ConfigError, match=r"--matching asking\.py:Asking: needs of roles are for objectives"):
+        plan(matching="asking.py:Asking")
