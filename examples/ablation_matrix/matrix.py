@@ -202,7 +202,7 @@ class Reader:
                 raise ConfigError(f"{place}: start must be stage1 (with its fake score) or export, not {start}")
             known_settings(given, place)
             runs[label] = self.runs.of_cell(given, stage1, start == "export", place)
-            if lost := [key for key in own if key in stage1 and not runs[label][0].start]:
+            if lost := [key for key in own if key in stage1 and runs[label][0].stage == "stage 1"]:
                 raise ConfigError(f"{place} is a stage 1; set '{lost[0]}' in the block's stage1 instead")
         if not runs:
             raise ConfigError(f"{where} has no cells and no grid")

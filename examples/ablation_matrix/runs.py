@@ -29,7 +29,7 @@ STAGE2 = (
 )
 # What a folder is named after; a digest tells of the rest.
 AXES = (
-    *("reward", "dmd_weight", "rl_weight", "rt_dm_reward_tilt", "dyna_guidance", "dyna_renoise"),
+    *("matching", "reward", "dmd_weight", "rl_weight", "rt_dm_reward_tilt", "dyna_guidance", "dyna_renoise"),
     *("num_inference_steps", "guidance_scale"),
 )
 # What decides whether the inputs of a run can be found.
@@ -136,7 +136,12 @@ class Runs:
         if config.stage2_steps == 0:
             return [self._run(self._resolved(first, where), seed) for seed in self.seeds]
         if config.stage1_steps == 0:
-            raise ConfigError(f"{where}: stage1_steps is 0, but stage 2 needs a stage 1")
+            if export:
+                raise ConfigError(
+                    f"{where}: start is export, but stage1_steps is 0, so there is no stage 1 to go on from"
+                )
+            settings = self._resolved(given, where)  # with its dmd_weight, without a start
+            return [self._run(settings, seed) for seed in self.seeds]
         begun = self._resolved(first, f"{where}, its stage 1")
         starts = [self._run(begun, seed) for seed in self.seeds]
         return [self._run(settings, start.seed, start, export) for start in starts]
@@ -169,9 +174,9 @@ class Runs:
         settings = replace(settings, config=config)
         values = values_of(settings)
         varied = {key for key in AXES if key in values and values[key] != self.base.get(key)}
-        axes = [key for key in AXES if key in varied and (start or key not in STAGE2)]
+        axes = [key for key in AXES if key in varied and (config.stage2_steps or key not in STAGE2)]
         words = [f"{key}_{short(values[key])}" for key in axes] + ["from_export"] * export
-        words = [f"stage2_{short(config.rl)}" if start else "stage1", *words]
+        words = [f"stage2_{short(config.rl)}" if config.stage2_steps else "stage1", *words]
         while len("-".join(words)) > 90 and len(words) > 1:
             words.pop()  # the digest tells of it
         name = "-".join(words)[:90]

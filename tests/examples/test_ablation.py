@@ -71,7 +71,7 @@ def test_the_default_matrix_shares_what_is_the_same(default: Matrix) -> None:
     assert {start.name for start in starts.values() if start} == {blocks["table5b"]["stage 1"][0].name}
     assert len({run.start.name for (run, *_) in blocks["table6"].values() if run.start}) == 3  # one by guidance
     names = [run.name for run in default.runs]
-    assert len(set(names)) == len(names) == 93
+    assert len(set(names)) == len(names) == 111
     assert all(names.index(run.start.name) < names.index(run.name) for run in default.runs if run.start)
 
 
@@ -90,6 +90,15 @@ def test_every_claim_of_the_default_matrix_can_be_measured(default: Matrix) -> N
         assert block.claims
         assert len(set(block.claims)) == len(block.claims)
         assert all(claim.noise == 5 * (claim.metric == "frechet_distance") for claim in block.claims)
+
+
+def test_a_cell_without_a_stage_1_starts_from_the_teacher(default: Matrix) -> None:
+    cells = next(block.cells for block in default.blocks if block.name == "table1")
+    run = cells["LCM"][0]
+    config = run.settings.config
+    assert (run.start, config.init_student, config.dmd_weight, config.rl) == (None, None, 0.0, "lcm")
+    assert (run.updates, run.stage, run.evaluations[-1][0]) == (200, "stage 2", 200)
+    assert run.name.startswith("stage2_lcm-")
 
 
 def test_grids_exports_and_labels(tmp_path: Path, write: Write) -> None:
@@ -184,7 +193,7 @@ CELL = {"grid": {"rl_weight": [0.1, 1]}}
             "a cell may not set 'seed': the matrix sets it (from seeds)",
         ),
         ({"blocks": {"a": {"cells": {"x": {"start": "here"}}}}}, "cell 'x': start must be stage1"),
-        ({"blocks": {"a": {"cells": {"x": {"stage1_steps": 0}}}}}, "cell 'x': stage1_steps is 0"),
+        ({"blocks": {"a": {"cells": {"x": {"stage1_steps": 0, "start": "export"}}}}}, "cell 'x': start is export, but"),
         (
             {"blocks": {"a": {"cells": {"x": {"stage2_steps": 5}, "y": {}}}}},
             "block a: 'x' has 11 updates, but 'y' has",
