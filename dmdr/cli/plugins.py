@@ -12,7 +12,7 @@ from pathlib import Path
 import dmdr
 from dmdr.cli.common import CommandParser, command
 from dmdr.errors import ConfigError
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 
 # By kind: the example that is copied, and of each plugin in it the group, the name, the class and the new name.
 TEMPLATES = {
@@ -56,7 +56,7 @@ def list_plugins() -> None:
 
 def _lines() -> dict[registry.Plugin, tuple[str, str]]:
     """What users type for each plugin, and its line."""
-    names = {plugin: name for group in registry.GROUPS for plugin, name in registry.typed_names(group).items()}
+    names = {plugin: name for group in kinds.GROUPS for plugin, name in registry.typed_names(group).items()}
     cells = {p: (p.group[:-1], name, f"{p.distribution} {p.version}", p.target) for p, name in names.items()}
     widths = [max(len(cell) for cell in column) for column in zip(*cells.values(), strict=True)]
     return {
@@ -93,8 +93,9 @@ def check_plugins(names: Sequence[str] = ()) -> int:
             continue
         with redirect_stdout(sys.stderr):  # what a module prints when it is imported
             broken = registry.problem(plugin)
-            optional = [] if broken else registry.optional_protocols(plugin)
-            doubts = [] if broken else registry.doubts(plugin.group, registry.imported(plugin))
+            cls = None if broken else registry.imported(plugin)
+            optional = kinds.optional_protocols(plugin.group, cls) if cls else []
+            doubts = kinds.doubts(plugin.group, cls) if cls else []
         count += broken is not None
         said = f"  broken: {' '.join(broken.split())}" if broken else ""
         print(line + (f"  ({', '.join(optional)})" if optional else "") + said, flush=True)

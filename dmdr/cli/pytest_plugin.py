@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from dmdr.errors import ConfigError, TrainingError, one_line
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.settings.fields import typed
 from dmdr.settings.functions import load_object
 
@@ -155,7 +155,7 @@ def _classes(name: str) -> list[tuple[str, Any]]:
         found = [(group, registry.load(group, name)) for group in CHECKS if registry.registered(group, name)]
         if found:
             return found
-        for group in registry.GROUPS:
+        for group in kinds.GROUPS:
             if registry.registered(group, name):
                 raise ConfigError(f"this is one of the {group}, which have no checks")
         if ":" not in name:
@@ -164,7 +164,7 @@ def _classes(name: str) -> list[tuple[str, Any]]:
                 f"no plugin of this name is installed{registry.suggest(name, known)}; dmdr-plugins lists all; "
                 "write a plugin in a file as my_file.py:NAME"
             )
-        kind = registry.kind(load_object(name))
+        kind = kinds.kind(load_object(name))
         if kind is None:
             raise ConfigError(
                 "it is no plugin: an objective has `needs`, a reward has `differentiable`, a matching has `fake_loss`, "
@@ -176,8 +176,8 @@ def _classes(name: str) -> list[tuple[str, Any]]:
 
 def _fields(group: str, cls: Any) -> dict[str, Any]:
     """Its flags by name, and their types."""
-    hints = typing.get_type_hints(registry.flags_of(group, cls))
-    return {field.name: hints[field.name] for field in registry.flag_fields(group, cls)}
+    hints = typing.get_type_hints(kinds.flags_of(group, cls))
+    return {field.name: hints[field.name] for field in kinds.flag_fields(group, cls)}
 
 
 def _file(cls: Any) -> str:
@@ -223,10 +223,10 @@ def _pairs(config: pytest.Config, flag: str) -> Iterator[tuple[str, str]]:
 
 def _read(flag: str, key: str, text: str, hint: Any = None) -> Any:
     """A value of this type: text and numbers as a flag takes them, anything else as YAML."""
-    kinds = (hint, *(typing.get_args(hint) if typing.get_origin(hint) is not list else ()))
-    if text in kinds or (str in kinds and (text != "null" or type(None) not in kinds)):
+    accepted = (hint, *(typing.get_args(hint) if typing.get_origin(hint) is not list else ()))
+    if text in accepted or (str in accepted and (text != "null" or type(None) not in accepted)):
         return text
-    if float in kinds:
+    if float in accepted:
         with suppress(ValueError):  # YAML takes 1e-4 for text
             return float(text)
     try:

@@ -1,6 +1,7 @@
 """Before a run: which folder, which checkpoint, and what has to go first."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -195,7 +196,7 @@ def changes(checkpoint: Path, settings: Mapping[str, Any]) -> list[str]:
         held = json.loads((run / INPUTS).read_text())
     for name, now in json.loads(inputs_of(settings)).items() if isinstance(held, dict) else ():
         if now and held.get(name, now) != now:
-            found.append(f"--{name} {' '.join(_listed(settings[name]))} holds other prompts than when the run began")
+            found.append(f"--{name} {' '.join(_listed(settings[name]))} has changed since the run began")
     return found
 
 
@@ -207,10 +208,21 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def inputs_of(settings: Mapping[str, Any]) -> str:
-    """Size and hash of the files of prompts, as JSON; null where they are in no single file."""
-    given = {name: _listed(settings[name]) for name in ("prompts", "validation_prompts")}
-    files = {name: each[0] if len(each) == 1 and each[0] else "" for name, each in given.items()}
-    return json.dumps({name: identity(Path(f)) if os.path.isfile(f) else None for name, f in files.items()}) + "\n"
+    """What prompts and real images are read from, as JSON: `identity` of a file or a folder, null of anything else."""
+    given = {name: _listed(settings[name]) for name in ("prompts", "validation_prompts", "real_images")}
+    places = {name: each[0] if len(each) == 1 and each[0] else "" for name, each in given.items()}
+    return json.dumps({name: _identity(place) for name, place in places.items()}) + "\n"
+
+
+def _identity(place: str) -> dict[str, Any] | None:
+    """Size and hash of a file. Of a folder, how many files it has, and a hash of their names and sizes."""
+    path = next((Path(name) for name in (place, place.partition(":")[0]) if name and os.path.exists(name)), None)
+    if path is None:
+        return None
+    if path.is_file():
+        return identity(path)
+    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+    return {"files": len(files), "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
 
 
 def _is_run(folder: Path) -> bool:

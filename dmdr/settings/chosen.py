@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.settings.expression import Term, parse_sum
 from dmdr.settings.fields import TOPICS
 
@@ -47,19 +47,19 @@ class Chosen:
     @property
     def flags(self) -> type:
         """The dataclass whose fields are its flags."""
-        flags: type = registry.flags_of(self.group, self.cls)
+        flags: type = kinds.flags_of(self.group, self.cls)
         return flags
 
     @property
     def own_flags(self) -> list[Any]:
         """The fields that are flags of its own; a family or benchmark may have others, which the core's fill in."""
         core = TOPICS if self.group == "backends" else SHARED if self.group == "benchmarks" else ()
-        return [f for f in registry.flag_fields(self.group, self.cls) if f.name not in core]
+        return [f for f in kinds.flag_fields(self.group, self.cls) if f.name not in core]
 
     def values(self, settings: Any) -> dict[str, Any]:
         """Of all its fields: those of its own flags, and the settings of a command that have the others' names."""
         own = {f.name for f in self.own_flags}
-        shared = [f.name for f in registry.flag_fields(self.group, self.cls) if f.name not in own]
+        shared = [f.name for f in kinds.flag_fields(self.group, self.cls) if f.name not in own]
         return self.options | {name: getattr(settings, name) for name in shared if hasattr(settings, name)}
 
     def key(self, option: str) -> str:
@@ -153,4 +153,4 @@ def flags_of_all(group: str) -> dict[str, list[Any]]:
     """The flags of each plugin of a group that works, as dataclass fields; imports them all."""
     every = registry.plugins(group)
     usable = [name for name, plugin in every.items() if registry.problem(plugin) is None]
-    return {name: registry.flag_fields(group, registry.imported(every[name])) for name in usable}
+    return {name: kinds.flag_fields(group, registry.imported(every[name])) for name in usable}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.settings.chosen import Chosen, flags_of_all
 from dmdr.settings.fields import Config
 
@@ -109,10 +109,10 @@ def hint(flag: str, known: Sequence[str], chosen: Sequence[Chosen], command: typ
 def _owners(flag: str, chosen: Sequence[Chosen]) -> list[str]:
     """Which other model families, matchings and so on have a flag of this name."""
     names, said = {part.group: part.name for part in chosen}, []
-    for group in registry.WITH_FLAGS:
+    for group in kinds.WITH_FLAGS:
         who = [name for name, flags in flags_of_all(group).items() if any(f.name == flag for f in flags)]
         if who:
             cure = ", so leave it out" if group == "backends" else ""
-            noun, here = registry.NOUNS[group], names.get(group, "none")
+            noun, here = kinds.NOUNS[group], names.get(group, "none")
             said.append(f"{noun} with this flag: {', '.join(who)}; this run uses {here}{cure}")
     return said

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.settings.chosen import Chosen, flags_of_all, parts_of
 from dmdr.settings.fields import TOPICS, Config
 
@@ -60,7 +60,7 @@ def _of_default_weight(key: str, in_file: Mapping[str, Any], chosen: Sequence[Ch
     if "sample_weight" in in_file or any(plugin.group == "sample_weights" for plugin in chosen):
         return []
     weight = registry.load("sample_weights", Config.sample_weight, "dmdr")
-    return [f for f in registry.flag_fields("sample_weights", weight) if f.name == key]
+    return [f for f in kinds.flag_fields("sample_weights", weight) if f.name == key]
 
 
 def _of_families(key: str) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dmdr.errors import ConfigError
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.settings.chosen import ALONE, SUMS, Chosen, load, named_in, parts_of
 from dmdr.settings.fields import Config, Flags, typed
 from dmdr.settings.leftovers import left_out
@@ -115,8 +115,8 @@ def parse(
     found = resolve(arguments, settings, beginning)
     check_read(found.config, found.plugins, found.told)
     for plugin in found.plugins:
-        for doubt in registry.doubts(plugin.group.removeprefix("eval_"), plugin.cls):
-            logger.warning("%s '%s' %s", registry.NOUNS[plugin.group], plugin.title, doubt)
+        for doubt in kinds.doubts(plugin.group.removeprefix("eval_"), plugin.cls):
+            logger.warning("%s '%s' %s", kinds.NOUNS[plugin.group], plugin.title, doubt)
     return found
 
 
@@ -139,7 +139,7 @@ def resolve(
     about = {
         "prog": "dmdr-train",
         "description": DESCRIPTION,
-        "epilog": f"{EPILOG} {installed(*registry.GROUPS)}",
+        "epilog": f"{EPILOG} {installed(*kinds.GROUPS)}",
     }
     if first.help and all(asked[key] is None for key in ("model", "backend", *SUMS.values())):
         Parser(Config, whole=first.help == "all", **about).print_help()
@@ -234,9 +234,7 @@ def _choose(sums: Mapping[str, str], own: Mapping[str, str]) -> list[Chosen]:
     for group, why in ALONE.items():
         weights = [plugin.weight for plugin in chosen if plugin.group == group]
         if weights != [1.0] and (weights or group == "matchings"):
-            raise ConfigError(
-                f"--{SUMS[group]} {sums[SUMS[group]]}: write the name of one {registry.NOUNS[group]}; {why}"
-            )
+            raise ConfigError(f"--{SUMS[group]} {sums[SUMS[group]]}: write the name of one {kinds.NOUNS[group]}; {why}")
     return chosen
 
 

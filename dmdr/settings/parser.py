@@ -13,7 +13,7 @@ from typing import Any
 from trl import TrlParser
 
 from dmdr.errors import ConfigError, Refusing
-from dmdr.settings import registry
+from dmdr.settings import kinds
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import COMMON, TOPICS, Config, check_types
 from dmdr.settings.hints import hint
@@ -186,7 +186,7 @@ class Parser(Refusing, TrlParser):
     def group_by_plugin(self, chosen: Sequence[Chosen]) -> None:
         """Show the flags of each plugin under its name."""
         titles = {
-            plugin.key(f.name): f"{registry.NOUNS[plugin.group]} {plugin.title}"
+            plugin.key(f.name): f"{kinds.NOUNS[plugin.group]} {plugin.title}"
             for plugin in chosen
             for f in plugin.own_flags
         }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.settings.chosen import parts_of
 
 # Where a run writes to is never among the settings that it keeps: who finds one there would lose another folder to it.
@@ -29,7 +29,7 @@ def require_installed(group: str, name: str, place: object, cure: str) -> None:
         ConfigError: Unless it is the name of an installed plugin, or could be no other.
     """
     if ":" in name and not registry.is_installed(group, name):
-        raise ConfigError(f"{place} names the {registry.NOUNS[group]} '{name}', which is not installed; {cure}")
+        raise ConfigError(f"{place} names the {kinds.NOUNS[group]} '{name}', which is not installed; {cure}")
 
 
 def check_config(file: str, held: Mapping[str, Any], used: Mapping[str, Any]) -> None:

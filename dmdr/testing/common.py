@@ -18,7 +18,7 @@ from dmdr.errors import ConfigError, TrainingError
 from dmdr.paths import Prediction
 from dmdr.protocols import Backend, Role
 from dmdr.randomness import Random
-from dmdr.settings.registry import doubts, examine
+from dmdr.settings.kinds import doubts, examine
 from dmdr.states import check_storable
 from dmdr.training.context import StepContext
 from dmdr.training.trainer import Trainer

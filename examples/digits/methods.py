@@ -4,7 +4,7 @@
     python examples/digits/methods.py --seeds 0 --only dmd tdm
 
 Each method has two rows. In the first it makes as many updates as the others. In the second it takes about as long as
-DMD, or as ReFL beside DMD: by the seconds of its own first row and of theirs on the same machine, so run nothing beside
+DMD, or as ReFL beside DMD: by the seconds of its own first row and of theirs, in the first seed, so run nothing beside
 it. The second is left out where the two differ by less than a tenth.
 
 Every cell is an ordinary run folder under --output_dir, which it shares with table.py; finished ones are not repeated.
@@ -13,14 +13,17 @@ Every cell is an ordinary run folder under --output_dir, which it shares with ta
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from table import METRICS, Cells, markdown, measured, trained
 
-DISTIL, ALIGN = 140, 60  # updates, as of the recipe
-DISTILLED: Mapping[str, dict[str, Any]] = {  # by row; all but the last two as stage 1
+START = "stage1"  # of the names of run folders
+DISTILLED: Mapping[str, dict[str, Any]] = {  # by name; all but the last as stage 1
     "dmd": {},
     "dmd, eta 0": {"eta": 0.0},
     "dmd, full fake score": {"fake_score": "full"},
@@ -34,7 +37,7 @@ DISTILLED: Mapping[str, dict[str, Any]] = {  # by row; all but the last two as s
     "ladd": {"matching": "ladd", "gan_learning_rate": 1e-3},
     "lcm": {"rl": "lcm", "dmd_weight": 0.0, "rl_weight": 1.0, "stage2_learning_rate": 1.2e-3},
 }
-ALIGNED: Mapping[str, dict[str, Any]] = {  # by row; each joins DMD, from one stage 1
+ALIGNED: Mapping[str, dict[str, Any]] = {  # by name; each joins DMD, from one stage 1
     "refl": {"rl": "refl"},
     "refl, KL": {"rl": "refl", "kl_beta": 0.1},
     "draft": {"rl": "draft"},
@@ -50,62 +53,104 @@ ALIGNED: Mapping[str, dict[str, Any]] = {  # by row; each joins DMD, from one st
 COLUMNS = METRICS | {"seconds": "seconds", "memory": "GiB"}
 
 
-def cost(folder: Path, stage: int) -> tuple[float, float]:
-    """Seconds that the updates of a stage took, and the most memory that its process had, GiB; by the log."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    own = [line for line in lines if line["stage"] == stage]
-    first, last = own[0]["step"], own[-1]["step"]
-    seconds = sum(line["seconds"] for line in own) / len(own) * (last - first + 1)
-    return seconds, max(line["peak_memory_gib"] for line in lines)
+@dataclass(frozen=True)
+class Method:
+    """A row, or two.
+
+    Attributes:
+        name: Of the table.
+        updates: Of the first row, as of the recipe.
+        own: What it sets beside the recipe.
+        start: Name of the folder of the stage 1 that it goes on from, without the seed; none if it is its own.
+    """
+
+    name: str
+    updates: int
+    own: Mapping[str, Any]
+    start: str = ""
+
+    @property
+    def stage(self) -> int:
+        """That it trains in."""
+        return 2 if "rl" in self.own else 1
+
+    def run(self, root: Path, seed: int, updates: int | None = None, **settings: Any) -> Path:
+        """The folder of its run of so many updates, trained unless it is there."""
+        start: dict[str, Any] = {"stage1_steps": 0} if self.stage == 2 else {"stage2_steps": 0}
+        if self.start:
+            start = {"init_student": str(root / f"{self.start}-seed{seed}")}
+        updates = updates or self.updates
+        name = self.name.replace(", ", "-").replace(" ", "_")
+        folder = root / f"{'aligned' if self.start else 'distilled'}-{name}-{updates}-seed{seed}"
+        settings = {"teacher_steps": 4, **self.own, **start, f"stage{self.stage}_steps": updates, **settings}
+        return trained(folder, seed=seed, **settings)
+
+    def seconds(self, folder: Path) -> float:
+        """What the updates of a run of it took, by the log."""
+        own = [line for line in log(folder) if line["stage"] == self.stage]
+        first, last = own[0]["step"], own[-1]["step"]
+        mean: float = sum(line["seconds"] for line in own) / len(own)
+        return mean * (last - first + 1)
+
+    def memory(self, root: Path, seed: int) -> float:
+        """What a process has at most in five updates, GiB; an evaluation would take more than they do."""
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            folder = process.submit(self.run, root, seed, 5, num_eval_samples=0).result()
+        peak: float = max(line["peak_memory_gib"] for line in log(folder))
+        return peak
 
 
-def updated(place: Path, updates: int, stage: int, settings: Mapping[str, Any]) -> Path:
-    """The folder of a run of so many updates in a stage, trained unless it is there."""
-    folder = place.with_name(f"{place.name}-{updates}-seed{settings['seed']}")
-    return trained(folder, **settings, **{f"stage{stage}_steps": updates})
+METHODS = [
+    *(Method(name, 140, own) for name, own in DISTILLED.items()),
+    *(Method(name, 60, own, START) for name, own in ALIGNED.items()),
+]
 
 
-def cells(root: Path, seed: int, only: set[str]) -> Iterator[tuple[str, Path, int]]:
-    """Title, run folder and stage of each row; trains what is not there."""
-    first = trained(root / f"stage1-seed{seed}", seed=seed, stage2_steps=0)
-    for kind, methods, usual in (("distilled", DISTILLED, DISTIL), ("aligned", ALIGNED, ALIGN)):
-        allowed = 0.0  # seconds of the first method
-        for name, own in methods.items():
-            if only and name not in only and name != next(iter(methods)):
-                continue
-            stage = 2 if "rl" in own else 1
-            about = {"seed": seed, "teacher_steps": 4, **own}
-            if kind == "aligned":
-                about |= {"init_student": str(first)}
-            elif stage == 1:
-                about |= {"stage2_steps": 0}
-            else:
-                about |= {"stage1_steps": 0}
-
-            place = root / f"{kind}-{name.replace(', ', '-').replace(' ', '_')}"
-            folder = updated(place, usual, stage, about)
-            seconds, _ = cost(folder, stage)
-            allowed = allowed or seconds
-            yield f"{name}, {usual} updates", folder, stage
-            updates = round(usual * allowed / seconds)
-            if abs(updates - usual) > 0.1 * usual:
-                yield f"{name}, as long", updated(place, updates, stage, about), stage
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def measure(root: Path, seeds: list[int], only: set[str]) -> Cells:
+def cells(root: Path, seed: int, methods: list[Method], longer: dict[str, int]) -> dict[str, tuple[Method, Path]]:
+    """Method and run folder of each row, by title; trains what is not there.
+
+    Args:
+        longer: Updates of a second row by method; those that are missing are computed from this seed.
+    """
+    trained(root / f"{START}-seed{seed}", seed=seed, stage2_steps=0)
+    found: dict[str, tuple[Method, Path]] = {}
+    allowed: dict[str, float] = {}  # seconds of the first method with this start
+    for method in methods:
+        folder = method.run(root, seed)
+        found[f"{method.name}, {method.updates} updates"] = method, folder
+        if method.name not in longer:
+            took = method.seconds(folder)
+            longer[method.name] = round(method.updates * allowed.setdefault(method.start, took) / took)
+        updates = longer[method.name]
+        if abs(updates - method.updates) > 0.1 * method.updates:
+            found[f"{method.name}, {updates} updates"] = method, method.run(root, seed, updates)
+    return found
+
+
+def measure(root: Path, seeds: list[int], methods: list[Method]) -> Cells:
     """Rows of the table, each with one evaluation per seed."""
     rows: Cells = {}
+    longer: dict[str, int] = {}
+    peaks: dict[str, float] = {}
     for seed in seeds:
-        found = {title: (folder, stage) for title, folder, stage in cells(root, seed, only)}
-        places = {title: folder for title, (folder, _) in found.items()}
-        both = {"student": root / f"stage1-seed{seed}", "teacher": Path("teacher")}  # that of the run
+        found = cells(root, seed, methods, longer)
+        both = {"student": root / f"{START}-seed{seed}", "teacher": Path("teacher")}  # that of the run
         steps = ["--num_inference_steps", "28", "4"]
         teachers = measured(root / f"methods-teacher-seed{seed}", both, *steps, seed=seed)
         for title in ("teacher-28", "teacher-4"):
             rows.setdefault(title.replace("-", ", ") + " steps", []).append(teachers[title])
+        places = {title: folder for title, (_, folder) in found.items()}
         for title, values in measured(root / f"methods-seed{seed}", places, seed=seed).items():
-            seconds, memory = cost(*found[title])
-            rows.setdefault(title, []).append(values | {"seconds": seconds, "memory": memory})
+            method, folder = found[title]
+            if method.name not in peaks:
+                peaks[method.name] = method.memory(root, seed)
+            rows.setdefault(title, []).append(
+                values | {"seconds": method.seconds(folder), "memory": peaks[method.name]}
+            )
     return rows
 
 
@@ -115,9 +160,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="rows, beside the first of each kind")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/digits-table"))
     args = parser.parse_args()
-    if unknown := set(args.only) - DISTILLED.keys() - ALIGNED.keys():
-        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join([*DISTILLED, *ALIGNED])}")
-    print(markdown(measure(args.output_dir, args.seeds, set(args.only)), COLUMNS))
+    if unknown := set(args.only) - {method.name for method in METHODS}:
+        known = ", ".join(method.name for method in METHODS)
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {known}")
+    first = {"dmd", "refl"}  # whose seconds the others are given
+    chosen = [method for method in METHODS if not args.only or method.name in first | set(args.only)]
+    print(markdown(measure(args.output_dir, args.seeds, chosen), COLUMNS))
     return 0
 
 

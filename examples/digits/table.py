@@ -48,7 +48,7 @@ Cells = dict[str, list[dict[str, float]]]
 def trained(folder: Path, **settings: Any) -> Path:
     """The folder of a run, trained unless it is there."""
     if not (folder / "report.html").exists():
-        settings |= {"num_eval_samples": 2000, "overwrite_output_dir": folder.exists()}
+        settings = {"num_eval_samples": 2000} | settings | {"overwrite_output_dir": folder.exists()}
         train(model="digits", output_dir=str(folder), **settings)
     return folder
 

@@ -45,14 +45,11 @@ from dmdr.dry_run.estimate import (
     META,
     NETWORK,
     OPTIMIZER,
-    AnyReward,
-    Bridge,
     Estimate,
-    MetaLatentReward,
-    Process,
     estimate,
 )
 from dmdr.dry_run.memory import Blockwise, GPUKernels, Meter, attention, autocast
+from dmdr.dry_run.stand_ins import AnyReward, Bridge, MetaLatentReward, Process
 from dmdr.errors import ConfigError
 from dmdr.protocols import AddsRoles, GivesFeatures, GuidanceRule, LatentReward, Reward, SeveralSizes, with_options
 from dmdr.rewards import Rewards

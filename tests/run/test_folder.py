@@ -14,7 +14,7 @@ from dmdr import train
 from dmdr.backends.toy import ToyBackend
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.run.checkpoint import checkpoints, damage
-from dmdr.run.folder import changes, claimed
+from dmdr.run.folder import changes, claimed, inputs_of
 from dmdr.settings.parse import read_yaml
 from dmdr.training.trainer import Trainer
 
@@ -119,7 +119,18 @@ def test_prompts_that_have_changed_are_noticed(run: Path, caplog: pytest.LogCapt
     prompts.write_text('{"prompt": "mode 1", "label": 1}\n')
     step = str(run / "checkpoints" / "step-000003")
     train(resume_from_checkpoint=step, prompts=str(prompts))
-    assert any(re.search("--prompts .* holds other prompts than when the run began", line) for line in caplog.messages)
+    assert any(re.search("--prompts .* has changed since the run began", line) for line in caplog.messages)
+
+
+def test_a_folder_is_known_by_names_and_sizes(tmp_path: Path) -> None:
+    settings = {"prompts": ["a", "b"], "validation_prompts": None, "real_images": f"{tmp_path}/photos:train"}
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    (tmp_path / "photos" / "train" / "0.png").write_bytes(b"one")
+    first = json.loads(inputs_of(settings))
+    assert (first["prompts"], first["validation_prompts"], first["real_images"]["files"]) == (None, None, 1)
+    assert json.loads(inputs_of(settings)) == first
+    (tmp_path / "photos" / "train" / "0.png").write_bytes(b"another")
+    assert json.loads(inputs_of(settings)) != first
 
 
 def test_another_batch_is_refused(run: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_resumed_run_keeps_them_or_draws_the_teacher_anew(
     assert shown(folder) == TWO * 2 and (folder / "samples" / "teacher.png").stat().st_mtime_ns == drawn
     (tmp_path / "grid.txt").write_text("mode 2\n")
     train(**again, stage2_steps=2)
-    said = f"--resume_from_checkpoint: --validation_prompts {tmp_path}/grid.txt holds other prompts than when the run"
+    said = f"--resume_from_checkpoint: --validation_prompts {tmp_path}/grid.txt has changed since the run began"
     assert any(message.startswith(said) for message in caplog.messages)
     assert shown(folder, "teacher.png") == shown(folder, "step-000004.png") == ["mode 2"] * 4
 

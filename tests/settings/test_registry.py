@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmdr.errors import ConfigError
-from dmdr.settings import registry
-from dmdr.settings.registry import GROUPS, Plugin, PluginError, find, load, plugins, problem, registered, suggest
+from dmdr.settings.kinds import GROUPS, NOUNS, PluginError
+from dmdr.settings.registry import Plugin, find, load, plugins, problem, registered, suggest
 
 Install = Callable[..., None]
 
@@ -376,7 +376,7 @@ def test_listing_imports_neither_torch_nor_any_plugin() -> None:
     code = """
 import json, sys
 import dmdr, dmdr.settings.registry
-found = sum((list(dmdr.settings.registry.plugins(group)) for group in dmdr.settings.registry.GROUPS), [])
+found = sum((list(dmdr.settings.registry.plugins(group)) for group in dmdr.settings.kinds.GROUPS), [])
 print(json.dumps([found, sorted(name.partition(".")[0] for name in sys.modules)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -453,7 +453,7 @@ def test_a_mistyped_distribution_is_suggested(install: Install) -> None:
 
 
 def test_groups_read_as_nouns() -> None:
-    kinds = ["objective", "reward", "matching", "sample_weight", "backend", "model", "benchmark"]
-    assert [group[:-1] for group in registry.GROUPS] == kinds
+    names = ["objective", "reward", "matching", "sample_weight", "backend", "model", "benchmark"]
+    assert [group[:-1] for group in GROUPS] == names
     nouns = ["objective", "reward", "matching", "sample weight", "model family", "model", "benchmark"]
-    assert [registry.NOUNS[group] for group in registry.GROUPS] == nouns
+    assert [NOUNS[group] for group in GROUPS] == nouns

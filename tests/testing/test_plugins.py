@@ -9,7 +9,7 @@ import pytest
 
 from benchmark_parts import build_judge
 from dmdr.protocols import NamedModel, with_options
-from dmdr.settings import registry
+from dmdr.settings import kinds, registry
 from dmdr.testing import (
     check_backend,
     check_benchmark,
@@ -86,7 +86,7 @@ def test_benchmark(name: str, digits: Digits, tmp_path: Path) -> None:
 
 def with_judge(group: str, cls: type, folder: Path) -> dict[str, str]:
     """The option of a plugin that asks a vision-language model: a small one, in this folder."""
-    if "judge" not in [field.name for field in registry.flag_fields(group, cls)]:
+    if "judge" not in [field.name for field in kinds.flag_fields(group, cls)]:
         return {}
     build_judge(folder)
     return {"judge": str(folder)}
