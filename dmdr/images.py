@@ -1,17 +1,21 @@
-"""Image tensors to files: the same rounding as diffusers, image grids to look at, files that are complete or absent."""
+"""Image tensors to files, as diffusers rounds them, and back; image grids; files that are complete or absent."""
 
 import base64
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from dmdr.errors import ConfigError
 
 CELL = 48  # px; smaller images are enlarged to at least this
 GAP = 2  # px of white between two cells
@@ -134,3 +138,49 @@ def embed(path: Path, max_width: int = 1600) -> tuple[str, int, int]:
             image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
             data, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height
+
+
+def read_image(file: Path | BinaryIO, name: object = None) -> Tensor:
+    """An image as [3, H, W] uint8, converted to RGB as in published evaluations: alpha and EXIF rotation are ignored.
+
+    Args:
+        file: Its path, or its bytes.
+        name: Of the image, where that is not the path.
+
+    Raises:
+        ConfigError: If it is damaged, or has more than 8 bits per channel.
+    """
+    name = name or file
+    with _open(file, name) as image:
+        try:
+            pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # each decoder has its own
+            raise _unreadable(name, error) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_headers(paths: Iterable[Path]) -> None:
+    """Refuse files that `read_image` could not read, by their headers.
+
+    Raises:
+        ConfigError: Names the first one.
+    """
+    for path in paths:
+        _open(path, path).close()
+
+
+def _open(file: Path | BinaryIO, name: object) -> Image.Image:
+    try:
+        image = Image.open(file)
+    except Exception as error:  # each decoder has its own
+        raise _unreadable(name, error) from error
+    if image.mode.startswith(("I", "F")):
+        image.close()
+        raise ConfigError(f"{name} has more than 8 bits per channel; convert it to 8 bits first")
+    return image
+
+
+def _unreadable(name: object, error: Exception) -> ConfigError:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ConfigError(f"{name} is no image")
+    return ConfigError(f"{name} cannot be read: {error}")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dmdr.errors import ConfigError
-from dmdr.evaluation.image_folder import check_headers, find_index
+from dmdr.evaluation.image_folder import find_index
 from dmdr.evaluation.pictures import Archive, Dataset, Files, Pictures, pictures_in
+from dmdr.images import check_headers
 from dmdr.prompt_files import TEXT, Row, TextFile, likely_column, refuse_arguments, suffix_of
 
 FLAG = "--real_images"

@@ -6,17 +6,14 @@ The index is the metadata file of the `imagefolder` layout of `datasets`, which 
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from dmdr import images
 from dmdr.errors import ConfigError
+from dmdr.images import check_headers
 from dmdr.prompts import Row, read_prompts
 
 INDEX = "metadata.jsonl"
@@ -126,52 +123,6 @@ def find_images(folder: str, *, checked: bool = True) -> list[Path]:
     return paths
 
 
-def check_headers(paths: Iterable[Path]) -> None:
-    """Refuse files that are no images, by their headers.
-
-    Raises:
-        ConfigError: Names the first one.
-    """
-    for path in paths:
-        _open(path, path).close()
-
-
 def _natural(path: Path) -> tuple[list[str | int], str]:
     parts = re.split(r"(\d+)", path.stem)  # text and number in turn
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
-
-
-def _open(file: Path | BinaryIO, name: object) -> Image.Image:
-    try:
-        image = Image.open(file)
-    except Exception as error:  # each decoder has its own
-        raise _unreadable(name, error) from error
-    if image.mode.startswith(("I", "F")):
-        image.close()
-        raise ConfigError(f"{name} has more than 8 bits per channel; convert it to 8 bits first")
-    return image
-
-
-def read_image(file: Path | BinaryIO, name: object = None) -> Tensor:
-    """An image as [3, H, W] uint8, converted to RGB as in published evaluations: alpha and EXIF rotation are ignored.
-
-    Args:
-        file: Its path, or its bytes.
-        name: Of the image, where that is not the path.
-
-    Raises:
-        ConfigError: If it is damaged.
-    """
-    name = name or file
-    with _open(file, name) as image:
-        try:
-            pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # each decoder has its own
-            raise _unreadable(name, error) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _unreadable(name: object, error: Exception) -> ConfigError:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return ConfigError(f"{name} is no image")
-    return ConfigError(f"{name} cannot be read: {error}")

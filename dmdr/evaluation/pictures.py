@@ -18,8 +18,9 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from dmdr.errors import ConfigError, one_line
-from dmdr.evaluation.image_folder import find_images, read_image
+from dmdr.evaluation.image_folder import find_images
 from dmdr.hub import is_hub_id, open_dataset
+from dmdr.images import read_image
 from dmdr.prompts import Row, is_plain
 
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.groups import spread_out
+from dmdr.images import check_headers, read_image
 from dmdr.protocols import Backend
 
 
@@ -50,7 +49,8 @@ def read_pairs(path: str) -> list[Pair]:
     Blank lines are skipped.
 
     Raises:
-        ConfigError: If the file or an image is missing, or a line is no pair; names file and line.
+        ConfigError: If the file or an image is missing, the image is none by its header, or a line is no pair; names
+            file and line.
     """
     if not Path(path).is_file():
         raise ConfigError(f"dpo: no such file of pairs: {path}")
@@ -82,10 +82,15 @@ def _pair(row: object, folder: Path) -> Pair:
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"'{key}' is missing, empty or no string")
-    for key in ("chosen", "rejected"):
-        if not (folder / row[key]).is_file():
-            raise ValueError(f"no such image: {folder / row[key]}")
-    return Pair(row["prompt"], folder / row["chosen"], folder / row["rejected"])
+    files = folder / row["chosen"], folder / row["rejected"]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no such image: {file}")
+    try:
+        check_headers(files)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return Pair(row["prompt"], *files)
 
 
 @torch.no_grad()
@@ -93,11 +98,11 @@ def latents_of(files: Sequence[Path], backend: Backend) -> Tensor:
     """Latents of images, [B, *latent].
 
     Raises:
-        ConfigError: If a file is no image, or its latent has another shape than the student's; names the file.
+        ConfigError: If a file is damaged, or its latent has another shape than the student's; names the file.
     """
     latents = []
     for file in files:  # one at a time, so that an image of another size can be named
-        latent = backend.encode_images(_image(file))
+        latent = backend.encode_images(read_image(file)[None].float() / 255)
         if tuple(latent.shape[1:]) != tuple(backend.latent_shape):
             raise ConfigError(
                 f"dpo: {file} becomes a latent of {list(latent.shape[1:])}, and the student makes "
@@ -105,13 +110,3 @@ def latents_of(files: Sequence[Path], backend: Backend) -> Tensor:
             )
         latents.append(latent)
     return torch.cat(latents)
-
-
-def _image(file: Path) -> Tensor:
-    """[1, 3, H, W] float32 in [0, 1]."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow answers to damaged files with many types
-        raise ConfigError(f"dpo: {file} cannot be read as an image: {type(error).__name__}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255

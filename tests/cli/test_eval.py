@@ -23,7 +23,7 @@ from dmdr.backends.toy import Toy
 from dmdr.cli import eval as evaluate
 from dmdr.cli import reward_server
 from dmdr.evaluation import answers
-from dmdr.evaluation.image_folder import read_image
+from dmdr.images import read_image
 from dmdr.run.drawing import open_place
 from dmdr.statistics import prompt_means
 from dmdr_digits import Digits

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
+from dmdr import images
 from dmdr.benchmarks import Figure
 from dmdr.errors import ConfigError, TrainingError
 from dmdr.evaluation import answers, image_folder, layouts
@@ -75,7 +76,7 @@ def test_a_truncated_image_fails_when_it_is_read(tmp_path: Path, suffix: str) ->
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ConfigError, match=rf".*1\{suffix} cannot be read"):
-        image_folder.read_image(*image_folder.find_images(str(tmp_path)))
+        images.read_image(*image_folder.find_images(str(tmp_path)))
 
 
 def test_every_mode_is_converted_to_rgb(tmp_path: Path) -> None:
@@ -87,11 +88,11 @@ def test_every_mode_is_converted_to_rgb(tmp_path: Path) -> None:
     turned[0x0112] = 6  # a quarter turn, which no published evaluation makes
     for name, picture in pictures.items():
         picture.save(tmp_path / name, exif=turned)
-        found = image_folder.read_image(tmp_path / name)
+        found = images.read_image(tmp_path / name)
         assert (found.dtype, list(found.shape)) == (torch.uint8, [3, 5, 3])
         with Image.open(tmp_path / name) as image:
             assert np.array_equal(found.permute(1, 2, 0), np.asarray(image.convert("RGB")))
-    assert np.array_equal(image_folder.read_image(tmp_path / "rgba.png").permute(1, 2, 0), noise[..., :3])
+    assert np.array_equal(images.read_image(tmp_path / "rgba.png").permute(1, 2, 0), noise[..., :3])
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
@@ -149,7 +150,7 @@ def test_neighbours_of_one_size_make_a_batch(tmp_path: Path) -> None:
 def test_a_thousand_images_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "1.png", (2, 2), "white")
     decoded: list[weakref.ref[Tensor]] = []
-    read_image, most = image_folder.read_image, 0
+    read_image, most = images.read_image, 0
 
     def watched(path: Path) -> Tensor:
         image = read_image(path)
@@ -300,7 +301,7 @@ def test_the_images_of_a_dataset_are_those_of_its_files(tmp_path: Path) -> None:
     dataset.select(range(4)).to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
     dataset.select(range(4, 6)).to_parquet(tmp_path / "hub/data/validation-00000-of-00001.parquet")
     dataset.save_to_disk(str(tmp_path / "saved"))
-    expected = [image_folder.read_image(path) for path in files]
+    expected = [images.read_image(path) for path in files]
     for place, own in (
         ("hub", [0, 1, 2, 3]),
         ("hub:validation", [4, 5]),
@@ -386,7 +387,7 @@ def test_the_grids_of_dpg_are_written_and_read(tmp_path: Path, prompts: Path) ->
     assert find(grids, "grids", prompts)[0] == [f"{name}.png#{k}" for name in ("one", "two") for k in range(4)]
     quarters = Quarters([grids / "one.png", grids / "two.png"])
     for i, name in enumerate(names):
-        assert torch.equal(quarters.read(i), image_folder.read_image(folder / name))
+        assert torch.equal(quarters.read(i), images.read_image(folder / name))
     assert find(folder, "grids", prompts)[0] == names  # the single images, which are as good
     with pytest.raises(ConfigError, match=r"--prompts is missing: .*grids holds grids of images and no prompts"):
         find(grids, "grids")

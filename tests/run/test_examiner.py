@@ -13,7 +13,7 @@ import dmdr.run.run
 from dmdr import images, train
 from dmdr.cli import train as train_command
 from dmdr.errors import ConfigError
-from dmdr.evaluation.image_folder import read_image
+from dmdr.images import read_image
 from processes import start
 
 BENCHMARK = '''

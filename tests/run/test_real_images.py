@@ -16,7 +16,7 @@ from dmdr.backends.toy import Toy
 from dmdr.dry_run.estimate import estimate
 from dmdr.errors import ConfigError
 from dmdr.evaluation.captions import Captioned, captioned
-from dmdr.evaluation.image_folder import read_image
+from dmdr.images import read_image
 from dmdr.run.real_images import RealLatents, captions, covering
 from dmdr.run.run import train
 from dmdr.settings.parse import parse
