@@ -5,7 +5,7 @@ Plain and with shares of the network (`--shard all`), LoRAs and full copies, wit
 
 import math
 from copy import deepcopy
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ import sd3
 from dmdr.backends.flow import FlowOptions
 from dmdr.backends.toy import Redness
 from dmdr.ema import EMA
+from dmdr.randomness import Random
 from dmdr.run.device import mesh_of
 from dmdr.states import is_shared, whole
 from dmdr.training.tilt import RewardTilt
+from dmdr.types import Draw, Real
 from dmdr_ac_dmd import ACDMD
 from dmdr_decoupled import Decoupled
 from dmdr_decoupled.advantage import CAAdvantage
 from dmdr_dpo import DPO
+from dmdr_gan import DMD2, LADD
+from dmdr_gdmd import GDMD
+from dmdr_gndm import GNDM
 from dmdr_grpo import GRPO
 from dmdr_nft import DiffusionNFT
 from dmdr_refl import ReFL
@@ -33,6 +38,7 @@ from dmdr_refl.draft import DRaFT
 from dmdr_rwr import RWR
 from dmdr_sd3 import SD3Backend
 from dmdr_srpo import SRPO
+from dmdr_tdm import TDM
 from dmdr_tdm_r1 import TDMR1
 from toy_trainer import Plain, trainer
 
@@ -42,10 +48,22 @@ STEPS, BATCH = 2, 8
 ROWS = [{"prompt": prompt} for prompt in ("seven", "two", "four")]
 BROKEN = {"two": math.nan}  # so that one process has fewer scores than the other
 WORDS: dict[str, Any] = {"positive": ["Red", ""], "negative": ["Green"]}
+
+
+def noises(draw: Draw, random: Random) -> Real:
+    """In the place of real images."""
+    return Real(random.normal("real", draw.sample, tuple(draw.x0.shape[1:])), draw.cond)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "dmd": {"guidance": (2.0, 4.0), "fake_updates": 2},
     "decoupled": {"matching": Decoupled(), "guidance": (2.0, 4.0)},
     "ac_dmd": {"matching": ACDMD(), "eta": 0.9},
+    "tdm": {"matching": TDM(), "eta": 0.0},
+    "gndm": {"matching": GNDM(), "group_size": 2, "guidance": (2.0, 4.0)},
+    "dmd2": {"matching": DMD2(gan_r1_weight=1.0), "real_images": noises, "guidance": (2.0, 4.0)},
+    "ladd": {"matching": LADD(), "real_images": noises},
+    "gdmd": {"rewards": Plain(BROKEN), "sample_weight": GDMD()},
     "rt_dm": {"rewards": Plain(BROKEN), "sample_weight": RewardTilt(1.5)},
     "refl": {"rewards": Plain(BROKEN), "objectives": [ReFL()]},
     "refl_balanced": {"rewards": Plain(), "objectives": [ReFL()], "balances": True},
@@ -115,12 +133,13 @@ def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1)
         **{"eta": 0.9, **deepcopy(CASES[case])},
     )
     running.student.ema = EMA(running.student.parameters, 0.5)
-    for role in (running.student, running.fake_learners[0]):
-        assert any(map(is_shared, role.parameters.values())) == (shards > 1 and "full" in kind)
+    for learner in (running.student, *running.fake_learners):
+        role = learner.name in ("student", "fake_score")
+        assert any(map(is_shared, learner.parameters.values())) == (shards > 1 and "full" in kind and role)
     lines = [running.train_step(noted=True) for _ in range(STEPS)]
-    roles = {role: backend.parameters(role) for role in ("student", "fake_score")} | {
-        "ema": running.student.ema.average
-    }
+    learners = (running.student, *running.fake_learners, *chain(*running.objectives.own.values()))
+    roles = {learner.name: learner.parameters for learner in learners}
+    roles["ema"] = running.student.ema.average
     found = {
         f"{role}.{name}": whole(tensor.detach()).clone()
         for role, tensors in roles.items()
