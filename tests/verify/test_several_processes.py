@@ -16,7 +16,6 @@ from torch import Tensor
 
 import processes
 import sd3
-from dmdr.backends.flow import FlowOptions
 from dmdr.backends.toy import Redness
 from dmdr.ema import EMA
 from dmdr.randomness import Random
@@ -111,7 +110,9 @@ def slowly(parameters: list[Any]) -> torch.optim.Optimizer:
 def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1) -> dict[str, Any]:
     """What two updates make of all parameters, and their log lines."""
     accelerator = Accelerator(cpu=True)
-    options = FlowOptions(lora_rank=4, fake_lora_rank=4, seed=3, prompt_cache="off", resolution=16, **KINDS[kind])
+    options = SD3Backend.Options(
+        lora_rank=4, fake_lora_rank=4, seed=3, prompt_cache="off", resolution=16, **KINDS[kind]
+    )
     backend = SD3Backend(str(folder), options)
     mesh = mesh_of(shards, accelerator) if shards > 1 else None
     backend.prepare(accelerator, roles=("student", "fake_score", "reference"), sharding=mesh)
