@@ -160,7 +160,7 @@ def read_image(file: Path | BinaryIO, name: object = None) -> Tensor:
 
 
 def check_headers(paths: Iterable[Path]) -> None:
-    """Refuse files that `read_image` could not read, by their headers.
+    """Refuse files that are no images or have more than 8 bits per channel, by their headers.
 
     Raises:
         ConfigError: Names the first one.

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dmdr.errors import ConfigError
 from dmdr.paths import NoisePath, Prediction, add_noise, expand, guided
-from dmdr.protocols import Context, Denoiser, GuidanceRule, GuidedDenoiser, require
+from dmdr.protocols import Context, Denoiser, GuidanceRule, GuidedDenoiser
 from dmdr.sampling import shift_times, unshift_times
 from dmdr.times import T_MAX, T_MIN
 from dmdr.types import Direction, Draw, Renoised, Term
@@ -156,8 +157,8 @@ class DMD:
     time_weight: TimeWeight = "none"
 
     def __post_init__(self) -> None:
-        if self.time_weight in UNNORMALISED:
-            require(self, "floor", self.floor == FLOOR, f"left out with --time_weight {self.time_weight}")
+        if self.time_weight in UNNORMALISED and self.floor != FLOOR:
+            raise ConfigError(f"--floor is not read with --time_weight {self.time_weight}; leave it out")
 
     def anchor(self, prediction: Prediction, draw: Draw, ctx: Context) -> Tensor:
         """What the direction acts on: the student's clean sample, [B, *latent]."""

@@ -589,8 +589,8 @@ class BringsPrompts(Protocol):
 class OwnLearner:
     """Parameters that a matching or an objective trains itself, such as the heads of a discriminator.
 
-    The run gives them an AdamW, clips and averages their gradients, steps, saves and resumes them as it does the two
-    roles of its own.
+    The run gives them the optimizer of --optim, clips and averages their gradients, steps, saves and resumes them as it
+    does the two roles of its own.
 
     Attributes:
         name: Of the file in checkpoints; no other learner of the run may have it.
@@ -763,6 +763,12 @@ class GivesFeatures(Protocol):
             cond: Their condition.
             layers: Indices into `feature_widths`, ascending.
         """
+
+
+def grid_of_teacher(backend: Backend, num_inference_steps: int) -> Tensor:
+    """The times at which the teacher is sampled, which `--shift` does not change where the family says so."""
+    own = backend.teacher_grid if isinstance(backend, TeacherGrid) else backend.grid
+    return own(num_inference_steps)
 
 
 def sizes_of(backend: Backend) -> Sequence[Size]:

@@ -70,7 +70,8 @@ def switches(settings: Settings) -> Iterator[list[str]]:
         yield ["--gradient_checkpointing", "true"]
     if options.get("decode_chunk_size", 1) is None:
         yield ["--decode_chunk_size", "1"]
-    if (smaller := OPTIMIZERS[config.optim].smaller) and config.shard == "1":
+    full = options.get("full_finetune") or options.get("fake_score") == "full"
+    if (smaller := OPTIMIZERS[config.optim].smaller) and (config.shard == "1" or not full):
         yield ["--optim", smaller]
     batch, least = config.per_device_train_batch_size, config.num_generations
     if batch > least:
@@ -78,7 +79,6 @@ def switches(settings: Settings) -> Iterator[list[str]]:
         yield ["--per_device_train_batch_size", str(least), "--gradient_accumulation_steps", str(passes)]
     if options.get("vae_tiling") is False:
         yield ["--vae_tiling", "true"]
-    full = options.get("full_finetune") or options.get("fake_score") == "full"
     packable = "quantize" in options and not full and config.shard == "1"
     if packable and options["quantize"] is None:
         yield from (["--quantize", "int8"], ["--quantize", "nf4"])

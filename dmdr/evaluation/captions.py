@@ -1,5 +1,6 @@
 """Real images and what they show: by an index, text files beside them, the columns of a dataset, or class folders."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from dmdr.evaluation.pictures import Archive, Dataset, Files, Pictures, pictures
 from dmdr.images import check_headers
 from dmdr.prompt_files import TEXT, Row, TextFile, likely_column, refuse_arguments, suffix_of
 
+logger = logging.getLogger("dmdr")
+
+ByLabel = Mapping[Any, Sequence[Row]] | None
 FLAG = "--real_images"
 HOW = "write them into metadata.jsonl, or into NAME.txt beside NAME.png"
 
@@ -23,7 +27,7 @@ class Captioned:
     rows: Sequence[Row]
 
 
-def captioned(place: str, column: str | None, by_label: Mapping[Any, Row], *, checked: bool = True) -> Captioned:
+def captioned(place: str, column: str | None, by_label: ByLabel, *, checked: bool = True) -> Captioned:
     """The images of a folder or a dataset with their captions; no image is read.
 
     Args:
@@ -31,8 +35,9 @@ def captioned(place: str, column: str | None, by_label: Mapping[Any, Row], *, ch
             folder with a text file NAME.txt beside each image; a folder of class folders; or a dataset, as of
             `pictures_in`.
         column: That of the captions; by default the first of those that published sets have.
-        by_label: The run's own prompt rows by their label, for images that have a label and no caption. That of a
-            class folder is its place in the order of names, as `datasets` counts.
+        by_label: The run's own prompt rows by their label, of which an image gets the first that has a label and no
+            caption; None of streamed prompts. The label of a class folder is its place in the order of names, as
+            `datasets` counts.
         checked: Look at the header of each file.
 
     Raises:
@@ -85,7 +90,7 @@ def _text(file: Path) -> str:
         raise ConfigError(f"{FLAG}: the caption {file} {what}") from error
 
 
-def _rows(told: Sequence[Row], column: str | None, by_label: Mapping[Any, Row], where: str) -> list[Row]:
+def _rows(told: Sequence[Row], column: str | None, by_label: ByLabel, where: str) -> list[Row]:
     """The prompt rows of what is told of the images."""
     names = dict.fromkeys(name for row in told for name in row)
     caption = column or likely_column("prompt", names)
@@ -95,16 +100,25 @@ def _rows(told: Sequence[Row], column: str | None, by_label: Mapping[Any, Row], 
         has = f"has {', '.join(names)}: name the column with --caption_column" if names else HOW
         raise ConfigError(f"{FLAG}: {where} has no captions; {has}")
     refuse_arguments(names, f"{FLAG}: {where}")
+    if caption is None:
+        return _of_labels([row["label"] for row in told], by_label, where)
     found = []
     for number, row in enumerate(told, start=1):
-        if caption is None:
-            if row["label"] not in by_label:
-                what = f"no captions, and image {number} has the label {row['label']}, of which --prompts has no row"
-                raise ConfigError(f"{FLAG}: {where} has {what}")
-            found.append(dict(by_label[row["label"]]))
-        elif isinstance(row.get(caption), str):
-            found.append({name: row.get(name) for name in names if name != caption} | {"prompt": row[caption]})
-        else:
+        if not isinstance(row.get(caption), str):
             said = f"is no text for image {number}: {row.get(caption)!r:.80}"
             raise ConfigError(f"{FLAG}: the column '{caption}' of {where} {said}")
+        found.append({name: row.get(name) for name in names if name != caption} | {"prompt": row[caption]})
     return found
+
+
+def _of_labels(labels: Sequence[Any], by_label: ByLabel, where: str) -> list[Row]:
+    """The prompt row of each label."""
+    if by_label is None:
+        raise ConfigError(f"{FLAG}: {where} has labels, whose prompts are those of --prompts: do not stream these")
+    for number, label in enumerate(labels, start=1):
+        if label not in by_label:
+            what = f"no captions, and image {number} has the label {label}, of which --prompts has no row"
+            raise ConfigError(f"{FLAG}: {where} has {what}")
+    if several := sorted(label for label in set(labels) if len(by_label[label]) > 1):
+        logger.warning("%s: images get the first of the prompts of their label: %s", FLAG, several)
+    return [dict(by_label[label][0]) for label in labels]

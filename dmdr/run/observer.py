@@ -18,7 +18,7 @@ from dmdr.evaluation import image_folder
 from dmdr.evaluation.evaluate import evaluate
 from dmdr.evaluation.guard import Look, thumbnails
 from dmdr.prompts import Row, split_columns
-from dmdr.protocols import Backend, Denoiser, Judge, TeacherGrid
+from dmdr.protocols import Backend, Denoiser, Judge, grid_of_teacher
 from dmdr.randomness import Random
 from dmdr.rewards import Rewards
 from dmdr.run.device import failing_together, on_main_process, share_of, together
@@ -30,8 +30,9 @@ from dmdr.sampling import FewStepSampler
 
 def teacher_of(backend: Backend, steps: int, guidance: float) -> tuple[Denoiser, FewStepSampler]:
     """The teacher as its users run it: guided, many ODE steps at the model's own times."""
-    times = backend.teacher_grid(steps) if isinstance(backend, TeacherGrid) else backend.grid(steps)
-    return partial(backend.teacher, guidance=guidance), FewStepSampler(backend.path, times, 0.0)
+    return partial(backend.teacher, guidance=guidance), FewStepSampler(
+        backend.path, grid_of_teacher(backend, steps), 0.0
+    )
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class Plan:
             processes: Processes that work side by side.
             fake_score: What it is; a matching may do without.
         """
-        compared: tuple[Role, ...] = ("student", "fake_score") if fake_score else ("student",)
+        compared: tuple[Role, ...] = ("student", "fake_score") if fake_score and config.dmd_weight else ("student",)
         times = config.sigmas or [timestep / 1000 for timestep in config.timesteps or ()]
         jitter = config.guidance_jitter if config.guidance_scale > 1 else 0.0
         rounds = config.fake_updates if config.dmd_weight else 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dmdr.errors import ConfigError
 from dmdr.evaluation.captions import FLAG, Captioned, captioned
 from dmdr.evaluation.pictures import read_ahead
 from dmdr.hub import is_hub_id
-from dmdr.prompts import Rows, split_columns
+from dmdr.prompts import Row, Rows, split_columns
 from dmdr.protocols import Backend, ChecksPrompts, NamedModel, sizes_of
 from dmdr.randomness import Random
 from dmdr.run.device import failing_together
@@ -71,12 +72,21 @@ def open_real_images(
         if own is None:
             raise ConfigError(f"{readers[0]} reads real images: give a folder or a dataset with {FLAG}")
         place = str(own())
-    rows = prompts.first(prompts.size) if prompts.size else []
-    by_label = {row["label"]: row for row in rows if "label" in row}
-    found = captioned(place, config.caption_column, by_label, checked=not config.dry_run)
+    found = captioned(place, config.caption_column, _by_label(prompts), checked=not config.dry_run)
     if isinstance(backend, ChecksPrompts):
         texts, columns = split_columns(found.rows)
         backend.check_prompts(texts, **columns)
+    return found
+
+
+def _by_label(prompts: Rows) -> dict[Any, list[Row]] | None:
+    """The prompt rows of each label; None where they are streamed."""
+    if prompts.size is None:
+        return None
+    found: dict[Any, list[Row]] = {}
+    for row in prompts.first(prompts.size):
+        if "label" in row:
+            found.setdefault(row["label"], []).append(row)
     return found
 
 

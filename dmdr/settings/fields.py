@@ -79,7 +79,8 @@ class Config(Flags):
         "registered model may have images of its own",
     )
     caption_column: str | None = flag(
-        None, "column of the captions of --real_images; by default the first of prompt, caption and text"
+        None,
+        "column of the captions of --real_images; by default the first of prompt, caption, prompts, captions and text",
     )
     rl: str = flag("none", "sum of objectives by name and weight, e.g. '0.5*refl'; 'none' for distillation only")
     reward: str = flag(
@@ -132,8 +133,8 @@ class Config(Flags):
     )
     guidance_interval: list[float] = flag(
         [0.0, 1.0],
-        "the least and the greatest time, of 0 (data) to 1 (noise), at which matching guides the teacher; outside of "
-        "them it matches the conditional answer",
+        "the least and the greatest time, of 0 (data) to 1 (noise), at which the teacher is guided in training; at "
+        "others its conditional answer is taken",
     )
     fake_updates: int = flag(5, "updates of the fake score for each update of the student")
     rollouts: int | None = flag(

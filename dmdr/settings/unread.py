@@ -27,7 +27,8 @@ EVALUATION = """eval_reward eval_rewards eval_benchmark benchmarks reference_ima
     on_hacking"""
 SCORES = """fake_score fake_learning_rate stage2_fake_learning_rate fake_lora_rank fake_lora_alpha
     dyna_steps dyna_guidance dyna_renoise"""
-MATCHING = "matching matchings fake_updates rollouts fake_learning_rate stage2_fake_learning_rate rl_balance"
+MATCHING = """matching matchings fake_score fake_updates rollouts fake_learning_rate stage2_fake_learning_rate
+    fake_lora_rank fake_lora_alpha rl_balance"""
 
 
 def check_read(config: Config, plugins: Sequence[Chosen], told: Told) -> None:
@@ -75,6 +76,8 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
     scores = all(compares_scores(plugin.cls) for plugin in plugins if plugin.group == "matchings")
     compared = c.dmd_weight and scores
     anneals = c.renoise_times in ("beta", "shifted")
+    mixes = c.dyna_guidance and not full_fake  # DynaDG
+    moves = anneals and c.dyna_renoise != [1, 1]  # DynaRS
     return [
         # What is trained
         (not c.prompts, DATASET, "without --prompts"),
@@ -88,7 +91,6 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         (roles.get("full_finetune"), "lora_rank lora_alpha", "with --full_finetune"),
         (full_fake, "fake_lora_rank fake_lora_alpha", "with --fake_score full"),
         (full_fake, "dyna_guidance", "with --fake_score full, which has no adapter to mix into the teacher"),
-        (full_fake and c.dyna_renoise == [1, 1], "dyna_steps", "with --fake_score full and --dyna_renoise 1 1"),
         (
             full_fake and roles["full_finetune"] and not _brings_learners(c, plugins),
             "lora_target_modules",
@@ -106,16 +108,7 @@ def _unread(c: Config, plugins: Sequence[Chosen]) -> list[tuple[object, str, str
         ),
         (c.dyna_steps == 0, "dyna_guidance dyna_renoise", "with --dyna_steps 0"),
         (not anneals, "dyna_renoise", f"with --renoise_times {c.renoise_times}"),
-        (
-            c.dyna_guidance == 0 and not anneals,
-            "dyna_steps",
-            f"with --dyna_guidance 0 and --renoise_times {c.renoise_times}",
-        ),
-        (
-            c.dyna_guidance == 0 and c.dyna_renoise == [1, 1],
-            "dyna_steps",
-            "with --dyna_guidance 0 and --dyna_renoise 1 1",
-        ),
+        (not mixes and not moves, "dyna_steps", "where neither DynaDG nor DynaRS acts"),
         (c.real_images and not _declared(c, plugins, "real_images"), "real_images caption_column", NOBODY),
         (not c.real_images, "caption_column", "without --real_images (that of --prompts is --prompt_column)"),
         # Renoise times, and what else a comparison of scores asks for

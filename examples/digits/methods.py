@@ -1,7 +1,7 @@
 """The digits' table of methods: every way to distil, and every way to follow a reward, from the same start.
 
     python examples/digits/methods.py              # seeds 0-2; hours on two cores, after table.py
-    python examples/digits/methods.py --seeds 0 --only dmd tdm
+    python examples/digits/methods.py --seeds 0 --only gndm dmd2
 
 Each method has two rows. In the first it makes as many updates as the others. In the second it takes about as long as
 DMD, or as ReFL beside DMD: by the seconds of its own first row and of theirs, in the first seed, so run nothing beside
@@ -11,7 +11,6 @@ Every cell is an ordinary run folder under --output_dir, which it shares with ta
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from table import METRICS, Cells, markdown, measured, trained
+from table import METRICS, Cells, logged, markdown, measured, seconds, trained
 
 START = "stage1"  # of the names of run folders
 DISTILLED: Mapping[str, dict[str, Any]] = {  # by name; all but the last as stage 1
@@ -85,18 +84,11 @@ class Method:
         settings = {"teacher_steps": 4, **self.own, **start, f"stage{self.stage}_steps": updates, **settings}
         return trained(folder, seed=seed, **settings)
 
-    def seconds(self, folder: Path) -> float:
-        """What the updates of a run of it took, by the log."""
-        own = [line for line in log(folder) if line["stage"] == self.stage]
-        first, last = own[0]["step"], own[-1]["step"]
-        mean: float = sum(line["seconds"] for line in own) / len(own)
-        return mean * (last - first + 1)
-
     def memory(self, root: Path, seed: int) -> float:
         """What a process has at most in five updates, GiB; an evaluation would take more than they do."""
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             folder = process.submit(self.run, root, seed, 5, num_eval_samples=0).result()
-        peak: float = max(line["peak_memory_gib"] for line in log(folder))
+        peak: float = max(line["peak_memory_gib"] for line in logged(folder))
         return peak
 
 
@@ -104,10 +96,6 @@ METHODS = [
     *(Method(name, 140, own) for name, own in DISTILLED.items()),
     *(Method(name, 60, own, START) for name, own in ALIGNED.items()),
 ]
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def cells(root: Path, seed: int, methods: list[Method], longer: dict[str, int]) -> dict[str, tuple[Method, Path]]:
@@ -123,7 +111,7 @@ def cells(root: Path, seed: int, methods: list[Method], longer: dict[str, int]) 
         folder = method.run(root, seed)
         found[f"{method.name}, {method.updates} updates"] = method, folder
         if method.name not in longer:
-            took = method.seconds(folder)
+            took = seconds(folder, method.stage)
             longer[method.name] = round(method.updates * allowed.setdefault(method.start, took) / took)
         updates = longer[method.name]
         if abs(updates - method.updates) > 0.1 * method.updates:
@@ -149,7 +137,7 @@ def measure(root: Path, seeds: list[int], methods: list[Method]) -> Cells:
             if method.name not in peaks:
                 peaks[method.name] = method.memory(root, seed)
             rows.setdefault(title, []).append(
-                values | {"seconds": method.seconds(folder), "memory": peaks[method.name]}
+                values | {"seconds": seconds(folder, method.stage), "memory": peaks[method.name]}
             )
     return rows
 

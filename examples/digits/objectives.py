@@ -9,11 +9,10 @@ the first table look at what each run measured itself.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from table import METRICS, REWARD, Cells, markdown, measured, own_columns, trained
+from table import METRICS, REWARD, Cells, markdown, measured, own_columns, seconds, trained
 
 # Updates of the joint run and of the objective alone that take as long as 60 of ReFL jointly; the table measures it.
 STEPS = {
@@ -29,14 +28,6 @@ SIZE = "examples/digits/png_size.py:score"
 AGGREGATIONS = ("normalize_then_sum", "sum_then_normalize")
 
 
-def seconds(folder: Path) -> float:
-    """Time spent in training steps of stage 2, by the log."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    found = [(line["step"], line["seconds"]) for line in lines if line["stage"] == 2]
-    first = min(step for step, _ in found)
-    return sum(time for _, time in found) / len(found) * (max(step for step, _ in found) - first + 1)
-
-
 def measure(root: Path, seeds: list[int]) -> tuple[Cells, Cells]:
     """Rows of the table, each with one evaluation per seed, and the rows that the gates look at: the runs' own."""
     rows: Cells = {}
@@ -50,7 +41,7 @@ def measure(root: Path, seeds: list[int]) -> tuple[Cells, Cells]:
                 folder = root / f"{rl.replace('*', 'x')}-{kind}-seed{seed}"
                 name = f"{rl} + DMD" if kind == "joint" else f"{rl} only"
                 runs[name] = trained(folder, **settings, teacher_steps=4, dmd_weight=weight)
-                times[name] = seconds(folder)
+                times[name] = seconds(folder, 2)
         for name, values in measured(root / f"objectives-seed{seed}", runs, seed=seed).items():
             rows.setdefault(name, []).append(values | {"seconds": times[name]})
         for name, folder in runs.items():

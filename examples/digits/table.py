@@ -73,6 +73,18 @@ def measured(output: Path, places: Mapping[str, Path], *flags: str, seed: int, r
     }
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def seconds(folder: Path, stage: int) -> float:
+    """What the updates of a stage took, by the log."""
+    own = [line for line in logged(folder) if line["stage"] == stage]
+    mean: float = sum(line["seconds"] for line in own) / len(own)
+    return mean * (own[-1]["step"] - own[0]["step"] + 1)
+
+
 def own_columns(folder: Path) -> Columns:
     """What a run measured itself, by column; of stage 2 also when the guard began to see a hacked reward."""
     columns: Columns = json.loads((folder / "evaluation.json").read_text())["columns"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dmdr.errors import ConfigError
+from dmdr.images import check_headers
 from dmdr.matching import renoised_to_grid
 from dmdr.paths import Prediction
 from dmdr.protocols import Context, Needs
@@ -91,11 +92,15 @@ class DPO:
             raise ConfigError(f"dpo: margin must be at least 0, not {self.margin}")
         if self.ref_model_sync_steps < 1:
             raise ConfigError(f"dpo: ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
+        if self.ref_model_sync_steps != type(self).ref_model_sync_steps and not self.sync_ref_model:
+            raise ConfigError("dpo: ref_model_sync_steps is not read without sync_ref_model")
         if self.each_transition and (self.form == "diffusion" or self.pairs is not None):
             raise ConfigError("dpo: each_transition is of the form transition, without pairs")
         if self.pairs is not None:
             if self.form == "transition":
                 raise ConfigError("dpo: form transition cannot use pairs; it needs trajectories of the student")
+            if self.margin:
+                raise ConfigError("dpo: margin is that of rewards, which pairs do without; leave it out")
             self._pairs = read_pairs(self.pairs)
 
     @property
@@ -112,8 +117,7 @@ class DPO:
         return [pair.prompt for pair in self._pairs]
 
     def setup(self, ctx: Context) -> None:
-        if self.form == "transition" and not stochastic_steps(ctx):
-            raise ConfigError("dpo: form transition needs --num_inference_steps of at least 2 and --eta above 0")
+        check_headers(file for pair in self._pairs for file in (pair.chosen, pair.rejected))
         mean = self.beta * torch.Size(ctx.backend.latent_shape).numel()
         logger.info(
             "dpo: form %s; beta %g on the summed log-ratio is %.4g on the mean", self.form_in(ctx), self.beta, mean

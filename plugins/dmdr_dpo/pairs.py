@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmdr.errors import ConfigError
 from dmdr.groups import spread_out
-from dmdr.images import check_headers, read_image
+from dmdr.images import read_image
 from dmdr.protocols import Backend
 
 
@@ -49,8 +49,7 @@ def read_pairs(path: str) -> list[Pair]:
     Blank lines are skipped.
 
     Raises:
-        ConfigError: If the file or an image is missing, the image is none by its header, or a line is no pair; names
-            file and line.
+        ConfigError: If the file or an image is missing, or a line is no pair; names file and line.
     """
     if not Path(path).is_file():
         raise ConfigError(f"dpo: no such file of pairs: {path}")
@@ -82,15 +81,10 @@ def _pair(row: object, folder: Path) -> Pair:
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"'{key}' is missing, empty or no string")
-    files = folder / row["chosen"], folder / row["rejected"]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"no such image: {file}")
-    try:
-        check_headers(files)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return Pair(row["prompt"], *files)
+    for key in ("chosen", "rejected"):
+        if not (folder / row[key]).is_file():
+            raise ValueError(f"no such image: {folder / row[key]}")
+    return Pair(row["prompt"], folder / row["chosen"], folder / row["rejected"])
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
+from dmdr.errors import ConfigError
 from dmdr.matching import teach
 from dmdr.paths import Prediction, add_noise, expand
-from dmdr.protocols import Context, Needs, require
+from dmdr.protocols import Context, Needs, grid_of_teacher, require
 from dmdr.types import Draw, Term
 
 
@@ -29,9 +30,9 @@ class LCM:
     The student is sampled at eta 1, which is LCM's multistep sampling.
 
     Attributes:
-        num_ddim_timesteps: Steps of the teacher's grid, of which one is skipped to the next.
-        loss_type: Of the difference e of two answers, the mean over the elements of "huber" sqrt(e^2 + c^2) - c, or
-            of "l2" e^2.
+        num_ddim_timesteps: Steps of the grid of the teacher's times; the answers that are compared are one step apart.
+        loss_type: How two answers are compared, "huber" by sqrt(e^2 + c^2) - c, "l2" by e^2, with e their difference;
+            the mean over the elements.
         huber_c: The c of huber.
     """
 
@@ -42,6 +43,8 @@ class LCM:
     def __post_init__(self) -> None:
         require(self, "num_ddim_timesteps", 2 <= self.num_ddim_timesteps <= 1000, "from 2 to 1000")
         require(self, "huber_c", self.huber_c > 0, "above 0")
+        if self.loss_type == "l2" and self.huber_c != type(self).huber_c:
+            raise ConfigError("lcm: huber_c is not read with loss_type l2; leave it out")
 
     @property
     def needs(self) -> Needs:
@@ -49,7 +52,7 @@ class LCM:
 
     def __call__(self, draw: Draw, ctx: Context) -> Term:
         backend, real = ctx.backend, ctx.real(draw)
-        grid = backend.grid(self.num_ddim_timesteps).to(real.x0.device, non_blocking=True)
+        grid = grid_of_teacher(backend, self.num_ddim_timesteps).to(real.x0.device, non_blocking=True)
         i = ctx.random.integers("lcm/index", draw.sample, self.num_ddim_timesteps)
         t, s = grid[i], grid[i + 1]
         eps = ctx.random.normal("lcm/eps", draw.sample, tuple(real.x0.shape[1:])).to(real.x0.dtype)

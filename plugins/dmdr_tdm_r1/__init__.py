@@ -34,7 +34,8 @@ class TDMR1:
     advantage within its group (`dmdr.groups.advantages`). x0_S and x0_R are guided as in matching, at a noise level of
     the student's answer. With `rl_weight 1` this weighs as much as DMD's direction, whose normaliser is alike.
 
-    A sample teaches no more where e is further from e_R than `limit`, and on the side that its advantage asks for.
+    A sample is left out of the preference once (e - e_R)^2 is above `limit`, and e lies on the side of e_R that its
+    advantage asks for.
 
     Source: arXiv 2603.07700, by what is public of it, Flow-Factory's implementation (X-GenGroup, `tdm_r1.py`): the
     losses, the limit and the defaults; the paper's text was not at hand.
@@ -45,27 +46,28 @@ class TDMR1:
 
     Attributes:
         beta: Sharpness of the preference; 10 in the recipe of SD3.5.
-        reference_weight: Of the squared distance to the teacher's error.
-        limit: Of the square of e - e_R.
-        learning_rate: Of the surrogate.
-        rank, alpha: Of the surrogate's LoRA.
+        reference_weight: Weight of the squared distance to the teacher's error.
+        limit: Square of e - e_R, above which a sample is left out of the preference.
+        surrogate_learning_rate: Learning rate of the surrogate.
+        surrogate_rank: Rank of the surrogate's LoRA.
+        surrogate_alpha: Alpha of the surrogate's LoRA; its strength is alpha / rank.
     """
 
     beta: float = 10.0
     reference_weight: float = 1e-3
     limit: float = 0.05
-    learning_rate: float = 3e-4
-    rank: int = 32
-    alpha: float = 64.0
+    surrogate_learning_rate: float = 3e-4
+    surrogate_rank: int = 32
+    surrogate_alpha: float = 64.0
 
     def __post_init__(self) -> None:
-        for name in ("beta", "limit", "learning_rate", "alpha"):
+        for name in ("beta", "limit", "surrogate_learning_rate", "surrogate_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"tdm_r1: {name} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.reference_weight < math.inf:
             raise ConfigError(f"tdm_r1: reference_weight must be at least 0, not {self.reference_weight}")
-        if self.rank < 1:
-            raise ConfigError(f"tdm_r1: rank must be at least 1, not {self.rank}")
+        if self.surrogate_rank < 1:
+            raise ConfigError(f"tdm_r1: surrogate_rank must be at least 1, not {self.surrogate_rank}")
 
     @property
     def needs(self) -> Needs:
@@ -74,8 +76,8 @@ class TDMR1:
     def learners(self, backend: Backend, device: torch.device) -> Sequence[OwnLearner]:
         if not isinstance(backend, AddsRoles):
             raise ConfigError(f"--rl tdm_r1: {type(backend).__name__} cannot train a further role, the surrogate")
-        parameters = backend.add_role(SURROGATE, rank=self.rank, alpha=self.alpha)
-        return [OwnLearner(SURROGATE, parameters, self.learning_rate)]
+        parameters = backend.add_role(SURROGATE, rank=self.surrogate_rank, alpha=self.surrogate_alpha)
+        return [OwnLearner(SURROGATE, parameters, self.surrogate_learning_rate)]
 
     def __call__(self, draw: Draw, ctx: Context) -> Iterator[Term]:
         yield self.of_surrogate(draw, ctx)
@@ -120,7 +122,7 @@ def surrogate(ctx: Context) -> GuidedDenoiser:
 
 
 def noised(purpose: str, draw: Draw, ctx: Context) -> Renoised:
-    """`draw.x0` at times of DMD's distribution."""
+    """`draw.x0` at times of the run's law (`--renoise_times`)."""
     return renoised_at(renoise_times(f"{purpose}/t", draw, ctx), purpose, draw, ctx)
 
 

@@ -198,7 +198,7 @@ def dry(given: Mapping[str, Any], tmp_path: Path) -> Estimate:
         {"rl": "refl", "decode_chunk_size": 1, "gradient_checkpointing": True},
         {"rl": "grpo", "num_generations": 2},
         {"rl": "draft"},
-        {"rl": "tdm_r1", "num_generations": 2, "rank": 2},
+        {"rl": "tdm_r1", "num_generations": 2, "surrogate_rank": 2},
     ],
     ids=lambda given: " ".join(given) or "plain",
 )

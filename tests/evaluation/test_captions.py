@@ -13,7 +13,7 @@ from dmdr.evaluation.captions import captioned
 
 NAMES = ("1.png", "2.png", "10.png")
 TEXTS = ("a fox", "", "two owls, asleep")
-LABELS = {0: {"prompt": "class 0", "label": 0}, 1: {"prompt": "class 1", "label": 1}}
+LABELS = {label: [{"prompt": f"class {label}", "label": label}] for label in (0, 1)}
 
 
 def pictures(folder: Path, *names: str) -> list[Path]:
@@ -76,8 +76,18 @@ def test_the_column_may_be_named(tmp_path: Path) -> None:
 
 def test_labels_stand_for_the_prompts_of_the_run(tmp_path: Path) -> None:
     pictures(tmp_path / "classes", "n02/a.png", "n01/b.png", "n01/c.png")
-    assert captioned(str(tmp_path / "classes"), None, LABELS).rows == [LABELS[0], LABELS[0], LABELS[1]]
-    assert captioned(saved(tmp_path, label=(1, 0, 1)), None, LABELS).rows == [LABELS[1], LABELS[0], LABELS[1]]
+    place, (a, *_), (b, *_) = str(tmp_path / "classes"), *LABELS.values()
+    assert captioned(place, None, LABELS).rows == [a, a, b]
+    assert captioned(saved(tmp_path, label=(1, 0, 1)), None, LABELS).rows == [b, a, b]
+    with pytest.raises(ConfigError, match="has labels, whose prompts are those of --prompts: do not stream these"):
+        captioned(place, None, None)
+
+
+def test_a_label_with_several_prompts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures(tmp_path, "a/1.png", "b/1.png")
+    several = {0: [{"prompt": "one", "label": 0}, {"prompt": "two", "label": 0}], 1: LABELS[1]}
+    assert captioned(str(tmp_path), None, several).rows == [several[0][0], *LABELS[1]]
+    assert caplog.messages == ["--real_images: images get the first of the prompts of their label: [0]"]
 
 
 @pytest.mark.parametrize("layout", [csv, beside])

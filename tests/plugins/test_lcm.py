@@ -70,7 +70,8 @@ class DoubleEps(EpsToy, DoubleToy):
 @pytest.mark.parametrize("cls", [DoubleToy, DoubleEps])
 def test_loss_by_hand(cls: Any, guidance: float, loss_type: Any) -> None:
     backend, steps = prepared(cls), 5
-    term, draw, ctx = ask(LCM(steps, loss_type, 0.1), backend, guidance)
+    own = {"huber_c": 0.1} if loss_type == "huber" else {}
+    term, draw, ctx = ask(LCM(steps, loss_type, **own), backend, guidance)
     x_t, t, x_s, s = points(steps, backend, draw, ctx, guidance)
     assert (s == 0).any() and (s > 0).any()
     answer, moved = backend.student(x_t, t, draw.cond).x0, s > 0
@@ -137,6 +138,7 @@ def test_it_keeps_its_promises() -> None:
     [
         ({"num_ddim_timesteps": 1}, "--num_ddim_timesteps must be from 2 to 1000, not 1"),
         ({"huber_c": 0.0}, "--huber_c must be above 0, not 0.0"),
+        ({"huber_c": 0.1, "loss_type": "l2"}, "huber_c is not read with loss_type l2"),
     ],
 )
 def test_refused_values(settings: dict[str, Any], message: str) -> None:
@@ -153,7 +155,7 @@ def test_plain_lcm_of_a_noise_predicting_pipeline(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "model": str(tmp_path / "sdxl"), "prompts": str(tmp_path / "prompts.txt"), "rl": "lcm", "reward": "none",
         "dmd_weight": 0.0, "stage1_steps": 0, "stage2_steps": 2, "real_images": str(Toy().real_images()),
-        "guidance_scale": 4.0, "lora_rank": 4, "fake_lora_rank": 4, "per_device_train_batch_size": 2,
+        "guidance_scale": 4.0, "lora_rank": 4, "per_device_train_batch_size": 2,
         "sample_images": 1, "teacher_steps": 1, "report_to": "none", "prompt_cache": str(tmp_path / "cache"),
     }  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a handwritten seven\n")

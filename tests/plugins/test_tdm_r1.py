@@ -178,10 +178,10 @@ def test_contract() -> None:
     [
         ("beta", 0.0, "above 0"),
         ("limit", math.inf, "above 0"),
-        ("learning_rate", -1.0, "above 0"),
-        ("alpha", math.nan, "above 0"),
+        ("surrogate_learning_rate", -1.0, "above 0"),
+        ("surrogate_alpha", math.nan, "above 0"),
         ("reference_weight", -1.0, "at least 0"),
-        ("rank", 0, "at least 1"),
+        ("surrogate_rank", 0, "at least 1"),
     ],
 )
 def test_a_value_that_cannot_be_meant(name: str, value: Any, said: str) -> None:

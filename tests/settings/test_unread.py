@@ -22,6 +22,7 @@ ALWAYS = """
     sample_steps sample_images validation_prompts num_eval_samples teacher_steps push_to_hub shard ddp_timeout
 """
 ALONE = {"init_student": "run"}
+NO_DYNA = "where neither DynaDG nor DynaRS acts"
 RL_ONLY = ALONE | {"dmd_weight": 0.0, "rl": "refl"}
 CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what they leave unread, and why
     ({}, {"prompt_column": "text"}, "without --prompts"),
@@ -70,13 +71,13 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # the others, what 
     (
         {"dyna_guidance": 0.0, "dyna_renoise": [1, 1]},
         {"dyna_steps": 3},
-        "with --dyna_guidance 0 and --dyna_renoise 1 1",
+        NO_DYNA,
     ),
     ({"renoise_times": "uniform"}, {"dyna_renoise": [2.0, 1.0]}, "with --renoise_times uniform"),
     (
         {"renoise_times": "logit_normal", "dyna_guidance": 0.0},
         {"dyna_steps": 3},
-        "with --dyna_guidance 0 and --renoise_times logit_normal",
+        NO_DYNA,
     ),
     ({"renoise_times": "shifted"}, {"logit_mean": 0.5}, "with --renoise_times shifted"),
     ({"matching": "ladd"}, {"guidance_jitter": 0.1}, "by any part of the run"),
@@ -111,11 +112,10 @@ FAMILY: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"dyna_guidance": 0.5},
         "with --fake_score full, which has no adapter to mix into the teacher",
     ),
-    (
-        {"fake_score": "full", "dyna_renoise": [1, 1]},
-        {"dyna_steps": 3},
-        "with --fake_score full and --dyna_renoise 1 1",
-    ),
+    ({"fake_score": "full", "dyna_renoise": [1, 1]}, {"dyna_steps": 3}, NO_DYNA),
+    ({"fake_score": "full", "renoise_times": "uniform"}, {"dyna_steps": 3}, NO_DYNA),
+    (RL_ONLY, {"fake_lora_rank": 3}, "with --dmd_weight 0"),
+    (RL_ONLY, {"fake_score": "full"}, "with --dmd_weight 0"),
     (
         {"fake_score": "full", "full_finetune": True},
         {"lora_target_modules": ["to_q"]},
