@@ -1,12 +1,14 @@
 """Time, speed and memory of a run, for its log and its progress bar."""
 
+import re
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -99,5 +101,8 @@ def peak_memory(device: torch.device) -> int:
     """The most memory so far in bytes: of tensors on a GPU, else of the process (its resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):  # in Linux, where getrusage also counts the process that has started this one
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

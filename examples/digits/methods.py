@@ -28,7 +28,6 @@ DISTILLED: Mapping[str, dict[str, Any]] = {  # by name; all but the last as stag
     "dmd, full fake score": {"fake_score": "full"},
     "dmd, no reward": {"sample_weight": "none"},
     "dmd, gdmd": {"sample_weight": "gdmd"},
-    "decoupled": {"matching": "decoupled"},
     "ac_dmd": {"matching": "ac_dmd"},
     "tdm, eta 0": {"matching": "tdm", "eta": 0.0},
     "gndm": {"matching": "gndm", "num_generations": 4},

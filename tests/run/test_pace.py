@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_a_line_sums_up_the_updates_before_it(monkeypatch: pytest.MonkeyPatch) -
     assert 0.05 < line["peak_memory_gib"] < 64 and GIB == 1024**3
     pace.add({"unscored/toy": 0}, 1.0, images=16)
     assert pace.line(0)["unscored/toy"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the parent")
+def test_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
+    child = "import torch\nfrom dmdr.run.pace import peak_memory\nprint(peak_memory(torch.device('cpu')))"
+    parent = (
+        f"import subprocess, sys\nblock = b'1' * 2**30\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < 0.9 * 2**30
 
 
 def test_what_image_grids_and_evaluations_take(monkeypatch: pytest.MonkeyPatch) -> None:
