@@ -122,7 +122,6 @@ def measure(root: Path, seeds: list[int], methods: list[Method]) -> Cells:
     """Rows of the table, each with one evaluation per seed."""
     rows: Cells = {}
     longer: dict[str, int] = {}
-    peaks: dict[str, float] = {}
     for seed in seeds:
         found = cells(root, seed, methods, longer)
         both = {"student": root / f"{START}-seed{seed}", "teacher": Path("teacher")}  # that of the run
@@ -133,11 +132,10 @@ def measure(root: Path, seeds: list[int], methods: list[Method]) -> Cells:
         places = {title: folder for title, (_, folder) in found.items()}
         for title, values in measured(root / f"methods-seed{seed}", places, seed=seed).items():
             method, folder = found[title]
-            if method.name not in peaks:
-                peaks[method.name] = method.memory(root, seed)
-            rows.setdefault(title, []).append(
-                values | {"seconds": seconds(folder, method.stage), "memory": peaks[method.name]}
-            )
+            cost = {"seconds": seconds(folder, method.stage)}
+            if seed == seeds[0]:
+                cost["memory"] = method.memory(root, seed)
+            rows.setdefault(title, []).append(values | cost)
     return rows
 
 

@@ -131,7 +131,7 @@ def measure(root: Path, seeds: list[int]) -> tuple[Cells, Cells]:
 
 
 def markdown(rows: Cells, metrics: dict[str, str] = METRICS) -> str:
-    """Mean over the seeds, and half their range; nothing where a row was not measured."""
+    """Mean over the seeds, and half their range if there are several; nothing where a row was not measured."""
     lines = ["| | " + " | ".join(metrics.values()) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, seeds in rows.items():
         texts = []
@@ -142,7 +142,7 @@ def markdown(rows: Cells, metrics: dict[str, str] = METRICS) -> str:
                 continue
             mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
             digits = 1 if max(map(abs, values)) >= 2 else 3
-            texts.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
+            texts.append(f"{mean:.{digits}f}" + f" ± {spread:.{digits}f}" * (len(values) > 1))
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
