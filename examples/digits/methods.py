@@ -32,7 +32,7 @@ DISTILLED: Mapping[str, dict[str, Any]] = {  # by name; all but the last as stag
     "tdm, eta 0": {"matching": "tdm", "eta": 0.0},
     "gndm": {"matching": "gndm", "num_generations": 4},
     "dmd2": {"matching": "dmd2"},
-    "ladd": {"matching": "ladd", "gan_learning_rate": 1e-3},
+    "ladd": {"matching": "ladd"},
     "lcm": {"rl": "lcm", "dmd_weight": 0.0, "rl_weight": 1.0, "stage2_learning_rate": 1.2e-3},
 }
 ALIGNED: Mapping[str, dict[str, Any]] = {  # by name; each joins DMD, from one stage 1
