@@ -150,6 +150,9 @@ class DMD:
             they are printed, alpha_t times that. "sigma" and "sigma3" have w_t = sigma_t / alpha_t and
             sigma_t^3 / alpha_t in eq. 7 in place of eq. 8, which DMD's ablation compares it with: alpha_t / sigma_t and
             alpha_t sigma_t times the difference, without a normaliser.
+
+    Raises:
+        ConfigError: A `floor` beside a `time_weight` without a normaliser.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("dm", "ca")

@@ -766,7 +766,7 @@ class GivesFeatures(Protocol):
 
 
 def grid_of_teacher(backend: Backend, num_inference_steps: int) -> Tensor:
-    """The times at which the teacher is sampled, which `--shift` does not change where the family says so."""
+    """The times [N + 1] at which the teacher is sampled, which `--shift` does not change where the family says so."""
     own = backend.teacher_grid if isinstance(backend, TeacherGrid) else backend.grid
     return own(num_inference_steps)
 

@@ -208,7 +208,7 @@ def test_time_weights_are_those_of_the_published_gradient(name: TimeWeight, path
 
 
 def test_a_floor_without_a_normaliser_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--floor must be left out with --time_weight sigma3, not"):
+    with pytest.raises(ConfigError, match="--floor is not read with --time_weight sigma3"):
         DMD(floor=0.1, time_weight="sigma3")
 
 

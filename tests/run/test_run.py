@@ -660,9 +660,7 @@ def test_rl_alone_matches_nothing(stage1: Path, tmp_path: Path) -> None:
     for line in lines(folder):
         assert {"loss/refl", "reward/toy", "grad_norm/student"} <= line.keys()
         assert not {"loss/dmd", "loss/fake", "grad_norm/fake_score"} & line.keys()
-    before, after = (path / "checkpoints" for path in (stage1, folder))
-    files = [before / "step-000006" / "fake_score.safetensors", after / "step-000004" / "fake_score.safetensors"]
-    assert same(*map(load_file, files))
+    assert not [*folder.rglob("fake_score*")]
     assert not same(student(folder), student(stage1))
 
 
