@@ -132,6 +132,7 @@ def trainer(
     scaler: torch.amp.GradScaler | None = None,
     max_grad_norm: float = float("inf"),
     rows: Sequence[dict[str, Any]] = ROWS,
+    shards: int = 1,
     **kwargs: Any,
 ) -> Trainer:
     """A trainer of `batch` images per process; `objectives` are objects, or pairs of a weight and one.
@@ -179,6 +180,7 @@ def trainer(
             count=rollouts or (fake_updates if dmd_weight else 1),
             batch_size=micro,
             always_finished=matching_needs(matching).finished,
+            shards=shards,
         ),
         student=student,
         fake_learners=fake_learners,

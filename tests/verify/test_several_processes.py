@@ -131,6 +131,7 @@ def train(folder: Path, case: str, kind: str, shards: int, accumulated: int = 1)
         rows=ROWS,
         optimize=slowly,
         max_grad_norm=1.0,
+        shards=shards,
         **{"eta": 0.9, **deepcopy(CASES[case])},
     )
     running.student.ema = EMA(running.student.parameters, 0.5)
