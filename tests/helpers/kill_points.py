@@ -79,6 +79,7 @@ def child(act: Callable[[], Any], kill_at: int) -> tuple[int, int]:
     if process:
         os.close(write)
         return process, read
+    errors = os.fdopen(os.dup(2), "w")  # stdout is for the answer
     try:
         changes = 0
 
@@ -95,7 +96,8 @@ def child(act: Callable[[], Any], kill_at: int) -> tuple[int, int]:
         os.write(write, str(changes).encode())
         os._exit(0)
     except BaseException:
-        traceback.print_exc(file=sys.stdout)
+        traceback.print_exc(file=errors)
+        errors.flush()
         os._exit(1)
 
 

@@ -44,7 +44,7 @@ def test_a_run_that_is_killed_twice_keeps_the_end_of_its_stage(tmp_path: Path, e
 
 
 @FULL
-@pytest.mark.parametrize(("rank", "every"), [(0, 8), (1, 4)])
+@pytest.mark.parametrize(("rank", "every"), [(0, 8), (1, 2)])
 def test_a_killed_process_of_two_that_share_a_student_loses_nothing(tmp_path: Path, rank: int, every: int) -> None:
     found = killed(str(tmp_path), "--shared", str(rank), "--every", str(every))
     assert found["killed"] == len(range(1, found["changes"] + 1, every)) > 5
@@ -104,17 +104,26 @@ def test_a_dead_process_ends_those_that_share_its_network(tmp_path: Path, kind: 
 FAILING = """
 import os
 
+calls = []
+
 def score(images, prompts):
-    if os.environ["RANK"] == "1":
+    calls.append(len(images))
+    if os.environ["RANK"] == "1" and len(calls) > {answers}:
         raise ValueError("no judge today")
     return images.mean((1, 2, 3))
 """
 
 
 @FULL
-@pytest.mark.parametrize("where", ["--reward", "--eval_reward"])
-def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, where: str) -> None:
-    (tmp_path / "mine.py").write_text(FAILING)
+@pytest.mark.parametrize(
+    ("where", "answers", "kept"),
+    [("--reward", 0, []), ("--eval_reward", 0, []), ("--eval_reward", 1, ["step-000002"])],
+)
+def test_a_reward_that_fails_in_one_process_ends_all_of_them(
+    tmp_path: Path, where: str, answers: int, kept: list[str]
+) -> None:
+    """An evaluation is made before stage 2, too."""
+    (tmp_path / "mine.py").write_text(FAILING.format(answers=answers))
     settings = "--model toy --rl grpo --num_generations 2 --stage1_steps 0 --stage2_steps 4 --logging_steps 1"
     settings += " --per_device_train_batch_size 4 --num_eval_samples 4 --eval_steps 2 --report_to none --ddp_timeout 60"
     other = ["--reward", "toy"] if where == "--eval_reward" else []
@@ -126,5 +135,4 @@ def test_a_reward_that_fails_in_one_process_ends_all_of_them(tmp_path: Path, whe
     assert "dmdr-train: reward 'mine.py:score' failed: ValueError: no judge today" in found.stderr
     assert "dmdr-train: a reward failed in another process" in found.stderr
     assert "Connection closed by peer" not in found.stderr
-    saved = [path.name for path in (tmp_path / "run").glob("checkpoints/*")]
-    assert saved == (["step-000002"] if where == "--eval_reward" else [])
+    assert [path.name for path in (tmp_path / "run").glob("checkpoints/*")] == kept
