@@ -78,8 +78,7 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     if config.architecture and config.model == config.architecture and not config.dry_run:
         raise ConfigError("--model is missing: this recipe does not name a model")
     bare = config.architecture if config.dry_run else None
-    plan, objectives = planned(settings, processes)
-    matching = settings.of("matchings")[0].build()
+    plan, objectives, matching = planned(settings, processes)
     if config.dry_run and named.cls and not bare:
         raise ConfigError(f"--dry_run does not build --model {config.model}: give a folder with --architecture")
     model = named.cls() if named.cls else None
@@ -127,8 +126,8 @@ def assemble(settings: Settings, processes: int = 1) -> Job:
     )
 
 
-def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[WeightedObjective, ...]]:
-    """What a run will do, and its objectives, from settings alone.
+def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[WeightedObjective, ...], Matching]:
+    """What a run will do, its objectives and its matching, from settings alone.
 
     Raises:
         ConfigError: If an objective needs what the run has not.
@@ -155,7 +154,7 @@ def planned(settings: Settings, processes: int = 1) -> tuple[Plan, tuple[Weighte
             num_inference_steps=plan.num_inference_steps,
             batch=plan.batch.whole,
         )
-    return plan, objectives
+    return plan, objectives, matching
 
 
 def readers(plan: Plan, config: Config, matching: Matching) -> list[str]:
