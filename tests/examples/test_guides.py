@@ -44,6 +44,7 @@ EXCEPTED = {
     r"hf auth login": "it asks for a password",
     r"dmdr-train init .*": "networks of full size; tests/cli/test_init.py runs it",
     r"python examples/digits/(table|objectives)\.py": "an hour; `make verify` runs them",
+    r"python examples/digits/methods\.py": "hours; test_methods.py reads its settings",
 }
 PARSED = {
     r"accelerate launch .*": "a model of the hub, on several GPUs",
