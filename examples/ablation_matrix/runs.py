@@ -12,7 +12,8 @@ import yaml
 
 from dmdr.errors import ConfigError
 from dmdr.run.checkpoint import checkpoints
-from dmdr.run.job import open_prompts, planned
+from dmdr.run.job import open_prompts, planned, readers
+from dmdr.run.real_images import open_real_images
 from dmdr.settings.chosen import Chosen
 from dmdr.settings.fields import Config
 from dmdr.settings.optimizers import OPTIMIZERS
@@ -36,6 +37,7 @@ AXES = (
 INPUTS = (
     *("model", "revision", "backend", "reward", "eval_reward", "prompts", "prompt_column", "dataset_config"),
     *("dataset_train_split", "dataset_streaming", "optim", "report_to"),
+    *("real_images", "caption_column", "matching", "rl", "sample_weight"),  # the last three may read real images
 )
 
 
@@ -159,8 +161,6 @@ class Runs:
                 check_inputs(settings)
                 self.looked_at.add(inputs)
             planned(settings)
-            for matching in settings.of("matchings"):
-                matching.build()
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         if settings.config.num_eval_samples == 0:
@@ -233,10 +233,12 @@ def check_inputs(settings: Settings) -> None:
     """
     config = settings.config
     model = settings.model.cls() if settings.model.cls else None
-    if model is None:
-        settings.open_backend(config.model)
     scorers = [*settings.of("rewards"), *settings.of("eval_rewards")]
-    check_columns(scorers, open_prompts(config, model, scorers).first(1))
+    prompts = open_prompts(config, model, scorers)
+    check_columns(scorers, prompts.first(1))
+    if model is None:
+        plan, _, matching = planned(settings)
+        open_real_images(config, None, prompts, settings.open_backend(config.model), readers(plan, config, matching))
     OPTIMIZERS[config.optim].load()
     trackers_of(config.report_to)
 

@@ -22,6 +22,7 @@ from examples.ablation_matrix.matrix import Claim, Matrix, load
 from examples.ablation_matrix.results import Result, verdict
 from scipy import stats
 
+import sd3
 from dmdr import images
 from dmdr.errors import ConfigError
 from dmdr.settings.fields import Config
@@ -246,6 +247,21 @@ def test_what_is_refused(tmp_path: Path, write: Write, changes: dict[str, Any], 
     with pytest.raises(ConfigError) as error:
         load(write(**changes), tmp_path)
     assert said in str(error.value)
+
+
+def test_real_images_that_are_missing_are_refused_before_the_first_run(tmp_path: Path, write: Write) -> None:
+    """Of a model that has none of its own, which its other cells do not read."""
+    sd3.build(tmp_path / "sd3")
+    (tmp_path / "prompts.txt").write_text("seven\n")
+    own = {"model": str(tmp_path / "sd3"), "prompts": str(tmp_path / "prompts.txt"), "num_eval_samples": 4}
+    own |= {"rl": "none", "reward": "toy"}
+    load(write(settings=own, blocks={"a": {"cells": {"x": {}}}}), tmp_path)
+    for given, said in (
+        ({}, "matching dmd2 reads real images: give"),
+        ({"real_images": "gone"}, "real_images: no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=f"cell 'x': --{said}"):
+            load(write(settings=own, blocks={"a": {"cells": {"x": {"matching": "dmd2"} | given}}}), tmp_path)
 
 
 ONE = {"cells": {"x": {}, "y": {"rl_weight": 1}}}
