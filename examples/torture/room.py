@@ -14,6 +14,7 @@ from runs import command, damaged, going_on, outcome
 from dmdr.backends.toy import PROMPTS
 
 LIMIT = 180.0  # seconds; what takes longer hangs
+BEGINS = "; loading torch and the plugins"  # the end of a run's first line, which is no error
 OWN = str(Path(__file__).with_name("broken.py"))
 LOCAL = {
     "model": "toy", "backend": f"{OWN}:Backend", "matching": f"{OWN}:Matching", "reward": f"{OWN}:Reward as judge",
@@ -87,7 +88,7 @@ class Room:
         self.ends.append(f"{process.returncode} in {time.monotonic() - started:.0f} s")
         (self.folder.parent / f"stderr-{len(self.ends)}.txt").write_text(said)
         lines = [line.strip() for line in re.split("[\r\n]", said)]
-        why = [line for line in lines if line.startswith("dmdr-train: ")]
+        why = [line for line in lines if line.startswith("dmdr-train: ") and not line.endswith(BEGINS)]
         found = [line for line in lines if re.search(says, line)]
         self.said = found[-1] if says and found else self.said
         self.expect(process.returncode == code, f"it ends with {process.returncode}, not with {code}")
