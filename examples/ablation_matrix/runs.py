@@ -157,10 +157,10 @@ class Runs:
         try:
             settings = resolve(settings=given)
             inputs = tuple(str(getattr(settings.config, name)) for name in INPUTS)
+            plan, _, matching = planned(settings)
             if self.inputs and inputs not in self.looked_at:
-                check_inputs(settings)
+                check_inputs(settings, readers(plan, settings.config, matching))
                 self.looked_at.add(inputs)
-            planned(settings)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         if settings.config.num_eval_samples == 0:
@@ -225,8 +225,11 @@ def values_of(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def check_inputs(settings: Settings) -> None:
+def check_inputs(settings: Settings, read_real: Sequence[str]) -> None:
     """Refuse what a run would refuse before it trains, but for what its named model has to build first.
+
+    Args:
+        read_real: The parts that read real images, as users name them.
 
     Raises:
         ConfigError: As a run would.
@@ -237,8 +240,7 @@ def check_inputs(settings: Settings) -> None:
     prompts = open_prompts(config, model, scorers)
     check_columns(scorers, prompts.first(1))
     if model is None:
-        plan, _, matching = planned(settings)
-        open_real_images(config, None, prompts, settings.open_backend(config.model), readers(plan, config, matching))
+        open_real_images(config, None, prompts, settings.open_backend(config.model), read_real)
     OPTIMIZERS[config.optim].load()
     trackers_of(config.report_to)
 
